@@ -1,0 +1,1 @@
+"""What every other package may lean on: errors for the user, safe files, progress."""
