@@ -1,0 +1,252 @@
+"""Fixed-point arithmetic: the one implementation used by the simulator, the kernels and the tests.
+
+An integer tensor is held in a *float* tensor whose values are whole numbers (float32 when |q| < 2^24, float64
+below 2^53), so that PyTorch's ordinary operators and autograd work on it; its scale stands beside it. Every
+function here is pure and gives the same bits on every machine: it uses only operations whose float64 result is
+exact, or int64. Whole numbers never come out as -0.0 from `requantize`.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+MANTISSA_BITS = 22
+"""Bits of a multiplier's mantissa: times an int32 accumulator (31 bits and sign) that is 53, exact in float64."""
+
+_MAX_SHIFT = 62
+_CPU_CHUNK = 1 << 16
+_DEVICE_CHUNK = 1 << 25
+
+
+def int_range(bits: int, signed: bool = True) -> tuple[int, int]:
+    """(qmin, qmax) of eq. 1: symmetric -(2^(b-1)-1) .. 2^(b-1)-1, or 0 .. 2^b-1 when unsigned.
+
+    Raises ValueError for `bits` outside 2..16.
+    """
+    if int(bits) != bits or not 2 <= bits <= 16:
+        raise ValueError(f"bits must be a whole number from 2 to 16, not {bits}")
+    bits = int(bits)
+    if signed:
+        return -(2 ** (bits - 1) - 1), 2 ** (bits - 1) - 1
+    return 0, 2**bits - 1
+
+
+# ---------------------------------------------------------------------------------------------------- rounding
+
+
+def round_half_away(x: Tensor) -> Tensor:
+    """Nearest whole number, halves away from zero, of a float tensor of any shape; same dtype, NaN and inf stay.
+
+    The largest float below one half is added, not one half: x + 0.5 would itself round up to 1 for the largest x
+    below 0.5, and to the next even number for odd x above 2^52.
+    """
+    return _round_half_away_(x.clone())
+
+
+def _round_half_away_(x: Tensor) -> Tensor:
+    below_half = 0.5 - torch.finfo(x.dtype).eps / 4
+    # + 0.0 turns -0.0 into 0.0, so that equal numbers have equal bytes.
+    return x.add_(torch.copysign(torch.tensor(below_half, dtype=x.dtype), x)).trunc_().add_(0.0)
+
+
+class _RoundSTE(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return round_half_away(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+class _FloorSTE(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.floor()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, exact, smooth):
+        ctx.smooth_dtype = smooth.dtype
+        return exact.view_as(exact)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, grad.to(ctx.smooth_dtype)
+
+
+def round_ste(x: Tensor) -> Tensor:
+    """`round_half_away` forward, identity backward."""
+    return _RoundSTE.apply(x)
+
+
+def floor_ste(x: Tensor) -> Tensor:
+    """Floor forward, identity backward."""
+    return _FloorSTE.apply(x)
+
+
+def straight_through(exact: Tensor, smooth: Tensor) -> Tensor:
+    """The values of `exact`, bit for bit, with the gradient of `smooth`; both of one shape.
+
+    Not `smooth + (exact - smooth).detach()`, whose two additions round. Raises ValueError on unequal shapes.
+    """
+    if exact.shape != smooth.shape:
+        raise ValueError(f"shapes differ: exact {tuple(exact.shape)}, smooth {tuple(smooth.shape)}")
+    return _StraightThrough.apply(exact.detach(), smooth)
+
+
+# ------------------------------------------------------------------------------------------------------ scales
+
+
+def power_of_two(exponent: Tensor) -> Tensor:
+    """2^exponent as float64, exact, for whole exponents; clamped to the normal range -1022..1023.
+
+    Made from the bits of the float, because pow and ldexp may be a unit off in the last place on some device.
+    """
+    biased = exponent.to(torch.int64).clamp(-1022, 1023) + 1023
+    return (biased << 52).view(torch.float64)
+
+
+def fixed_point_scale(s: Tensor, frac_bits: int = 24, scale_bits: int = 32) -> Tensor:
+    """Gamma of eqs. 3 and 4: `s` as a fixed-point number with `frac_bits` (n_r) fractional bits, in float64.
+
+    Rounds s * 2^n_r to a whole number and clips it to 1 .. 2^(scale_bits-1)-1. The paper clips from
+    -2^(b^s-1); a scale that is zero or negative has no meaning, so one LSB is the least here (deliberate
+    difference). The gradient is the identity, clipped or not, so that a range that sank below one LSB can rise.
+    """
+    if not 2 <= scale_bits <= 53:
+        raise ValueError(f"scale_bits must be from 2 to 53, not {scale_bits}")
+    wide = s.to(torch.float64)
+    with torch.no_grad():
+        grid = round_half_away(wide * 2.0**frac_bits).clamp_(1, 2 ** (scale_bits - 1) - 1)
+        exact = grid * 2.0**-frac_bits
+    return straight_through(exact, wide)
+
+
+def quantize_multiplier(m: Tensor, mantissa_bits: int = MANTISSA_BITS) -> tuple[Tensor, Tensor]:
+    """(mantissa, shift), int64 of m's shape, with m ~= mantissa * 2^-shift and 2^(bits-1) <= mantissa < 2^bits.
+
+    `m` is a positive finite real multiplier; the relative error is at most 2^-mantissa_bits, zero for powers of
+    two. Raises ValueError where an element is zero, negative, NaN or infinite.
+    """
+    wide = m.detach().to(torch.float64)
+    if not bool(((wide > 0) & torch.isfinite(wide)).all()):
+        raise ValueError("a requantization multiplier must be positive and finite")
+    fraction, exponent = torch.frexp(wide)
+    mantissa = round_half_away(fraction * 2.0**mantissa_bits).to(torch.int64)
+    carried = mantissa >> mantissa_bits
+    return mantissa >> carried, mantissa_bits - exponent.to(torch.int64) - carried
+
+
+def multiplier_value(mantissa: Tensor, shift: Tensor) -> Tensor:
+    """mantissa * 2^-shift as float64: exact (shifts above 1022, which requantize everything to 0, are cut there)."""
+    return mantissa.to(torch.float64) * power_of_two(-shift.to(torch.int64))
+
+
+# ----------------------------------------------------------------------------------------------- requantization
+
+
+def requantize(acc: Tensor, mantissa: Tensor, shift: Tensor) -> Tensor:
+    """round_half_away(acc * mantissa / 2^shift): the integer program's only way from one scale to another.
+
+    `acc`: whole numbers, |acc| <= 2^31, float32 or float64 (same dtype comes back) or an integer type (int64 comes
+    back; |acc| < 2^40 is allowed there). `mantissa` (< 2^22) and `shift` (any sign; negative shifts left) are
+    whole-number tensors that broadcast against `acc`, one entry per channel for example. Both kinds give the same
+    numbers. A float32 result is exact below 2^24, an int64 one below 2^63.
+    """
+    mantissa, shift = torch.as_tensor(mantissa, device=acc.device), torch.as_tensor(shift, device=acc.device)
+    if acc.is_floating_point():
+        return _scale_and_round(acc.detach(), multiplier_value(mantissa, shift))
+    shift = shift.to(torch.int64)
+    product = acc.to(torch.int64) * mantissa.to(torch.int64)
+    right = shift.clamp(0, _MAX_SHIFT)
+    half = (torch.ones_like(right) << right) >> 1
+    magnitude = ((product.abs() + half) >> right) << (-shift).clamp(0, _MAX_SHIFT)
+    # |product| < 2^62 is less than half of 2^63.
+    return torch.where(shift > _MAX_SHIFT, 0, product.sign() * magnitude)
+
+
+def _scale_and_round(acc: Tensor, multiplier: Tensor) -> Tensor:
+    """round_half_away(acc * multiplier) in acc's dtype; `multiplier` is float64 with at most 22 significant bits.
+
+    The float64 product is exact. Done in pieces that stay in the cache, because float64 copies of a whole feature
+    map cost more than the arithmetic.
+    """
+    shape = torch.broadcast_shapes(acc.shape, multiplier.shape)
+    acc, multiplier = acc.expand(shape), multiplier.expand(shape)
+    limit = _CPU_CHUNK if acc.device.type == "cpu" else _DEVICE_CHUNK
+    out = torch.empty(shape, dtype=acc.dtype, device=acc.device)
+    for part, factor, into in _pieces(acc, multiplier, out, limit):
+        into.copy_(_round_half_away_(part * factor))
+    return out
+
+
+def _pieces(a: Tensor, b: Tensor, c: Tensor, limit: int):
+    """The same slices of three equally shaped tensors, of about `limit` elements each."""
+    if a.numel() <= limit or a.dim() == 0:
+        yield a, b, c
+        return
+    if a.shape[0] == 1:
+        yield from _pieces(a[0], b[0], c[0], limit)
+        return
+    rows = limit * a.shape[0] // a.numel()
+    if rows == 0:
+        for i in range(a.shape[0]):
+            yield from _pieces(a[i], b[i], c[i], limit)
+        return
+    yield from zip(a.split(rows), b.split(rows), c.split(rows))
+
+
+class _RequantizeSTE(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, acc, multiplier):
+        ctx.save_for_backward(acc if ctx.needs_input_grad[1] else None, multiplier)
+        return _scale_and_round(acc, multiplier_value(*quantize_multiplier(multiplier)))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        acc, multiplier = ctx.saved_tensors
+        grad_acc = grad_multiplier = None
+        if ctx.needs_input_grad[0]:
+            grad_acc = grad * multiplier.to(grad.dtype)
+        if ctx.needs_input_grad[1]:
+            grad_multiplier = (grad * acc).sum_to_size(multiplier.shape).to(multiplier.dtype)
+        return grad_acc, grad_multiplier
+
+
+def requantize_ste(acc: Tensor, multiplier: Tensor) -> Tensor:
+    """`requantize(acc, *quantize_multiplier(multiplier))` that can be differentiated; same values to the bit.
+
+    `acc`: whole numbers in float32 or float64, |acc| <= 2^31; the result has its dtype and shape. `multiplier`:
+    positive real tensor that broadcasts to acc's shape. Rounding does not stop the gradient: d/d acc = multiplier,
+    d/d multiplier = acc, summed to its shape. Raises ValueError for a multiplier that is not positive and finite,
+    or that does not broadcast to acc's shape.
+    """
+    if torch.broadcast_shapes(acc.shape, multiplier.shape) != acc.shape:
+        raise ValueError(f"multiplier {tuple(multiplier.shape)} does not broadcast to acc {tuple(acc.shape)}")
+    return _RequantizeSTE.apply(acc, multiplier)
+
+
+# ------------------------------------------------------------------------------------- real numbers to integers
+
+
+def quantize(x: Tensor, scale: Tensor, qmin: int, qmax: int, zero_point: Tensor | int = 0) -> Tensor:
+    """Eq. 1: clip(round(x / scale) + zero_point, qmin, qmax) as whole numbers in x's dtype.
+
+    `scale` broadcasts to x. Rounding is straight-through and clipping has clamp's own gradient (none outside), so
+    that together with `dequantize` x and scale get the gradients of LSQ: for scale, round(x/s) - x/s inside and
+    the clipped code outside.
+    """
+    codes = round_ste(x / scale) + zero_point
+    return codes.clamp(qmin, qmax).to(x.dtype)
+
+
+def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor | int = 0) -> Tensor:
+    """scale * (q - zero_point) in q's dtype: eq. 2, with the offset inside the scale (design, section 3)."""
+    return (scale * (q - zero_point)).to(q.dtype)
