@@ -1,0 +1,174 @@
+"""The architectures by name: `@register_model("name")` above a class or function is the whole plug-in.
+
+A codec is any `nn.Module` whose forward maps an image (B, 3, H, W) in 0..1, H and W multiples of
+`Architecture.multiple`, to `{"x_hat": (B, 3, H, W), "likelihoods": {"y": ..., "z": ...}}`.
+"""
+
+import importlib
+import importlib.util
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from support.errors import InputError
+
+# The weight of the distortion in J = R + lambda * D, per quality, as CompressAI trains (its documentation, "Training"):
+# D = 255^2 * mse on images in 0..1, or D = 1 - MS-SSIM.
+LAMBDAS = {
+    "mse": {1: 0.0018, 2: 0.0035, 3: 0.0067, 4: 0.0130, 5: 0.0250, 6: 0.0483, 7: 0.0932, 8: 0.1800},
+    "ms-ssim": {1: 2.40, 2: 4.58, 3: 8.73, 4: 16.64, 5: 31.73, 6: 60.50, 7: 115.37, 8: 220.00},
+}
+
+_BUILT_IN = ("models.compressai_models", "models.tic", "models.lu2022")
+_REGISTRY: dict[str, "Architecture"] = {}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What the project knows about one network family.
+
+    name:            what `--arch` takes.
+    factory:         called with widths (and depths) as keyword arguments, gives the network.
+    official:        quality -> keyword arguments of the published model of that quality; {} means the factory's defaults.
+    configurations:  name -> keyword arguments of a small size; every architecture has "reference".
+    title, paper:    of the publication.
+    multiple:        the sides of an input image are multiples of this.
+    lambdas:         metric ("mse", "ms-ssim") -> quality -> lambda.
+    infer:           state_dict -> keyword arguments, from tensor shapes; it may raise KeyError when tensors are absent.
+                     None: the sizes are looked for among `official` and `configurations`.
+    zoo:             the name of the model in `compressai.zoo`, where it has one.
+    """
+
+    name: str
+    factory: Callable[..., nn.Module]
+    official: Mapping[int, Mapping[str, Any]]
+    configurations: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    title: str = ""
+    paper: str = ""
+    multiple: int = 64
+    lambdas: Mapping[str, Mapping[int, float]] = field(default_factory=lambda: LAMBDAS)
+    infer: Callable[[Mapping[str, Tensor]], dict[str, Any]] | None = None
+    zoo: str | None = None
+
+    def sizes(self, quality: int | None = None, configuration: str | None = None) -> dict[str, Any]:
+        """The complete keyword arguments of a configuration or, without one, of a quality (default: the lowest).
+
+        Raises:
+            InputError: there is no such quality or configuration.
+        """
+        if quality is not None:
+            self.check_quality(quality)
+        if configuration is not None:
+            if configuration not in self.configurations:
+                known = ", ".join(sorted(self.configurations)) or "none"
+                raise InputError(f"{self.name} has no configuration {configuration!r}; it has: {known}")
+            return self.complete(self.configurations[configuration])
+        return self.complete(self.official[min(self.official) if quality is None else quality])
+
+    def complete(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """`kwargs` with the factory's own defaults added, sequences as tuples: two of these can be compared."""
+        defaults = {
+            name: parameter.default
+            for name, parameter in inspect.signature(self.factory).parameters.items()
+            if parameter.default is not inspect.Parameter.empty
+        }
+        merged = {**defaults, **kwargs}
+        return {name: tuple(value) if isinstance(value, list) else value for name, value in merged.items()}
+
+    def check_quality(self, quality: int) -> None:
+        """Raises InputError when the architecture has no such quality."""
+        if quality not in self.official:
+            raise InputError(
+                f"{self.name} has no quality {quality!r}; choose --quality from {min(self.official)} to {max(self.official)}"
+            )
+
+    def lambda_for(self, quality: int, metric: str = "mse") -> float:
+        """The lambda that the quality is trained with.
+
+        Raises:
+            InputError: there is no such quality or metric.
+        """
+        self.check_quality(quality)
+        if metric not in self.lambdas:
+            raise InputError(f"unknown metric {metric!r}; choose from {', '.join(self.lambdas)}")
+        return self.lambdas[metric][quality]
+
+
+def register_model(
+    name: str,
+    factory: Callable[..., nn.Module] | None = None,
+    *,
+    official: Mapping[int, Mapping[str, Any]],
+    configurations: Mapping[str, Mapping[str, Any]],
+    **facts: Any,
+) -> Callable[..., Any]:
+    """Make `factory`, or the class or function below when used as a decorator, known as `name`.
+
+    `facts` are the other fields of `Architecture`.
+
+        @register_model("mine", official={1: {"N": 128}}, configurations={"reference": {"N": 48}})
+        class Mine(nn.Module): ...
+
+    Raises:
+        ValueError: another factory already has this name.
+    """
+
+    def register(factory: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+        known = _REGISTRY.get(name)
+        if known is not None and _identity(known.factory) != _identity(factory):
+            raise ValueError(f"the name {name!r} is already taken by {known.factory!r}")
+        _REGISTRY[name] = Architecture(
+            name=name, factory=factory, official=official, configurations=configurations, **facts
+        )
+        return factory
+
+    return register if factory is None else register(factory)
+
+
+def list_models() -> list[str]:
+    """All names, sorted."""
+    _import_built_in()
+    return sorted(_REGISTRY)
+
+
+def get_architecture(name: str) -> Architecture:
+    """The architecture of that name.
+
+    Raises:
+        InputError: there is none; the message lists the names.
+    """
+    _import_built_in()
+    if name not in _REGISTRY:
+        raise InputError(f"unknown architecture {name!r}; choose --arch from {', '.join(list_models())}")
+    return _REGISTRY[name]
+
+
+def create_model(
+    name: str, quality: int | None = None, configuration: str | None = None, **overrides: Any
+) -> nn.Module:
+    """A network with fresh weights: the sizes of `configuration`, or else of `quality`, changed by `overrides`.
+
+    Raises:
+        InputError: unknown name, quality, configuration or size argument.
+    """
+    architecture = get_architecture(name)
+    kwargs = {**architecture.sizes(quality, configuration), **overrides}
+    try:
+        inspect.signature(architecture.factory).bind(**kwargs)
+    except TypeError as error:
+        raise InputError(f"{name}: {error}") from error
+    return architecture.factory(**kwargs)
+
+
+def _import_built_in() -> None:
+    """Import the project's own architectures, which register themselves; lazily, so that they can import this file."""
+    for module in _BUILT_IN:
+        if importlib.util.find_spec(module) is not None:
+            importlib.import_module(module)
+
+
+def _identity(factory: Callable[..., nn.Module]) -> tuple[str, str]:
+    return factory.__module__, factory.__qualname__
