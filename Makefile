@@ -1,0 +1,31 @@
+# `make env` once, then `make demo` and `make test`. Needs python3 (3.10 or newer) and a PyPI registry; uv is used if there.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.stamp
+DEMO_FLAGS ?=
+
+.PHONY: env demo test test-all
+
+env: $(STAMP)
+
+# The project is installed editable. `venv` needs ensurepip, which some distributions ship apart: uv does without it.
+$(STAMP): setup.py pyproject.toml
+	@if command -v uv >/dev/null 2>&1; then \
+	    { [ -x $(BIN)/python ] || uv venv --quiet --python $(PYTHON) $(VENV); } && \
+	    uv pip install --quiet --python $(BIN)/python --editable '.[test]'; \
+	else \
+	    { [ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV) || \
+	      { echo "error: $(PYTHON) -m venv failed; install python3-venv or uv" >&2; rm -rf $(VENV); exit 2; }; } && \
+	    $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'; \
+	fi
+	@touch $@
+
+demo: env
+	$(BIN)/python main_ptq.py --arch lu2022 --w_bits 8 --a_bits 8 --loss rd --eval photos --out runs/demo $(DEMO_FLAGS)
+
+test: env
+	$(BIN)/python -m pytest -q -m "not slow"
+
+test-all: env
+	$(BIN)/python -m pytest -q

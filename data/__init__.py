@@ -1,0 +1,1 @@
+"""Images in: loading and refusing, data sets by name, calibration crops."""

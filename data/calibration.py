@@ -1,0 +1,95 @@
+"""Calibration crops: seeded, and never from an image that is evaluated."""
+
+import random
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.images import load_image
+from support.errors import InputError
+from support.files import sha256
+
+_TRIES = 64  # draws of another position before a repeated crop of the same image is accepted
+
+
+def sample_crops(paths: Sequence[Path], num: int = 10, crop: int = 256, seed: int = 0,
+                 exclude: Iterable[Path] = ()) -> Tensor:
+    """`num` random crops, float32 (num, 3, crop, crop) in 0..1: one from each of `num` images drawn without repeat.
+
+    With fewer images than `num`, images give several crops, at different positions where there are any. An image
+    smaller than the crop is continued by reflection. The same arguments give the same crops on every machine.
+
+    Args:
+        exclude: the images of the evaluation set; see `refuse_overlap`.
+
+    Raises:
+        InputError: no images, a bad number, an unreadable image, or one that is in the evaluation set.
+    """
+    paths = [Path(path) for path in paths]
+    if not paths:
+        raise InputError("no calibration images; give a folder of images or a data set with --calib")
+    if num < 1 or crop < 1:
+        raise InputError(f"{num} calibration crops of {crop} pixels make no sense; choose 1 or more of each")
+    refuse_overlap(paths, exclude)
+    # Python's generator: its sequence for a seed is a promise of the language, numpy's and torch's are not.
+    draw = random.Random(seed)
+    order = draw.sample(range(len(paths)), len(paths))
+    chosen = [order[index % len(order)] for index in range(num)]
+    images = {index: _at_least(load_image(paths[index]), crop) for index in sorted(set(chosen))}
+    used: set[tuple[int, int, int]] = set()
+    crops = []
+    for index in chosen:
+        image = images[index]
+        for _ in range(_TRIES):
+            top = draw.randint(0, image.shape[1] - crop)
+            left = draw.randint(0, image.shape[2] - crop)
+            if (index, top, left) not in used:
+                break
+        used.add((index, top, left))
+        crops.append(image[:, top:top + crop, left:left + crop])
+    return torch.stack(crops)
+
+
+def refuse_overlap(paths: Iterable[Path], exclude: Iterable[Path]) -> None:
+    """Refuse calibration images whose file content (SHA-256) is that of an evaluation image, whatever their names.
+
+    A re-encoded or resized copy of an evaluation image is another file and is not found out.
+
+    Raises:
+        InputError: names the first such pair.
+    """
+    evaluated: dict[int, list[Path]] = {}
+    for path in exclude:
+        evaluated.setdefault(_size(path), []).append(Path(path))
+    digests: dict[str, Path] = {}
+    hashed_sizes: set[int] = set()
+    for path in paths:
+        size = _size(path)
+        if size not in evaluated:  # files of different sizes differ; hashing hundreds of photos takes a while
+            continue
+        if size not in hashed_sizes:
+            hashed_sizes.add(size)
+            digests.update((sha256(other), other) for other in evaluated[size])
+        same = digests.get(sha256(path))
+        if same is not None:
+            raise InputError(f"the calibration image {path} is the evaluation image {same}; calibrate on other images "
+                             "(--calib) or evaluate on others (--eval)")
+
+
+def _size(path: str | Path) -> int:
+    try:
+        return Path(path).stat().st_size
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; check the path") from error
+
+
+def _at_least(image: Tensor, side: int) -> Tensor:
+    """`image` (3, H, W) continued by reflection to at least `side` pixels each way (numpy reflects repeatedly)."""
+    missing = [max(0, side - length) for length in image.shape[1:]]
+    if not any(missing):
+        return image
+    padded = np.pad(image.numpy(), ((0, 0), (0, missing[0]), (0, missing[1])), mode="reflect")
+    return torch.from_numpy(padded)
