@@ -1,0 +1,182 @@
+"""Train the reference checkpoints of the zoo.
+
+    python -m models.train_reference --arch lu2022 --quality 5 --data FOLDER --steps 6000
+    python -m models.train_reference --arch lu2022 --quality 6 --data FOLDER --steps 1500 --init models/zoo/lu2022-q5.safetensors
+
+Loss: R + lambda * 255^2 * mse in bits per pixel (Balle et al. 2018), Adam with linear warm-up and a cosine schedule, the
+auxiliary loss of the entropy bottleneck's quantiles beside it. Every crop and every noise sample follows from the seed
+and the step, so a run that was killed and resumed sees the same data as one that was not.
+"""
+
+import argparse
+import math
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+
+from models.registry import create_model, get_architecture
+from support.cli import main_guard
+from support.errors import InputError
+from support.files import atomic_path
+from support.progress import progress
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
+
+
+def read_photos(folder: Path, crop: int) -> list[np.ndarray]:
+    """All photos of a folder that hold a crop, as uint8 arrays (H, W, 3), sorted by name."""
+    paths = sorted(p for p in folder.glob("*") if p.suffix.lower() in IMAGE_SUFFIXES) if folder.is_dir() else []
+    photos = [np.asarray(Image.open(path).convert("RGB")) for path in paths]
+    photos = [photo for photo in photos if min(photo.shape[:2]) >= crop]
+    if not photos:
+        raise InputError(f"no photo of at least {crop} x {crop} pixels in {folder}; pass another folder with --data")
+    return photos
+
+
+def draw_batch(photos: list[np.ndarray], batch: int, crop: int, seed: int, step: int) -> Tensor:
+    """A batch of random crops, half of them mirrored: (batch, 3, crop, crop) in 0..1; a function of seed and step."""
+    random = np.random.default_rng((seed, step))
+    areas = np.array([photo.shape[0] * photo.shape[1] for photo in photos], dtype=float)
+    crops = []
+    for index in random.choice(len(photos), size=batch, p=areas / areas.sum()):
+        photo = photos[index]
+        top, left = (random.integers(0, side - crop + 1) for side in photo.shape[:2])
+        piece = photo[top : top + crop, left : left + crop]
+        crops.append(piece[:, ::-1] if random.random() < 0.5 else piece)
+    return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float() / 255
+
+
+def rate_distortion(output: dict, x: Tensor, lmbda: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, bpp, mse on 0..255) of a batch."""
+    pixels = x.shape[0] * x.shape[2] * x.shape[3]
+    bpp = sum(-torch.log2(likelihoods).sum() for likelihoods in output["likelihoods"].values()) / pixels
+    mse = 255**2 * nn.functional.mse_loss(output["x_hat"], x)
+    return bpp + lmbda * mse, bpp, mse
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
+    """Linear warm-up, then a half cosine down to 1% of the peak."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    turn = (step - warmup) / max(1, steps - warmup)
+    return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * turn)))
+
+
+def train(model: nn.Module, photos: list[np.ndarray], args: argparse.Namespace, lmbda: float, state_path: Path) -> float:
+    """Train in place, resuming from `state_path` where it exists; gives the seconds spent, earlier runs included."""
+    model.to(args.device).train()
+    quantiles = [p for name, p in model.named_parameters() if name.endswith("quantiles")]
+    weights = [p for name, p in model.named_parameters() if not name.endswith("quantiles")]
+    optimizer = torch.optim.Adam(weights, lr=args.lr)
+    auxiliary = torch.optim.Adam(quantiles, lr=1e-3)
+    first, seconds = 0, 0.0
+    if state_path.exists():
+        state = torch.load(state_path, map_location=args.device, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        auxiliary.load_state_dict(state["auxiliary"])
+        first, seconds = state["step"], state["seconds"]
+    autocast = torch.autocast(args.device.split(":")[0], dtype=torch.bfloat16, enabled=args.bf16)
+    started, spent_before = time.monotonic(), seconds
+    averages: dict[str, float] = {}
+    bar = progress(range(first, args.steps), desc=f"{args.arch} q{args.quality}")
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args.steps, args.lr, args.warmup)
+        x = draw_batch(photos, args.batch, args.crop, args.seed, step).to(args.device)
+        torch.manual_seed(args.seed * 1_000_003 + step)
+        with autocast:
+            output = model(x)
+        output = {"x_hat": output["x_hat"].float(), "likelihoods": {k: v.float() for k, v in output["likelihoods"].items()}}
+        loss, bpp, mse = rate_distortion(output, x, lmbda)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        auxiliary.zero_grad()
+        model.aux_loss().backward()
+        auxiliary.step()
+        for name, value in (("loss", loss), ("bpp", bpp), ("psnr", 10 * torch.log10(255**2 / mse))):
+            averages[name] = 0.98 * averages.get(name, float(value)) + 0.02 * float(value)
+        bar.set_postfix({name: f"{value:.3f}" for name, value in averages.items()}, refresh=False)
+        seconds = spent_before + time.monotonic() - started
+        if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+            with atomic_path(state_path) as path:
+                torch.save(
+                    {
+                        "model": model.state_dict(),
+                        "optimizer": optimizer.state_dict(),
+                        "auxiliary": auxiliary.state_dict(),
+                        "step": step + 1,
+                        "seconds": seconds,
+                    },
+                    path,
+                )
+    return seconds
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m models.train_reference", description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", default="lu2022")
+    parser.add_argument("--quality", type=int, default=5, help="sets lambda (default: 5, lambda 0.025)")
+    parser.add_argument("--configuration", default="reference", help="a named size; 'official' for the published one")
+    parser.add_argument("--data", type=Path, required=True, help="a folder of photos")
+    parser.add_argument("--init", type=Path, help="a checkpoint to start from")
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--crop", type=int, default=192)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--warmup", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast; pays on processors that have it")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--save_every", type=int, default=250)
+    parser.add_argument("--state", type=Path, default=Path("runs/zoo"), help="folder of the resume files")
+    parser.add_argument("--out", type=Path, default=Path("models/zoo"))
+    args = parser.parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+
+    architecture = get_architecture(args.arch)
+    lmbda = architecture.lambda_for(args.quality)
+    torch.manual_seed(args.seed)
+    configuration = None if args.configuration == "official" else args.configuration
+    model = create_model(args.arch, args.quality, configuration)
+    if args.init:
+        from models.checkpoints import load_checkpoint
+
+        model.load_state_dict(load_checkpoint(args.init, args.arch).state_dict())
+    photos = read_photos(args.data, args.crop)
+    name = f"{args.arch}-q{args.quality}" if configuration else f"{args.arch}-official-q{args.quality}"
+    seconds = train(model, photos, args, lmbda, args.state / f"{name}.train.pt")
+    from models.checkpoints import save_checkpoint
+
+    model.cpu().eval()
+    model.update(force=True)
+    metadata = {
+        "arch": args.arch,
+        "kwargs": dict(architecture.sizes(args.quality, configuration)),
+        "quality": args.quality,
+        "lambda": lmbda,
+        "metric": "mse",
+        "steps": args.steps,
+        "batch": args.batch,
+        "crop": args.crop,
+        "seed": args.seed,
+        "init": args.init.name if args.init else None,
+        "seconds": round(seconds),
+        "photos": len(photos),
+    }
+    save_checkpoint(model, args.out / f"{name}.safetensors", metadata)
+    print(f"wrote {args.out / name}.safetensors after {seconds:.0f} s")
+
+
+if __name__ == "__main__":
+    sys.exit(main_guard(main))
