@@ -1,0 +1,212 @@
+"""Integer algorithms for the non-linear functions of a codec: tables, softmax, layer normalization, GDN.
+
+Whole-number tensors in, whole-number tensors out (float64 unless said otherwise), the same bits on every machine.
+Floating-point division and square root serve only as estimates, which are then corrected to the exact integer;
+every other intermediate is a whole number below 2^53. None of these is differentiable: the simulator pairs them
+with a smooth function through `fixedpoint.straight_through`.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from quant.fixedpoint import MANTISSA_BITS, power_of_two, requantize, round_half_away
+
+SOFTMAX_FRAC_BITS = 15
+"""`integer_softmax` returns probabilities in units of 2^-15."""
+
+LAYER_NORM_FRAC_BITS = 12
+"""`integer_layer_norm` returns normalized values in units of 2^-12."""
+
+EXP_STEPS_PER_NAT = 256
+"""Grid of `exp_table`: the multiplier of `integer_softmax` is input scale * EXP_STEPS_PER_NAT."""
+
+_ROOT_BITS = 26
+
+
+# ------------------------------------------------------------------------------------------ roots and quotients
+
+
+def isqrt(n: Tensor) -> Tensor:
+    """floor(sqrt(n)), exact for whole 0 <= n < 2^52; float64 of n's shape. Intermediates stay below 2^52 + 1."""
+    n = n.to(torch.float64)
+    root = n.sqrt().floor_()
+    root = root - (root * root > n).to(torch.float64)
+    return root + ((root + 1) ** 2 <= n)
+
+
+def divide_round(a: Tensor, b: Tensor) -> Tensor:
+    """a / b rounded to the nearest whole number, halves away from zero; float64.
+
+    Exact for whole |a| < 2^52 and 0 < b < 2^52, which broadcast. The estimate is off by at most one, so the
+    remainder that corrects it is at most 1.5 b and estimate * b < 2^53.
+    """
+    a, b = a.to(torch.float64), b.to(torch.float64)
+    magnitude = a.abs()
+    quotient = (magnitude / b).add_(0.5).floor_()
+    twice_rest = (magnitude - quotient * b).mul_(2)
+    quotient = quotient + (twice_rest >= b) - (twice_rest < -b).to(torch.float64)
+    return quotient.mul_(a.sign()).add_(0.0)  # no -0.0
+
+
+def _bit_length(n: Tensor) -> Tensor:
+    """Bits of whole n >= 0 (0 for 0), as int64."""
+    return torch.frexp(n).exponent.to(torch.int64)
+
+
+# ------------------------------------------------------------------------------------------------------- tables
+
+
+def build_table(
+    function: Callable[[Tensor], Tensor],
+    in_scale: float,
+    out_scale: float,
+    lo: int,
+    hi: int,
+    qmin: int,
+    qmax: int,
+) -> Tensor:
+    """Table of an elementwise function for the integer inputs lo .. hi: float64 of shape (hi - lo + 1).
+
+    Entry k is clip(round(function(in_scale * (lo + k)) / out_scale), qmin, qmax). Computed in float64 on the CPU
+    when a model is quantized, stored with it, and never recomputed at decode, because exp or tanh may differ
+    elsewhere. Raises ValueError for an empty input range or where the function is not a number.
+    """
+    if lo > hi:
+        raise ValueError(f"the table's input range {lo}..{hi} is empty")
+    inputs = torch.arange(lo, hi + 1, dtype=torch.float64) * float(in_scale)
+    values = function(inputs) / float(out_scale)
+    if torch.isnan(values).any():
+        raise ValueError("the function is not a number somewhere in the table's input range")
+    return round_half_away(values.clamp(qmin, qmax))
+
+
+def table_lookup(index: Tensor, table: Tensor, offset: int = 0) -> Tensor:
+    """table[index - offset], of index's shape and the table's dtype; `offset` is the index of the first entry.
+
+    `index` holds whole numbers; what lies outside the table gets its first or last entry.
+    """
+    return table[(index - offset).clamp(0, table.numel() - 1).to(torch.int64)]
+
+
+def exp_table(steps_per_nat: int = EXP_STEPS_PER_NAT, nats: int = 16, frac_bits: int = 20) -> Tensor:
+    """exp(-i / steps_per_nat) in units of 2^-frac_bits for i below nats * steps_per_nat; float64, 4096 entries."""
+    one = 2**frac_bits
+    return build_table(torch.exp, -1 / steps_per_nat, 1 / one, 0, nats * steps_per_nat - 1, 0, one)
+
+
+# ------------------------------------------------------------------------------------------------------ softmax
+
+
+def integer_softmax(
+    q: Tensor,
+    mantissa: Tensor,
+    shift: Tensor,
+    table: Tensor,
+    dim: int = -1,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Softmax of s * q along `dim`, as whole numbers in units of 2^-15; float64 of q's shape.
+
+    `q`: whole numbers, |q| < 2^30. `mantissa, shift` = quantize_multiplier(s * EXP_STEPS_PER_NAT), broadcast to q
+    and constant along `dim`. `table` = exp_table(). `mask`: 0/1, broadcast to q; where it is 0 the probability is
+    exactly 0, and a row with no key left is all 0.
+
+        d = max q - q,  e = table[requantize(d)],  p = round(2^15 e / sum e)
+
+    Ranges: d < 2^31; with K keys 2^15 * e <= 2^35 and sum e <= K * 2^20, far below 2^52. Error of p against
+    the real softmax, in units of 1: the grid of 1/256 nat moves a difference of logits by at most 1/512, which is
+    p (1-p) / 256 <= 2^-10 in p; the 20-bit table adds at most p * K * 2^-21; the last rounding 2^-16. In all, at
+    most 2^-10 + K * 2^-21 + 2^-16. The sum of p is within K / 2 units of 2^15.
+    """
+    q = q.to(torch.float64)
+    allowed = None if mask is None else mask.to(device=q.device, dtype=torch.bool)
+    candidates = q if allowed is None else torch.where(allowed, q, -(2.0**30))
+    below_max = (candidates.amax(dim, keepdim=True) - q).clamp_(min=0)
+    weight = table_lookup(requantize(below_max, mantissa, shift), table)
+    if allowed is not None:
+        weight = torch.where(allowed, weight, 0.0)
+    total = weight.sum(dim, keepdim=True).clamp_(min=1)
+    return divide_round(weight * 2.0**SOFTMAX_FRAC_BITS, total)
+
+
+# -------------------------------------------------------------------------------------------------- layer norm
+
+
+def integer_layer_norm(q: Tensor, eps_q: float, dim: int = -1) -> Tensor:
+    """(q - mean) / sqrt(var + eps_q) along `dim`, without affine, as whole numbers in units of 2^-12; float64.
+
+    `q`: whole numbers, |q| < 2^15, C <= 1024 of them along `dim`. `eps_q`: LayerNorm's eps in units of q^2, that
+    is eps / s^2, 0 <= eps_q <= 2^30. A row of equal values gives 0. Raises ValueError outside these bounds of C
+    and eps_q.
+
+        c = C q - sum q,  V = C sum q^2 - (sum q)^2 + C^2 eps_q  (= C^2 (var + eps_q)),  n = round(2^12 c / sqrt V)
+
+    V < 2^51 is shifted left by 2k to lie in [2^50, 2^52), where its root has 26 bits; C^2 eps_q is rounded after
+    that shift (a table of 27 constants, one for each k). |c| <= sqrt(C V), so the dividend 2^(12+k) |c| is at most
+    2^(12+26+5). The root's relative error 2^-25 is 2^-8 units at the largest possible |n| = sqrt(C) = 32: the
+    result is within 0.504 units of the real value.
+    """
+    q = q.to(torch.float64)
+    count = q.shape[dim]
+    eps_q = float(eps_q)
+    if not 0 < count <= 1024:
+        raise ValueError(f"integer layer norm takes 1 to 1024 values a row, not {count}")
+    if not 0 <= eps_q <= 2**30:
+        raise ValueError(f"eps_q must be from 0 to 2^30, not {eps_q}")
+    total = q.sum(dim, keepdim=True)
+    centred = q * count - total
+    spread = (q * q).sum(dim, keepdim=True) * count - total * total
+    eps = count**2 * eps_q
+    k = (52 - _bit_length(spread + math.ceil(eps))) // 2
+    eps_shifted = torch.tensor([math.floor(min(eps * 4.0**i + 0.5, 2.0**52)) for i in range(27)], dtype=torch.float64)
+    variance = spread * power_of_two(2 * k) + eps_shifted.to(q.device)[k]
+    # min: rounding eps up must not reach 2^52, where isqrt's range ends.
+    root = isqrt(variance.clamp(1, 2.0**52 - 1))
+    return divide_round(centred * power_of_two(k + LAYER_NORM_FRAC_BITS), root)
+
+
+# --------------------------------------------------------------------------------------------------------- GDN
+
+
+def integer_gdn(
+    x: Tensor, norm: Tensor, mantissa: Tensor, shift: Tensor, inverse: bool = False, kind: str = "gdn"
+) -> Tensor:
+    """(Inverse) generalized divisive normalization on integers: float64 whole numbers on the output's grid.
+
+        kind "gdn":   round(M x / sqrt(norm)),  inverse: round(M x sqrt(norm))
+        kind "gdn1":  round(M x / norm),        inverse: round(M x norm)
+
+    `x`: whole numbers, |x| < 2^15. `norm`: whole numbers, 0 < norm < 2^40 (a 0 is taken as 1), broadcast to x.
+    `mantissa, shift` = quantize_multiplier(M), M holding all scales: s_x / (s_y sqrt(s_norm)) for "gdn",
+    s_x sqrt(s_norm) / s_y for its inverse, without the root for "gdn1". Raises ValueError for another kind.
+
+    norm is shifted left until D = floor(sqrt(norm)) 2^k, or norm 2^k, has 26 bits: relative error below 2^-25.
+    Forward: x * mantissa (< 2^37) is divided by D in one rounding, each shifted left as far as the result needs and
+    below 2^52. Inverse: W = round(D * mantissa / 2^11) has 37 bits, x * W < 2^52, one rounding after the shift.
+    The result is within 0.5 + |result| * 2^-24.9 units of the real value with M = mantissa * 2^-shift: 0.501 for
+    16-bit results. A forward result beyond 2^25 may come out smaller, never below 2^25; clip to the output's range.
+    """
+    if kind not in ("gdn", "gdn1"):
+        raise ValueError(f'kind must be "gdn" or "gdn1", not {kind!r}')
+    x, norm = x.to(torch.float64), norm.to(torch.float64).clamp(min=1)
+    mantissa = torch.as_tensor(mantissa, device=x.device).to(torch.float64)
+    shift = torch.as_tensor(shift, device=x.device).to(torch.int64)
+    if kind == "gdn":
+        k = (2 * _ROOT_BITS - _bit_length(norm)) // 2
+        divisor = isqrt(norm * power_of_two(2 * k))
+    else:
+        k = _ROOT_BITS - _bit_length(norm)
+        divisor = round_half_away(norm * power_of_two(k))
+    if inverse:
+        drop = _ROOT_BITS + MANTISSA_BITS - 37
+        factor = round_half_away(divisor * mantissa * 2.0**-drop)
+        return round_half_away(x * factor * power_of_two(drop - k - shift))
+    dividend = x * mantissa
+    exponent = k - shift
+    up = torch.minimum(exponent.clamp(min=0), 2 * _ROOT_BITS - _bit_length(dividend))
+    # Beyond 25 the quotient is below 2^(37 - 26 - 25), which rounds to 0 either way.
+    down = (-exponent).clamp(0, _ROOT_BITS - 1)
+    return divide_round(dividend * power_of_two(up), divisor * power_of_two(down))
