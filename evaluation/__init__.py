@@ -1,0 +1,1 @@
+"""What a codec costs and how good its pixels are: metrics, BD-rate, anchors, reports."""

@@ -1,0 +1,138 @@
+"""A codec on a set of images: rate and distortion of each, and their means."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from data.datasets import Dataset
+from data.images import load_image
+from evaluation.metrics import bpp_from_likelihoods, ms_ssim, mse, psnr_from_mse
+from evaluation.padding import crop_back, pad_to_multiple
+from support.errors import InputError
+from support.progress import progress as progress_bar
+
+
+@dataclass(frozen=True)
+class ImageResult:
+    """One image. bpp in bits per pixel, psnr in dB, mse on 0..255, ms_ssim in 0..1 or None where it does not fit."""
+
+    name: str
+    width: int
+    height: int
+    bpp: float
+    bpp_estimated: float
+    mse: float
+    psnr: float
+    ms_ssim: float | None
+
+    def cost(self, lmbda: float, metric: str = "mse") -> float:
+        """The codec's objective J = R + lambda * D of this image, R in bpp; D is the MSE on 0..255, or 1 - MS-SSIM.
+
+        CompressAI writes the first as lambda * 255^2 * mse with mse on 0..1: the same number.
+        """
+        if metric == "mse":
+            return self.bpp + lmbda * self.mse
+        if metric != "ms-ssim":
+            raise InputError(f"--metric {metric} is unknown; choose mse or ms-ssim")
+        if self.ms_ssim is None:
+            raise InputError(f"{self.name} is too small for MS-SSIM; leave it out or use --metric mse")
+        return self.bpp + lmbda * (1.0 - self.ms_ssim)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `evaluate` found. `bpp_source` is "estimate" (likelihoods) or "bitstream" (bytes written and decoded)."""
+
+    name: str
+    per_image: tuple[ImageResult, ...]
+    bpp_source: str
+    seconds: float
+
+    def mean(self) -> dict[str, float | None]:
+        """Means over the images of bpp, bpp_estimated, psnr (of the per-image dB) and ms_ssim.
+
+        ms_ssim is the mean over the images large enough for it, None when there are none.
+        """
+        similar = [image.ms_ssim for image in self.per_image if image.ms_ssim is not None]
+        means = {key: sum(getattr(image, key) for image in self.per_image) / len(self.per_image)
+                 for key in ("bpp", "bpp_estimated", "psnr")}
+        return means | {"ms_ssim": sum(similar) / len(similar) if similar else None}
+
+    def cost(self, lmbda: float, metric: str = "mse") -> float:
+        """Mean over the images of J = R + lambda * D; see `ImageResult.cost`."""
+        return sum(image.cost(lmbda, metric) for image in self.per_image) / len(self.per_image)
+
+    def images_as_dicts(self) -> list[dict]:
+        """The images as plain dictionaries, for report.json."""
+        return [asdict(image) for image in self.per_image]
+
+
+def delta_j_percent(reference: Report, other: Report, lmbda: float, metric: str = "mse") -> float:
+    """How much larger J is for `other` than for `reference`, in percent of the reference's."""
+    before = reference.cost(lmbda, metric)
+    return 100.0 * (other.cost(lmbda, metric) - before) / before
+
+
+def evaluate(model: nn.Module, images: Dataset | Sequence[Path | str] | Sequence[Tensor], *, name: str | None = None,
+             pad: int = 64, device: torch.device | str | None = None, progress: bool = True) -> Report:
+    """Run `model` on each image by itself and measure it; bpp is the likelihood estimate.
+
+    Args:
+        model: anything whose call on (1, 3, H, W) in 0..1 returns {"x_hat": the same shape, "likelihoods": {...}}.
+            It is put in evaluation mode for the duration.
+        images: a data set, image files, or tensors (3, H, W) or (1, 3, H, W) in 0..1.
+        name: the report's; default the data set's, else "images".
+        pad: images are padded with zeros to multiples of this (see `pad_to_multiple`); rate counts per true pixel.
+        device: where to run; default where the model's parameters are. The model is moved there.
+
+    Raises:
+        InputError: no images, an unreadable image, or a NaN or Inf in the model's output, with the image's name.
+    """
+    items = list(images.paths if isinstance(images, Dataset) else images)
+    if not items:
+        raise InputError("no images to evaluate on; give a folder of images or a data set with --eval")
+    if name is None:
+        name = images.name if isinstance(images, Dataset) else "images"
+    if device is None:
+        parameter = next(model.parameters(), None)
+        device = parameter.device if parameter is not None else torch.device("cpu")
+    else:
+        model.to(device)
+    started = time.monotonic()
+    was_training = model.training
+    model.eval()
+    try:
+        results = [_evaluate_one(model, item, index, pad, device)
+                   for index, item in enumerate(progress_bar(items, desc=f"evaluating on {name}", unit="image",
+                                                             enabled=progress, leave=False))]
+    finally:
+        model.train(was_training)
+    return Report(name, tuple(results), "estimate", time.monotonic() - started)
+
+
+@torch.no_grad()
+def _evaluate_one(model: nn.Module, item: Path | str | Tensor, index: int, pad: int, device) -> ImageResult:
+    label = f"image {index}" if isinstance(item, Tensor) else Path(item).name
+    x = (item if isinstance(item, Tensor) else load_image(item)).to(device)
+    x = x.reshape(1, *x.shape[-3:])
+    height, width = x.shape[-2:]
+    padded, unpad = pad_to_multiple(x, pad)
+    output = model(padded)
+    x_hat, likelihoods = output["x_hat"], output["likelihoods"]
+    if x_hat.shape != padded.shape:
+        raise InputError(f"{label}: the model turned {tuple(padded.shape)} into {tuple(x_hat.shape)}; "
+                         f"evaluate with pad at least its total stride (now {pad})")
+    if not torch.isfinite(x_hat).all():
+        raise InputError(f"{label}: the model's x_hat holds NaN or Inf; the checkpoint is damaged or the calibration "
+                         "diverged")
+    rate = bpp_from_likelihoods(likelihoods, height * width)
+    if not 0 <= rate < float("inf"):
+        raise InputError(f"{label}: the model's likelihoods give {rate} bpp; the checkpoint is damaged or the "
+                         "calibration diverged")
+    x_hat = crop_back(x_hat, unpad)
+    error = mse(x, x_hat)
+    return ImageResult(label, width, height, rate, rate, error, psnr_from_mse(error), ms_ssim(x, x_hat))
