@@ -6,6 +6,8 @@ function here is pure and gives the same bits on every machine: it uses only ope
 exact, or int64. Whole numbers never come out as -0.0 from `requantize`.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -179,27 +181,25 @@ def _scale_and_round(acc: Tensor, multiplier: Tensor) -> Tensor:
     """
     shape = torch.broadcast_shapes(acc.shape, multiplier.shape)
     acc, multiplier = acc.expand(shape), multiplier.expand(shape)
-    limit = _CPU_CHUNK if acc.device.type == "cpu" else _DEVICE_CHUNK
     out = torch.empty(shape, dtype=acc.dtype, device=acc.device)
-    for part, factor, into in _pieces(acc, multiplier, out, limit):
+    for part, factor, into in pieces(acc, multiplier, out):
         into.copy_(_round_half_away_(part * factor))
     return out
 
 
-def _pieces(a: Tensor, b: Tensor, c: Tensor, limit: int):
-    """The same slices of three equally shaped tensors, of about `limit` elements each."""
-    if a.numel() <= limit or a.dim() == 0:
-        yield a, b, c
+def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same slices of equally shaped tensors, as views small enough that a chain of operations stays in cache."""
+    first = tensors[0]
+    limit = _CPU_CHUNK if first.device.type == "cpu" else _DEVICE_CHUNK
+    if first.numel() <= limit:
+        yield tensors
         return
-    if a.shape[0] == 1:
-        yield from _pieces(a[0], b[0], c[0], limit)
+    rows = limit * first.shape[0] // first.numel()
+    if first.shape[0] == 1 or rows == 0:
+        for row in zip(*tensors):
+            yield from pieces(*row)
         return
-    rows = limit * a.shape[0] // a.numel()
-    if rows == 0:
-        for i in range(a.shape[0]):
-            yield from _pieces(a[i], b[i], c[i], limit)
-        return
-    yield from zip(a.split(rows), b.split(rows), c.split(rows))
+    yield from zip(*(tensor.split(rows) for tensor in tensors))
 
 
 class _RequantizeSTE(torch.autograd.Function):

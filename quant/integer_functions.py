@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from quant.fixedpoint import MANTISSA_BITS, power_of_two, requantize, round_half_away
+from quant.fixedpoint import MANTISSA_BITS, pieces, power_of_two, requantize, round_half_away
 
 SOFTMAX_FRAC_BITS = 15
 """`integer_softmax` returns probabilities in units of 2^-15."""
@@ -191,9 +191,17 @@ def integer_gdn(
     """
     if kind not in ("gdn", "gdn1"):
         raise ValueError(f'kind must be "gdn" or "gdn1", not {kind!r}')
-    x, norm = x.to(torch.float64), norm.to(torch.float64).clamp(min=1)
     mantissa = torch.as_tensor(mantissa, device=x.device).to(torch.float64)
     shift = torch.as_tensor(shift, device=x.device).to(torch.int64)
+    x, norm, mantissa, shift = torch.broadcast_tensors(x, norm, mantissa, shift)
+    out = torch.empty(x.shape, dtype=torch.float64, device=x.device)
+    for *operands, into in pieces(x, norm, mantissa, shift, out):
+        into.copy_(_gdn_piece(*operands, inverse, kind))
+    return out
+
+
+def _gdn_piece(x: Tensor, norm: Tensor, mantissa: Tensor, shift: Tensor, inverse: bool, kind: str) -> Tensor:
+    x, norm = x.to(torch.float64), norm.to(torch.float64).clamp(min=1)
     if kind == "gdn":
         k = (2 * _ROOT_BITS - _bit_length(norm)) // 2
         divisor = isqrt(norm * power_of_two(2 * k))
