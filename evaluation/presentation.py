@@ -1,0 +1,193 @@
+"""What a reader sees of report.json: report.md and the R-D plot. Both are functions of the report's dictionary alone."""
+
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from tabulate import tabulate
+
+from evaluation.metrics import ms_ssim_db
+
+# Okabe and Ito's colours, told apart also by colour-blind readers; markers and dashes tell the curves apart in print.
+_FLOAT = dict(color="#000000", marker="o", markersize=7, markerfacecolor="none", linestyle="-", linewidth=1.3)
+_QUANT = dict(color="#D55E00", marker="s", markersize=3.8, linestyle="--", linewidth=1.3)
+_BASELINE = dict(color="#0072B2", marker="^", markersize=5, linestyle=":", linewidth=1.3)
+_ANCHORS = [dict(color="#888888", linestyle="-.", linewidth=1.1), dict(color="#009E73", linestyle=(0, (1, 1)), linewidth=1.1),
+            dict(color="#CC79A7", linestyle=(0, (5, 2)), linewidth=1.1)]
+
+
+def percent(value: float | None) -> str:
+    """A change in percent for a reader, with its sign; "n/a" for None."""
+    return "n/a" if value is None else f"{value:+.2f}%"
+
+
+def codec_label(report: dict) -> str:
+    """What the quantized codec is called in the table and the plot, e.g. W8A8 rd."""
+    return f"W{report['w_bits']}A{report['a_bits']} {report['preset'] or report['loss']}"
+
+
+def render_markdown(report: dict) -> str:
+    """report.md: the findings in a sentence, the tables, and what the numbers mean."""
+    label = codec_label(report)
+    parts = [f"# {report['arch']}, {label}, on {report['dataset']}", _finding(report), "![R-D curves](rd.png)",
+             "## Rate and distortion", _points_table(report), _explanation(report),
+             "## BD-rate", _bd_table(report), *_notes(report),
+             "## Cost", _cost_table(report)]
+    if report.get("kept_in_float"):
+        parts += ["## Left in float", "\n".join(f"- {item}" for item in _lines(report["kept_in_float"]))]
+    if report.get("warnings"):
+        parts += ["## Warnings", "\n".join(f"- {item}" for item in report["warnings"])]
+    parts += ["## Settings", _settings(report)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def draw_rd(report: dict, path: str | Path) -> None:
+    """rd.png: PSNR against bpp, and MS-SSIM in dB beside it where every point has it."""
+    codecs = ["fp32", "quant"] + (["baseline"] if _has_baseline(report) else [])
+    measures = ["psnr"]
+    if all(point[codec]["ms_ssim"] is not None for point in report["points"] for codec in codecs):
+        measures.append("ms_ssim")
+    figure = Figure(figsize=(4.6 * len(measures), 3.7), dpi=200, layout="constrained")
+    FigureCanvasAgg(figure)
+    label = codec_label(report)
+    names = {"fp32": f"{report['arch']}, float", "quant": _with_bd(f"{label}", report.get("bd_rate_psnr")),
+             "baseline": _with_bd("without reconstruction", report.get("bd_rate_psnr_baseline"))}
+    styles = {"fp32": _FLOAT, "quant": _QUANT, "baseline": _BASELINE}
+    for axis, measure in zip(figure.subplots(1, len(measures), squeeze=False)[0], measures):
+        own = []
+        for codec in codecs:
+            rate, quality = _curve([point[codec] for point in report["points"]], measure)
+            own += list(zip(rate, quality))
+            axis.plot(rate, quality, label=names[codec], **styles[codec])
+        low, high = _span(quality for _, quality in own)
+        largest = max(rate for rate, _ in own)
+        for style, (name, anchor) in zip(_ANCHORS, (report.get("anchors") or {}).items()):
+            rate, quality = _curve(anchor, measure)
+            if rate:
+                axis.plot(rate, quality, label=name, zorder=1, **style)
+        # The codec fills the picture; an anchor may leave it.
+        axis.set_xlim(0, largest * 1.12)
+        axis.set_ylim(low, high)
+        axis.set_xlabel("rate [bpp" + (", estimated]" if report["bpp_source"] == "estimate" else "]"))
+        axis.set_ylabel({"psnr": "PSNR (RGB) [dB]", "ms_ssim": "MS-SSIM [dB]"}[measure])
+        axis.grid(True, linewidth=0.4, alpha=0.5)
+    first = figure.axes[0]
+    first.legend(loc="lower right", fontsize=8, framealpha=0.9, title="BD-rate to float" if len(codecs) > 1 else None,
+                 title_fontsize=7)
+    figure.suptitle(f"{report['arch']} on {report['dataset']} ({report['images']} images)", fontsize=10)
+    figure.savefig(path, format="png")
+
+
+def _has_baseline(report: dict) -> bool:
+    return bool(report["points"]) and all("baseline" in point for point in report["points"])
+
+
+def _with_bd(name: str, value: float | None) -> str:
+    return name if value is None else f"{name} ({percent(value)})"
+
+
+def _curve(points: list[dict], measure: str) -> tuple[list[float], list[float]]:
+    known = sorted((point["bpp"], point[measure]) for point in points if point[measure] is not None)
+    return [rate for rate, _ in known], [ms_ssim_db(value) if measure == "ms_ssim" else value for _, value in known]
+
+
+def _span(values) -> tuple[float, float]:
+    values = list(values)
+    low, high = min(values), max(values)
+    margin = 0.08 * (high - low) or 0.5
+    return low - 2 * margin, high + margin
+
+
+def _finding(report: dict) -> str:
+    value = report["bd_rate_psnr"]
+    on = f"On {report['dataset']} ({report['images']} image{'s' if report['images'] != 1 else ''})"
+    if value is None:
+        return f"{on} no BD-rate can be given: {report['bd_rate_notes'].get('bd_rate_psnr', 'see below')}."
+    change = "more" if value >= 0 else "less"
+    return (f"{on}, at equal PSNR, the quantized codec needs **{abs(value):.2f}% {change} rate** than the float one "
+            f"(BD-rate, PCHIP, {len(report['points'])} points).")
+
+
+def _points_table(report: dict) -> str:
+    header = ["quality", "lambda", "codec", "bpp", "PSNR [dB]", "MS-SSIM", "delta bpp", "delta PSNR [dB]", "delta J"]
+    codecs = [("fp32", "float"), ("quant", codec_label(report))]
+    if _has_baseline(report):
+        codecs.append(("baseline", "without reconstruction"))
+    rows = []
+    for point in report["points"]:
+        for codec, name in codecs:
+            means, reference = point[codec], point["fp32"]
+            delta_j = {"quant": point["delta_j_percent"], "baseline": point.get("baseline_delta_j_percent")}.get(codec)
+            similarity = "n/a" if means["ms_ssim"] is None else f"{means['ms_ssim']:.5f}"
+            row = [point["quality"], f"{point['lambda']:g}", name, f"{means['bpp']:.4f}", f"{means['psnr']:.3f}", similarity]
+            if codec != "fp32":
+                row += [percent(100 * (means["bpp"] / reference["bpp"] - 1)), f"{means['psnr'] - reference['psnr']:+.3f}",
+                        percent(delta_j)]
+            rows.append(row + [""] * (len(header) - len(row)))
+    return _table(header, rows, text_columns=(2,))
+
+
+def _explanation(report: dict) -> str:
+    rate = ("bpp is estimated from the entropy model's likelihoods; no bitstream was written."
+            if report["bpp_source"] == "estimate" else "bpp counts the bytes of bitstreams that were written and decoded.")
+    return (f"{rate} PSNR is on clamped and rounded 8-bit RGB pixels, the mean of the images' dB. MS-SSIM is the mean over "
+            "the images with more than 160 pixels on each side. J = bpp + lambda * D is the codec's training objective, "
+            "per image, then averaged.")
+
+
+def _bd_table(report: dict) -> str:
+    rows = [[f"{codec_label(report)} against float", *_bd_cells(report, "")]]
+    if _has_baseline(report):
+        rows.append(["without reconstruction against float", *_bd_cells(report, "_baseline")])
+    for name, values in (report.get("anchor_bd_rate_psnr") or {}).items():
+        rows.append([f"float against {name}", percent(values["fp32"]), "", ""])
+        rows.append([f"{codec_label(report)} against {name}", percent(values["quant"]), "", ""])
+    return _table(["BD-rate", "PSNR, PCHIP", "PSNR, cubic", "MS-SSIM (dB), PCHIP"], rows, text_columns=(0,))
+
+
+def _bd_cells(report: dict, ending: str) -> list[str]:
+    return [percent(report[key + ending]) for key in ("bd_rate_psnr", "bd_rate_psnr_cubic", "bd_rate_ms_ssim")]
+
+
+def _notes(report: dict) -> list[str]:
+    lines = []
+    if report["bd_rate_psnr"] is not None and len(report["points"]) < 4:
+        lines.append(f"Only {len(report['points'])} points: the usual BD-rate is taken over four or more, so compare with care.")
+    missing = {}
+    for key, reason in report["bd_rate_notes"].items():
+        missing.setdefault(reason, []).append(f"`{key}`")
+    lines += [f"No {', '.join(keys)}: {reason}." for reason, keys in missing.items()]
+    return ["\n".join(f"- {line}" for line in lines)] if lines else []
+
+
+def _cost_table(report: dict) -> str:
+    rows = [[point["quality"], _number(point["calibration_seconds"], 1, ".0f"), _number(point["peak_memory_mb"], 1, ".0f"),
+             _number(point["fp32_model_bytes"], 1e-6, ".2f"), _number(point["model_bytes"], 1e-6, ".2f")]
+            for point in report["points"]]
+    return _table(["quality", "calibration [s]", "peak memory [MB]", "float model [MB]", "quantized model [MB]"], rows)
+
+
+def _number(value: float | None, factor: float, style: str) -> str:
+    return "n/a" if value is None else format(value * factor, style)
+
+
+def _settings(report: dict) -> str:
+    settings = {key: report[key] for key in ("arch", "preset", "loss", "unit", "w_bits", "a_bits", "dataset", "images")}
+    for key, value in (report.get("config") or {}).items():
+        if key not in settings:
+            settings[key] = value
+    settings["versions"] = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    return _table(["setting", "value"], [[key, _cell(value)] for key, value in settings.items()], text_columns=(0, 1))
+
+
+def _cell(value) -> str:
+    return "" if value is None else str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def _lines(value) -> list[str]:
+    return [f"{key}: {reason}" for key, reason in value.items()] if isinstance(value, dict) else [str(item) for item in value]
+
+
+def _table(header: list[str], rows: list[list], text_columns: tuple[int, ...] = ()) -> str:
+    align = ["left" if index in text_columns else "right" for index in range(len(header))]
+    return tabulate(rows, headers=header, tablefmt="github", disable_numparse=True, colalign=align)
