@@ -179,9 +179,9 @@ def _scale_and_round(acc: Tensor, multiplier: Tensor) -> Tensor:
     The float64 product is exact. Done in pieces that stay in the cache, because float64 copies of a whole feature
     map cost more than the arithmetic.
     """
-    shape = torch.broadcast_shapes(acc.shape, multiplier.shape)
-    acc, multiplier = acc.expand(shape), multiplier.expand(shape)
-    out = torch.empty(shape, dtype=acc.dtype, device=acc.device)
+    # Not torch.broadcast_shapes: its first call imports sympy, which takes seconds.
+    acc, multiplier = torch.broadcast_tensors(acc, multiplier)
+    out = torch.empty(acc.shape, dtype=acc.dtype, device=acc.device)
     for part, factor, into in pieces(acc, multiplier, out):
         into.copy_(_round_half_away_(part * factor))
     return out
@@ -228,8 +228,11 @@ def requantize_ste(acc: Tensor, multiplier: Tensor) -> Tensor:
     d/d multiplier = acc, summed to its shape. Raises ValueError for a multiplier that is not positive and finite,
     or that does not broadcast to acc's shape.
     """
-    if torch.broadcast_shapes(acc.shape, multiplier.shape) != acc.shape:
-        raise ValueError(f"multiplier {tuple(multiplier.shape)} does not broadcast to acc {tuple(acc.shape)}")
+    try:
+        multiplier.expand(acc.shape)
+    except RuntimeError:
+        shapes = f"{tuple(multiplier.shape)} does not broadcast to acc {tuple(acc.shape)}"
+        raise ValueError(f"multiplier {shapes}") from None
     return _RequantizeSTE.apply(acc, multiplier)
 
 

@@ -129,7 +129,9 @@ def test_specs_are_written_as_they_are_read_and_cannot_change():
         RangeSpec("max").method = "mse"
 
 
-@pytest.mark.parametrize("text", ["", "median", "lp", "lp0", "max3", "percentile", "percentile101", "sigma-1", "MSE", "lp2.4x"])
+@pytest.mark.parametrize(
+    "text", ["", "median", "lp", "lp0", "max3", "percentile", "percentile101", "sigma-1", "MSE", "lp2.4x"]
+)
 def test_a_spec_that_makes_no_sense_is_refused_in_one_line(text):
     with pytest.raises(InputError) as caught:
         RangeSpec.parse(text)
