@@ -13,7 +13,7 @@ from support.errors import InputError
 MIN_SIDE = 8  # pixels; the smallest image that a codec with four stride-2 stages says anything about
 
 # A silent conversion would change what is measured, so the user converts, and sees what is lost.
-_TO_RGB = "convert it to 8-bit RGB: convert IN -alpha remove -colorspace sRGB PNG24:OUT.png"
+_TO_RGB = "convert it to 8-bit RGB with ImageMagick: convert IN -alpha remove -colorspace sRGB PNG24:OUT.png"
 _MODES = {
     "1": "black and white (1 bit)", "L": "grey", "LA": "grey with alpha", "P": "a palette image",
     "PA": "a palette image with alpha", "RGBA": "RGB with alpha", "RGBa": "RGB with alpha", "La": "grey with alpha",
@@ -41,7 +41,7 @@ def load_pixels(path: str | Path) -> np.ndarray:
     if not path.exists():
         raise InputError(f"{path}: no such file; check the path")
     if path.is_dir():
-        raise InputError(f"{path}: is a folder where an image file is expected")
+        raise InputError(f"{path}: is a folder; give an image file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -64,7 +64,7 @@ def load_pixels(path: str | Path) -> np.ndarray:
 
 def _refuse_unless_rgb8(path: Path, image: Image.Image) -> None:
     if getattr(image, "n_frames", 1) > 1:
-        raise InputError(f"{path}: is animated or holds {image.n_frames} pictures; extract one: convert 'IN[0]' PNG24:OUT.png")
+        raise InputError(f"{path}: is animated or holds {image.n_frames} pictures; extract one with ImageMagick: convert 'IN[0]' PNG24:OUT.png")
     if _is_16_bit(image):
         raise InputError(f"{path}: has 16 bits per channel; {_TO_RGB}")
     if image.mode != "RGB":

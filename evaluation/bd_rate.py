@@ -47,7 +47,7 @@ def _curve(rate: Sequence[float], psnr: Sequence[float], method: str) -> tuple[n
     if rate.shape != psnr.shape or rate.ndim != 1:
         raise InputError(f"BD-rate: {rate.size} rates and {psnr.size} qualities do not pair up; give one of each a point")
     if rate.size < MIN_POINTS[method]:
-        raise InputError(f"BD-rate: {rate.size} points are too few, {method} needs {MIN_POINTS[method]}; "
+        raise InputError(f"BD-rate: too few points ({rate.size}), {method} needs {MIN_POINTS[method]}; "
                          "measure more qualities")
     if not (np.isfinite(rate).all() and np.isfinite(psnr).all() and (rate > 0).all()):
         raise InputError("BD-rate: rates must be finite and positive and qualities finite; leave such points out")

@@ -1,5 +1,6 @@
 """What a reader sees of report.json: report.md and the R-D plot. Both are functions of the report's dictionary alone."""
 
+import math
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -47,10 +48,9 @@ def draw_rd(report: dict, path: str | Path) -> None:
     measures = ["psnr"]
     if all(point[codec]["ms_ssim"] is not None for point in report["points"] for codec in codecs):
         measures.append("ms_ssim")
-    figure = Figure(figsize=(4.6 * len(measures), 3.7), dpi=200, layout="constrained")
+    figure = Figure(figsize=(max(5.2, 4.4 * len(measures)), 3.8), dpi=200, layout="constrained")
     FigureCanvasAgg(figure)
-    label = codec_label(report)
-    names = {"fp32": f"{report['arch']}, float", "quant": _with_bd(f"{label}", report.get("bd_rate_psnr")),
+    names = {"fp32": f"{report['arch']}, float", "quant": _with_bd(codec_label(report), report.get("bd_rate_psnr")),
              "baseline": _with_bd("without reconstruction", report.get("bd_rate_psnr_baseline"))}
     styles = {"fp32": _FLOAT, "quant": _QUANT, "baseline": _BASELINE}
     for axis, measure in zip(figure.subplots(1, len(measures), squeeze=False)[0], measures):
@@ -59,8 +59,8 @@ def draw_rd(report: dict, path: str | Path) -> None:
             rate, quality = _curve([point[codec] for point in report["points"]], measure)
             own += list(zip(rate, quality))
             axis.plot(rate, quality, label=names[codec], **styles[codec])
-        low, high = _span(quality for _, quality in own)
-        largest = max(rate for rate, _ in own)
+        low, high = _span([quality for _, quality in own])
+        largest = max((rate for rate, _ in own), default=1.0)
         for style, (name, anchor) in zip(_ANCHORS, (report.get("anchors") or {}).items()):
             rate, quality = _curve(anchor, measure)
             if rate:
@@ -71,9 +71,9 @@ def draw_rd(report: dict, path: str | Path) -> None:
         axis.set_xlabel("rate [bpp" + (", estimated]" if report["bpp_source"] == "estimate" else "]"))
         axis.set_ylabel({"psnr": "PSNR (RGB) [dB]", "ms_ssim": "MS-SSIM [dB]"}[measure])
         axis.grid(True, linewidth=0.4, alpha=0.5)
-    first = figure.axes[0]
-    first.legend(loc="lower right", fontsize=8, framealpha=0.9, title="BD-rate to float" if len(codecs) > 1 else None,
-                 title_fontsize=7)
+    # Below the panels: a codec's curve and JPEG's leave no free corner between them.
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     figure.suptitle(f"{report['arch']} on {report['dataset']} ({report['images']} images)", fontsize=10)
     figure.savefig(path, format="png")
 
@@ -83,17 +83,19 @@ def _has_baseline(report: dict) -> bool:
 
 
 def _with_bd(name: str, value: float | None) -> str:
-    return name if value is None else f"{name} ({percent(value)})"
+    return name if value is None else f"{name} (BD-rate {percent(value)})"
 
 
 def _curve(points: list[dict], measure: str) -> tuple[list[float], list[float]]:
+    """Rates and qualities that can be drawn: a lossless point, of infinite quality, cannot."""
     known = sorted((point["bpp"], point[measure]) for point in points if point[measure] is not None)
-    return [rate for rate, _ in known], [ms_ssim_db(value) if measure == "ms_ssim" else value for _, value in known]
+    known = [(rate, ms_ssim_db(value) if measure == "ms_ssim" else value) for rate, value in known]
+    known = [(rate, value) for rate, value in known if math.isfinite(value)]
+    return [rate for rate, _ in known], [value for _, value in known]
 
 
-def _span(values) -> tuple[float, float]:
-    values = list(values)
-    low, high = min(values), max(values)
+def _span(values: list[float]) -> tuple[float, float]:
+    low, high = min(values, default=30.0), max(values, default=40.0)
     margin = 0.08 * (high - low) or 0.5
     return low - 2 * margin, high + margin
 
@@ -119,7 +121,7 @@ def _points_table(report: dict) -> str:
             means, reference = point[codec], point["fp32"]
             delta_j = {"quant": point["delta_j_percent"], "baseline": point.get("baseline_delta_j_percent")}.get(codec)
             similarity = "n/a" if means["ms_ssim"] is None else f"{means['ms_ssim']:.5f}"
-            row = [point["quality"], f"{point['lambda']:g}", name, f"{means['bpp']:.4f}", f"{means['psnr']:.3f}", similarity]
+            row = [point["quality"], _number(point["lambda"], 1, "g"), name, f"{means['bpp']:.4f}", f"{means['psnr']:.3f}", similarity]
             if codec != "fp32":
                 row += [percent(100 * (means["bpp"] / reference["bpp"] - 1)), f"{means['psnr'] - reference['psnr']:+.3f}",
                         percent(delta_j)]

@@ -15,27 +15,28 @@ from support.errors import InputError
 from support.files import atomic_path, write_json, write_text
 
 
-def make_point(*, quality: int, lmbda: float, fp32: Report, quant: Report, metric: str = "mse",
+def make_point(*, quality: int, lmbda: float | None, fp32: Report, quant: Report, metric: str = "mse",
                baseline: Report | None = None, calibration_seconds: float | None = None,
                peak_memory_mb: float | None = None, model_bytes: int | None = None,
                fp32_model_bytes: int | None = None, **extra) -> dict:
     """One rate point of report.json (design section 7) from the evaluations of its codecs.
 
     Args:
-        lmbda, metric: the trade-off and the distortion the codec was trained with, for delta_j_percent.
+        lmbda, metric: the trade-off and the distortion the codec was trained with, for delta_j_percent
+            (None where lmbda is).
         baseline: an optional third codec, e.g. nearest rounding without reconstruction.
         extra: further keys, written as they are.
     """
     point = {
         "quality": quality, "lambda": lmbda, "fp32": fp32.mean(), "quant": quant.mean(),
-        "delta_j_percent": delta_j_percent(fp32, quant, lmbda, metric), "bpp_source": quant.bpp_source,
+        "delta_j_percent": _delta_j(fp32, quant, lmbda, metric), "bpp_source": quant.bpp_source,
         "calibration_seconds": calibration_seconds, "peak_memory_mb": peak_memory_mb, "model_bytes": model_bytes,
         "fp32_model_bytes": fp32_model_bytes,
         "images_per": {"fp32": fp32.images_as_dicts(), "quant": quant.images_as_dicts()},
     }
     if baseline is not None:
         point["baseline"] = baseline.mean()
-        point["baseline_delta_j_percent"] = delta_j_percent(fp32, baseline, lmbda, metric)
+        point["baseline_delta_j_percent"] = _delta_j(fp32, baseline, lmbda, metric)
         point["images_per"]["baseline"] = baseline.images_as_dicts()
     return point | extra
 
@@ -91,6 +92,10 @@ def write_report(folder: str | Path, report: dict) -> None:
     with atomic_path(folder / "rd.png") as temporary:
         draw_rd(report, temporary)
     write_text(folder / "report.md", render_markdown(report))
+
+
+def _delta_j(fp32: Report, other: Report, lmbda: float | None, metric: str) -> float | None:
+    return None if lmbda is None else delta_j_percent(fp32, other, lmbda, metric)
 
 
 def _bd_rate(anchor: Sequence[dict], curve: Sequence[dict], measure: str, method: str) -> tuple[float | None, str | None]:
