@@ -1,0 +1,236 @@
+"""Checkpoint files in and out: from a path to tensors with today's names, and back. No architecture is known here."""
+
+import hashlib
+import json
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from compressai.entropy_models import EntropyBottleneck
+from torch import Tensor
+
+from support.errors import InputError
+from support.files import atomic_path
+
+CDF_STATE = ("_quantized_cdf", "_offset", "_cdf_length")
+_PACKED = "_cdf_steps"
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "network", "net")
+_LAMBDA_KEYS = ("lambda", "lmbda")
+_OLD_BOTTLENECK = re.compile(r"(.*\bentropy_bottleneck\.)_(matri|bias|factor)(?:x|es|ces|s)?\.?(\d+)")
+
+
+@dataclass(frozen=True)
+class CheckpointFile:
+    """What a checkpoint file holds.
+
+    state_dict:  name -> tensor; floating point as float32, names as the installed CompressAI writes them.
+    metadata:    of those that the file states: arch, kwargs, quality, lambda, metric, and whatever its writer added.
+    """
+
+    state_dict: dict[str, Tensor]
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+def sha256_file(path: str | Path) -> str:
+    """The SHA-256 of a file's bytes, 64 hexadecimal digits."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def read_file(path: str | Path) -> CheckpointFile:
+    """Read a state_dict, bare or wrapped, from a PyTorch file (zip or legacy) or a safetensors file.
+
+    Nothing in the file is executed. Half-precision numbers that are constants of a layer (bounds such as 1e-9) are left
+    out: they do not survive float16, and the layer has its own.
+
+    Raises:
+        InputError: the file is missing, empty, damaged, no checkpoint, or needs code to be unpickled.
+    """
+    path = Path(path)
+    head = _head(path)
+    if len(head) > 8 and head[8:9] == b"{":
+        tensors, metadata = _read_safetensors(path)
+    else:
+        tensors, metadata = _unwrap(_read_pytorch(path, head), path)
+    return CheckpointFile(_clean(tensors, path), metadata)
+
+
+def write_file(path: str | Path, state_dict: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """Write a safetensors file: CDF tables packed, metadata and a SHA-256 of the tensors as JSON in its header.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in pack_cdfs(state_dict).items()}
+    stated = json.dumps({**metadata, "sha256": _digest(tensors)}, sort_keys=True)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(safetensors.torch.save(tensors, metadata={"licq": stated}))
+
+
+def pack_cdfs(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Replace each CDF table by the steps of its rows, 16 bits each: some fifteen times smaller for a Gaussian's table.
+
+    `_quantized_cdf` (rows, longest) int32, of which the first `_cdf_length` entries of a row count, becomes `_cdf_steps`
+    (sum of lengths - rows,) uint16. Rows start at 0; a table that is not of this form is left as it is.
+    """
+    packed = dict(state_dict)
+    for name, cdf in state_dict.items():
+        prefix, _, last = name.rpartition(".")
+        lengths = state_dict.get(f"{prefix}._cdf_length")
+        if last != CDF_STATE[0] or lengths is None or cdf.numel() == 0:
+            continue
+        rows = [row[:length] for row, length in zip(cdf.cpu(), lengths.flatten().tolist())]
+        steps = torch.cat([row.diff() for row in rows])
+        in_range = bool(((steps >= 0) & (steps < 2**16)).all()) and not any(int(row[0]) for row in rows)
+        if in_range:
+            entry = {f"{prefix}.{_PACKED}": steps.to(torch.int32).to(torch.uint16)}
+            if torch.equal(unpack_cdfs({**entry, f"{prefix}._cdf_length": lengths.cpu()})[name], cdf.cpu()):
+                del packed[name]
+                packed.update(entry)
+    return packed
+
+
+def unpack_cdfs(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `pack_cdfs`."""
+    unpacked = dict(state_dict)
+    for name, steps in state_dict.items():
+        prefix, _, last = name.rpartition(".")
+        if last != _PACKED:
+            continue
+        lengths = state_dict[f"{prefix}._cdf_length"].flatten().tolist()
+        cdf = torch.zeros(len(lengths), max(lengths), dtype=torch.int32)
+        for row, part in zip(cdf, steps.to(torch.int32).split([length - 1 for length in lengths])):
+            row[1 : len(part) + 1] = part.cumsum(0)
+        del unpacked[name]
+        unpacked[f"{prefix}.{CDF_STATE[0]}"] = cdf
+    return unpacked
+
+
+def rename_key(key: str) -> str:
+    """A tensor's name as the installed CompressAI has it: without wrappers' prefixes, old layer names replaced.
+
+    `module.` (DataParallel) and `_orig_mod.` (torch.compile) go; `downsample` is `skip`; the entropy bottleneck's
+    `_matrices.0`, `_matrix0` and `matrices.0` are one.
+    """
+    while key.startswith(("module.", "_orig_mod.")):
+        key = key.partition(".")[2]
+    key = key.replace(".downsample.", ".skip.")
+    old = _OLD_BOTTLENECK.fullmatch(key)
+    if old and _BOTTLENECK_HAS_LISTS:
+        plural = {"matri": "matrices", "bias": "biases", "factor": "factors"}[old[2]]
+        return f"{old[1]}{plural}.{old[3]}"
+    return key
+
+
+_BOTTLENECK_HAS_LISTS = "matrices.0" in EntropyBottleneck(1).state_dict()
+
+
+def _head(path: Path) -> bytes:
+    try:
+        with open(path, "rb") as stream:
+            head = stream.read(512)
+    except FileNotFoundError as error:
+        raise InputError(f"no checkpoint at {path}; give an existing file with --checkpoint") from error
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}; give a readable file with --checkpoint") from error
+    if not head:
+        raise InputError(f"{path} is empty; download or save it again")
+    if head.lstrip()[:1] == b"<":
+        raise InputError(f"{path} is a web page, not a checkpoint; download the file itself")
+    if head.startswith(b"version https://git-lfs"):
+        raise InputError(f"{path} is a Git LFS pointer, not a checkpoint; fetch the file with `git lfs pull`")
+    return head
+
+
+def _damaged(path: Path, detail: object) -> InputError:
+    first_line = (str(detail).strip().splitlines() or ["it ends too early"])[0][:160]
+    return InputError(f"{path} is damaged or no checkpoint ({first_line}); download or save it again")
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        with safetensors.safe_open(path, "pt") as stream:
+            stated = stream.metadata() or {}
+            tensors = {name: stream.get_tensor(name) for name in stream.keys()}
+        metadata = json.loads(stated.get("licq", "{}"))
+        if not isinstance(metadata, dict):
+            raise _damaged(path, "its metadata are no JSON object")
+    except (safetensors.SafetensorError, json.JSONDecodeError, OSError) as error:
+        raise _damaged(path, error) from error
+    expected = metadata.pop("sha256", None)
+    if expected is not None and expected != _digest(tensors):
+        raise _damaged(path, "its tensors do not have the SHA-256 that it states")
+    try:
+        return unpack_cdfs(tensors), metadata
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise _damaged(path, f"its CDF tables cannot be unpacked: {error}") from error
+
+
+def _read_pytorch(path: Path, head: bytes) -> Any:
+    try:
+        if head.startswith(b"PK"):
+            with zipfile.ZipFile(path) as archive:
+                broken = archive.testzip()
+            if broken is not None:
+                raise _damaged(path, f"{broken} fails its checksum")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
+    except Exception as error:  # torch.load raises whatever its many readers raise
+        message = str(error)
+        if "TorchScript" in message or re.search(r"GLOBAL|Unsupported global|Unsupported class", message):
+            culprit = re.search(r"GLOBAL ([\w.]+)", message)
+            raise InputError(
+                f"{path} needs code to be loaded ({culprit[1] if culprit else 'a pickled object'}), which is refused; "
+                "where you trust it, save its weights alone: torch.save(model.state_dict(), PATH)"
+            ) from error
+        detail = "it ends too early" if isinstance(error, EOFError) else message
+        raise _damaged(path, "unreadable" if detail.startswith("Weights only load failed") else detail) from error
+
+
+def _unwrap(content: Any, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state_dict inside a training checkpoint, and the lambda that stands beside it."""
+    metadata: dict[str, Any] = {}
+    while isinstance(content, Mapping):
+        if content and all(isinstance(value, Tensor) for value in content.values()):
+            return dict(content), metadata
+        for key in _LAMBDA_KEYS:
+            value = content.get(key)
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                metadata["lambda"] = float(value)
+        content = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None)
+    raise InputError(f"{path} holds no state_dict; save the weights with torch.save(model.state_dict(), PATH)")
+
+
+def _clean(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    state_dict: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        name = rename_key(key)
+        if tensor.is_floating_point():
+            if tensor.dtype in (torch.float16, torch.bfloat16) and _is_layer_constant(name):
+                continue
+            tensor = tensor.float()
+            if not bool(torch.isfinite(tensor).all()):
+                raise InputError(f"{path} holds numbers that are not finite ({name}); its training has diverged")
+        state_dict[name] = tensor
+    return state_dict
+
+
+def _is_layer_constant(name: str) -> bool:
+    return name.rpartition(".")[2] in ("bound", "pedestal", "scale_bound", "target", "mask", "attn_mask")
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, types, shapes and bytes, in the order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
