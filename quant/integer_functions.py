@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from quant.fixedpoint import MANTISSA_BITS, pieces, power_of_two, requantize, round_half_away
+from quant.fixedpoint import MANTISSA_BITS, _round_half_away_, pieces, power_of_two, requantize, round_half_away
 
 SOFTMAX_FRAC_BITS = 15
 """`integer_softmax` returns probabilities in units of 2^-15."""
@@ -125,7 +125,7 @@ def integer_softmax(
     allowed = None if mask is None else mask.to(device=q.device, dtype=torch.bool)
     candidates = q if allowed is None else torch.where(allowed, q, -(2.0**30))
     below_max = (candidates.amax(dim, keepdim=True) - q).clamp_(min=0)
-    weight = table_lookup(requantize(below_max, mantissa, shift), table)
+    weight = table_lookup(requantize(below_max, mantissa, shift), table).to(torch.float64)
     if allowed is not None:
         weight = torch.where(allowed, weight, 0.0)
     total = weight.sum(dim, keepdim=True).clamp_(min=1)
@@ -218,3 +218,45 @@ def _gdn_piece(x: Tensor, norm: Tensor, mantissa: Tensor, shift: Tensor, inverse
     # Beyond 25 the quotient is below 2^(37 - 26 - 25), which rounds to 0 either way.
     down = (-exponent).clamp(0, _ROOT_BITS - 1)
     return divide_round(dividend * power_of_two(up), divisor * power_of_two(down))
+
+
+# ------------------------------------------------------------------------------- softmax in 24 bits, for attention
+
+SOFTMAX_STEP = 2.0**-8
+"""Scores come on this grid, in nats: a difference of two scores is an index into the table."""
+
+SOFTMAX_UNIT = 2.0**-16
+"""Probabilities are whole numbers in this unit, 0..2^16."""
+
+_EXP_BITS = 12
+
+
+def softmax_table() -> Tensor:
+    """round(2^12 exp(-i / 256)), float32, up to the first entry that is 0 (about 9 nats)."""
+    entries = round_half_away(torch.exp(-torch.arange(2400, dtype=torch.float64) / 256) * 2**_EXP_BITS)
+    return entries[: int((entries > 0).sum()) + 1].to(torch.float32)
+
+
+def fixed_softmax(q: Tensor, table: Tensor, masked: Tensor | None = None, dim: int = -1) -> Tensor:
+    """Softmax along `dim` of scores q / 256, as whole numbers in units of 2^-16; float32 of q's shape.
+
+    `q`: whole numbers, |q| < 2^22. `table` = softmax_table(). `masked`: bool, broadcast to q; true gives exactly 0,
+    also for a whole row.
+
+        e = table[max q - q],  S = sum e,  m = round(2^k / S) with 2^11 < m <= 2^12,  p = round(e m / 2^(k - 16))
+
+    Every intermediate is at most 2^24, so float32 is exact: e <= 2^12, S <= K 2^12 with up to 4096 keys, e m <= 2^24.
+    The reciprocal's 12 bits are a relative error of 2^-12 for a whole row, the table's entries one of 2^-13 for the
+    largest key; a key below 2^-13 of the largest gets 0. `integer_softmax` is the finer, slower variant.
+    """
+    if masked is not None:
+        q = q.masked_fill(masked, -(2.0**22))
+    index = (q.amax(dim, keepdim=True) - q).clamp_(max=table.numel() - 1)
+    weight = table[index.to(torch.int32)]
+    if masked is not None:
+        weight = weight.masked_fill(masked, 0.0)
+    total = weight.sum(dim, keepdim=True).clamp_(min=1)
+    _, exponent = torch.frexp(total)  # total in [2^(exponent-1), 2^exponent)
+    k = (exponent + (_EXP_BITS - 1)).double()
+    reciprocal = divide_round(power_of_two(k), total.double()).float()
+    return _round_half_away_(weight.mul_(reciprocal).mul_(power_of_two(16 - k).float()))

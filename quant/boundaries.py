@@ -1,0 +1,137 @@
+"""The codec's boundaries on integers: rounding of y and z, entropy bottleneck, Gaussian conditional.
+
+y, z, means and scales come straight from their accumulators onto a grid of 2^-f (design, section 3). The likelihoods
+are estimates in float, for the rate: no symbol and no pixel depends on them.
+"""
+
+import torch
+from compressai.entropy_models import EntropyBottleneck, GaussianConditional
+from torch import Tensor, nn
+
+from quant.config import QuantConfig
+from quant.fixedpoint import requantize_ste, round_ste
+from quant.grid import Grid
+from quant.modules import QuantModule
+from quant.qtensor import QTensor, to_real
+
+_WIDE = 24  # bits of the boundary grids; the numbers stay exact in float32
+
+
+def boundary_grid(config: QuantConfig) -> Grid:
+    """The fixed grid of 2^-f that boundary tensors are put on."""
+    return Grid(_WIDE, config.frac_bits, fixed=2.0**-config.boundary_bits)
+
+
+def symbols_and_values(x: QTensor, means: QTensor | None, unit: float) -> tuple[Tensor, QTensor]:
+    """(round(x - means) as whole numbers, that plus means on the boundary grid); straight-through gradients."""
+    residual = x.q if means is None else x.q - means.q
+    symbols = requantize_ste(residual, torch.as_tensor(unit, dtype=torch.float64, device=x.q.device))
+    values = symbols / unit
+    return symbols, x.like(values if means is None else values + means.q, x.scale)
+
+
+def rounded(x: Tensor, means: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(round(x - means), that plus means) on real numbers, with straight-through gradients."""
+    residual = x if means is None else x - means
+    symbols = residual + (torch.round(residual) - residual).detach()
+    return symbols, symbols if means is None else symbols + means
+
+
+class QuantRound(QuantModule):
+    """round(x - means) + means: the values that the decoder will have."""
+
+    kind = "round"
+
+    def __init__(self, module: nn.Module | None, config: QuantConfig):
+        super().__init__(config)
+        self.module = module
+        self.unit = 2.0**-config.boundary_bits
+        self.grid = boundary_grid(config)
+
+    def real(self, x: Tensor, means: Tensor | None = None) -> Tensor:
+        return rounded(x, means)[1]
+
+    def integer(self, x: QTensor, means: QTensor | Tensor | None = None) -> QTensor:
+        if isinstance(means, Tensor):
+            means = QTensor(means, None, self.runtime)
+        return symbols_and_values(self.grid(x), None if means is None else self.grid(means), self.unit)[1]
+
+
+class QuantEntropyBottleneck(QuantModule):
+    """EntropyBottleneck (Balle 2018): z_hat from integers, its likelihood under the learned factorized density."""
+
+    kind = "entropy_bottleneck"
+
+    def __init__(self, module: EntropyBottleneck, config: QuantConfig):
+        super().__init__(config)
+        self.module = module
+        self.unit = 2.0**-config.boundary_bits
+        self.grid = boundary_grid(config)
+
+    def forward(self, x, training=None):
+        return super().forward(x)
+
+    def _get_medians(self) -> Tensor:
+        return self.module._get_medians()
+
+    def _medians_for(self, x: Tensor) -> Tensor:
+        return self.module._get_medians().detach().reshape(1, -1, *[1] * (x.ndim - 2))
+
+    def _likelihood_of(self, z_hat: Tensor) -> Tensor:
+        rows = z_hat.transpose(0, 1).reshape(z_hat.shape[1], 1, -1)
+        likelihood, _, _ = self.module._likelihood(rows)
+        if self.module.use_likelihood_bound:
+            likelihood = self.module.likelihood_lower_bound(likelihood)
+        return likelihood.reshape(z_hat.shape[1], z_hat.shape[0], *z_hat.shape[2:]).transpose(0, 1)
+
+    def real(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        z_hat = rounded(z, self._medians_for(z))[1]
+        return z_hat, self._likelihood_of(z_hat)
+
+    def integer(self, z: QTensor) -> tuple[QTensor, Tensor]:
+        z = self.grid(z)
+        medians = z.like(round_ste(self._medians_for(z.q) / self.unit), z.scale)
+        z_hat = symbols_and_values(z, medians, self.unit)[1]
+        return z_hat, self._likelihood_of(z_hat.real())
+
+
+class QuantGaussianConditional(QuantModule):
+    """GaussianConditional (Balle 2018, Minnen 2018): y_hat and scales from integers, the likelihood of the symbols."""
+
+    kind = "gaussian_conditional"
+
+    def __init__(self, module: GaussianConditional, config: QuantConfig):
+        super().__init__(config)
+        self.module = module
+        self.unit = 2.0**-config.boundary_bits
+        self.grid = boundary_grid(config)
+        self.rounding = QuantRound(None, config)
+
+    def bind(self, runtime, name: str) -> None:
+        super().bind(runtime, name)
+        self.rounding.bind(runtime, f"{name}.quantize")
+
+    def wraps(self, index: int) -> bool:
+        return True
+
+    def forward(self, inputs, scales, means=None, training=None):
+        return super().forward(*([inputs, scales] if means is None else [inputs, scales, means]))
+
+    def quantize(self, inputs, mode: str, means=None):
+        """What the codec's forward calls by name: "dequantize" is round(inputs - means) + means."""
+        if mode != "dequantize":
+            return self.runtime.in_float(self.module.quantize, (inputs, mode, means), {})
+        return self.rounding(inputs) if means is None else self.rounding(inputs, means)
+
+    def _likelihood_of(self, symbols: Tensor, scales: Tensor) -> Tensor:
+        likelihood = self.module._likelihood(symbols, scales)
+        return self.module.likelihood_lower_bound(likelihood) if self.module.use_likelihood_bound else likelihood
+
+    def real(self, y: Tensor, scales: Tensor, means: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        symbols, y_hat = rounded(y, means)
+        return y_hat, self._likelihood_of(symbols, scales)
+
+    def integer(self, y: QTensor, scales: QTensor, means: QTensor | None = None) -> tuple[QTensor, Tensor]:
+        means = None if means is None else self.grid(means)
+        symbols, y_hat = symbols_and_values(self.grid(y), means, self.unit)
+        return y_hat, self._likelihood_of(symbols, to_real(self.grid(scales)))

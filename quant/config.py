@@ -1,0 +1,80 @@
+"""The settings of a quantization, validated where they are built and written out whole into every result."""
+
+import dataclasses
+from typing import Any
+
+from quant.ranges import RangeSpec
+from quant.rounding import ROUNDINGS
+from support.errors import InputError
+
+FLOAT_BITS = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantConfig:
+    """Design section 3. Every field has a default that suits W8A8.
+
+    w_bits, a_bits: bits of weights and of the inputs of multiply-accumulate layers, 2..16; 32 leaves them in float.
+    bias_bits:      32, whole numbers at the accumulator's scale; or 8, eqs. 17 and 19 with rescaling.
+    w_range, a_range: estimators of the first ranges: max, mse, lpP, percentileP, sigmaK.
+    a_granularity:  "channel": a scale per input channel, folded into the weights that consume it (eq. 16);
+                    "tensor": one scale per tensor.
+    w_granularity:  "channel" (per output channel, eq. 15) or "tensor".
+    transform:      "equalize": the spread of the per-channel scales is chosen per layer, between none and the full
+                    one, where the predicted noise of weights and activations together is least; "fold": the full one.
+    rounding:       nearest | adaround | ste | learned_offset.
+    carrier_bits:   fixed point between multiply-accumulate layers, where tensors are added, multiplied or normalized.
+    table_bits:     index of the tables of elementwise functions.
+    boundary_bits:  fractional bits of y, z, means and scales at the codec's boundaries.
+    strict_int8:    8 bits on every stored tensor, as the paper does (sets carrier_bits and table_bits to 8).
+    frac_bits:      n_r of eqs. 3 and 4.
+    headroom:       carriers reach to this multiple of the largest value seen in calibration.
+    """
+
+    w_bits: int = 8
+    a_bits: int = 8
+    bias_bits: int = 32
+    w_range: str = "max"
+    a_range: str = "max"
+    a_granularity: str = "channel"
+    w_granularity: str = "channel"
+    transform: str = "equalize"
+    rounding: str = "nearest"
+    carrier_bits: int = 16
+    table_bits: int = 12
+    boundary_bits: int = 12
+    strict_int8: bool = False
+    frac_bits: int = 24
+    headroom: float = 2.0
+
+    def __post_init__(self):
+        for name in ("w_bits", "a_bits"):
+            bits = getattr(self, name)
+            if bits != FLOAT_BITS and not 2 <= bits <= 16:
+                raise InputError(f"--{name} {bits} is out of range; choose 2 to 16, or 32 for float")
+        if self.bias_bits not in (8, 32):
+            raise InputError(f"--bias_bits {self.bias_bits} is not possible; choose 32 or 8")
+        _one_of("a_granularity", self.a_granularity, ("channel", "tensor"))
+        _one_of("w_granularity", self.w_granularity, ("channel", "tensor"))
+        _one_of("transform", self.transform, ("equalize", "fold"))
+        _one_of("rounding", self.rounding, tuple(ROUNDINGS))
+        RangeSpec.parse(self.w_range)
+        RangeSpec.parse(self.a_range)
+        if self.strict_int8:
+            object.__setattr__(self, "carrier_bits", 8)
+            object.__setattr__(self, "table_bits", 8)
+        for name in ("carrier_bits", "table_bits"):
+            if not 2 <= getattr(self, name) <= 16:
+                raise InputError(f"{name} {getattr(self, name)} is out of range; choose 2 to 16")
+        if not 4 <= self.boundary_bits <= 16:
+            raise InputError(f"boundary_bits {self.boundary_bits} is out of range; choose 4 to 16")
+        if not 8 <= self.frac_bits <= 30:
+            raise InputError(f"frac_bits {self.frac_bits} is out of range; choose 8 to 30")
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise InputError(f"{name} {value!r} is unknown; choose from {', '.join(choices)}")

@@ -1,0 +1,273 @@
+"""Nodes of functions without weights: adds, products, attention's matrix products, softmax, tables."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from quant.config import QuantConfig
+from quant.fixedpoint import requantize_ste, round_half_away, round_ste, straight_through
+from quant.grid import Grid
+from quant.integer_functions import SOFTMAX_STEP, SOFTMAX_UNIT, fixed_softmax, softmax_table, table_lookup
+from quant.modules import QuantModule
+from quant.qtensor import QTensor
+
+
+def make_function(kind: str, options: dict[str, Any], config: QuantConfig) -> "QuantFunction":
+    """The node of a function; `options` are its arguments that are not tensors (JSON)."""
+    for cls in (QuantAdd, QuantMul, QuantMatMul, QuantSoftmax, QuantLeakyReLU, QuantCarrier):
+        if cls.kind == kind:
+            return cls(config, **options)
+    return QuantTable(config, kind, **options)
+
+
+class QuantFunction(QuantModule):
+    """A function at one place of the forward."""
+
+    def __init__(self, config: QuantConfig, **options: Any):
+        super().__init__(config)
+        self.options = options
+
+    def carrier(self) -> Grid:
+        """A grid between layers: per tensor, wide, with headroom."""
+        bits = self.config.carrier_bits
+        # eight bits have no room to spare
+        headroom = self.config.headroom if bits > 8 else 1.0
+        return Grid(bits, self.config.frac_bits, headroom=headroom, one_sided=bits <= 8)
+
+
+class QuantCarrier(QuantFunction):
+    """A tensor brought to one scale, where its channels are about to be mixed by a change of layout."""
+
+    kind = "carrier"
+
+    def __init__(self, config: QuantConfig):
+        super().__init__(config)
+        self.grid = self.carrier()
+
+    def real(self, x: Tensor) -> Tensor:
+        return x
+
+    def observe(self, inputs: tuple, output: Any) -> None:
+        self.grid.observe(output)
+
+    def integer(self, x: QTensor) -> QTensor:
+        return self.grid(x)
+
+
+class QuantAdd(QuantFunction):
+    """a + b in fixed point; b may be a constant (a float tensor or number), which goes on the same grid."""
+
+    kind = "add"
+
+    def __init__(self, config: QuantConfig):
+        super().__init__(config)
+        self.grid = self.carrier()
+
+    def real(self, a: Tensor, b: Tensor | float) -> Tensor:
+        return a + b
+
+    def observe(self, inputs: tuple, output: Any) -> None:
+        self.grid.observe(output)
+        for x in inputs:
+            if isinstance(x, QTensor):
+                self.grid.observe(x.real())
+
+    def integer(self, a: QTensor, b: QTensor | Tensor | float) -> QTensor:
+        a = self.grid(a)
+        scale, qmin, qmax = self.grid.parameters_of_grid()
+        if isinstance(b, QTensor):
+            b_q = self.grid(b).q
+        elif isinstance(b, Tensor):
+            b_q = round_ste((b.double() / scale).float())
+        else:
+            b_q = round_half_away(b / scale.detach()).float()
+        return a.like((a.q + b_q).clamp(float(qmin), float(qmax)), scale)
+
+
+class QuantMul(QuantFunction):
+    """a * b elementwise: both factors and the product in fixed point."""
+
+    kind = "mul"
+
+    def __init__(self, config: QuantConfig):
+        super().__init__(config)
+        self.grid_a, self.grid_b, self.grid_out = self.carrier(), self.carrier(), self.carrier()
+
+    def real(self, a: Tensor, b: Tensor) -> Tensor:
+        return a * b
+
+    def wraps(self, index: int) -> bool:
+        return True
+
+    def observe(self, inputs: tuple, output: Any) -> None:
+        for grid, x in zip((self.grid_a, self.grid_b, self.grid_out), (inputs[0].real(), inputs[1].real(), output)):
+            grid.observe(x)
+
+    def integer(self, a: QTensor, b: QTensor) -> QTensor:
+        a, b = self.grid_a(a), self.grid_b(b)
+        product = a.q.double() * b.q.double()  # up to 30 bits
+        return self.grid_out(a.like(product, a.scale * b.scale))
+
+
+class QuantMatMul(QuantFunction):
+    """One of attention's two matrix products: both operands in a_bits, one scale per head where there are heads."""
+
+    kind = "matmul"
+
+    def __init__(self, config: QuantConfig, heads: bool = True):
+        super().__init__(config, heads=heads)
+        dim = -3 if heads and config.a_granularity == "channel" else None
+        self.grid_a = Grid(config.a_bits, config.frac_bits, dim, config.a_range)
+        self.grid_b = Grid(config.a_bits, config.frac_bits, dim, config.a_range)
+
+    def real(self, a: Tensor, b: Tensor) -> Tensor:
+        return a @ b
+
+    def wraps(self, index: int) -> bool:
+        return True
+
+    def observe(self, inputs: tuple, output: Any) -> None:
+        if min(x.ndim for x in inputs) < 4:
+            self.grid_a.channel_dim = self.grid_b.channel_dim = None
+            self.options["heads"] = False
+        self.grid_a.observe(inputs[0].real())
+        self.grid_b.observe(inputs[1].real())
+
+    def integer(self, a: QTensor, b: QTensor) -> QTensor:
+        a, b = self.grid_a(a), self.grid_b(b)
+        if not (a.is_integer and b.is_integer):
+            return a.like(a.real() @ b.real(), None)
+        return a.like(a.q @ b.q, a.scale * b.scale)
+
+    def learnable(self) -> dict[str, list]:
+        grids = [grid for grid in (self.grid_a, self.grid_b) if grid.bits != 32]
+        return {"range_a": [grid.log_n for grid in grids]} if grids else {}
+
+
+class QuantSoftmax(QuantFunction):
+    """Softmax along one dimension, with a constant bias (-inf masks a key): table exponential, fixed-point reciprocal.
+
+    The scores are put on a grid of 1/256 nat, so that a difference of scores is the index into the table.
+    """
+
+    kind = "softmax"
+
+    def __init__(self, config: QuantConfig, dim: int = -1):
+        super().__init__(config, dim=dim)
+        self.dim = dim
+        self.grid = Grid(16, config.frac_bits, fixed=SOFTMAX_STEP)
+        self.register_buffer("table", softmax_table())
+
+    def real(self, scores: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.softmax(scores if bias is None else scores + bias, self.dim)
+
+    def integer(self, scores: QTensor, bias: Tensor | None = None) -> QTensor:
+        scores = self.grid(scores)
+        q, masked = scores.q, None
+        if bias is not None:
+            masked = torch.isinf(bias)
+            q = q + round_ste(bias.masked_fill(masked, 0.0) / SOFTMAX_STEP)
+        with torch.no_grad():
+            exact = fixed_softmax(q, self.table, masked, self.dim)
+        scale = torch.as_tensor(SOFTMAX_UNIT, dtype=torch.float64, device=q.device)
+        if torch.is_grad_enabled() and q.requires_grad:
+            logits = q * SOFTMAX_STEP
+            if masked is not None:
+                logits = logits.masked_fill(masked, float("-inf"))
+            exact = straight_through(exact, F.softmax(logits, self.dim) / SOFTMAX_UNIT)
+        return scores.like(exact, scale)
+
+
+class QuantLeakyReLU(QuantFunction):
+    """LeakyReLU in the accumulator: negative numbers are requantized by the slope."""
+
+    kind = "leaky_relu"
+
+    def __init__(self, config: QuantConfig, slope: float = 0.01):
+        super().__init__(config, slope=slope)
+        self.slope = slope
+
+    def real(self, x: Tensor) -> Tensor:
+        return F.leaky_relu(x, self.slope)
+
+    def integer(self, x: QTensor) -> QTensor:
+        if not x.is_integer:
+            return x.like(self.real(x.q), None)
+        if self.slope == 0:
+            return x.like(x.q.clamp(min=0), x.scale)
+        slope = torch.as_tensor(self.slope, dtype=torch.float64, device=x.q.device)
+        return x.like(torch.where(x.q < 0, requantize_ste(x.q, slope), x.q), x.scale)
+
+
+_ELEMENTWISE: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "silu": F.silu,
+    "softplus": F.softplus,
+    "exp": torch.exp,
+    "elu": F.elu,
+    "hardswish": F.hardswish,
+    "hardsigmoid": F.hardsigmoid,
+    "mish": F.mish,
+    "relu6": F.relu6,
+    "square": torch.square,
+    "sqrt": lambda x: torch.sqrt(x.clamp(min=0)),
+    "log": lambda x: torch.log(x.clamp(min=1e-12)),
+}
+
+
+class QuantTable(QuantFunction):
+    """Any elementwise function: the input on a grid of table_bits, the output looked up on a carrier grid.
+
+    The table is computed in float64 while calibrating and stored with the model; decoding never evaluates the function.
+    """
+
+    def __init__(self, config: QuantConfig, kind: str):
+        super().__init__(config)
+        if kind not in _ELEMENTWISE:
+            raise ValueError(f"no table for the function {kind!r}")
+        self.kind = kind
+        self.f = _ELEMENTWISE[kind]
+        self.grid_in = Grid(config.table_bits, config.frac_bits, headroom=1.25 if config.table_bits > 8 else 1.0)
+        self.grid_out = self.carrier()
+        self.register_buffer("table", None)
+
+    def real(self, x: Tensor) -> Tensor:
+        return self.f(x)
+
+    def observe(self, inputs: tuple, output: Any) -> None:
+        self.grid_in.observe(inputs[0].real())
+        self.grid_out.observe(output)
+
+    def build(self) -> Tensor:
+        """The entries for every whole number of the input grid, on the output grid."""
+        scale_in, qmin, qmax = self.grid_in.parameters_of_grid()
+        scale_out, low, high = self.grid_out.parameters_of_grid()
+        index = torch.arange(int(qmin), int(qmax) + 1, dtype=torch.float64, device=scale_in.device)
+        entries = round_half_away(self.f(index * scale_in.detach()) / scale_out.detach())
+        return entries.clamp(float(low), float(high)).float()
+
+    def integer(self, x: QTensor) -> QTensor:
+        x = self.grid_in(x)
+        scale_out = self.grid_out.parameters_of_grid()[0]
+        with torch.no_grad():
+            table = self.build() if self.table is None else self.table
+            exact = table_lookup(x.q, table, int(self.grid_in.parameters_of_grid()[1]))
+        if torch.is_grad_enabled() and x.q.requires_grad:
+            exact = straight_through(exact, (self.f((x.q * x.scale).float()) / scale_out).float())
+        return x.like(exact, scale_out)
+
+    def freeze(self) -> None:
+        super().freeze()
+        self.table = self.build()
+
+    def thaw(self) -> None:
+        super().thaw()
+        self.table = None
+
+

@@ -1,0 +1,174 @@
+"""Static grids: where values become whole numbers, from real numbers or from another grid."""
+
+import torch
+from torch import Tensor, nn
+
+from quant.config import FLOAT_BITS
+from quant.fixedpoint import fixed_point_scale, int_range, requantize_ste, round_half_away, round_ste
+from quant.qtensor import QTensor
+from quant.ranges import RangeSpec
+
+_SAMPLES = 4096  # values kept per channel for the range estimators
+ONE_SIDED = 0.25  # a tensor is one-sided when its smaller side is below this share of the larger
+
+
+class Grid(nn.Module):
+    """A static uniform grid with a learnable range, eqs. 1, 3, 4 and 16.
+
+    Whole numbers are held without their zero point: symmetric -(2^(b-1)-1) .. 2^(b-1)-1; one-sided tensors use
+    0 .. 2^b - 1 with zero point z and are held as -z .. 2^b - 1 - z, so that a product needs no correction.
+
+    Args:
+        bits: width; 32 passes values through.
+        channel_dim: dimension with a scale of its own per index, or None for one scale.
+        frac_bits: n_r of eq. 4.
+        spec: range estimator.
+        headroom: factor on the range, for grids that must not clip and are not learned.
+        fixed: a scale that is given instead of found (power-of-two grids at the codec's boundaries).
+    """
+
+    def __init__(
+        self,
+        bits: int,
+        frac_bits: int,
+        channel_dim: int | None = None,
+        spec: str = "max",
+        headroom: float = 1.0,
+        fixed: float | None = None,
+        one_sided: bool = True,
+    ):
+        super().__init__()
+        self.bits, self.frac_bits, self.channel_dim = bits, frac_bits, channel_dim
+        self.spec, self.headroom, self.one_sided = RangeSpec.parse(spec), headroom, one_sided
+        self.fixed = fixed
+        self.pixels = False
+        self.frozen = False
+        self.log_n = nn.Parameter(torch.zeros(()), requires_grad=False)  # ln N: N stays positive, steps are relative
+        self.register_buffer("low", torch.zeros(()))  # observed, per channel
+        self.register_buffer("high", torch.zeros(()))
+        self.register_buffer("energy", torch.zeros(()))  # mean square, per channel
+        self.register_buffer("scale", torch.ones((), dtype=torch.float64))  # valid once frozen, or when fixed
+        self.register_buffer("qmin", torch.zeros(()))
+        self.register_buffer("qmax", torch.zeros(()))
+        self._seen: list[tuple[Tensor, Tensor, Tensor, int]] = []
+        self._samples: list[Tensor] = []
+
+    # ------------------------------------------------------------------------------------------------- observation
+
+    def _rows(self, x: Tensor) -> Tensor:
+        if self.channel_dim is None:
+            return x.reshape(1, -1)
+        return x.movedim(self.channel_dim, 0).reshape(x.shape[self.channel_dim], -1)
+
+    def observe(self, x: QTensor | Tensor, is_pixels: bool = False) -> None:
+        """Take one batch of values into account. x: real values."""
+        if self.fixed is not None or self.bits == FLOAT_BITS:
+            return
+        self.pixels = self.pixels or is_pixels
+        rows = self._rows(x.detach())
+        self._seen.append((rows.amin(1), rows.amax(1), rows.square().mean(1), rows.shape[1]))
+        if self.spec.method != "max":
+            step = max(1, rows.shape[1] * 8 // _SAMPLES)
+            self._samples.append(rows[:, ::step].clone())
+
+    def initialize(self) -> None:
+        """Ranges from what was observed; afterwards they are static."""
+        if self.fixed is not None or self.bits == FLOAT_BITS:
+            return
+        if not self._seen:
+            raise RuntimeError("a grid saw no value in calibration")
+        low = torch.stack([seen[0] for seen in self._seen]).amin(0).clamp(max=0)
+        high = torch.stack([seen[1] for seen in self._seen]).amax(0).clamp(min=0)
+        counts = torch.tensor([seen[3] for seen in self._seen], dtype=torch.float32, device=low.device)
+        self.energy = (torch.stack([seen[2] for seen in self._seen]) * counts[:, None]).sum(0) / counts.sum()
+        if self.pixels:
+            low, high = torch.zeros_like(low), torch.ones_like(high)
+        # a channel that was silent in calibration may speak later: give it a share of the loudest one's range
+        peak = torch.maximum(-low, high)
+        floor = peak.max().clamp(min=2**-8) * 2**-8
+        silent = peak < floor
+        low, high = torch.where(silent, -floor, low), torch.where(silent, floor, high)
+        self.low, self.high = low * self.headroom, high * self.headroom
+        if self.channel_dim is None:
+            self.low, self.high, self.energy = self.low[0], self.high[0], self.energy[0]
+        self.log_n = nn.Parameter(torch.zeros_like(self.low), requires_grad=False)
+        if self._samples and not self.pixels:
+            samples = torch.cat(self._samples, dim=1)
+            signed = not self._one_sided().any()
+            estimate = self.spec.estimate(samples, 0, self.bits, signed).to(peak)
+            n = (estimate / samples.abs().amax(1).clamp(min=1e-12)).clamp(1e-3, 1.0)
+            self.log_n.data = torch.log(n).reshape(self.log_n.shape)
+        self._seen, self._samples = [], []
+
+    def _one_sided(self) -> Tensor:
+        small, large = torch.minimum(-self.low, self.high), torch.maximum(-self.low, self.high)
+        return (small < ONE_SIDED * large) if self.one_sided else torch.zeros_like(small, dtype=torch.bool)
+
+    # ------------------------------------------------------------------------------------------------------ the grid
+
+    def parameters_of_grid(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(scale float64, qmin, qmax), each of shape () or (channels,); differentiable in log_n."""
+        if self.fixed is not None:
+            qmin, qmax = int_range(self.bits) if self.bits <= 16 else (-(2**23), 2**23)
+            like = self.low
+            return torch.as_tensor(self.fixed, dtype=torch.float64, device=like.device), like.new_tensor(qmin), like.new_tensor(qmax)
+        if self.frozen:
+            return self.scale, self.qmin, self.qmax
+        n = torch.exp(self.log_n.double())
+        one_sided = self._one_sided()
+        signed_max = int_range(self.bits)[1]
+        unsigned_max = 2**self.bits - 1
+        span = torch.where(one_sided, (self.high - self.low).double() / unsigned_max,
+                           torch.maximum(-self.low, self.high).double() / signed_max)  # fmt: skip
+        scale = fixed_point_scale(n * span, self.frac_bits)
+        with torch.no_grad():
+            zero = round_half_away(-n * self.low.double() / scale).clamp(0, unsigned_max).float()
+            qmin = torch.where(one_sided, -zero, -float(signed_max))
+            qmax = torch.where(one_sided, unsigned_max - zero, float(signed_max))
+        return scale, qmin, qmax
+
+    def freeze(self) -> None:
+        """Make the ranges final; the learned factor has no say any more."""
+        if self.fixed is None and self.bits != FLOAT_BITS:
+            scale, qmin, qmax = self.parameters_of_grid()
+            self.scale, self.qmin, self.qmax = scale.detach(), qmin.detach(), qmax.detach()
+        self.frozen = True
+
+    def thaw(self) -> None:
+        self.frozen = False
+
+    def shape_for(self, x_ndim: int) -> list[int]:
+        """The shape that lets a per-channel vector broadcast against a tensor of `x_ndim` dimensions."""
+        shape = [1] * x_ndim
+        if self.channel_dim is not None:
+            shape[self.channel_dim % x_ndim] = -1
+        return shape
+
+    def forward(self, x: QTensor) -> QTensor:
+        """x on this grid: whole numbers and their scale."""
+        if self.bits == FLOAT_BITS:
+            return x.like(x.real(), None)
+        scale, qmin, qmax = self.parameters_of_grid()
+        if scale.ndim:
+            shape = self.shape_for(x.ndim)
+            scale, qmin, qmax = scale.reshape(shape), qmin.reshape(shape), qmax.reshape(shape)
+        if x.is_integer:
+            if x.scale is scale:
+                return x
+            q = requantize_ste(x.q, _broadcast(x.scale / scale, x.q.ndim))
+        else:
+            q = round_ste((x.q / scale).to(torch.float32))
+        q = torch.minimum(torch.maximum(q, qmin.to(q.dtype)), qmax.to(q.dtype))
+        return x.like(q.to(torch.float32), scale)
+
+    def largest(self) -> Tensor:
+        """The largest magnitude of a whole number on this grid, per channel or ()."""
+        _, qmin, qmax = self.parameters_of_grid()
+        return torch.maximum(-qmin, qmax)
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}, channel_dim={self.channel_dim}" + (f", fixed={self.fixed}" if self.fixed else "")
+
+
+def _broadcast(multiplier: Tensor, ndim: int) -> Tensor:
+    return multiplier if multiplier.ndim in (0, ndim) else multiplier.reshape((1,) * (ndim - multiplier.ndim) + multiplier.shape)

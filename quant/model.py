@@ -1,0 +1,134 @@
+"""A quantized codec: the codec's own forward on whole numbers."""
+
+import copy
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from quant.config import QuantConfig
+
+from quant.fixedpoint import quantize_multiplier, requantize
+from quant.modules import QuantModule
+from quant.qtensor import QTensor, to_real
+from quant.rewriter import rewrite
+from quant.runtime import Runtime
+from support.errors import InputError
+
+PIXEL = 1 / 255
+
+
+class QuantModel(nn.Module):
+    """A codec rewritten for quantization. Its forward maps an image as the codec's does.
+
+    Args:
+        model: any module whose forward returns {"x_hat", "likelihoods"}; it is copied, not changed.
+        config: see `QuantConfig`.
+    """
+
+    def __init__(self, model: nn.Module, config: QuantConfig):
+        super().__init__()
+        self.config = config
+        runtime = Runtime(config)
+        object.__setattr__(self, "runtime", runtime)
+        self.model = copy.deepcopy(model).eval()
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(False)
+        self.rewrite = rewrite(self.model, config, runtime)
+        self.functions = runtime.functions
+        self.frozen = False
+
+    # ------------------------------------------------------------------------------------------------------ running
+
+    def forward(self, x: Tensor) -> dict:
+        """x: (B, 3, H, W) in 0..1, 8-bit samples -> {"x_hat", "likelihoods"} as plain tensors.
+
+        A frozen model gives x_hat as 8-bit samples / 255, rounded and clipped by the integer program.
+        """
+        runtime = self.runtime
+        runtime.begin()
+        if runtime.observing:
+            image = QTensor(x, None, runtime, pixels=True)
+        else:
+            scale = torch.as_tensor(PIXEL, dtype=torch.float64, device=x.device)
+            image = QTensor(torch.round(x * 255), scale, runtime, pixels=True)
+        output = self.model(image)
+        x_hat = output["x_hat"]
+        if self.frozen and isinstance(x_hat, QTensor) and x_hat.is_integer:
+            x_hat = self._pixels(x_hat)
+        return {
+            **{key: to_real(value) for key, value in output.items()},
+            "x_hat": to_real(x_hat),
+        }
+
+    def _pixels(self, x_hat: QTensor) -> Tensor:
+        """8-bit samples straight from the accumulator, over 255."""
+        mantissa, shift = quantize_multiplier(x_hat.full_scale() * 255)
+        return (requantize(x_hat.q.double(), mantissa, shift).clamp(0, 255) / 255).float()
+
+    def train(self, mode: bool = True) -> "QuantModel":
+        """The codec always runs as in evaluation: rounding, no noise."""
+        return super().train(False)
+
+    # -------------------------------------------------------------------------------------------------- calibration
+
+    @torch.no_grad()
+    def observe(self, batches: Iterable[Tensor]) -> None:
+        """Run the float codec on calibration images and set every static range from what was seen."""
+        self.quantize_nodes(False)
+        runtime = self.runtime
+        runtime.observing = True
+        try:
+            for batch in batches:
+                for node in runtime.nodes.values():
+                    node.calls = 0
+                self(batch)
+        finally:
+            runtime.observing = False
+        if not runtime.nodes:
+            raise InputError("the model has no layer that can be quantized; see the supported types in quant/rewriter.py")
+        for node in self.nodes.values():
+            node.initialize()
+
+    @property
+    def nodes(self) -> dict[str, QuantModule]:
+        """Every node by name, in the order of first execution."""
+        return self.runtime.nodes
+
+    def quantize_nodes(self, quantized: bool, names: Iterable[str] | None = None) -> None:
+        """Switch nodes (default: all) between quantized and float."""
+        nodes = [*self.rewrite.nodes.values(), *self.functions.values()] if names is None else [self.nodes[n] for n in names]
+        for node in nodes:
+            node.quantized = quantized
+            for inner in node.modules():
+                if isinstance(inner, QuantModule):
+                    inner.quantized = quantized
+
+    def freeze(self) -> None:
+        """The end of calibration: whole-number weights, final scales, tables. The forward is the integer program."""
+        self.quantize_nodes(True)
+        for node in self.nodes.values():
+            node.freeze()
+        self.frozen = True
+
+    def thaw(self) -> None:
+        """Back to a model that can learn."""
+        for node in self.nodes.values():
+            node.thaw()
+        self.frozen = False
+
+    # ------------------------------------------------------------------------------------------------------- report
+
+    def coverage(self) -> dict:
+        """What is integer and what is not: counts by kind, functions kept in float, modules left alone and why."""
+        kinds: dict[str, int] = {}
+        for node in self.nodes.values():
+            kinds[node.kind] = kinds.get(node.kind, 0) + 1
+        unseen = {name: "never ran in calibration" for name in self.rewrite.nodes if name not in self.nodes}
+        return {
+            "quantized": dict(sorted(kinds.items())),
+            "kept_in_float": [
+                {"function": function, "in": where} for function, where in sorted(self.runtime.kept_in_float)
+            ],
+            "left_alone": {**self.rewrite.left_alone, **unseen},
+        }

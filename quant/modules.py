@@ -1,0 +1,419 @@
+"""Quantized layers: the base class `QuantModule` and the multiply-accumulate layers."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from quant.config import FLOAT_BITS, QuantConfig
+from quant.fixedpoint import fixed_point_scale, int_range, requantize_ste, round_ste
+from quant.grid import Grid
+from quant.qtensor import QTensor
+from quant.ranges import RangeSpec
+from quant.rounding import Rounding, make_rounding
+from quant.runtime import Runtime
+
+EXACT_FLOAT32 = 2**24  # whole numbers below this are exact in float32, so is any order of summing them
+
+
+class QuantModule(nn.Module):
+    """A node of a quantized codec: a layer or a function, in one of three states.
+
+    Float (`quantized` is False): the original computation on real values. Observing: the same, and the grids watch.
+    Quantized: `integer` on whole numbers. Subclasses implement `real`, `observe` and `integer`.
+    """
+
+    kind = ""
+
+    def __init__(self, config: QuantConfig):
+        super().__init__()
+        self.config = config
+        self.quantized = False
+        self.name = ""
+        self.runtime: Runtime | None = None
+        self.calls = 0  # in one forward of the codec
+
+    def bind(self, runtime: Runtime, name: str) -> None:
+        # not through nn.Module's __setattr__: the runtime holds modules and must not become a submodule
+        object.__setattr__(self, "runtime", runtime)
+        self.name = name
+
+    def __getattr__(self, name: str) -> Any:
+        # the codec's forward may ask the layer that stood here for its attributes
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            wrapped = self.__dict__.get("_modules", {}).get("module")
+            if wrapped is None:
+                raise
+            return getattr(wrapped, name)
+
+    def forward(self, *inputs, **kwargs):
+        return self.runtime.execute(self, inputs, lambda: self._run(inputs, kwargs))
+
+    def _run(self, inputs: tuple, kwargs: dict):
+        runtime = self.runtime
+        inputs = tuple(QTensor(x, None, runtime) if isinstance(x, Tensor) and self.wraps(i) else x for i, x in enumerate(inputs))
+        if self.quantized:
+            return self.integer(*inputs, **kwargs)
+        output = self.real(*(x.real() if isinstance(x, QTensor) else x for x in inputs), **kwargs)
+        if runtime.observing:
+            runtime.nodes.setdefault(self.name, self)
+            self.calls += 1
+            self.observe(inputs, output)
+        return runtime.wrap(output)
+
+    def wraps(self, index: int) -> bool:
+        """Whether a plain tensor as input number `index` is data (True) or a constant (False)."""
+        return index == 0
+
+    def real(self, *inputs: Tensor, **kwargs) -> Any:
+        """The original computation."""
+        raise NotImplementedError
+
+    def observe(self, inputs: tuple, output: Any) -> None:
+        """Let the grids watch one forward."""
+
+    def integer(self, *inputs: QTensor, **kwargs) -> Any:
+        """The same on whole numbers."""
+        raise NotImplementedError
+
+    def initialize(self) -> None:
+        """Static ranges from what was observed."""
+        for grid in self.grids():
+            grid.initialize()
+
+    def grids(self) -> list[Grid]:
+        return [module for module in self.children() if isinstance(module, Grid)]
+
+    def freeze(self) -> None:
+        """Make everything final: `integer` then uses stored whole numbers and stored scales only."""
+        for grid in self.grids():
+            grid.freeze()
+
+    def thaw(self) -> None:
+        for grid in self.grids():
+            grid.thaw()
+
+    def learnable(self) -> dict[str, list[nn.Parameter]]:
+        """What reconstruction may learn here, by knob: range_w, range_b, range_a, rounding, weight, bias."""
+        return {}
+
+
+class WeightQuantizer(nn.Module):
+    """Whole-number weights and their scale, eqs. 3, 4, 14, 15; the first dimension is the output channel."""
+
+    def __init__(self, config: QuantConfig, mask: Tensor | None):
+        super().__init__()
+        self.bits, self.frac_bits = config.w_bits, config.frac_bits
+        self.per_channel = config.w_granularity == "channel"
+        self.spec = RangeSpec.parse(config.w_range)
+        self.rounding_name = config.rounding
+        self.register_buffer("mask", mask, persistent=False)
+        self.log_n = nn.Parameter(torch.zeros(()), requires_grad=False)
+        self.rounding: Rounding | None = None
+
+    def initialize(self, w: Tensor) -> None:
+        """Ranges and the rounding scheme for the (folded) weights w: (outputs, inputs, ...)."""
+        w = w.detach()
+        largest = self._largest(w)
+        estimate = self.spec.estimate(w, 0 if self.per_channel else None, self.bits, True).to(w)
+        self.log_n = nn.Parameter(torch.log((estimate / largest).clamp(1e-3, 1.0)), requires_grad=False)
+        self.set_rounding(self.rounding_name, w)
+
+    def set_rounding(self, name: str, w: Tensor) -> None:
+        """Start a rounding scheme at the weights w."""
+        self.rounding_name = name
+        self.rounding = make_rounding(name, (w.detach() / self._view(self.scale(w).detach(), w)).float(), self.mask)
+        self.rounding.requires_grad_(False)
+
+    def _largest(self, w: Tensor) -> Tensor:
+        largest = w.abs().flatten(1).amax(1) if self.per_channel else w.abs().amax()
+        # an output channel without weights keeps a scale of the others' order, so that its bias does not overflow
+        return largest.clamp(min=float(largest.max().clamp(min=1e-12)) * 2**-12)
+
+    def scale(self, w: Tensor) -> Tensor:
+        """s_w: (outputs,) or (), float64, eqs. 3 and 15."""
+        qmax = int_range(self.bits)[1]
+        return fixed_point_scale(torch.exp(self.log_n.double()) * self._largest(w).double() / qmax, self.frac_bits)
+
+    @staticmethod
+    def _view(scale: Tensor, w: Tensor) -> Tensor:
+        return scale.reshape(-1, *[1] * (w.ndim - 1)) if scale.ndim else scale
+
+    def forward(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        """(w_int of w's shape, s_w)."""
+        scale = self.scale(w)
+        qmin, qmax = int_range(self.bits)
+        w_int = self.rounding((w / self._view(scale, w)).float())
+        return w_int.clamp(qmin, qmax), scale
+
+
+class QuantMAC(QuantModule):
+    """A layer that multiplies and accumulates: y = W x + b.
+
+    The input is put on a grid with one scale per channel, s_x[k]; the weights take over its spread,
+    w'[o, k] = w[o, k] * s_x[k] / s_ref, before they are quantized per output channel, so the accumulator of output o
+    has the single scale s_ref * s_w[o] (design, section 3). The output stays in the accumulator.
+    """
+
+    channel_dim = 1
+
+    def __init__(self, module: nn.Module, config: QuantConfig):
+        super().__init__(config)
+        self.module = module
+        mask = getattr(module, "mask", None)
+        self.weight_quantizer = WeightQuantizer(config, None if mask is None else self.canonical(mask))
+        self.input_grid = Grid(
+            config.a_bits,
+            config.frac_bits,
+            self.channel_dim if config.a_granularity == "channel" else None,
+            config.a_range,
+        )
+        self.log_n_bias = nn.Parameter(torch.zeros(()), requires_grad=False)
+        self.bias_change = nn.Parameter(torch.zeros(self.outputs), requires_grad=False)  # a learned correction
+        self.register_buffer("weight_int", None)
+        self.register_buffer("bias_int", None)
+        self.register_buffer("out_scale", None)
+        self.register_buffer("bound", None)
+
+    # what a kind of layer says of itself ----------------------------------------------------------------------
+
+    groups = 1
+
+    @property
+    def outputs(self) -> int:
+        raise NotImplementedError
+
+    def canonical(self, weight: Tensor) -> Tensor:
+        """The layer's weight as (outputs, inputs / groups, ...)."""
+        return weight
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """W x with the canonical weight."""
+        raise NotImplementedError
+
+    # --------------------------------------------------------------------------------------------------------------
+
+    def real(self, x: Tensor) -> Tensor:
+        return self.module(x)
+
+    def observe(self, inputs: tuple, output: Any) -> None:
+        self.input_grid.observe(inputs[0].real(), inputs[0].pixels)
+
+    def float_weight(self) -> Tensor:
+        """The canonical float weight, masked where the layer has a mask."""
+        weight = self.canonical(self.module.weight)
+        mask = self.weight_quantizer.mask
+        return weight if mask is None else weight * mask
+
+    def _per_input(self, values: Tensor, weight: Tensor) -> Tensor:
+        """A vector over input channels, shaped to broadcast against the canonical weight (outputs, inputs/groups, ...)."""
+        if values.ndim == 0:
+            return values
+        tail = [1] * (weight.ndim - 2)
+        if self.groups == 1:
+            return values.reshape(1, -1, *tail)
+        rows = values.reshape(self.groups, -1).repeat_interleave(self.outputs // self.groups, 0)
+        return rows.reshape(self.outputs, -1, *tail)
+
+    def initialize(self) -> None:
+        super().initialize()
+        if self.config.w_bits == FLOAT_BITS:
+            return
+        if self.config.transform == "equalize" and self.input_grid.channel_dim is not None and not self.input_grid.pixels:
+            self.equalize()
+        self.weight_quantizer.initialize(self.folded_weight()[0])
+
+    @torch.no_grad()
+    def equalize(self) -> None:
+        """Choose how far the input scales spread: s_x[k] = s (r_k / r_max)^alpha with the least predicted noise.
+
+        Rounding noise at the output, uniform errors assumed: the inputs' s_x[k]^2 / 12 through the squared weights, the
+        weights' s_w[o]^2 / 12 through the inputs' mean squares. alpha 0 is one scale for the tensor, 1 the full fold.
+        """
+        grid = self.input_grid
+        weight = self.float_weight()
+        start = grid.log_n.clone()
+        scale_full = grid.parameters_of_grid()[0]
+        per_input = weight.square().flatten(2).sum(2) if weight.ndim > 2 else weight.square()
+        qmax = int_range(self.config.w_bits)[1]
+        best, best_noise = start, None
+        for alpha in torch.linspace(0, 1, 11).tolist():
+            scale = scale_full.max() * (scale_full / scale_full.max()) ** alpha
+            spread = self._per_input(scale, per_input)
+            noise_inputs = (spread**2 * per_input).sum()
+            folded = self.float_weight().abs() * self._per_input(scale, weight)
+            step = folded.flatten(1).amax(1) / qmax
+            taps = weight[0, 0].numel() if weight.ndim > 2 else 1
+            energy = self._per_input((grid.energy / scale**2), per_input)
+            noise_weights = (step[:, None] ** 2 * energy * taps).sum()
+            noise = noise_inputs + noise_weights
+            if best_noise is None or noise < best_noise:
+                best_noise, best = noise, start + torch.log(scale / scale_full).to(start)
+        grid.log_n.data = best
+
+    def folded_weight(self) -> tuple[Tensor, Tensor]:
+        """(w' float32, s_ref): the weights with the spread of the input scales folded in."""
+        weight = self.float_weight()
+        if self.config.a_bits == FLOAT_BITS:
+            return weight, torch.ones((), dtype=torch.float64, device=weight.device)
+        scale = self.input_grid.parameters_of_grid()[0]
+        reference = scale.detach().max()
+        return (weight * self._per_input(scale / reference, weight)).float(), reference
+
+    def integer_weight(self) -> tuple[Tensor, Tensor]:
+        """(w_int canonical, scale of the accumulator per output, float64)."""
+        weight, reference = self.folded_weight()
+        if self.config.w_bits == FLOAT_BITS:
+            return weight, reference.expand(self.outputs)
+        w_int, scale = self.weight_quantizer(weight)
+        return w_int, (scale * reference).expand(self.outputs)
+
+    def integer_bias(self, out_scale: Tensor) -> Tensor | None:
+        """The bias in units of the accumulator: rounded to int32, or INT8 rescaled by eq. 19."""
+        if self.module.bias is None:
+            return None
+        bias = self.module.bias + self.bias_change
+        if self.config.bias_bits == 8:
+            qmax = int_range(8)[1]
+            largest = bias.detach().abs().amax().clamp(min=2**-12).double()
+            scale = fixed_point_scale(torch.exp(self.log_n_bias.double()) * largest / qmax, self.config.frac_bits)
+            b_int = round_ste((bias / scale).float()).clamp(-qmax, qmax)
+            return requantize_ste(b_int.double(), scale / out_scale).clamp(-(2.0**31), 2.0**31 - 1)
+        return round_ste(bias.double() / out_scale).clamp(-(2.0**31), 2.0**31 - 1)
+
+    def integer(self, x: QTensor) -> QTensor:
+        x = self.input_grid(x)
+        if self.config.w_bits == FLOAT_BITS or not x.is_integer:
+            return self._weights_or_inputs_only(x)
+        if self.weight_int is not None:
+            w_int, out_scale, b_int = self.weight_int.float(), self.out_scale, self.bias_int
+            wide = float(self.bound) >= EXACT_FLOAT32
+        else:
+            w_int, out_scale = self.integer_weight()
+            b_int = self.integer_bias(out_scale)
+            wide = False  # while learning; frozen layers obey the bound
+        q = self.product(x.q.double(), w_int.double()) if wide else self.product(x.q, w_int)
+        shape = [1] * q.ndim
+        shape[self.channel_dim % q.ndim] = -1
+        if b_int is not None:
+            q = q + b_int.to(q.dtype).reshape(shape)
+        return x.like(q, out_scale.reshape(shape))
+
+    def _weights_or_inputs_only(self, x: QTensor) -> QTensor:
+        """Ablations with 32 bits on one side: real arithmetic on quantized values."""
+        if x.is_integer:
+            weight, scale = self.float_weight(), None
+        else:
+            weight, scale = self.float_weight(), None
+            if self.config.w_bits != FLOAT_BITS:
+                w_int, scale = self.weight_quantizer(weight)
+                weight = (w_int * WeightQuantizer._view(scale, w_int)).float()
+        y = self.product(x.real(), weight)
+        if self.module.bias is not None:
+            shape = [1] * y.ndim
+            shape[self.channel_dim % y.ndim] = -1
+            y = y + (self.module.bias + self.bias_change).reshape(shape)
+        return x.like(y, None)
+
+    def freeze(self) -> None:
+        super().freeze()
+        if FLOAT_BITS in (self.config.w_bits, self.config.a_bits):
+            return
+        with torch.no_grad():
+            w_int, out_scale = self.integer_weight()
+            b_int = self.integer_bias(out_scale)
+            self.weight_int = w_int.to(torch.int8 if self.config.w_bits <= 8 else torch.int16)
+            self.bias_int, self.out_scale = b_int, out_scale.contiguous()
+            self.bound = self.accumulator_bound(w_int, b_int)
+
+    def thaw(self) -> None:
+        super().thaw()
+        self.weight_int = self.bias_int = self.out_scale = self.bound = None
+
+    def accumulator_bound(self, w_int: Tensor, b_int: Tensor | None) -> Tensor:
+        """max over outputs of sum |w_int| * max |x_int| + |b_int|: no partial sum can exceed it (design, section 4)."""
+        largest = self._per_input(self.input_grid.largest().double(), w_int)
+        total = (w_int.double().abs() * largest).flatten(1).sum(1)
+        return (total if b_int is None else total + b_int.abs()).max()
+
+    def learnable(self) -> dict[str, list[nn.Parameter]]:
+        knobs: dict[str, list[nn.Parameter]] = {}
+        if self.config.w_bits != FLOAT_BITS:
+            knobs["range_w"] = [self.weight_quantizer.log_n]
+            knobs["rounding"] = list(self.weight_quantizer.rounding.parameters())
+            knobs["weight"] = [self.module.weight]
+        if self.config.a_bits != FLOAT_BITS and not self.input_grid.pixels:
+            knobs["range_a"] = [self.input_grid.log_n]
+        if self.module.bias is not None:
+            knobs["bias"] = [self.bias_change]
+            if self.config.bias_bits == 8:
+                knobs["range_b"] = [self.log_n_bias]
+        return knobs
+
+
+class QuantConv2d(QuantMAC):
+    """Conv2d, also with a mask (MaskedConv2d, MultistageMaskedConv2d) and with groups."""
+
+    kind = "conv"
+
+    @property
+    def groups(self) -> int:
+        return self.module.groups
+
+    @property
+    def outputs(self) -> int:
+        return self.module.out_channels
+
+    def real(self, x: Tensor) -> Tensor:
+        # the mask is applied to the weight, not written into the parameter as CompressAI's layer does
+        module = self.module
+        return F.conv2d(x, self.float_weight(), module.bias, module.stride, module.padding, module.dilation, module.groups)
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        module = self.module
+        return F.conv2d(x, weight, None, module.stride, module.padding, module.dilation, module.groups)
+
+
+class QuantConvTranspose2d(QuantMAC):
+    """ConvTranspose2d; its weight is (inputs, outputs / groups, kh, kw)."""
+
+    kind = "deconv"
+
+    @property
+    def groups(self) -> int:
+        return self.module.groups
+
+    @property
+    def outputs(self) -> int:
+        return self.module.out_channels
+
+    def canonical(self, weight: Tensor) -> Tensor:
+        inputs, per_group, *kernel = weight.shape
+        grouped = weight.reshape(self.module.groups, inputs // self.module.groups, per_group, *kernel)
+        return grouped.transpose(1, 2).reshape(-1, inputs // self.module.groups, *kernel)
+
+    def _original(self, weight: Tensor) -> Tensor:
+        outputs, per_group, *kernel = weight.shape
+        grouped = weight.reshape(self.module.groups, outputs // self.module.groups, per_group, *kernel)
+        return grouped.transpose(1, 2).reshape(-1, outputs // self.module.groups, *kernel)
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        m = self.module
+        return F.conv_transpose2d(x, self._original(weight), None, m.stride, m.padding, m.output_padding, m.groups, m.dilation)
+
+
+class QuantLinear(QuantMAC):
+    """Linear on the last dimension."""
+
+    kind = "linear"
+    channel_dim = -1
+
+    @property
+    def outputs(self) -> int:
+        return self.module.out_features
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight)

@@ -1,0 +1,206 @@
+"""Normalizations on integers: GDN and its relatives, LayerNorm."""
+
+import torch
+import torch.nn.functional as F
+from compressai.layers import GDN1
+from torch import Tensor, nn
+
+from quant.config import QuantConfig
+from quant.fixedpoint import quantize_multiplier, requantize_ste, round_half_away, straight_through
+from quant.grid import Grid
+from quant.integer_functions import LAYER_NORM_FRAC_BITS, integer_gdn, integer_layer_norm
+from quant.modules import QuantMAC, QuantModule
+from quant.qtensor import QTensor
+
+
+class QuantGDN(QuantMAC):
+    """GDN, IGDN (Balle 2016) and GDN1: x / sqrt(beta + gamma x^2), x * sqrt(...), x / (beta + gamma |x|), x * (...).
+
+    gamma is an ordinary 1x1 multiply-accumulate layer whose input is |x| in a_bits, squared where the formula says so
+    (16 bits: two 8-bit products in an int8 kernel); the root and the division are integer algorithms; x itself stays in
+    carrier bits.
+    """
+
+    kind = "gdn"
+
+    def __init__(self, module: nn.Module, config: QuantConfig):
+        self.power = 1 if isinstance(module, GDN1) else 2
+        super().__init__(module, config)
+        bits, frac_bits = config.carrier_bits, config.frac_bits
+        headroom = config.headroom if bits > 8 else 1.0
+        self.x_grid = Grid(bits, frac_bits, 1, headroom=headroom, one_sided=False)
+        self.out_grid = Grid(bits, frac_bits, 1, headroom=headroom, one_sided=False)
+        self.register_buffer("mantissa", None)
+        self.register_buffer("shift", None)
+
+    @property
+    def outputs(self) -> int:
+        return self.module.beta.numel()
+
+    def float_weight(self) -> Tensor:
+        gamma = self.module.gamma_reparam(self.module.gamma)
+        return gamma.reshape(*gamma.shape, 1, 1)
+
+    def float_bias(self) -> Tensor:
+        return self.module.beta_reparam(self.module.beta)
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.conv2d(x, weight)
+
+    def real(self, x: Tensor) -> Tensor:
+        return self.module(x)
+
+    def observe(self, inputs: tuple, output: Tensor) -> None:
+        x = inputs[0].real()
+        self.input_grid.observe(x.abs())
+        self.x_grid.observe(x)
+        self.out_grid.observe(output)
+
+    def equalize(self) -> None:
+        """Nothing: the input enters squared, for which the noise model of plain layers does not hold."""
+        if self.power == 1:
+            super().equalize()
+
+    def folded_weight(self) -> tuple[Tensor, Tensor]:
+        scale = self.input_grid.parameters_of_grid()[0]
+        reference = scale.detach().max()
+        weight = self.float_weight()
+        spread = self._per_input((scale / reference) ** self.power, weight)
+        return (weight * spread).float(), reference**self.power
+
+    def integer(self, x: QTensor) -> QTensor:
+        if 32 in (self.config.w_bits, self.config.a_bits):
+            return x.like(self.real(x.real()), None)
+        magnitude = self.input_grid(x.like(x.q.abs(), x.scale))
+        squared = magnitude.q.square() if self.power == 2 else magnitude.q
+        if self.weight_int is not None:
+            norm = self.product(squared.double(), self.weight_int.double())
+            norm_scale, beta = self.out_scale, self.bias_int
+        else:
+            w_int, norm_scale = self.integer_weight()
+            norm = self.product(squared, w_int)
+            beta = self.integer_bias(norm_scale)
+        norm = (norm.double() + beta.reshape(1, -1, 1, 1)).clamp(min=1)
+        norm_scale = norm_scale.reshape(1, -1, 1, 1)
+        x = self.x_grid(x)
+        out_scale, qmin, qmax = (t.reshape(1, -1, 1, 1) for t in self.out_grid.parameters_of_grid())
+        with torch.no_grad():
+            if self.mantissa is not None:
+                mantissa, shift = self.mantissa, self.shift
+            else:
+                mantissa, shift = self._multiplier(x.scale, norm_scale, out_scale)
+            exact = integer_gdn(x.q, norm, mantissa, shift, self.module.inverse, self.algorithm).float()
+        if torch.is_grad_enabled() and (x.q.requires_grad or norm.requires_grad):
+            root = norm * norm_scale
+            root = torch.sqrt(root) if self.power == 2 else root
+            value = x.q * x.scale
+            smooth = value * root if self.module.inverse else value / root
+            exact = straight_through(exact, (smooth / out_scale).float())
+        return x.like(torch.minimum(torch.maximum(exact, qmin), qmax), out_scale)
+
+    @property
+    def algorithm(self) -> str:
+        return "gdn" if self.power == 2 else "gdn1"
+
+    def _multiplier(self, x_scale: Tensor, norm_scale: Tensor, out_scale: Tensor) -> tuple[Tensor, Tensor]:
+        root = torch.sqrt(norm_scale) if self.power == 2 else norm_scale
+        ratio = x_scale / out_scale
+        return quantize_multiplier(ratio * root if self.module.inverse else ratio / root)
+
+    def integer_bias(self, out_scale: Tensor) -> Tensor:
+        beta = self.float_bias() + self.bias_change
+        return round_half_away_ste(beta.double() / out_scale).clamp(1, 2.0**31 - 1)
+
+    def freeze(self) -> None:
+        super().freeze()
+        if self.weight_int is not None:
+            shape = (1, -1, 1, 1)
+            x_scale, out_scale = (g.parameters_of_grid()[0].reshape(shape) for g in (self.x_grid, self.out_grid))
+            self.mantissa, self.shift = self._multiplier(x_scale, self.out_scale.reshape(shape), out_scale)
+
+    def thaw(self) -> None:
+        super().thaw()
+        self.mantissa = self.shift = None
+
+    def accumulator_bound(self, w_int: Tensor, b_int: Tensor | None) -> Tensor:
+        largest = self._per_input(self.input_grid.largest().double() ** self.power, w_int)
+        return ((w_int.double().abs() * largest).flatten(1).sum(1) + b_int.abs()).max()
+
+    def learnable(self) -> dict[str, list[nn.Parameter]]:
+        knobs: dict[str, list[nn.Parameter]] = {}
+        if 32 not in (self.config.w_bits, self.config.a_bits):
+            knobs["range_w"] = [self.weight_quantizer.log_n]
+            knobs["rounding"] = list(self.weight_quantizer.rounding.parameters())
+            knobs["range_a"] = [self.input_grid.log_n]
+            knobs["bias"] = [self.bias_change]
+        return knobs
+
+
+def round_half_away_ste(x: Tensor) -> Tensor:
+    return straight_through(round_half_away(x.detach()), x)
+
+
+class QuantLayerNorm(QuantModule):
+    """LayerNorm over the last dimension: integer mean, variance and root; gain and offset in fixed point."""
+
+    kind = "layer_norm"
+
+    def __init__(self, module: nn.LayerNorm, config: QuantConfig):
+        super().__init__(config)
+        if len(module.normalized_shape) != 1:
+            raise ValueError("only LayerNorm over the last dimension has an integer algorithm")
+        self.module = module
+        bits = config.carrier_bits
+        headroom = config.headroom if bits > 8 else 1.0
+        self.grid_in = Grid(bits, config.frac_bits, headroom=headroom, one_sided=False)
+        self.grid_out = Grid(bits, config.frac_bits, -1, headroom=headroom, one_sided=False)
+        self.register_buffer("gain_mantissa", None)
+        self.register_buffer("gain_shift", None)
+        self.register_buffer("offset", None)
+
+    def real(self, x: Tensor) -> Tensor:
+        return self.module(x)
+
+    def observe(self, inputs: tuple, output: Tensor) -> None:
+        self.grid_in.observe(inputs[0].real())
+        self.grid_out.observe(output)
+
+    def _affine(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(sign, multiplier, offset) from units of 2^-12 to the output grid, per channel."""
+        scale = self.grid_out.parameters_of_grid()[0]
+        module = self.module
+        gain = module.weight.double() if module.weight is not None else torch.ones_like(scale)
+        offset = module.bias.double() if module.bias is not None else torch.zeros_like(scale)
+        # a gain of zero has no multiplier: the smallest one rounds every value to zero
+        multiplier = (gain.abs() * 2.0**-LAYER_NORM_FRAC_BITS / scale).clamp(min=2.0**-40)
+        return torch.where(gain < 0, -1.0, 1.0), multiplier, offset / scale
+
+    def integer(self, x: QTensor) -> QTensor:
+        x = self.grid_in(x)
+        eps_q = float(self.module.eps / x.scale.detach() ** 2)
+        with torch.no_grad():
+            exact = integer_layer_norm(x.q, eps_q).float()
+        if torch.is_grad_enabled() and x.q.requires_grad:
+            smooth = F.layer_norm(x.q, x.q.shape[-1:], eps=eps_q) * 2.0**LAYER_NORM_FRAC_BITS
+            exact = straight_through(exact, smooth)
+        scale, qmin, qmax = self.grid_out.parameters_of_grid()
+        if self.offset is not None:
+            multiplier = self.gain_mantissa.double() * torch.pow(2.0, -self.gain_shift.double())
+            sign, offset = torch.where(self.gain_mantissa < 0, -1.0, 1.0), self.offset
+        else:
+            sign, multiplier, offset = self._affine()
+            offset = round_half_away_ste(offset)
+        out = requantize_ste(exact, multiplier.abs()) * sign.float() + offset.float()
+        out = torch.minimum(torch.maximum(out, qmin), qmax)
+        return x.like(out, scale.reshape([1] * (x.ndim - 1) + [-1]))
+
+    def freeze(self) -> None:
+        super().freeze()
+        sign, multiplier, offset = self._affine()
+        mantissa, self.gain_shift = quantize_multiplier(multiplier)
+        self.gain_mantissa = mantissa * sign.long()
+        self.offset = round_half_away(offset.detach())
+
+    def thaw(self) -> None:
+        super().thaw()
+        self.gain_mantissa = self.gain_shift = self.offset = None

@@ -1,0 +1,452 @@
+"""The tensor that flows through a rewritten codec: whole numbers and their scale, or (in a float unit) real numbers.
+
+The codec's own forward runs on it unchanged. Layout operations act on numbers and scale alike; every operation that
+computes something is handed to the runtime, which finds the quantized function standing at that place.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from quant.runtime import Runtime
+
+
+class QTensor:
+    """Values `q * scale` in the integer state, plain values `q` in the real state (`scale` is None).
+
+    q:      float tensor; whole numbers in the integer state.
+    scale:  float64 tensor, 0-dimensional (per tensor) or with q's number of dimensions and broadcastable to it.
+    pixels: true for the image that enters the codec: 8-bit samples, exact on a grid of 1/255.
+    """
+
+    __slots__ = ("q", "scale", "runtime", "pixels")
+
+    def __init__(self, q: Tensor, scale: Tensor | None, runtime: "Runtime", pixels: bool = False):
+        self.q, self.scale, self.runtime, self.pixels = q, scale, runtime, pixels
+
+    # ---------------------------------------------------------------------------------------------- what it holds
+
+    @property
+    def is_integer(self) -> bool:
+        return self.scale is not None
+
+    def real(self) -> Tensor:
+        """The values as an ordinary float32 tensor."""
+        if self.scale is None:
+            return self.q
+        # the product is taken in float64: a whole number of more than 24 bits keeps all of them until the end
+        return (self.q * self.scale).to(torch.float32)
+
+    def like(self, q: Tensor, scale: Tensor | None) -> "QTensor":
+        return QTensor(q, scale, self.runtime)
+
+    def detach(self) -> "QTensor":
+        return self.like(self.q.detach(), None if self.scale is None else self.scale.detach())
+
+    def full_scale(self) -> Tensor:
+        """The scale with as many dimensions as q, each of size 1 or q's."""
+        return self.scale.reshape((1,) * self.q.ndim) if self.scale.ndim == 0 else self.scale
+
+    def __repr__(self) -> str:
+        state = "real" if self.scale is None else f"scale {tuple(self.scale.shape)}"
+        return f"QTensor({tuple(self.q.shape)}, {state})"
+
+    # ------------------------------------------------------------------------------------- to look like a tensor
+
+    shape = property(lambda self: self.q.shape)
+    ndim = property(lambda self: self.q.ndim)
+    device = property(lambda self: self.q.device)
+    dtype = property(lambda self: torch.float32)
+    is_cuda = property(lambda self: self.q.is_cuda)
+    requires_grad = property(lambda self: self.q.requires_grad)
+
+    def size(self, dim: int | None = None):
+        return self.q.shape if dim is None else self.q.shape[dim]
+
+    def dim(self) -> int:
+        return self.q.ndim
+
+    def numel(self) -> int:
+        return self.q.numel()
+
+    def __len__(self) -> int:
+        return len(self.q)
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        return dispatch(function, args, kwargs or {})
+
+    def __getattr__(self, name: str):
+        method = getattr(torch.Tensor, name, None)
+        if method is None or name.startswith("__") or not callable(method):
+            raise AttributeError(f"a quantized tensor has no attribute {name!r}")
+        return lambda *args, **kwargs: dispatch(method, (self, *args), kwargs)
+
+    def __getitem__(self, index):
+        return dispatch(torch.Tensor.__getitem__, (self, index), {})
+
+    def __add__(self, other):
+        return dispatch(torch.add, (self, other), {})
+
+    __radd__ = __iadd__ = __add__
+
+    def __sub__(self, other):
+        return dispatch(torch.sub, (self, other), {})
+
+    __isub__ = __sub__
+
+    def __rsub__(self, other):
+        return dispatch(torch.add, (-self, other), {})
+
+    def __mul__(self, other):
+        return dispatch(torch.mul, (self, other), {})
+
+    __rmul__ = __imul__ = __mul__
+
+    def __truediv__(self, other):
+        return dispatch(torch.div, (self, other), {})
+
+    __itruediv__ = __truediv__
+
+    def __rtruediv__(self, other):
+        return dispatch(torch.Tensor.__rtruediv__, (self, other), {})
+
+    def __matmul__(self, other):
+        return dispatch(torch.matmul, (self, other), {})
+
+    def __rmatmul__(self, other):
+        return dispatch(torch.matmul, (other, self), {})
+
+    def __neg__(self):
+        return dispatch(torch.neg, (self,), {})
+
+    def __pow__(self, exponent):
+        return dispatch(torch.pow, (self, exponent), {})
+
+
+# ------------------------------------------------------------------------------------------------------- dispatch
+
+Handler = Callable[["Runtime", Callable, tuple, dict], Any]
+HANDLERS: dict[str, Handler] = {}
+
+
+def handles(*names: str):
+    """Register a handler for the torch functions and tensor methods of these names."""
+
+    def register(handler: Handler) -> Handler:
+        for name in names:
+            HANDLERS[name] = handler
+        return handler
+
+    return register
+
+
+_ALIASES = {
+    "__add__": "add", "__radd__": "add", "__iadd__": "add", "__sub__": "sub", "__mul__": "mul", "__rmul__": "mul",
+    "__imul__": "mul", "multiply": "mul", "__truediv__": "div", "true_divide": "div", "divide": "div",
+    "__matmul__": "matmul", "bmm": "matmul", "mm": "matmul", "__neg__": "neg", "negative": "neg",
+    "concat": "cat", "concatenate": "cat", "swapaxes": "transpose", "clip": "clamp", "subtract": "sub",
+}  # fmt: skip
+
+
+def function_name(function: Callable) -> str:
+    """The name under which a torch function, a method or its in-place variant is handled."""
+    name = getattr(function, "__name__", str(function))
+    if not name.startswith("__"):
+        name = name.rstrip("_")
+    return _ALIASES.get(name, name)
+
+
+def runtime_of(arguments: Any) -> "Runtime | None":
+    for argument in arguments:
+        if isinstance(argument, QTensor):
+            return argument.runtime
+        if isinstance(argument, (list, tuple)):
+            runtime = runtime_of(argument)
+            if runtime is not None:
+                return runtime
+    return None
+
+
+def dispatch(function: Callable, args: tuple, kwargs: dict):
+    """Run a torch function whose arguments hold quantized tensors."""
+    runtime = runtime_of(args) or runtime_of(kwargs.values())
+    handler = HANDLERS.get(function_name(function))
+    if handler is None:
+        return runtime.in_float(function, args, kwargs)
+    return handler(runtime, function, args, kwargs)
+
+
+def to_real(argument: Any) -> Any:
+    """The argument with every quantized tensor in it replaced by its values."""
+    if isinstance(argument, QTensor):
+        return argument.real()
+    if isinstance(argument, (list, tuple)):
+        return type(argument)(to_real(item) for item in argument)
+    if isinstance(argument, dict):
+        return {key: to_real(item) for key, item in argument.items()}
+    return argument
+
+
+# --------------------------------------------------------------------------------------------------------- layout
+
+
+def collapse(scale: Tensor) -> Tensor:
+    """Undo an expansion: dimensions along which the entries are one and the same shrink to size 1."""
+    for dim, (size, stride) in enumerate(zip(scale.shape, scale.stride())):
+        if size > 1 and stride == 0:
+            scale = scale.narrow(dim, 0, 1)
+    return scale
+
+
+@handles("permute", "transpose", "t", "unsqueeze", "squeeze", "movedim", "chunk", "split", "narrow", "select",
+         "__getitem__", "expand", "unbind", "flip", "contiguous", "clone")  # fmt: skip
+def _view(runtime, function, args, kwargs):
+    """Layout functions that are views, or cheap copies, of numbers and scale alike."""
+    x = args[0]
+    q = function(x.q, *args[1:], **kwargs)
+    many = isinstance(q, (list, tuple))
+    if x.scale is None or x.scale.ndim == 0:
+        return type(q)(x.like(part, x.scale) for part in q) if many else x.like(q, x.scale)
+    if function_name(function) in ("contiguous", "clone"):
+        return x.like(q, x.scale)
+    scale = function(x.scale.expand(x.q.shape), *args[1:], **kwargs)
+    if many:
+        return type(q)(x.like(part, collapse(s)) for part, s in zip(q, scale))
+    return x.like(q, collapse(scale))
+
+
+def reshape_scale(scale: Tensor, old: Sequence[int], new: Sequence[int]) -> Tensor:
+    """A scale broadcastable to shape `old`, for the same numbers in shape `new`; only as large as it must be.
+
+    The two shapes are cut into runs of equal size. A run over which the scale is constant stays of size 1.
+    """
+    groups, i, j = [], 0, 0
+    while i < len(old) or j < len(new):
+        left, right = i, j
+        a = b = 1
+        while True:
+            if i < len(old) and (a <= b or j >= len(new)):
+                a *= old[i]
+                i += 1
+            elif j < len(new):
+                b *= new[j]
+                j += 1
+            if a == b and (i > left or i >= len(old)) and (j > right or j >= len(new)):
+                break
+        groups.append((left, i, right, j))
+    middle, target = [], []
+    for left, i, right, j in groups:
+        constant = all(scale.shape[d] == 1 for d in range(left, i))
+        middle += [1] * (i - left) if constant else list(old[left:i])
+        target += [1] * (j - right) if constant else list(new[right:j])
+    return scale.expand(middle).reshape(target)
+
+
+@handles("reshape", "view", "flatten", "unflatten", "reshape_as", "view_as")
+def _reshape(runtime, function, args, kwargs):
+    x = args[0]
+    q = function(x.q, *[to_real(a) for a in args[1:]], **kwargs) if function_name(function) != "view" else x.q.reshape(
+        *args[1:], **kwargs
+    )
+    scale = x.scale
+    if scale is not None and scale.ndim:
+        scale = reshape_scale(scale, x.q.shape, q.shape)
+    return x.like(q, scale)
+
+
+@handles("roll", "index_select", "repeat_interleave", "gather_windows")
+def _along_dims(runtime, function, args, kwargs):
+    """Copies that move positions about: the scale must not vary along the dimension they touch."""
+    x = args[0]
+    dims = kwargs.get("dims", args[2] if function_name(function) == "roll" else args[1])
+    dims = [dims] if isinstance(dims, int) else dims
+    if x.is_integer and x.scale.ndim and any(x.scale.shape[d] > 1 for d in dims):
+        x = runtime.per_tensor(x)
+    return x.like(function(x.q, *args[1:], **kwargs), x.scale)
+
+
+@handles("pad")
+def _pad(runtime, function, args, kwargs):
+    x, padding = args[0], args[1] if len(args) > 1 else kwargs["pad"]
+    mode = kwargs.get("mode", args[2] if len(args) > 2 else "constant")
+    value = kwargs.get("value", args[3] if len(args) > 3 else None)
+    touched = [x.ndim - 1 - i for i in range(len(padding) // 2) if padding[2 * i] or padding[2 * i + 1]]
+    if (mode == "constant" and value not in (None, 0, 0.0)) or mode not in ("constant", "replicate", "reflect", "circular"):
+        return runtime.in_float(function, args, kwargs)
+    if x.is_integer and x.scale.ndim and any(x.scale.shape[d] > 1 for d in touched):
+        x = runtime.per_tensor(x)
+    return x.like(F.pad(x.q, list(padding), mode=mode), x.scale)
+
+
+@handles("pixel_shuffle", "pixel_unshuffle", "unfold", "sum", "mean", "max_pool2d", "avg_pool2d", "upsample_nearest2d")
+def _mixing_channels(runtime, function, args, kwargs):
+    """Functions that bring numbers of different channels together: on one scale for the whole tensor first."""
+    x = args[0]
+    name = function_name(function)
+    if name in ("mean", "avg_pool2d"):
+        return runtime.in_float(function, args, kwargs) if x.is_integer else x.like(function(x.q, *args[1:], **kwargs), None)
+    if x.is_integer and x.scale.ndim:
+        x = runtime.per_tensor(x)
+    return x.like(function(x.q, *args[1:], **kwargs), x.scale)
+
+
+@handles("zeros_like")
+def _zeros_like(runtime, function, args, kwargs):
+    x = args[0]
+    return x.like(torch.zeros_like(x.q), x.scale)
+
+
+@handles("cat", "stack")
+def _cat(runtime, function, args, kwargs):
+    parts = list(args[0])
+    dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
+    first = next(part for part in parts if isinstance(part, QTensor))
+    if any(isinstance(part, QTensor) and not part.is_integer for part in parts):
+        return first.like(function([to_real(part) for part in parts], dim), None)
+    parts = [part if isinstance(part, QTensor) else runtime.constant(part) for part in parts]
+    q = function([part.q for part in parts], dim)
+    scales = [part.scale for part in parts]
+    if all(scale is scales[0] for scale in scales) and scales[0].ndim == 0:
+        return first.like(q, scales[0])
+    if function_name(function) == "stack":
+        dim = dim % q.ndim
+        full = [part.full_scale().unsqueeze(dim) for part in parts]
+        sizes = [1] * len(parts)
+    else:
+        dim = dim % q.ndim
+        full = [part.full_scale() for part in parts]
+        sizes = [part.shape[dim] for part in parts]
+    shape = [max(scale.shape[d] for scale in full) for d in range(q.ndim)]
+    expanded = [scale.expand(*shape[:dim], size, *shape[dim + 1 :]) for scale, size in zip(full, sizes)]
+    return first.like(q, torch.cat(expanded, dim))
+
+
+# ----------------------------------------------------------------------------- arithmetic that is exact on the spot
+
+
+@handles("neg")
+def _neg(runtime, function, args, kwargs):
+    x = args[0]
+    return x.like(-x.q, x.scale)
+
+
+@handles("abs")
+def _abs(runtime, function, args, kwargs):
+    x = args[0]
+    return x.like(x.q.abs(), x.scale)
+
+
+@handles("relu", "relu6")
+def _relu(runtime, function, args, kwargs):
+    x = args[0]
+    if function_name(function) == "relu6":
+        return runtime.function("relu6", {}, (x,))
+    return x.like(x.q.clamp(min=0), x.scale)
+
+
+@handles("mul", "div")
+def _mul(runtime, function, args, kwargs):
+    a, b = args[0], args[1]
+    if function_name(function) == "div":
+        if not isinstance(a, QTensor) or isinstance(b, QTensor):
+            return runtime.in_float(function, args, kwargs)
+        b = 1 / b
+    if not isinstance(a, QTensor):
+        a, b = b, a
+    if isinstance(b, Tensor) and b.ndim == 0 and not b.requires_grad:
+        b = float(b)
+    if isinstance(b, (int, float)):
+        if not a.is_integer:
+            return a.like(a.q * b, None)
+        if b == 0:
+            return a.like(torch.zeros_like(a.q), a.scale)
+        return a.like(a.q if b > 0 else -a.q, a.scale * abs(float(b)))
+    if isinstance(b, Tensor) and not b.requires_grad and bool(((b == 0) | (b == 1)).all()):
+        return a.like(a.q * b, a.scale)
+    return runtime.function("mul", {}, (a, b))
+
+
+@handles("add", "sub")
+def _add(runtime, function, args, kwargs):
+    a, b = args[0], args[1]
+    if kwargs.get("alpha", 1) != 1:
+        b = b * kwargs["alpha"]
+    if function_name(function) == "sub":
+        b = -b
+    if not isinstance(a, QTensor):
+        a, b = b, a
+    if isinstance(b, (int, float)) and b == 0:
+        return a
+    return runtime.function("add", {}, (a, b))
+
+
+# ---------------------------------------------------------------------- functions with an integer algorithm of theirs
+
+
+@handles("matmul")
+def _matmul(runtime, function, args, kwargs):
+    if not all(isinstance(a, QTensor) for a in args[:2]):
+        return runtime.in_float(function, args, kwargs)
+    return runtime.function("matmul", {}, args[:2])
+
+
+@handles("softmax")
+def _softmax(runtime, function, args, kwargs):
+    dim = kwargs.get("dim", args[1] if len(args) > 1 else -1)
+    return runtime.function("softmax", {"dim": dim}, (args[0],))
+
+
+@handles("leaky_relu")
+def _leaky_relu(runtime, function, args, kwargs):
+    slope = kwargs.get("negative_slope", args[1] if len(args) > 1 else 0.01)
+    return runtime.function("leaky_relu", {"slope": slope}, (args[0],))
+
+
+@handles("gelu")
+def _gelu(runtime, function, args, kwargs):
+    approximate = kwargs.get("approximate", args[1] if len(args) > 1 else "none")
+    return runtime.function("gelu" if approximate == "none" else "gelu_tanh", {}, (args[0],))
+
+
+@handles("sigmoid", "tanh", "silu", "softplus", "exp", "elu", "hardswish", "hardsigmoid", "mish", "square", "sqrt", "log")
+def _table(runtime, function, args, kwargs):
+    extra = [a for a in args[1:] if a not in (False, None)]
+    if extra:
+        return runtime.in_float(function, args, kwargs)
+    return runtime.function(function_name(function), {}, (args[0],))
+
+
+@handles("pow")
+def _pow(runtime, function, args, kwargs):
+    if args[1] != 2:
+        return runtime.in_float(function, args, kwargs)
+    return runtime.function("square", {}, (args[0],))
+
+
+@handles("clamp")
+def _clamp(runtime, function, args, kwargs):
+    low = kwargs.get("min", args[1] if len(args) > 1 else None)
+    high = kwargs.get("max", args[2] if len(args) > 2 else None)
+    x = args[0]
+    if not x.is_integer:
+        return x.like(x.q.clamp(low, high), None)
+    if any(isinstance(limit, (Tensor, QTensor)) for limit in (low, high)):
+        return runtime.in_float(function, args, kwargs)
+    scale = x.scale.detach()
+    q = x.q
+    if low is not None:
+        q = torch.maximum(q, torch.round(low / scale).to(q.dtype))
+    if high is not None:
+        q = torch.minimum(q, torch.round(high / scale).to(q.dtype))
+    return x.like(q, x.scale)
+
+
+@handles("dropout", "dropout2d")
+def _dropout(runtime, function, args, kwargs):
+    training = kwargs.get("training", args[2] if len(args) > 2 else True)
+    return runtime.in_float(function, args, kwargs) if training else args[0]

@@ -1,0 +1,162 @@
+"""What happens when a rewritten codec runs: which node stands where, and whether it computes, watches or replays.
+
+A node is a `QuantModule` (one multiply-accumulate layer, normalization, table ...) or a `QuantBlock` (a residual,
+attention ... block around several). Functions without a module of their own (`a + b`, `torch.sigmoid(x)`, `q @ k`) get
+a node at the first observed forward, named after the module they stand in and their place in its forward.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quant.config import QuantConfig
+from quant.qtensor import QTensor, function_name, to_real
+
+
+class StopForward(Exception):
+    """The node whose output was wanted has run; the rest of the forward is not needed."""
+
+
+class Runtime:
+    """The state of the forward passes of one rewritten codec."""
+
+    def __init__(self, config: QuantConfig):
+        self.config = config
+        self.nodes: dict[str, nn.Module] = {}  # every leaf node, in the order of first execution
+        self.functions = nn.ModuleDict()  # nodes of functions, by name with "/" for "."
+        self.kept_in_float: Counter[tuple[str, str]] = Counter()  # (function, module it stands in) -> calls seen
+        self.observing = False
+        self._path: list[str] = [""]
+        self._counts: list[Counter[str]] = [Counter()]
+        self._calls: Counter[str] = Counter()
+        self._replay: dict[str, list[Any]] = {}
+        self._record: dict[str, list[Any]] | None = None
+        self._stop: tuple[str, int] | None = None
+
+    # ------------------------------------------------------------------------------------------- where a call stands
+
+    def attach(self, model: nn.Module) -> None:
+        """Have every module that is not a node tell when its forward begins and ends."""
+        for name, module in model.named_modules():
+            module.register_forward_pre_hook(self._entering(name))
+            module.register_forward_hook(self._leaving, always_call=False)
+
+    def _entering(self, name: str) -> Callable:
+        def hook(module, args):
+            self._path.append(name)
+            self._counts.append(Counter())
+
+        return hook
+
+    def _leaving(self, module, args, output) -> None:
+        self._path.pop()
+        self._counts.pop()
+
+    @property
+    def path(self) -> str:
+        return self._path[-1]
+
+    def begin(self) -> None:
+        """A forward of the whole codec starts."""
+        self._path, self._counts, self._calls = [""], [Counter()], Counter()
+
+    # ----------------------------------------------------------------------------------------------- running a node
+
+    def execute(self, node: nn.Module, inputs: tuple, run: Callable[[], Any]) -> Any:
+        """The output of a node: replayed where it was recorded before, or computed by `run`."""
+        name = node.name
+        call = self._calls[name]
+        self._calls[name] += 1
+        if name in self._replay:
+            output = self._replay[name][call]
+        else:
+            output = run()
+        if self._record is not None and name in self._record:
+            self._record[name].append(output)
+        if self._stop == (name, call):
+            raise StopForward
+        return output
+
+    @contextmanager
+    def replaying(self, outputs: dict[str, list[Any]]) -> Iterator[None]:
+        """Within it, the named nodes return these outputs (one for each call of a forward) and compute nothing."""
+        before, self._replay = self._replay, outputs
+        try:
+            yield
+        finally:
+            self._replay = before
+
+    @contextmanager
+    def recording(self, names: list[str], stop_after: tuple[str, int] | None = None) -> Iterator[dict[str, list[Any]]]:
+        """Collect the outputs of the named nodes; with `stop_after` = (name, call) a forward ends there, quietly."""
+        record: dict[str, list[Any]] = {name: [] for name in names}
+        self._record, self._stop = record, stop_after
+        try:
+            yield record
+        except StopForward:
+            pass
+        finally:
+            self._record, self._stop = None, None
+
+    # ----------------------------------------------------------------------------------------------------- functions
+
+    def function(self, kind: str, options: dict[str, Any], inputs: tuple) -> QTensor:
+        """Run the node of a function at this place of the forward."""
+        index = self._counts[-1][kind]
+        self._counts[-1][kind] += 1
+        name = f"{self.path}.{kind}{index}".lstrip(".")
+        key = name.replace(".", "/")
+        if key not in self.functions:
+            if not self.observing:
+                raise RuntimeError(
+                    f"{kind} at {name} was not met in calibration, so it has no static range; "
+                    "the forward must take the same path for every image"
+                )
+            self.add_function(name, kind, options)
+        return self.functions[key](*inputs)
+
+    def add_function(self, name: str, kind: str, options: dict[str, Any]) -> None:
+        from quant.functions import make_function  # the functions know the runtime only through their inputs
+
+        node = make_function(kind, options, self.config)
+        node.bind(self, name)
+        self.functions[name.replace(".", "/")] = node
+        self.nodes[name] = node
+
+    def per_tensor(self, x: QTensor) -> QTensor:
+        """x on one scale for the whole tensor, in carrier bits."""
+        return self.function("carrier", {}, (x,))
+
+    def constant(self, value: Tensor) -> QTensor:
+        """A constant tensor on a grid of its own, carrier bits wide."""
+        from quant.fixedpoint import fixed_point_scale, round_ste
+
+        qmax = 2 ** (self.config.carrier_bits - 1) - 1
+        scale = fixed_point_scale(value.detach().abs().amax().double() / qmax, self.config.frac_bits)
+        return QTensor(round_ste((value / scale).float()), scale, self)
+
+    def in_float(self, function: Callable, args: tuple, kwargs: dict) -> Any:
+        """A function with no integer algorithm here: it runs on real numbers, and the report says so."""
+        self.kept_in_float[(function_name(function), self.path or "the codec's own forward")] += 1
+        return self.wrap(function(*to_real(args), **to_real(kwargs)))
+
+    def wrap(self, output: Any) -> Any:
+        """Plain tensors as quantized tensors in the real state."""
+        if isinstance(output, Tensor):
+            return QTensor(output, None, self) if output.is_floating_point() else output
+        if isinstance(output, (list, tuple)):
+            return type(output)(self.wrap(item) for item in output)
+        return output
+
+
+def detached(output: Any) -> Any:
+    """The output of a node cut off from autograd, for a cache."""
+    if isinstance(output, (QTensor, Tensor)):
+        return output.detach()
+    if isinstance(output, (list, tuple)):
+        return type(output)(detached(item) for item in output)
+    return output
