@@ -140,11 +140,11 @@ def test_no_mask_where_nothing_is_masked():
     assert window_mask(6, 8, 4, 0) is not None
 
 
-@pytest.mark.parametrize("shift", [0, 2])
-def test_padding_reaches_no_real_token(shift):
-    """A 6x6 map in windows of 4: what stands in the padded rows and columns must not matter."""
+@pytest.mark.parametrize(("side", "shift"), [(6, 0), (7, 2)])
+def test_padding_reaches_no_real_token(side, shift):
+    """A 6x6 or 7x7 map in windows of 4: what stands in the padded rows and columns must not matter."""
     block = fill_by_formula(SwinTransformerBlock(8, (16, 16), heads=2, window=4, shift=shift, mlp_ratio=2.0))
-    x = torch.randn(1, 6, 6, 8, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(1, side, side, 8, generator=torch.Generator().manual_seed(0))
     pads = []
     original = torch.nn.functional.pad
 
