@@ -17,6 +17,9 @@ from quant.runtime import Runtime
 EXACT_FLOAT32 = 2**24  # whole numbers below this are exact in float32, so is any order of summing them
 
 
+LARGEST_BIAS = 2**30
+
+
 class QuantModule(nn.Module):
     """A node of a quantized codec: a layer or a function, in one of three states.
 
@@ -114,18 +117,19 @@ class WeightQuantizer(nn.Module):
         self.log_n = nn.Parameter(torch.zeros(()), requires_grad=False)
         self.rounding: Rounding | None = None
 
-    def initialize(self, w: Tensor) -> None:
-        """Ranges and the rounding scheme for the (folded) weights w: (outputs, inputs, ...)."""
+    def initialize(self, w: Tensor, least: Tensor | None = None) -> None:
+        """Ranges and the rounding scheme for the (folded) weights w: (outputs, inputs, ...); `least` as in `scale`."""
         w = w.detach()
         largest = self._largest(w)
         estimate = self.spec.estimate(w, 0 if self.per_channel else None, self.bits, True).to(w)
         self.log_n = nn.Parameter(torch.log((estimate / largest).clamp(1e-3, 1.0)), requires_grad=False)
-        self.set_rounding(self.rounding_name, w)
+        self.set_rounding(self.rounding_name, w, least)
 
-    def set_rounding(self, name: str, w: Tensor) -> None:
+    def set_rounding(self, name: str, w: Tensor, least: Tensor | None = None) -> None:
         """Start a rounding scheme at the weights w."""
         self.rounding_name = name
-        self.rounding = make_rounding(name, (w.detach() / self._view(self.scale(w).detach(), w)).float(), self.mask)
+        scale = self._view(self.scale(w, least).detach(), w)
+        self.rounding = make_rounding(name, (w.detach() / scale).float(), self.mask)
         self.rounding.requires_grad_(False)
 
     def _largest(self, w: Tensor) -> Tensor:
@@ -133,18 +137,21 @@ class WeightQuantizer(nn.Module):
         # an output channel without weights keeps a scale of the others' order, so that its bias does not overflow
         return largest.clamp(min=float(largest.max().clamp(min=1e-12)) * 2**-12)
 
-    def scale(self, w: Tensor) -> Tensor:
-        """s_w: (outputs,) or (), float64, eqs. 3 and 15."""
+    def scale(self, w: Tensor, least: Tensor | None = None) -> Tensor:
+        """s_w: (outputs,) or (), float64, eqs. 3 and 15; not below `least`, which keeps the bias inside int32."""
         qmax = int_range(self.bits)[1]
-        return fixed_point_scale(torch.exp(self.log_n.double()) * self._largest(w).double() / qmax, self.frac_bits)
+        scale = torch.exp(self.log_n.double()) * self._largest(w).double() / qmax
+        if least is not None:
+            scale = torch.maximum(scale, least if scale.ndim else least.max())
+        return fixed_point_scale(scale, self.frac_bits)
 
     @staticmethod
     def _view(scale: Tensor, w: Tensor) -> Tensor:
         return scale.reshape(-1, *[1] * (w.ndim - 1)) if scale.ndim else scale
 
-    def forward(self, w: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, w: Tensor, least: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(w_int of w's shape, s_w)."""
-        scale = self.scale(w)
+        scale = self.scale(w, least)
         qmin, qmax = int_range(self.bits)
         w_int = self.rounding((w / self._view(scale, w)).float())
         return w_int.clamp(qmin, qmax), scale
@@ -224,7 +231,8 @@ class QuantMAC(QuantModule):
             return
         if self.config.transform == "equalize" and self.input_grid.channel_dim is not None and not self.input_grid.pixels:
             self.equalize()
-        self.weight_quantizer.initialize(self.folded_weight()[0])
+        weight, reference = self.folded_weight()
+        self.weight_quantizer.initialize(weight, self.least_scale(reference))
 
     @torch.no_grad()
     def equalize(self) -> None:
@@ -268,14 +276,23 @@ class QuantMAC(QuantModule):
         weight, reference = self.folded_weight()
         if self.config.w_bits == FLOAT_BITS:
             return weight, reference.expand(self.outputs)
-        w_int, scale = self.weight_quantizer(weight)
+        w_int, scale = self.weight_quantizer(weight, self.least_scale(reference))
         return w_int, (scale * reference).expand(self.outputs)
+
+    def float_bias(self) -> Tensor | None:
+        """The float bias with its learned correction."""
+        return None if self.module.bias is None else self.module.bias + self.bias_change
+
+    def least_scale(self, reference: Tensor) -> Tensor | None:
+        """The smallest s_w, per output, for which the bias takes at most half of an int32 accumulator."""
+        bias = self.float_bias()
+        return None if bias is None else bias.detach().abs().double() / (reference.detach() * LARGEST_BIAS)
 
     def integer_bias(self, out_scale: Tensor) -> Tensor | None:
         """The bias in units of the accumulator: rounded to int32, or INT8 rescaled by eq. 19."""
-        if self.module.bias is None:
+        bias = self.float_bias()
+        if bias is None:
             return None
-        bias = self.module.bias + self.bias_change
         if self.config.bias_bits == 8:
             qmax = int_range(8)[1]
             largest = bias.detach().abs().amax().clamp(min=2**-12).double()
@@ -315,7 +332,7 @@ class QuantMAC(QuantModule):
         if self.module.bias is not None:
             shape = [1] * y.ndim
             shape[self.channel_dim % y.ndim] = -1
-            y = y + (self.module.bias + self.bias_change).reshape(shape)
+            y = y + self.float_bias().reshape(shape)
         return x.like(y, None)
 
     def freeze(self) -> None:

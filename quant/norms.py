@@ -42,7 +42,7 @@ class QuantGDN(QuantMAC):
         return gamma.reshape(*gamma.shape, 1, 1)
 
     def float_bias(self) -> Tensor:
-        return self.module.beta_reparam(self.module.beta)
+        return self.module.beta_reparam(self.module.beta) + self.bias_change
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.conv2d(x, weight)
@@ -108,8 +108,7 @@ class QuantGDN(QuantMAC):
         return quantize_multiplier(ratio * root if self.module.inverse else ratio / root)
 
     def integer_bias(self, out_scale: Tensor) -> Tensor:
-        beta = self.float_bias() + self.bias_change
-        return round_half_away_ste(beta.double() / out_scale).clamp(1, 2.0**31 - 1)
+        return round_half_away_ste(self.float_bias().double() / out_scale).clamp(1, 2.0**31 - 1)
 
     def freeze(self) -> None:
         super().freeze()
