@@ -78,8 +78,10 @@ class QuantModel(nn.Module):
         self.quantize_nodes(False)
         runtime = self.runtime
         runtime.observing = True
+        first = None
         try:
             for batch in batches:
+                first = batch[:1] if first is None else first
                 for node in runtime.nodes.values():
                     node.calls = 0
                 self(batch)
@@ -89,6 +91,17 @@ class QuantModel(nn.Module):
             raise InputError("the model has no layer that can be quantized; see the supported types in quant/rewriter.py")
         for node in self.nodes.values():
             node.initialize()
+        self._drop_idle_carriers(first)
+
+    def _drop_idle_carriers(self, batch: Tensor) -> None:
+        """Which of the carriers are needed shows on whole numbers; the others go."""
+        self.quantize_nodes(True)
+        carriers = [name for name, node in self.nodes.items() if node.kind == "carrier"]
+        with self.runtime.recording(carriers) as ran:
+            self(batch)
+        for name in carriers:
+            if not ran[name]:
+                self.runtime.remove_function(name)
 
     @property
     def nodes(self) -> dict[str, QuantModule]:

@@ -263,10 +263,9 @@ def _reshape(runtime, function, args, kwargs):
 def _along_dims(runtime, function, args, kwargs):
     """Copies that move positions about: the scale must not vary along the dimension they touch."""
     x = args[0]
-    dims = kwargs.get("dims", args[2] if function_name(function) == "roll" else args[1])
+    dims = kwargs["dims"] if "dims" in kwargs else args[2 if function_name(function) == "roll" else 1]
     dims = [dims] if isinstance(dims, int) else dims
-    if x.is_integer and x.scale.ndim and any(x.scale.shape[d] > 1 for d in dims):
-        x = runtime.per_tensor(x)
+    x = runtime.one_scale_along(x, dims)
     return x.like(function(x.q, *args[1:], **kwargs), x.scale)
 
 
@@ -278,20 +277,28 @@ def _pad(runtime, function, args, kwargs):
     touched = [x.ndim - 1 - i for i in range(len(padding) // 2) if padding[2 * i] or padding[2 * i + 1]]
     if (mode == "constant" and value not in (None, 0, 0.0)) or mode not in ("constant", "replicate", "reflect", "circular"):
         return runtime.in_float(function, args, kwargs)
-    if x.is_integer and x.scale.ndim and any(x.scale.shape[d] > 1 for d in touched):
-        x = runtime.per_tensor(x)
+    x = runtime.one_scale_along(x, touched)
     return x.like(F.pad(x.q, list(padding), mode=mode), x.scale)
 
 
-@handles("pixel_shuffle", "pixel_unshuffle", "unfold", "sum", "mean", "max_pool2d", "avg_pool2d", "upsample_nearest2d")
+@handles("pixel_shuffle", "pixel_unshuffle")
+def _shuffle(runtime, function, args, kwargs):
+    """The scales move with their numbers: a scale per channel becomes one per channel and position in the cell."""
+    x = args[0]
+    scale = x.scale
+    if scale is not None and scale.ndim:
+        scale = function(scale.expand(1, *x.q.shape[1:]), *args[1:], **kwargs)
+    return x.like(function(x.q, *args[1:], **kwargs), scale)
+
+
+@handles("unfold", "sum", "mean", "max_pool2d", "avg_pool2d", "upsample_nearest2d")
 def _mixing_channels(runtime, function, args, kwargs):
     """Functions that bring numbers of different channels together: on one scale for the whole tensor first."""
     x = args[0]
     name = function_name(function)
     if name in ("mean", "avg_pool2d"):
         return runtime.in_float(function, args, kwargs) if x.is_integer else x.like(function(x.q, *args[1:], **kwargs), None)
-    if x.is_integer and x.scale.ndim:
-        x = runtime.per_tensor(x)
+    x = runtime.one_scale_along(x, range(x.ndim))
     return x.like(function(x.q, *args[1:], **kwargs), x.scale)
 
 

@@ -6,7 +6,7 @@ a node at the first observed forward, named after the module they stand in and t
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -127,9 +127,19 @@ class Runtime:
         self.functions[name.replace(".", "/")] = node
         self.nodes[name] = node
 
-    def per_tensor(self, x: QTensor) -> QTensor:
-        """x on one scale for the whole tensor, in carrier bits."""
-        return self.function("carrier", {}, (x,))
+    def remove_function(self, name: str) -> None:
+        del self.functions[name.replace(".", "/")], self.nodes[name]
+
+    def one_scale_along(self, x: QTensor, dims: Iterable[int]) -> QTensor:
+        """x with a scale that does not vary along these dimensions: as it is, or per tensor in carrier bits.
+
+        Whether the carrier is needed shows only on whole numbers, so while observing every such place gets one.
+        """
+        varies = x.is_integer and x.scale.ndim and any(x.scale.shape[dim] > 1 for dim in dims)
+        if self.observing or varies:
+            return self.function("carrier", {}, (x,))
+        self._counts[-1]["carrier"] += 1  # the places keep their names
+        return x
 
     def constant(self, value: Tensor) -> QTensor:
         """A constant tensor on a grid of its own, carrier bits wide."""
