@@ -97,10 +97,10 @@ class QuantModel(nn.Module):
         """Which of the carriers are needed shows on whole numbers; the others go."""
         self.quantize_nodes(True)
         carriers = [name for name, node in self.nodes.items() if node.kind == "carrier"]
-        with self.runtime.recording(carriers) as ran:
+        with self.runtime.recording([(name, 0) for name in carriers]) as ran:
             self(batch)
         for name in carriers:
-            if not ran[name]:
+            if (name, 0) not in ran:
                 self.runtime.remove_function(name)
 
     @property

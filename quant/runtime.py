@@ -6,7 +6,7 @@ a node at the first observed forward, named after the module they stand in and t
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,8 +17,11 @@ from quant.config import QuantConfig
 from quant.qtensor import QTensor, function_name, to_real
 
 
+Call = tuple[str, int]  # a node or block by name, and which of its calls in one forward
+
+
 class StopForward(Exception):
-    """The node whose output was wanted has run; the rest of the forward is not needed."""
+    """What was wanted of this forward is there; the rest is not needed."""
 
 
 class Runtime:
@@ -33,9 +36,12 @@ class Runtime:
         self._path: list[str] = [""]
         self._counts: list[Counter[str]] = [Counter()]
         self._calls: Counter[str] = Counter()
-        self._replay: dict[str, list[Any]] = {}
-        self._record: dict[str, list[Any]] | None = None
-        self._stop: tuple[str, int] | None = None
+        self._replay: dict[Call, Any] = {}
+        self._record: dict[Call, Any] | None = None
+        self._wanted: Callable[[Call], bool] = lambda call: False
+        self._stop_before: Call | None = None
+        self._stop_after: Call | None = None
+        self._trace: list[tuple[str, Call]] | None = None
 
     # ------------------------------------------------------------------------------------------- where a call stands
 
@@ -68,22 +74,24 @@ class Runtime:
 
     def execute(self, node: nn.Module, inputs: tuple, run: Callable[[], Any]) -> Any:
         """The output of a node: replayed where it was recorded before, or computed by `run`."""
-        name = node.name
-        call = self._calls[name]
-        self._calls[name] += 1
-        if name in self._replay:
-            output = self._replay[name][call]
-        else:
-            output = run()
-        if self._record is not None and name in self._record:
-            self._record[name].append(output)
-        if self._stop == (name, call):
+        call = (node.name, self._calls[node.name])
+        self._calls[node.name] += 1
+        if call == self._stop_before:
+            raise StopForward
+        if self._trace is not None:
+            self._trace.append(("begin", call))
+        output = self._replay[call] if call in self._replay else run()
+        if self._trace is not None:
+            self._trace.append(("end", call))
+        if self._record is not None and self._wanted(call):
+            self._record[call] = output
+        if call == self._stop_after:
             raise StopForward
         return output
 
     @contextmanager
-    def replaying(self, outputs: dict[str, list[Any]]) -> Iterator[None]:
-        """Within it, the named nodes return these outputs (one for each call of a forward) and compute nothing."""
+    def replaying(self, outputs: dict[Call, Any]) -> Iterator[None]:
+        """Within it, these calls return these outputs and compute nothing."""
         before, self._replay = self._replay, outputs
         try:
             yield
@@ -91,16 +99,31 @@ class Runtime:
             self._replay = before
 
     @contextmanager
-    def recording(self, names: list[str], stop_after: tuple[str, int] | None = None) -> Iterator[dict[str, list[Any]]]:
-        """Collect the outputs of the named nodes; with `stop_after` = (name, call) a forward ends there, quietly."""
-        record: dict[str, list[Any]] = {name: [] for name in names}
-        self._record, self._stop = record, stop_after
+    def recording(
+        self,
+        wanted: Container[Call] | None = None,
+        stop_before: Call | None = None,
+        stop_after: Call | None = None,
+    ) -> Iterator[dict[Call, Any]]:
+        """Collect the outputs of the wanted calls (None: all); at a stop the forward ends there, quietly."""
+        record: dict[Call, Any] = {}
+        self._record, self._wanted = record, (lambda call: True) if wanted is None else wanted.__contains__
+        self._stop_before, self._stop_after = stop_before, stop_after
         try:
             yield record
         except StopForward:
             pass
         finally:
-            self._record, self._stop = None, None
+            self._record, self._stop_before, self._stop_after = None, None, None
+
+    @contextmanager
+    def tracing(self) -> Iterator[list[tuple[str, Call]]]:
+        """Collect ("begin" | "end", call) of every node and block, in the order of one forward."""
+        self._trace = trace = []
+        try:
+            yield trace
+        finally:
+            self._trace = None
 
     # ----------------------------------------------------------------------------------------------------- functions
 
