@@ -66,6 +66,11 @@ def open_dataset(name_or_folder: str | Path) -> Dataset:
     return Dataset(text, paths)
 
 
+def is_local(name: str) -> bool:
+    """Whether the data set of that name can be opened without a download."""
+    return "packaged" in known_datasets()[name] or _find(name) is not None
+
+
 def images_in(folder: str | Path) -> tuple[Path, ...]:
     """The image files directly in `folder` (by suffix, hidden files left out), in natural order."""
     try:

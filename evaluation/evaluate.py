@@ -1,5 +1,6 @@
 """A codec on a set of images: rate and distortion of each, and their means."""
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -69,6 +70,17 @@ class Report:
     def images_as_dicts(self) -> list[dict]:
         """The images as plain dictionaries, for report.json."""
         return [asdict(image) for image in self.per_image]
+
+    def to_dict(self) -> dict:
+        """The whole report as a plain dictionary; `from_dict` is the way back, also through JSON."""
+        return {"name": self.name, "bpp_source": self.bpp_source, "seconds": self.seconds, "images": self.images_as_dicts()}
+
+    @classmethod
+    def from_dict(cls, stored: dict) -> "Report":
+        """The report that `to_dict` was of. A PSNR that JSON could not hold (null) was infinite."""
+        images = tuple(ImageResult(**{**image, "psnr": math.inf if image["psnr"] is None else image["psnr"]})
+                       for image in stored["images"])
+        return cls(stored["name"], images, stored["bpp_source"], stored["seconds"])
 
 
 def delta_j_percent(reference: Report, other: Report, lmbda: float, metric: str = "mse") -> float:

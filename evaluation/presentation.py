@@ -22,9 +22,20 @@ def percent(value: float | None) -> str:
     return "n/a" if value is None else f"{value:+.2f}%"
 
 
+DEFAULT_PRESET = "licq"  # its runs are told apart by their loss
+
+
 def codec_label(report: dict) -> str:
-    """What the quantized codec is called in the table and the plot, e.g. W8A8 rd."""
-    return f"W{report['w_bits']}A{report['a_bits']} {report['preset'] or report['loss']}"
+    """What the quantized codec is called in the table and the plot, e.g. W8A8 rd; "float" where there is none."""
+    if report["w_bits"] is None:
+        return "float"
+    method = report["loss"] if report["preset"] in (None, DEFAULT_PRESET) else report["preset"]
+    return f"W{report['w_bits']}A{report['a_bits']} {method}"
+
+
+def baseline_label(report: dict) -> str:
+    """What the third codec is called."""
+    return "plain" if report.get("baseline") else "without reconstruction"
 
 
 def render_markdown(report: dict) -> str:
@@ -34,24 +45,61 @@ def render_markdown(report: dict) -> str:
              "## Rate and distortion", _points_table(report), _explanation(report),
              "## BD-rate", _bd_table(report), *_notes(report),
              "## Cost", _cost_table(report)]
-    if report.get("kept_in_float"):
-        parts += ["## Left in float", "\n".join(f"- {item}" for item in _lines(report["kept_in_float"]))]
+    left = _lines(report.get("kept_in_float") or []) + _lines(report.get("left_alone") or {})
+    if left:
+        parts += ["## Left in float", "\n".join(f"- {item}" for item in left)]
+    elif "kept_in_float" in report:
+        parts += ["## Left in float", "Nothing."]
     if report.get("warnings"):
         parts += ["## Warnings", "\n".join(f"- {item}" for item in report["warnings"])]
     parts += ["## Settings", _settings(report)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def render_summary(report: dict) -> str:
+    """What a terminal shows at the end of a run: a compact table and the BD-rates, in plain text."""
+    label, plain = codec_label(report), baseline_label(report)
+    names = [("fp32", "float"), ("quant", label), ("baseline", plain)]
+    codecs = [(codec, name) for codec, name in names if any(point.get(codec) is not None for point in report["points"])]
+    deltas = [("delta_j_percent", label), ("baseline_delta_j_percent", plain)]
+    deltas = [(key, name) for key, name in deltas if any(point.get(key) is not None for point in report["points"])]
+    header = ["quality"] + [text for _, name in codecs for text in (f"{name}\nbpp", "\nPSNR")] + [f"{name}\ndelta J" for _, name in deltas]
+    rows = [[point["quality"]]
+            + [f"{point[codec][key]:{style}}" for codec, _ in codecs for key, style in (("bpp", ".4f"), ("psnr", ".3f"))]
+            + [percent(point.get(key)) for key, _ in deltas] for point in report["points"]]
+    lines = [f"{report['arch']} on {report['dataset']} ({report['images']} images), bpp "
+             + ("estimated from likelihoods" if report["bpp_source"] == "estimate" else "of written and decoded bitstreams"), "",
+             tabulate(rows, headers=header, tablefmt="simple", disable_numparse=True, stralign="right"), ""]
+    if _is_everywhere(report, "fp32") and _is_everywhere(report, "quant"):
+        lines.append(f"BD-rate against float: {_bd_phrase(report, '', 'quant')} ({label})"
+                     + (f", {_bd_phrase(report, '_baseline', 'baseline')} ({plain})" if _has_baseline(report) else ""))
+    for name, values in (report.get("anchor_bd_rate_psnr") or {}).items():
+        lines.append(f"BD-rate against {name}: " + ", ".join(f"{percent(values[codec])} ({text})" for codec, text in codecs if codec in values))
+    if report.get("baseline"):
+        lines.append(f"{plain}: {report['baseline']}")
+    return "\n".join(lines).rstrip()
+
+
+def _bd_phrase(report: dict, ending: str, codec: str) -> str:
+    value = report["bd_rate_psnr" + ending]
+    return percent(value) if value is not None else f"none, {report['bd_rate_notes']['bd_rate_psnr' + ending].removeprefix('BD-rate: ')}"
+
+
+def coverage_lines(coverage: dict) -> list[str]:
+    """`QuantModel.coverage()["kept_in_float"]` as lines for a reader."""
+    return [f"{item['function']} in {item['in']}" for item in coverage["kept_in_float"]]
+
+
 def draw_rd(report: dict, path: str | Path) -> None:
     """rd.png: PSNR against bpp, and MS-SSIM in dB beside it where every point has it."""
-    codecs = ["fp32", "quant"] + (["baseline"] if _has_baseline(report) else [])
+    codecs = [codec for codec in ("fp32", "quant", "baseline") if _is_everywhere(report, codec)]
     measures = ["psnr"]
     if all(point[codec]["ms_ssim"] is not None for point in report["points"] for codec in codecs):
         measures.append("ms_ssim")
     figure = Figure(figsize=(max(5.2, 4.4 * len(measures)), 3.8), dpi=200, layout="constrained")
     FigureCanvasAgg(figure)
     names = {"fp32": f"{report['arch']}, float", "quant": _with_bd(codec_label(report), report.get("bd_rate_psnr")),
-             "baseline": _with_bd("without reconstruction", report.get("bd_rate_psnr_baseline"))}
+             "baseline": _with_bd(baseline_label(report), report.get("bd_rate_psnr_baseline"))}
     styles = {"fp32": _FLOAT, "quant": _QUANT, "baseline": _BASELINE}
     for axis, measure in zip(figure.subplots(1, len(measures), squeeze=False)[0], measures):
         own = []
@@ -78,8 +126,12 @@ def draw_rd(report: dict, path: str | Path) -> None:
     figure.savefig(path, format="png")
 
 
+def _is_everywhere(report: dict, codec: str) -> bool:
+    return bool(report["points"]) and all(point.get(codec) is not None for point in report["points"])
+
+
 def _has_baseline(report: dict) -> bool:
-    return bool(report["points"]) and all("baseline" in point for point in report["points"])
+    return _is_everywhere(report, "baseline")
 
 
 def _with_bd(name: str, value: float | None) -> str:
@@ -102,6 +154,8 @@ def _span(values: list[float]) -> tuple[float, float]:
 
 def _finding(report: dict) -> str:
     value = report["bd_rate_psnr"]
+    if not _is_everywhere(report, "quant") or not _is_everywhere(report, "fp32"):
+        return ""
     on = f"On {report['dataset']} ({report['images']} image{'s' if report['images'] != 1 else ''})"
     if value is None:
         return f"{on} no BD-rate can be given: {report['bd_rate_notes'].get('bd_rate_psnr', 'see below')}."
@@ -112,17 +166,18 @@ def _finding(report: dict) -> str:
 
 def _points_table(report: dict) -> str:
     header = ["quality", "lambda", "codec", "bpp", "PSNR [dB]", "MS-SSIM", "delta bpp", "delta PSNR [dB]", "delta J"]
-    codecs = [("fp32", "float"), ("quant", codec_label(report))]
-    if _has_baseline(report):
-        codecs.append(("baseline", "without reconstruction"))
+    names = [("fp32", "float"), ("quant", codec_label(report)), ("baseline", baseline_label(report))]
+    codecs = [(codec, name) for codec, name in names if any(point.get(codec) is not None for point in report["points"])]
     rows = []
     for point in report["points"]:
         for codec, name in codecs:
-            means, reference = point[codec], point["fp32"]
+            means, reference = point.get(codec), point["fp32"]
+            if means is None:
+                continue
             delta_j = {"quant": point["delta_j_percent"], "baseline": point.get("baseline_delta_j_percent")}.get(codec)
             similarity = "n/a" if means["ms_ssim"] is None else f"{means['ms_ssim']:.5f}"
             row = [point["quality"], _number(point["lambda"], 1, "g"), name, f"{means['bpp']:.4f}", f"{means['psnr']:.3f}", similarity]
-            if codec != "fp32":
+            if codec != "fp32" and reference is not None:
                 row += [percent(100 * (means["bpp"] / reference["bpp"] - 1)), f"{means['psnr'] - reference['psnr']:+.3f}",
                         percent(delta_j)]
             rows.append(row + [""] * (len(header) - len(row)))
@@ -134,16 +189,19 @@ def _explanation(report: dict) -> str:
             if report["bpp_source"] == "estimate" else "bpp counts the bytes of bitstreams that were written and decoded.")
     return (f"{rate} PSNR is on clamped and rounded 8-bit RGB pixels, the mean of the images' dB. MS-SSIM is the mean over "
             "the images with more than 160 pixels on each side. J = bpp + lambda * D is the codec's training objective, "
-            "per image, then averaged.")
+            "per image, then averaged." + (f" {baseline_label(report)}: {report['baseline']}." if report.get("baseline") else ""))
 
 
 def _bd_table(report: dict) -> str:
-    rows = [[f"{codec_label(report)} against float", *_bd_cells(report, "")]]
+    rows = []
+    if _is_everywhere(report, "quant") and _is_everywhere(report, "fp32"):
+        rows.append([f"{codec_label(report)} against float", *_bd_cells(report, "")])
     if _has_baseline(report):
-        rows.append(["without reconstruction against float", *_bd_cells(report, "_baseline")])
+        rows.append([f"{baseline_label(report)} against float", *_bd_cells(report, "_baseline")])
     for name, values in (report.get("anchor_bd_rate_psnr") or {}).items():
-        rows.append([f"float against {name}", percent(values["fp32"]), "", ""])
-        rows.append([f"{codec_label(report)} against {name}", percent(values["quant"]), "", ""])
+        for codec, label in (("fp32", "float"), ("quant", codec_label(report))):
+            if _is_everywhere(report, codec):
+                rows.append([f"{label} against {name}", percent(values[codec]), "", ""])
     return _table(["BD-rate", "PSNR, PCHIP", "PSNR, cubic", "MS-SSIM (dB), PCHIP"], rows, text_columns=(0,))
 
 

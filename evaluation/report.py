@@ -15,7 +15,7 @@ from support.errors import InputError
 from support.files import atomic_path, write_json, write_text
 
 
-def make_point(*, quality: int, lmbda: float | None, fp32: Report, quant: Report, metric: str = "mse",
+def make_point(*, quality: int, lmbda: float | None, fp32: Report | None, quant: Report | None, metric: str = "mse",
                baseline: Report | None = None, calibration_seconds: float | None = None,
                peak_memory_mb: float | None = None, model_bytes: int | None = None,
                fp32_model_bytes: int | None = None, **extra) -> dict:
@@ -24,15 +24,17 @@ def make_point(*, quality: int, lmbda: float | None, fp32: Report, quant: Report
     Args:
         lmbda, metric: the trade-off and the distortion the codec was trained with, for delta_j_percent
             (None where lmbda is).
+        fp32, quant: the evaluations; at most one may be None, where only the other codec was measured.
         baseline: an optional third codec, e.g. nearest rounding without reconstruction.
         extra: further keys, written as they are.
     """
+    measured = {"fp32": fp32, "quant": quant}
     point = {
-        "quality": quality, "lambda": lmbda, "fp32": fp32.mean(), "quant": quant.mean(),
-        "delta_j_percent": _delta_j(fp32, quant, lmbda, metric), "bpp_source": quant.bpp_source,
+        "quality": quality, "lambda": lmbda, **{codec: report and report.mean() for codec, report in measured.items()},
+        "delta_j_percent": _delta_j(fp32, quant, lmbda, metric), "bpp_source": (quant or fp32).bpp_source,
         "calibration_seconds": calibration_seconds, "peak_memory_mb": peak_memory_mb, "model_bytes": model_bytes,
         "fp32_model_bytes": fp32_model_bytes,
-        "images_per": {"fp32": fp32.images_as_dicts(), "quant": quant.images_as_dicts()},
+        "images_per": {codec: report.images_as_dicts() for codec, report in measured.items() if report is not None},
     }
     if baseline is not None:
         point["baseline"] = baseline.mean()
@@ -56,7 +58,7 @@ def build_report(*, arch: str, preset: str | None, loss: str, unit: str, w_bits:
         anchors: curves to compare with, by name, e.g. {"JPEG": anchor_curve(paths)}.
         extra: further keys, written as they are (config, kept_in_float, ...).
     """
-    points = sorted(points, key=lambda point: point["fp32"]["bpp"])
+    points = sorted(points, key=lambda point: (point["fp32"] or point["quant"])["bpp"])
     rates, notes = {}, {}
     for ending, codec in (("", "quant"), ("_baseline", "baseline")):
         if codec == "baseline" and not (points and all(codec in point for point in points)):
@@ -94,11 +96,12 @@ def write_report(folder: str | Path, report: dict) -> None:
     write_text(folder / "report.md", render_markdown(report))
 
 
-def _delta_j(fp32: Report, other: Report, lmbda: float | None, metric: str) -> float | None:
-    return None if lmbda is None else delta_j_percent(fp32, other, lmbda, metric)
+def _delta_j(fp32: Report | None, other: Report | None, lmbda: float | None, metric: str) -> float | None:
+    return None if None in (lmbda, fp32, other) else delta_j_percent(fp32, other, lmbda, metric)
 
 
-def _bd_rate(anchor: Sequence[dict], curve: Sequence[dict], measure: str, method: str) -> tuple[float | None, str | None]:
+def _bd_rate(anchor: Sequence[dict | None], curve: Sequence[dict | None], measure: str,
+             method: str) -> tuple[float | None, str | None]:
     """BD-rate between two lists of means, or the reason why there is none."""
     try:
         return bd_rate(*_columns(anchor, measure), *_columns(curve, measure), method=method), None
@@ -106,7 +109,9 @@ def _bd_rate(anchor: Sequence[dict], curve: Sequence[dict], measure: str, method
         return None, str(error)
 
 
-def _columns(points: Sequence[dict], measure: str) -> tuple[list[float], list[float]]:
+def _columns(points: Sequence[dict | None], measure: str) -> tuple[list[float], list[float]]:
+    if any(point is None for point in points):
+        raise InputError("the float and the quantized codec were not both evaluated")
     if any(point[measure] is None for point in points):
         raise InputError(f"{measure} is not known at every point (images of 160 pixels or less have no MS-SSIM)")
     quality = [ms_ssim_db(point[measure]) if measure == "ms_ssim" else point[measure] for point in points]

@@ -23,12 +23,13 @@ class ArgumentParser(argparse.ArgumentParser):
         raise InputError(f"{message}; see {self.prog} --help")
 
 
-def main_guard(function: Callable[[], int | None]) -> int:
+def main_guard(function: Callable[[], int | None],
+               interrupted: str = "the same command with --resume continues from the last finished unit") -> int:
     """Run a command line's body and return its exit status, with errors as one line `error: ...` on standard error.
 
     0 or what `function` returns; 2 for bad arguments or input, no memory, no disk space; 130 when interrupted;
     141 when the reader of standard output has gone. Any other exception is a defect and passes through.
-    Used as `sys.exit(main_guard(main))`.
+    Used as `sys.exit(main_guard(main))`. `interrupted` says after an interrupt how to go on.
     """
     try:
         status = function()
@@ -43,7 +44,7 @@ def main_guard(function: Callable[[], int | None]) -> int:
             return _fail(leaving.code)
         return leaving.code or 0
     except KeyboardInterrupt:
-        print("interrupted; the same command with --resume continues from the last finished unit", file=sys.stderr)
+        print(f"interrupted; {interrupted}", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         # Python flushes standard output once more at exit; that must not fail aloud either.

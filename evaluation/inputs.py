@@ -1,0 +1,85 @@
+"""What a run reads, looked at before hours of work: the images, the calibration crops, the device."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data.calibration import sample_crops
+from data.datasets import Dataset, is_local, open_dataset
+from data.images import load_pixels
+from support.errors import InputError
+from support.files import sha256
+
+FALLBACK = "photos"
+CALIBRATION = "photos-calib"
+_MS_SSIM_SIDE = 161  # pixels, the smallest side that MS-SSIM's five scales fit into
+
+
+def evaluation_set(name_or_folder: str | None, metric: str = "mse") -> tuple[Dataset, str | None]:
+    """The images to evaluate on, each of them readable, and a remark for the user where they are a second choice.
+
+    None means kodak where it is found in LICQ_DATA or the cache, else photos.
+
+    Raises:
+        InputError: no such data set, an image that is not 8-bit RGB, or one too small for the metric.
+    """
+    remark = None
+    if name_or_folder is None:
+        name_or_folder = "kodak" if is_local("kodak") else FALLBACK
+        if name_or_folder == FALLBACK:
+            remark = ("evaluated on photos, 3 images that installed packages ship, because kodak was not found; set LICQ_DATA "
+                      "to the folder that holds kodak/")
+    dataset = open_dataset(name_or_folder)
+    for path in dataset.paths:
+        side = min(load_pixels(path).shape[:2])
+        if metric == "ms-ssim" and side < _MS_SSIM_SIDE:
+            raise InputError(f"{path}: {side} pixels are too few for MS-SSIM, which needs {_MS_SSIM_SIDE}; leave it out or use "
+                             "--metric mse")
+    return dataset, remark
+
+
+def calibration_crops(name_or_folder: str | None, num: int, crop: int, seed: int, multiple: int, metric: str,
+                      exclude: Dataset) -> tuple[Tensor, dict, str | None]:
+    """Crops (num, 3, crop, crop) in 0..1, what they are as a dictionary, and a remark where images repeat.
+
+    None means photos-calib, images that installed packages ship.
+
+    Raises:
+        InputError: no such data set, a bad image, one that is evaluated too, or a crop that the codec cannot take.
+    """
+    if crop % multiple:
+        near = max(multiple, crop // multiple * multiple)
+        raise InputError(f"--crop {crop} is no multiple of {multiple}, as the codec's inputs are; choose {near} or another multiple")
+    if metric == "ms-ssim" and crop < _MS_SSIM_SIDE:
+        raise InputError(f"--crop {crop} is too small for MS-SSIM; choose {-(-_MS_SSIM_SIDE // multiple) * multiple} or more")
+    dataset = open_dataset(name_or_folder or CALIBRATION)
+    crops = sample_crops(dataset.paths, num, crop, seed, exclude=exclude.paths)
+    facts = {"dataset": dataset.name, "images": min(num, len(dataset)), "num_calib": num, "crop": crop, "seed": seed,
+             "sha256": hashlib.sha256(crops.numpy().tobytes()).hexdigest()}
+    remark = f"{num} calibration crops come from {len(dataset)} image{'s' if len(dataset) > 1 else ''}" if len(dataset) < num else None
+    return crops, facts, remark
+
+
+def images_digest(paths: Sequence[Path]) -> str:
+    """One SHA-256 over the content of image files, in their order."""
+    return hashlib.sha256("".join(sha256(path) for path in paths).encode()).hexdigest()
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device of that name; None: CUDA where there is one, else the CPU.
+
+    Raises:
+        InputError: no device has this name, or this machine or this PyTorch lacks it.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).add_(1).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"--device {name} cannot be used here ({str(error).splitlines()[0][:120]}); choose cpu"
+                         + (" or cuda" if torch.cuda.is_available() else "")) from error
+    return device

@@ -1,0 +1,160 @@
+"""Words of a command line and what they may be. Nothing here imports torch: a typing error is answered at once."""
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any
+
+from support.errors import InputError
+
+# The public interface. reconstruction.config and models.registry have the same lists; a test compares them.
+LOSSES = ("mse", "fisher", "rd", "rd_direct", "kl")
+UNITS = ("layer", "block", "stage", "network")
+METRICS = ("mse", "ms-ssim")
+
+_MAX_THREADS = 256  # beyond, thread creation fails inside the OpenMP runtime, which ends the process
+
+
+def bits(text: str) -> int:
+    """A number of bits: 2..16, or 32 for float."""
+    value = _whole(text)
+    if value != 32 and not 2 <= value <= 16:
+        raise argparse.ArgumentTypeError(f"{text} is out of range; choose 2 to 16, or 32 for float")
+    return value
+
+
+def count(text: str) -> int:
+    """A whole number from 0."""
+    return _at_least(text, 0)
+
+
+def positive(text: str) -> int:
+    """A whole number from 1."""
+    return _at_least(text, 1)
+
+
+def threads(text: str) -> int:
+    """A number of CPU threads, 1..256."""
+    value = _whole(text)
+    if not 1 <= value <= _MAX_THREADS:
+        raise argparse.ArgumentTypeError(f"{text} is out of range; choose 1 to {_MAX_THREADS}")
+    return value
+
+
+def seed(text: str) -> int:
+    """A seed that every generator takes, 0 .. 2^32 - 1."""
+    value = _whole(text)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"{text} is out of range; choose 0 to 4294967295")
+    return value
+
+
+def lambdas(text: str) -> list[float]:
+    """One or more positive numbers, separated by commas."""
+    values = []
+    for item in text.split(","):
+        try:
+            value = float(item)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and value > 0):
+            raise argparse.ArgumentTypeError(f"{item.strip() or text!r} is not a positive number; give one such as 0.0067")
+        values.append(value)
+    return values
+
+
+def qualities(text: str) -> list[int] | str:
+    """`all`, or whole numbers separated by commas."""
+    if text == "all":
+        return text
+    found = []
+    for item in text.split(","):
+        if not item.strip().isdecimal():
+            raise argparse.ArgumentTypeError(f"{item.strip() or text!r} is not a quality; give numbers such as 1,3,5 or `all`")
+        found.append(int(item))
+    return found
+
+
+def merge_qualities(given: list[list[int] | str] | None) -> list[int] | str | None:
+    """What several words of `--quality` say together: sorted numbers without repeats, "all", or None for no word."""
+    if given is None:
+        return None
+    return "all" if "all" in given else sorted({quality for word in given for quality in word})
+
+
+def assignment(text: str) -> tuple[str, str]:
+    """knob=value."""
+    name, sign, value = text.partition("=")
+    if not sign or not name.strip():
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form knob=value, e.g. joint_iters=0")
+    return name.strip(), value.strip()
+
+
+def convert(name: str, text: str, like: Any) -> Any:
+    """The value that `text` spells, of the type of `like`; a tuple is written with commas.
+
+    Raises:
+        InputError: it spells none.
+    """
+    try:
+        if isinstance(like, bool):
+            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
+        if isinstance(like, tuple):
+            return tuple(item.strip() for item in text.split(",") if item.strip())
+        value = type(like)(text)
+    except (ValueError, KeyError):
+        value = None
+    if value is None or isinstance(value, float) and not math.isfinite(value):
+        kind = {bool: "true or false", int: "a whole number", float: "a number"}[type(like)]
+        raise InputError(f"--set {name}={text}: not {kind}; its default is {like}")
+    return value
+
+
+def existing_or_pattern(text: str) -> str:
+    """The path of a file that exists, or one with {quality} in it."""
+    if "{quality}" not in text and not Path(text).expanduser().is_file():
+        what = "is a folder" if Path(text).expanduser().is_dir() else "does not exist"
+        raise argparse.ArgumentTypeError(f"the file {text} {what}; give a checkpoint file, or a pattern such as "
+                                         "models/mine-q{quality}.safetensors")
+    return str(Path(text).expanduser())
+
+
+def add_float_model(parser: argparse.ArgumentParser) -> None:
+    """--arch --quality --checkpoint --pretrained --lambda --metric: which float codecs."""
+    group = parser.add_argument_group("float codec")
+    group.add_argument("--arch", metavar="NAME", help="architecture: lu2022, tic, balle2018, minnen2018, minnen2018-mean, cheng2020, "
+                       "cheng2020-anchor (default: what the file of --checkpoint is, else lu2022)")
+    group.add_argument("--quality", metavar="Q", nargs="+", type=qualities,
+                       help="rate points, 1 (smallest files) to 8: numbers separated by commas or spaces, or `all` "
+                            "(default: all that there are)")
+    group.add_argument("--checkpoint", metavar="FILE", type=existing_or_pattern,
+                       help="trained weights: .pth.tar, .pt or .safetensors; {quality} in the name stands for the quality "
+                            "(default: the checkpoints that come with the project)")
+    group.add_argument("--pretrained", action="store_true",
+                       help="use CompressAI's published weights, downloaded once and checked by their hash (default: no)")
+    group.add_argument("--lambda", dest="lmbda", metavar="L", type=lambdas,
+                       help="weight of the distortion in J = R + lambda * D, one a quality, separated by commas; D is the "
+                            "squared error on 0..255, or 1 - MS-SSIM (default: what the quality is trained with)")
+    group.add_argument("--metric", choices=METRICS, default="mse", help="distortion D of J (default: mse)")
+
+
+def add_machine(parser: argparse.ArgumentParser) -> None:
+    """--device --threads --quiet."""
+    group = parser.add_argument_group("machine")
+    group.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cuda where there is one, else cpu)")
+    group.add_argument("--threads", metavar="N", type=threads, help="CPU threads, 1 to 256 (default: PyTorch's choice)")
+    group.add_argument("--quiet", action="store_true", help="no progress on standard error (default: progress with time left)")
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+
+
+def _at_least(text: str, least: int) -> int:
+    value = _whole(text)
+    if value < least:
+        raise argparse.ArgumentTypeError(f"{text} is out of range; choose {least} or more")
+    return value
