@@ -1,0 +1,245 @@
+"""Quantize trained image codecs after training, measure what that costs, and write a report.
+
+    python main_ptq.py --arch lu2022 --w_bits 8 --a_bits 8 --loss rd
+"""
+
+import argparse
+import functools
+import sys
+import time
+
+from support import options
+from support.cli import ArgumentParser, main_guard
+from support.errors import InputError
+
+# torch takes seconds to import: it is left to the functions that run after the arguments have been checked.
+
+EPILOG = """\
+The folder of --out gets report.md, report.json and rd.png, and for each quality q<quality>/model.safetensors and
+q<quality>/result.json. Without --resume a run starts anew: what an earlier run left there stands until its successor
+is finished. With --resume it goes on after the last finished unit, refuses a folder that holds a run with other
+settings, and takes up qualities finished by other commands with the same settings.
+
+bpp is estimated from the entropy model's likelihoods in this release; no bitstream is written.
+"""
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="main_ptq.py", description=__doc__.splitlines()[0], epilog=EPILOG, allow_abbrev=False,
+                            formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_float_model(parser)
+    group = parser.add_argument_group("quantization")
+    group.add_argument("--w_bits", metavar="B", type=options.bits, default=8,
+                       help="bits of weights, 2 to 16, or 32 for float (default: 8)")
+    group.add_argument("--a_bits", metavar="B", type=options.bits, default=8,
+                       help="bits of the inputs of multiply-accumulate layers, 2 to 16, or 32 for float (default: 8)")
+    group.add_argument("--bias_bits", type=int, choices=(8, 32),
+                       help="bits of biases: 32 at the accumulator's scale, or 8 with rescaling (default: the preset's, 32)")
+    group.add_argument("--strict_int8", action="store_true",
+                       help="8 bits on every stored tensor, also between layers (default: 16 bits there)")
+    group = parser.add_argument_group("reconstruction")
+    group.add_argument("--preset", metavar="NAME", default="licq",
+                       help="method: a name from reconstruction/presets/ or the path of a YAML file (default: licq)")
+    group.add_argument("--loss", choices=options.LOSSES,
+                       help="what a unit minimizes: error of its output (mse), the same weighted by sensitivity (fisher), the "
+                            "squared change of J (rd), J itself (rd_direct), divergence (kl) (default: the preset's; licq: rd)")
+    group.add_argument("--unit", choices=options.UNITS, help="what is reconstructed at once (default: the preset's; licq: block)")
+    group.add_argument("--iters", metavar="N", type=options.count, help="optimizer steps per unit (default: the preset's)")
+    group.add_argument("--set", dest="knobs", metavar="KNOB=VALUE", type=options.assignment, action="append", default=[],
+                       help="any other field of QuantConfig or ReconstructionConfig; repeatable (default: the preset's values)")
+    group.add_argument("--seed", metavar="N", type=options.seed, default=0,
+                       help="of crops, batches and mixing, 0 to 4294967295 (default: 0)")
+    group = parser.add_argument_group("images")
+    group.add_argument("--calib", metavar="SET", help="calibration images: a folder or a data set's name (default: photos-calib, "
+                                                      "3 photos that installed packages ship)")
+    group.add_argument("--num_calib", metavar="N", type=options.positive, default=10, help="calibration crops (default: 10)")
+    group.add_argument("--crop", metavar="PX", type=options.positive, default=256,
+                       help="side of a calibration crop in pixels, a multiple of 64 (default: 256)")
+    group.add_argument("--eval", dest="data", metavar="SET",
+                       help="evaluation images: a folder or a data set's name (default: kodak where it is found through "
+                            "LICQ_DATA or the cache, else photos, 3 photos that installed packages ship)")
+    options.add_machine(parser)
+    group = parser.add_argument_group("run")
+    group.add_argument("--out", metavar="FOLDER", help="results (default: runs/<arch>_w<w_bits>a<a_bits>_<loss>; with a preset "
+                                                       "other than licq its name stands for the loss)")
+    group.add_argument("--resume", action="store_true", help="go on where the same command was stopped (default: start anew)")
+    group.add_argument("--no-baseline", dest="baseline", action="store_false",
+                       help="leave out the comparison with plain quantization: maximum ranges, nearest rounding, one scale per "
+                            "activation tensor, no reconstruction (default: compared)")
+    group.add_argument("--sweep", action="store_true", help="many settings in one run; not in this release")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    if args.sweep:
+        raise InputError("--sweep belongs to a later release; run main_ptq.py once for each setting")
+    args.quality = options.merge_qualities(args.quality)
+    run = prepare(args)
+    points = [quantize_quality(run, index) for index in range(len(run.models))]
+    return finish(run, points)
+
+
+class Run:
+    """Everything that was checked before the work starts; built by `prepare`."""
+
+    def __init__(self, **parts):
+        self.__dict__.update(parts)
+
+    def say(self, text: str) -> None:
+        if not self.args.quiet:
+            print(text, file=sys.stderr, flush=True)
+
+
+def prepare(args: argparse.Namespace) -> Run:
+    """Check settings, checkpoints, images, the device and the folder, in this order: nothing is written before the last."""
+    from evaluation.float_models import find_float_models
+    from evaluation.inputs import calibration_crops, evaluation_set, images_digest, pick_device
+    from evaluation.run_folder import RunFolder
+    from models.registry import get_architecture
+    from support.determinism import seed_everything, set_threads
+    from support.version import __version__
+
+    config = build_config(args)
+    device = pick_device(args.device)
+    set_threads(args.threads)
+    seed_everything(args.seed)
+    models = find_float_models(args.arch, args.quality, args.checkpoint, args.pretrained, args.metric, args.lmbda)
+    multiple = get_architecture(models[0].arch).multiple
+    dataset, remark = evaluation_set(args.data, args.metric)
+    crops, calibration, scarce = calibration_crops(args.calib, args.num_calib, args.crop, args.seed, multiple, args.metric, dataset)
+    for source in models:
+        source.load()
+    settings = {"licq": __version__, "arch": models[0].arch, "metric": args.metric, "config": config.to_dict(),
+                "calibration": calibration,
+                "evaluation": {"dataset": dataset.name, "images": len(dataset), "sha256": images_digest(dataset.paths)}}
+    method = config.reconstruction.loss if config.preset == "licq" else config.preset
+    out = args.out or f"runs/{models[0].arch}_w{config.quant.w_bits}a{config.quant.a_bits}_{method}"
+    folder = RunFolder(out, settings, args.resume)
+    return Run(args=args, config=config, device=device, models=models, multiple=multiple, dataset=dataset, crops=crops,
+               folder=folder, warnings=[remark for remark in (remark, scarce) if remark], started=time.monotonic())
+
+
+def build_config(args: argparse.Namespace):
+    """The preset with the knobs of the command line."""
+    import dataclasses
+
+    from quant.config import QuantConfig
+    from reconstruction.config import PtqConfig, ReconstructionConfig
+
+    knobs = {"w_bits": args.w_bits, "a_bits": args.a_bits, "seed": args.seed}
+    knobs |= {name: value for name in ("bias_bits", "loss", "unit", "iters") if (value := getattr(args, name)) is not None}
+    if args.strict_int8:
+        knobs["strict_int8"] = True
+    fields = {field.name: field for kind in (QuantConfig, ReconstructionConfig) for field in dataclasses.fields(kind)}
+    for name, text in args.knobs:
+        if name not in fields:
+            raise InputError(f"--set {name}: no such knob; known are {', '.join(sorted(fields))}")
+        if name in knobs:
+            raise InputError(f"--set {name} is given twice or has a flag of its own; use --{name} once")
+        knobs[name] = options.convert(name, text, fields[name].default)
+    return PtqConfig.from_preset(args.preset, **knobs)
+
+
+def quantize_quality(run: Run, index: int) -> dict:
+    """One rate point, of which finished parts are taken from the folder; returns the point of report.json."""
+    from evaluation.evaluate import Report, evaluate
+    from evaluation.report import make_point
+
+    source, args = run.models[index], run.args
+    folder = run.folder.quality(source.quality, {"quality": source.quality, "lambda": source.lmbda,
+                                                 "checkpoint_sha256": source.sha256})
+    complete = {"fp32", "quant"} | ({"baseline"} if args.baseline else set())
+    done = complete <= folder.parts.keys()
+    run.say(f"{source.arch} quality {source.quality} ({index + 1} of {len(run.models)})"
+            + (": finished before" if done else _time_left(run, index)))
+    load = functools.cache(source.load)
+
+    def measure(model) -> dict:
+        return evaluate(model, run.dataset, pad=run.multiple, device=run.device, progress=not args.quiet).to_dict()
+
+    fp32 = folder.part("fp32", lambda: measure(load()))
+    baseline = folder.part("baseline", lambda: measure(plain_baseline(load(), run))) if args.baseline else None
+    quant = folder.part("quant", lambda: _reconstruct(load(), run, source, folder, measure))
+    folder.finish()
+    return make_point(
+        quality=source.quality, lmbda=source.lmbda, metric=args.metric, fp32=Report.from_dict(fp32),
+        quant=Report.from_dict(quant["report"]), baseline=baseline and Report.from_dict(baseline),
+        calibration_seconds=quant["history"]["seconds"], peak_memory_mb=quant["history"].get("peak_memory_mb"),
+        model_bytes=quant["model_bytes"], fp32_model_bytes=quant["fp32_model_bytes"],
+        checkpoint={"origin": source.origin, "path": str(source.path), "sha256": source.sha256},
+        history=quant["history"], coverage=quant["coverage"])
+
+
+def plain_baseline(model, run: Run):
+    """The same bits with maximum ranges, nearest rounding, one scale per activation tensor, nothing learned."""
+    from quant.config import QuantConfig
+    from quant.model import QuantModel
+
+    bits = {name: getattr(run.config.quant, name) for name in ("w_bits", "a_bits", "bias_bits", "strict_int8")}
+    plain = QuantModel(model, QuantConfig(**bits, a_granularity="tensor", w_range="max", a_range="max", rounding="nearest"))
+    plain.to(run.device)
+    plain.observe(run.crops.to(run.device).split(2))
+    plain.freeze()
+    return plain
+
+
+BASELINE = ("maximum ranges, nearest rounding, per-channel weights, one scale per activation tensor, no reconstruction; "
+            "the same bits and calibration images")
+
+
+def _reconstruct(model, run: Run, source, folder, measure) -> dict:
+    from reconstruction.api import quantize
+    from support.files import sha256
+
+    args = run.args
+    codec = quantize(model, run.crops, run.config, lmbda=source.lmbda, metric=args.metric, device=run.device,
+                     folder=folder.path, resume=args.resume, progress=not args.quiet)
+    report = measure(codec)
+    codec.save(folder.model, {
+        "arch": source.arch, "quality": source.quality, "lambda": source.lmbda, "metric": args.metric,
+        "preset": run.config.preset, "config": run.config.to_dict(), "calibration": run.folder.settings["calibration"],
+        "checkpoint": {"origin": source.origin, "path": str(source.path.resolve()), "sha256": source.sha256,
+                       "own_lambda": source.own_lambda},
+        "calibration_seconds": codec.history["seconds"], "peak_memory_mb": codec.history.get("peak_memory_mb"),
+        "coverage": codec.coverage()})
+    return {"report": report, "history": codec.history, "coverage": codec.coverage(), "model_sha256": sha256(folder.model),
+            "model_bytes": folder.model.stat().st_size,
+            "fp32_model_bytes": 4 * sum(parameter.numel() for parameter in model.parameters())}
+
+
+def _time_left(run: Run, index: int) -> str:
+    """From the mean time of the qualities before; nothing to go by at the first."""
+    if not index:
+        return ""
+    seconds = (time.monotonic() - run.started) / index * (len(run.models) - index)
+    return f", about {max(1, round(seconds / 60))} min left"
+
+
+def finish(run: Run, points: list[dict]) -> int:
+    """The report, and its essence on standard output."""
+    from evaluation.anchors import anchor_curve
+    from evaluation.presentation import coverage_lines, render_summary
+    from evaluation.report import build_report, write_report
+
+    config, args = run.config, run.args
+    coverage = points[0]["coverage"]
+    report = build_report(
+        arch=run.models[0].arch, preset=config.preset, loss=config.reconstruction.loss, unit=config.reconstruction.unit,
+        w_bits=config.quant.w_bits, a_bits=config.quant.a_bits, dataset=run.dataset.name, images=len(run.dataset), points=points,
+        anchors={"JPEG": anchor_curve(run.dataset.paths, with_ms_ssim=True, progress=not args.quiet)}, warnings=run.warnings,
+        baseline=BASELINE if args.baseline else None, metric=args.metric,
+        config={**config.quant.to_dict(), **config.reconstruction.to_dict(), "metric": args.metric,
+                "calibration": run.folder.settings["calibration"], "device": str(run.device)},
+        kept_in_float=coverage_lines(coverage), left_alone=coverage["left_alone"])
+    write_report(run.folder.path, report)
+    print(render_summary(report))
+    print(f"\nreport:  {run.folder.path / 'report.md'}, report.json, rd.png"
+          f"\nmodels:  {', '.join(str(run.folder.path / f'q{source.quality}' / 'model.safetensors') for source in run.models)}")
+    for warning in run.warnings:
+        print(f"note: {warning}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main_guard(main))
