@@ -7,10 +7,23 @@ import argparse
 import functools
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from support import options
 from support.cli import ArgumentParser, main_guard
 from support.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from data.datasets import Dataset
+    from evaluation.float_models import FloatModel
+    from evaluation.run_folder import QualityFolder, RunFolder
+    from quant.model import QuantModel
+    from reconstruction.config import PtqConfig
 
 # torch takes seconds to import: it is left to the functions that run after the arguments have been checked.
 
@@ -80,11 +93,24 @@ def main(argv: list[str] | None = None) -> int:
     return finish(run, points)
 
 
+@dataclass(frozen=True)
 class Run:
-    """Everything that was checked before the work starts; built by `prepare`."""
+    """Everything that was checked before the work starts; built by `prepare`.
 
-    def __init__(self, **parts):
-        self.__dict__.update(parts)
+    models: FloatModels. multiple: sides of inputs are multiples of it. crops: (n, 3, crop, crop) in 0..1.
+    warnings: remarks for the user. started: monotonic seconds.
+    """
+
+    args: argparse.Namespace
+    config: "PtqConfig"
+    device: "torch.device"
+    models: list["FloatModel"]
+    multiple: int
+    dataset: "Dataset"
+    crops: "Tensor"
+    folder: "RunFolder"
+    warnings: list[str]
+    started: float
 
     def say(self, text: str) -> None:
         if not self.args.quiet:
@@ -120,7 +146,7 @@ def prepare(args: argparse.Namespace) -> Run:
                folder=folder, warnings=[remark for remark in (remark, scarce) if remark], started=time.monotonic())
 
 
-def build_config(args: argparse.Namespace):
+def build_config(args: argparse.Namespace) -> "PtqConfig":
     """The preset with the knobs of the command line."""
     import dataclasses
 
@@ -155,7 +181,7 @@ def quantize_quality(run: Run, index: int) -> dict:
             + (": finished before" if done else _time_left(run, index)))
     load = functools.cache(source.load)
 
-    def measure(model) -> dict:
+    def measure(model: "nn.Module") -> dict:
         return evaluate(model, run.dataset, pad=run.multiple, device=run.device, progress=not args.quiet).to_dict()
 
     fp32 = folder.part("fp32", lambda: measure(load()))
@@ -171,7 +197,7 @@ def quantize_quality(run: Run, index: int) -> dict:
         history=quant["history"], coverage=quant["coverage"])
 
 
-def plain_baseline(model, run: Run):
+def plain_baseline(model: "nn.Module", run: Run) -> "QuantModel":
     """The same bits with maximum ranges, nearest rounding, one scale per activation tensor, nothing learned."""
     from quant.config import QuantConfig
     from quant.model import QuantModel
@@ -188,7 +214,9 @@ BASELINE = ("maximum ranges, nearest rounding, per-channel weights, one scale pe
             "the same bits and calibration images")
 
 
-def _reconstruct(model, run: Run, source, folder, measure) -> dict:
+def _reconstruct(model: "nn.Module", run: Run, source: "FloatModel", folder: "QualityFolder",
+                 measure: Callable[["nn.Module"], dict]) -> dict:
+    """Quantize, measure, save: the finished part of result.json."""
     from reconstruction.api import quantize
     from support.files import sha256
 

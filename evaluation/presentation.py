@@ -71,18 +71,15 @@ def render_summary(report: dict) -> str:
              + ("estimated from likelihoods" if report["bpp_source"] == "estimate" else "of written and decoded bitstreams"), "",
              tabulate(rows, headers=header, tablefmt="simple", disable_numparse=True, stralign="right"), ""]
     if _is_everywhere(report, "fp32") and _is_everywhere(report, "quant"):
-        lines.append(f"BD-rate against float: {_bd_phrase(report, '', 'quant')} ({label})"
-                     + (f", {_bd_phrase(report, '_baseline', 'baseline')} ({plain})" if _has_baseline(report) else ""))
+        line = f"BD-rate against float: {percent(report['bd_rate_psnr'])} ({label})"
+        line += f", {percent(report['bd_rate_psnr_baseline'])} ({plain})" if _has_baseline(report) else ""
+        reason = report["bd_rate_notes"].get("bd_rate_psnr")
+        lines.append(line + (f"; {reason.removeprefix('BD-rate: ')}" if reason else ""))
     for name, values in (report.get("anchor_bd_rate_psnr") or {}).items():
         lines.append(f"BD-rate against {name}: " + ", ".join(f"{percent(values[codec])} ({text})" for codec, text in codecs if codec in values))
     if report.get("baseline"):
         lines.append(f"{plain}: {report['baseline']}")
     return "\n".join(lines).rstrip()
-
-
-def _bd_phrase(report: dict, ending: str, codec: str) -> str:
-    value = report["bd_rate_psnr" + ending]
-    return percent(value) if value is not None else f"none, {report['bd_rate_notes']['bd_rate_psnr' + ending].removeprefix('BD-rate: ')}"
 
 
 def coverage_lines(coverage: dict) -> list[str]:
@@ -158,7 +155,8 @@ def _finding(report: dict) -> str:
         return ""
     on = f"On {report['dataset']} ({report['images']} image{'s' if report['images'] != 1 else ''})"
     if value is None:
-        return f"{on} no BD-rate can be given: {report['bd_rate_notes'].get('bd_rate_psnr', 'see below')}."
+        reason = report["bd_rate_notes"].get("bd_rate_psnr", "see below").removeprefix("BD-rate: ")
+        return f"{on} no BD-rate can be given: {reason}."
     change = "more" if value >= 0 else "less"
     return (f"{on}, at equal PSNR, the quantized codec needs **{abs(value):.2f}% {change} rate** than the float one "
             f"(BD-rate, PCHIP, {len(report['points'])} points).")
@@ -241,6 +239,10 @@ def _settings(report: dict) -> str:
 
 
 def _cell(value) -> str:
+    if isinstance(value, dict):
+        value = ", ".join(f"{key} {item}" for key, item in value.items())
+    elif isinstance(value, (list, tuple)):
+        value = ", ".join(map(str, value))
     return "" if value is None else str(value).replace("|", "\\|").replace("\n", " ")
 
 
