@@ -86,15 +86,20 @@ def evaluate_all(args: argparse.Namespace, files: list[Path]) -> int:
     from evaluation.inputs import evaluation_set, pick_device
     from evaluation.presentation import coverage_lines, render_summary
     from evaluation.report import build_report, make_point, write_report
-    from models.registry import get_architecture
+    from models.registry import get_architecture, list_models
     from quant.model import QuantModel
     from support.determinism import set_threads
     from support.files import writable_folder
 
     device = pick_device(args.device)
     set_threads(args.threads)
+    given = get_architecture(args.arch).name if args.arch else None  # a plug-in's file registers its codec here
     saved = [read_extra(file) for file in files]
     common = one_kind(files, saved) if files else None
+    if common and common["arch"] not in list_models():
+        raise InputError(f"{files[0]} needs the architecture {common['arch']!r}; name the Python file that registers it with --arch")
+    if common and given not in (None, common["arch"]):
+        raise InputError(f"--arch {args.arch} is not that of the quantized models, {common['arch']}; leave it out")
     floats = find_floats(args, saved)
     arch = common["arch"] if common else next(iter(floats.values())).arch
     metric = common["metric"] if common else args.metric
@@ -110,6 +115,9 @@ def evaluate_all(args: argparse.Namespace, files: list[Path]) -> int:
     def measure(model):
         return evaluate(model, dataset, pad=pad, device=device, progress=not args.quiet)
 
+    warnings = [remark] if remark else []
+    warnings += [f"the float codec of quality {extra['quality']} is another file than the one that was quantized"
+                 for extra in saved if extra["quality"] in floats and floats[extra["quality"]].sha256 != extra["checkpoint"]["sha256"]]
     points, coverage = [], None
     total = len(files) or len(floats)
     for index in range(total):
@@ -132,7 +140,7 @@ def evaluate_all(args: argparse.Namespace, files: list[Path]) -> int:
     report = build_report(
         arch=arch, preset=settings["preset"], loss=settings["reconstruction"].get("loss"),
         unit=settings["reconstruction"].get("unit"), w_bits=settings["quant"].get("w_bits"), a_bits=settings["quant"].get("a_bits"),
-        dataset=dataset.name, images=len(dataset), points=points, warnings=[remark] if remark else [], metric=metric,
+        dataset=dataset.name, images=len(dataset), points=points, warnings=warnings, metric=metric,
         anchors={"JPEG": anchor_curve(dataset.paths, with_ms_ssim=True, progress=not args.quiet)},
         config={**settings["quant"], **settings["reconstruction"], "metric": metric, "device": str(device)}
         | ({"calibration": common["calibration"]} if common else {}),
@@ -140,8 +148,8 @@ def evaluate_all(args: argparse.Namespace, files: list[Path]) -> int:
     write_report(out, report)
     print(render_summary(report))
     print(f"\nreport:  {out / 'report.md'}, report.json, rd.png")
-    if remark:
-        print(f"note: {remark}")
+    for warning in warnings:
+        print(f"note: {warning}")
     return 0
 
 
@@ -181,7 +189,9 @@ def one_kind(files: list[Path], saved: list[dict]) -> dict:
 
 def find_floats(args: argparse.Namespace, saved: list[dict]) -> dict:
     """quality -> FloatModel: those the flags name, else those that the saved models were made from."""
-    from evaluation.float_models import FloatModel, find_float_models
+    from evaluation.float_models import FloatModel, find_float_models, weights_digest
+    from models.checkpoints import load_checkpoint
+    from models.registry import get_architecture
     from support.files import sha256
 
     if not args.with_float:
@@ -197,12 +207,14 @@ def find_floats(args: argparse.Namespace, saved: list[dict]) -> dict:
         for extra in saved:
             origin = extra["checkpoint"]
             path = _where(origin, extra)
-            if not path.is_file() or sha256(path) != origin["sha256"]:
+            if get_architecture(extra["arch"]).loader is None:
+                is_same = path.is_file() and sha256(path) == origin["sha256"]
+            else:
+                is_same = path.exists() and weights_digest(load_checkpoint(path, extra["arch"], extra["quality"])) == origin["sha256"]
+            if not is_same:
                 raise InputError(_NO_FLOAT.format(extra["quality"], path))
             models[extra["quality"]] = FloatModel(extra["arch"], extra["quality"], extra["lambda"], origin["origin"], path,
                                                   origin["sha256"], origin["own_lambda"])
-    if saved and args.arch and args.arch != saved[0]["arch"]:
-        raise InputError(f"--arch {args.arch} is not that of the quantized models, {saved[0]['arch']}; leave it out")
     for model in models.values():
         model.load()
     return models

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from data.datasets import Dataset
+from data.datasets import Dataset, open_dataset
 from data.images import load_image
 from evaluation.metrics import bpp_from_likelihoods, ms_ssim, mse, psnr_from_mse
 from evaluation.padding import crop_back, pad_to_multiple
@@ -89,14 +89,14 @@ def delta_j_percent(reference: Report, other: Report, lmbda: float, metric: str 
     return 100.0 * (other.cost(lmbda, metric) - before) / before
 
 
-def evaluate(model: nn.Module, images: Dataset | Sequence[Path | str] | Sequence[Tensor], *, name: str | None = None,
-             pad: int = 64, device: torch.device | str | None = None, progress: bool = True) -> Report:
+def evaluate(model: nn.Module, images: Dataset | str | Path | Sequence[Path | str] | Sequence[Tensor], *,
+             name: str | None = None, pad: int = 64, device: torch.device | str | None = None, progress: bool = True) -> Report:
     """Run `model` on each image by itself and measure it; bpp is the likelihood estimate.
 
     Args:
         model: anything whose call on (1, 3, H, W) in 0..1 returns {"x_hat": the same shape, "likelihoods": {...}}.
             It is put in evaluation mode for the duration.
-        images: a data set, image files, or tensors (3, H, W) or (1, 3, H, W) in 0..1.
+        images: a data set, its name, a folder, image files, or tensors (3, H, W) or (1, 3, H, W) in 0..1.
         name: the report's; default the data set's, else "images".
         pad: images are padded with zeros to multiples of this (see `pad_to_multiple`); rate counts per true pixel.
         device: where to run; default where the model's parameters are. The model is moved there.
@@ -104,6 +104,8 @@ def evaluate(model: nn.Module, images: Dataset | Sequence[Path | str] | Sequence
     Raises:
         InputError: no images, an unreadable image, or a NaN or Inf in the model's output, with the image's name.
     """
+    if isinstance(images, (str, Path)):
+        images = open_dataset(images)
     items = list(images.paths if isinstance(images, Dataset) else images)
     if not items:
         raise InputError("no images to evaluate on; give a folder of images or a data set with --eval")

@@ -1,5 +1,6 @@
 """Which float codecs a command line asks for: a file, a pattern of files, CompressAI's, or the embedded ones."""
 
+import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ DEFAULT_ARCH = "lu2022"
 class FloatModel:
     """One trained codec: where it lies and what it was trained for.
 
+    sha256: of the file; for an architecture with a loader of its own, of the tensors that it gives.
     lmbda: the weight of the distortion in J; own_lambda: the user chose it, so the file's need not be the quality's.
     origin: embedded | pretrained | checkpoint.
     """
@@ -45,7 +47,7 @@ def find_float_models(arch: str | None = None, qualities: Sequence[int] | str | 
     """The float codecs, by rising quality; each file exists, but only `FloatModel.load` looks inside.
 
     Args:
-        arch: None: what the checkpoint says or looks like, else lu2022.
+        arch: a name or a plug-in's file; None: what the checkpoint says or looks like, else lu2022.
         qualities: None or "all": every one that there is.
         checkpoint: a file, or a pattern with {quality} in it.
         lmbdas: one a quality, None: the architecture's.
@@ -65,10 +67,23 @@ def find_float_models(arch: str | None = None, qualities: Sequence[int] | str | 
     if lmbdas is not None and len(lmbdas) != len(files):
         raise InputError(f"{len(lmbdas)} values of --lambda for {len(files)} qualities ({', '.join(map(str, files))}); "
                          "give one a quality, separated by commas")
+    def digest(quality: int, path: Path) -> str:
+        if architecture.loader is None:
+            return sha256(path)
+        return weights_digest(load_checkpoint(path, architecture.name, quality))
+
     origin = "checkpoint" if checkpoint is not None else "pretrained" if pretrained else "embedded"
     return [FloatModel(architecture.name, quality, lmbdas[index] if lmbdas else architecture.lambda_for(quality, metric),
-                       origin, path, sha256(path), lmbdas is not None)
+                       origin, path, digest(quality, path), lmbdas is not None)
             for index, (quality, path) in enumerate(files.items())]
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 over the names and bytes of a model's tensors."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _embedded(architecture: Architecture, qualities: Sequence[int] | None) -> dict[int, Path]:
@@ -104,6 +119,12 @@ def _from_files(arch: str | None, qualities: Sequence[int] | None, checkpoint: s
             if not path.is_file():
                 raise InputError(f"no checkpoint at {path}; choose other qualities with --quality or mend --checkpoint")
         architecture = get_architecture(arch) if arch else _identify(next(iter(files.values())))
+    elif arch and get_architecture(arch).loader is not None:
+        architecture = get_architecture(arch)
+        files = dict.fromkeys(qualities or sorted(architecture.official), Path(checkpoint))
+    elif arch and get_architecture(arch).loader is not None:  # one path serves every quality
+        architecture = get_architecture(arch)
+        files = {quality: Path(checkpoint) for quality in qualities or sorted(architecture.official)}
     else:
         path = Path(checkpoint)
         if qualities is not None and len(qualities) > 1:
@@ -150,7 +171,7 @@ def _quality_of(path: Path, architecture: Architecture, metric: str) -> int:
         return metadata["quality"]
     stated = metadata.get("lambda")
     if stated is not None:
-        table = architecture.lambdas[metric]
+        table = architecture.lambdas.get(metric, {})
         near = [quality for quality in table if abs(table[quality] - stated) <= 0.01 * stated]
         if near:
             return near[0]

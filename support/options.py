@@ -111,10 +111,9 @@ def convert(name: str, text: str, like: Any) -> Any:
 
 
 def existing_or_pattern(text: str) -> str:
-    """The path of a file that exists, or one with {quality} in it."""
-    if "{quality}" not in text and not Path(text).expanduser().is_file():
-        what = "is a folder" if Path(text).expanduser().is_dir() else "does not exist"
-        raise argparse.ArgumentTypeError(f"the file {text} {what}; give a checkpoint file, or a pattern such as "
+    """A path that exists, or one with {quality} in it."""
+    if "{quality}" not in text and not Path(text).expanduser().exists():
+        raise argparse.ArgumentTypeError(f"the file {text} does not exist; give a checkpoint file, or a pattern such as "
                                          "models/mine-q{quality}.safetensors")
     return str(Path(text).expanduser())
 
@@ -123,7 +122,7 @@ def add_float_model(parser: argparse.ArgumentParser) -> None:
     """--arch --quality --checkpoint --pretrained --lambda --metric: which float codecs."""
     group = parser.add_argument_group("float codec")
     group.add_argument("--arch", metavar="NAME", help="architecture: lu2022, tic, balle2018, minnen2018, minnen2018-mean, cheng2020, "
-                       "cheng2020-anchor (default: what the file of --checkpoint is, else lu2022)")
+                       "cheng2020-anchor, or the path of a Python file that registers one, as examples/bls2017.py does (default: what the file of --checkpoint is, else lu2022)")
     group.add_argument("--quality", metavar="Q", nargs="+", type=qualities,
                        help="rate points, 1 (smallest files) to 8: numbers separated by commas or spaces, or `all` "
                             "(default: all that there are)")
