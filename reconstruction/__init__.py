@@ -1,0 +1,1 @@
+"""Reconstruction of quantized codecs: units, targets, caches, the driver, presets."""

@@ -1,0 +1,80 @@
+"""One call from a float codec to a quantized one."""
+
+import resource
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from quant.model import QuantModel
+from reconstruction.config import PtqConfig
+from reconstruction.driver import Reconstruction
+from reconstruction.objective import Objective
+from reconstruction.state import StateFolder, fingerprint
+from support.errors import InputError
+
+
+def quantize(
+    model: nn.Module,
+    images: Tensor,
+    config: PtqConfig | None = None,
+    *,
+    lmbda: float,
+    metric: str = "mse",
+    device: torch.device | str | None = None,
+    folder: Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> QuantModel:
+    """Quantize a codec on calibration images.
+
+    Args:
+        model: float codec; its forward maps (B, 3, H, W) in 0..1 to {"x_hat", "likelihoods"}. It is not changed.
+        images: calibration crops (n, 3, H, W) in 0..1, 8-bit samples; see `data.calibration.sample_crops`.
+        config: the method; default the preset "licq".
+        lmbda: weight of the distortion in J = R + lambda * D that the codec was trained with.
+        metric: "mse" (D = 255^2 * mse) or "ms-ssim" (D = 1 - MS-SSIM).
+        device: where to run; default where the model is.
+        folder: where finished units are kept for `resume`; default nowhere.
+        resume: go on behind the last finished unit in `folder`; the result is that of an uninterrupted run.
+        progress: show bars with the time left.
+
+    Returns:
+        A frozen `QuantModel`. Its `history` has J of the float codec (`j_float`), of the quantized one before and after
+        (`j_start`, `j_end`), the same for each unit, seconds, and the peak memory of the process in MB.
+
+    Raises:
+        InputError: images of a wrong shape, a lambda that is not positive, a folder of another calibration.
+    """
+    config = config or PtqConfig.from_preset()
+    if images.ndim != 4 or images.shape[1] != 3 or not len(images):
+        raise InputError(f"calibration images of shape {tuple(images.shape)}; (n, 3, H, W) is needed")
+    objective = Objective(lmbda, metric)
+    if device is None:
+        parameter = next(model.parameters(), None)
+        device = images.device if parameter is None else parameter.device
+    started = time.monotonic()
+    identity = fingerprint(model, images, config.to_dict(), lmbda, metric)
+    state = StateFolder(None if folder is None else Path(folder) / "units", identity, resume)
+    qmodel = QuantModel(model, config.quant).to(device)
+    batches = list(images.to(device).split(config.reconstruction.batch))
+    qmodel.observe(batches)
+    with torch.no_grad():
+        qmodel.quantize_nodes(True)
+        j_start = torch.cat([objective(qmodel(batch), batch) for batch in batches]).double().mean()
+    history = {"j_start": float(j_start)}
+    history |= Reconstruction(qmodel, batches, config.reconstruction, objective, state, progress).run()
+    qmodel.freeze()
+    history["seconds"] = time.monotonic() - started + history.pop("resumed_seconds")
+    history["peak_memory_mb"] = peak_memory_mb(device)
+    qmodel.history = history
+    return qmodel
+
+
+def peak_memory_mb(device: torch.device | str) -> float:
+    """The most memory this process has held so far, in MB: of the GPU where it runs on one."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

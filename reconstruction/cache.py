@@ -1,0 +1,68 @@
+"""Outputs of the prefix of a unit, computed once per calibration batch."""
+
+from collections.abc import Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from quant.model import QuantModel
+from quant.qtensor import QTensor
+from quant.runtime import Call, detached
+from reconstruction.units import Trace
+
+
+class PrefixCache:
+    """For each batch, the outputs of every call that is complete before the present unit.
+
+    Args:
+        quantized: of the quantized and frozen prefix, or of the float codec.
+    """
+
+    def __init__(self, qmodel: QuantModel, trace: Trace, batches: Sequence[Tensor], quantized: bool):
+        self.qmodel, self.trace, self.batches, self.quantized = qmodel, trace, batches, quantized
+        self.outputs: list[dict[Call, object]] = [{} for _ in batches]
+
+    @torch.no_grad()
+    def advance(self, start: Call) -> None:
+        """Bring the cache to the calls before `start`; the nodes there are in their final state."""
+        needed = self.trace.prefix(start)
+        runtime = self.qmodel.runtime
+        for index, batch in enumerate(self.batches):
+            known = self.outputs[index]
+            missing = needed - known.keys()
+            if missing:
+                with runtime.replaying(known), runtime.recording(missing, stop_before=start) as record:
+                    self.qmodel(batch)
+                known.update({call: detached(output) for call, output in record.items()})
+            self.outputs[index] = {call: output for call, output in known.items() if call in needed}
+
+    @contextmanager
+    def replaying(self, index: int):
+        """Forwards on batch number `index` start behind the prefix."""
+        with self.qmodel.runtime.replaying(self.outputs[index]):
+            yield
+
+    def bytes(self) -> int:
+        """Memory held."""
+        return sum(_bytes(output) for outputs in self.outputs for output in outputs.values())
+
+
+def mixed(quantized: object, real: object, share: float, generator: torch.Generator) -> object:
+    """Each element from the float codec with probability `share`, else from the quantized one (QDrop, Wei 2022)."""
+    if isinstance(quantized, QTensor):
+        choice = torch.rand(quantized.shape, generator=generator).to(quantized.device) < share
+        return quantized.like(torch.where(choice, real.real(), quantized.real()), None)
+    if isinstance(quantized, (list, tuple)):
+        return type(quantized)(mixed(q, r, share, generator) for q, r in zip(quantized, real))
+    return quantized
+
+
+def _bytes(output: object) -> int:
+    if isinstance(output, QTensor):
+        return output.q.numel() * output.q.element_size()
+    if isinstance(output, Tensor):
+        return output.numel() * output.element_size()
+    if isinstance(output, (list, tuple)):
+        return sum(_bytes(item) for item in output)
+    return 0

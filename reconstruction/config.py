@@ -1,0 +1,127 @@
+"""The knobs of the reconstruction engine (design, section 5), and the presets that set them."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from quant.config import QuantConfig
+from support.errors import InputError
+
+LOSSES = ("mse", "fisher", "rd", "rd_direct", "kl")
+UNITS = ("layer", "block", "stage", "network")
+KNOBS = ("range_w", "range_b", "range_a", "rounding", "bias")
+PRESETS = Path(__file__).parent / "presets"
+
+
+def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise InputError(f"{name} {value!r} is unknown; choose from {', '.join(choices)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ReconstructionConfig:
+    """How a quantized codec learns from its calibration images.
+
+    loss:       target of a unit. mse: squared error of its output; fisher: the same weighted with the squared gradient
+                of J at that output, measured once on the float codec; rd: (J_hat - J_0)^2 per image, eq. 12;
+                rd_direct: J_hat itself; kl: divergence between the channel-wise softmax of the outputs.
+    unit:       layer | block | stage | network: what is reconstructed at once.
+    learn:      any of range_w (eq. 15), range_a (eq. 16), range_b (eq. 17), rounding, bias. With rounding "ste" the
+                scheme learns the weights themselves, straight-through.
+    iters:      optimizer steps per unit, over both phases of Algorithm 1; 0 learns nothing.
+    tail_share: of these, the share (the last ones) that uses the true J where loss is rd or rd_direct; the others use the Fisher
+                weighted quadratic. 1 is the paper's own way: every step goes through the float tail.
+    joint_iters: steps of a last pass over all quantization parameters of the network on J itself; 0 leaves it out.
+    alternate:  Algorithm 1: first weights and biases, then activations; False learns them together.
+    batch:      crops per step.
+    lr_range, lr_rounding, lr_bias: step sizes of Adam. Ranges: in ln N. Rounding: in units of the weight's
+                step. Bias: relative to its root mean square.
+    joint_lr:   factor on all of them in the joint pass.
+    input_mix:  probability that an element of a unit's input comes from the float codec (QDrop's 1 - p); 0 uses the
+                quantized prefix alone.
+    regularizer: weight of AdaRound's regularizer.
+    warmup:     share of the steps without it.
+    seed:       of batches and mixing.
+    """
+
+    loss: str = "rd"
+    unit: str = "block"
+    learn: tuple[str, ...] = ("range_w", "range_a", "range_b", "rounding", "bias")
+    iters: int = 100
+    tail_share: float = 0.1
+    joint_iters: int = 300
+    alternate: bool = True
+    batch: int = 2
+    lr_range: float = 2e-3
+    lr_rounding: float = 1e-2
+    lr_bias: float = 1e-3
+    joint_lr: float = 0.5
+    input_mix: float = 0.0
+    regularizer: float = 0.01
+    warmup: float = 0.2
+    seed: int = 0
+
+    def __post_init__(self):
+        object.__setattr__(self, "learn", tuple(self.learn))
+        _one_of("loss", self.loss, LOSSES)
+        _one_of("unit", self.unit, UNITS)
+        for knob in self.learn:
+            _one_of("learn", knob, KNOBS)
+        for name in ("iters", "joint_iters"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} {getattr(self, name)} is negative; choose 0 or more")
+        if self.batch < 1:
+            raise InputError(f"batch {self.batch} is too small; choose 1 or more")
+        for name in ("tail_share", "input_mix", "warmup"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name} {getattr(self, name)} is out of range; choose 0 to 1")
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class PtqConfig:
+    """A whole method: what the numbers are (quant) and how they are learned (reconstruction)."""
+
+    preset: str = "licq"
+    quant: QuantConfig = QuantConfig(rounding="learned_offset")
+    reconstruction: ReconstructionConfig = ReconstructionConfig()
+
+    @classmethod
+    def from_preset(cls, preset: str = "licq", **overrides: Any) -> "PtqConfig":
+        """A preset by name (see `list_presets`) or the path of a YAML file, with single knobs changed.
+
+        Raises:
+            InputError: no such preset, a file that is not a preset, an unknown knob or a value out of range.
+        """
+        path = Path(preset) if Path(preset).suffix in (".yaml", ".yml") else PRESETS / f"{preset}.yaml"
+        if not path.is_file():
+            raise InputError(f"unknown preset {preset!r}; choose --preset from {', '.join(list_presets())}, or a YAML file")
+        try:
+            knobs = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise InputError(f"{path}: not a readable preset ({error}); see reconstruction/presets/licq.yaml") from error
+        if not isinstance(knobs, dict):
+            raise InputError(f"{path}: not a preset; see reconstruction/presets/licq.yaml")
+        knobs = {**knobs, **overrides}
+        quant = {field.name for field in dataclasses.fields(QuantConfig)}
+        reconstruction = {field.name for field in dataclasses.fields(ReconstructionConfig)}
+        unknown = sorted(set(knobs) - quant - reconstruction)
+        if unknown:
+            raise InputError(f"{path}: unknown knob {unknown[0]!r}; known are {', '.join(sorted(quant | reconstruction))}")
+        return cls(
+            path.stem,
+            QuantConfig(**{name: value for name, value in knobs.items() if name in quant}),
+            ReconstructionConfig(**{name: value for name, value in knobs.items() if name in reconstruction}),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"preset": self.preset, "quant": self.quant.to_dict(), "reconstruction": self.reconstruction.to_dict()}
+
+
+def list_presets() -> list[str]:
+    """The names of the presets that come with the project."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))

@@ -1,0 +1,393 @@
+"""The reconstruction engine (design, section 5): one driver for every unit, target and set of knobs."""
+
+import math
+import random
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from quant.model import QuantModel
+from quant.rounding import AdaRound, Rounding, temperature
+from reconstruction.cache import PrefixCache, mixed
+from reconstruction.config import ReconstructionConfig
+from reconstruction.objective import Objective
+from reconstruction.state import StateFolder, learned, restore, snapshot
+from reconstruction.targets import Targets
+from reconstruction.units import Trace, Unit, find_units
+from support.progress import progress as progress_bar
+
+WEIGHT_KNOBS = ("range_w", "range_b", "rounding", "bias")
+ACTIVATION_KNOBS = ("range_a",)
+GLOBAL = ("rd", "rd_direct")  # losses that need the whole codec
+_JOINT_PARTS = 6  # the joint pass looks back at the best state, and writes its own, this often
+
+
+class Reconstruction:
+    """Learns the quantization parameters of an observed `QuantModel`, in place.
+
+    Args:
+        qmodel: observed, not frozen.
+        batches: calibration crops, (B, 3, H, W) each.
+        config: the knobs.
+        objective: J.
+        state: where finished units are kept.
+        progress: show a bar.
+    """
+
+    def __init__(
+        self,
+        qmodel: QuantModel,
+        batches: Sequence[Tensor],
+        config: ReconstructionConfig,
+        objective: Objective,
+        state: StateFolder,
+        progress: bool = True,
+    ):
+        self.qmodel, self.batches, self.config, self.objective = qmodel, batches, config, objective
+        self.state, self.progress = state, progress
+        qmodel.quantize_nodes(False)
+        self.trace = Trace(qmodel, batches[0])
+        self.units = find_units(qmodel, self.trace, config.unit)
+        with torch.no_grad():
+            self.j_float = [objective(qmodel(batch), batch) for batch in batches]
+        self.settled: set[str] = set()  # nodes in their final state
+
+    # --------------------------------------------------------------------------------------------------- the passes
+
+    def run(self) -> dict:
+        """Reconstruct every unit, then all together. Returns the history: J before and after each, seconds."""
+        history: dict = {"units": [], "joint": None, "j_float": self._mean(self.j_float), "resumed_seconds": 0.0}
+        if self.config.iters and any(self.config.learn):
+            self._run_units(history)
+        self._settle(list(self.qmodel.nodes))
+        history["j_units"] = self._measure(range(len(self.batches)))[0]
+        if self.config.joint_iters and self.config.unit != "network":
+            history["joint"] = self._run_joint(history)
+        history["j_end"] = self._measure(range(len(self.batches)))[0]
+        return history
+
+    def _run_units(self, history: dict) -> None:
+        config = self.config
+        weighted = config.loss in ("fisher", *GLOBAL)
+        targets = Targets(self.qmodel, self.batches, self.units, self.objective, weighted)
+        quantized = PrefixCache(self.qmodel, self.trace, self.batches, True)
+        real = PrefixCache(self.qmodel, self.trace, self.batches, False) if config.input_mix else None
+        bar = progress_bar(total=len(self.units), desc=f"reconstructing {config.unit}s ({config.loss})", unit="unit",
+                           enabled=self.progress)  # fmt: skip
+        with bar:
+            for number, unit in enumerate(self.units):
+                self._settle(self._nodes_before(unit))
+                nodes = {name: self.qmodel.nodes[name] for name in unit.nodes}
+                stored = self.state.load(f"{number:03d}")
+                if stored is None:
+                    if not targets.is_ready(unit):
+                        self._in_float(lambda: targets.prepare(unit))
+                    if real is not None:
+                        self._in_float(lambda: real.advance(unit.start))
+                    quantized.advance(unit.start)
+                    fact = _UnitRun(self, unit, number, targets, quantized, real).run()
+                    self.state.save(f"{number:03d}", fact, learned(nodes))
+                else:
+                    fact, values = stored
+                    fact.pop("identity")
+                    history["resumed_seconds"] += fact["seconds"]
+                    restore(learned(nodes), values)
+                self._settle(unit.nodes)
+                history["units"].append(fact)
+                bar.set_postfix_str(f"{unit.name}: J {fact['j_before']:.4f} -> {fact['j_after']:.4f}")
+                bar.update()
+
+    def _nodes_before(self, unit: Unit) -> list[str]:
+        """Nodes whose first call comes before the unit."""
+        begin = self.trace.begin
+        return [name for name, call in self.trace.leaves if call == 0 and begin[(name, 0)] < begin[unit.start]]
+
+    def _settle(self, names: Sequence[str]) -> None:
+        """Make nodes final: whole numbers, frozen."""
+        new = [name for name in names if name not in self.settled]
+        for name in new:
+            node = self.qmodel.nodes[name]
+            for module in node.modules():
+                if isinstance(module, Rounding):
+                    module.harden()
+            node.requires_grad_(False)
+            node.freeze()
+        self.qmodel.quantize_nodes(True, new)
+        self.settled.update(new)
+
+    def _in_float(self, work: Callable[[], None]) -> None:
+        """Run something on the float codec, then put the finished part back."""
+        self.qmodel.quantize_nodes(False)
+        work()
+        self.qmodel.quantize_nodes(True, self.settled)
+
+    # ------------------------------------------------------------------------------------------------- measuring J
+
+    def _measure(self, indices: Sequence[int], cache: PrefixCache | None = None) -> tuple[float, float]:
+        """Means over the crops of J, and of (J_hat - J_0)^2 (eq. 12)."""
+        costs, squares = [], []
+        with torch.no_grad():
+            for index in indices:
+                cost = self._cost(index, cache)
+                costs.append(cost)
+                squares.append((cost - self.j_float[index]).square())
+        return self._mean(costs), self._mean(squares)
+
+    def _cost(self, index: int, cache: PrefixCache | None = None) -> Tensor:
+        batch = self.batches[index]
+        if cache is None:
+            return self.objective(self.qmodel(batch), batch)
+        with cache.replaying(index):
+            return self.objective(self.qmodel(batch), batch)
+
+    @staticmethod
+    def _mean(costs: Sequence[Tensor]) -> float:
+        return float(torch.cat([cost.double() for cost in costs]).mean())
+
+    def global_loss(self, index: int, cache: PrefixCache | None = None) -> Tensor:
+        """rd: mean of (J_hat - J_0)^2, eq. 12; rd_direct: mean of J_hat."""
+        cost = self._cost(index, cache)
+        if self.config.loss == "rd":
+            return (cost - self.j_float[index]).square().mean()
+        return cost.mean()
+
+    # -------------------------------------------------------------------------------------------------- joint pass
+
+    def _run_joint(self, history: dict) -> dict:
+        """All quantization parameters of the network together, with the loss at network level.
+
+        rd and rd_direct: J of the quantized codec. The local targets: theirs, summed over the outputs of the stages.
+        Weights that AdaRound has rounded stay as they are, and so do their ranges.
+        """
+        config, qmodel = self.config, self.qmodel
+        started = time.monotonic()
+        for node in qmodel.nodes.values():
+            node.thaw()
+        nodes = {name: node for name, node in qmodel.nodes.items() if any(node.learnable().values())}
+        parameters = learned(nodes)
+        fixed = {"range_w", "rounding"} if any(isinstance(m, AdaRound) for n in nodes.values() for m in n.modules()) else set()
+        active = {k: p for k, p in parameters.items() if k.split("|")[1] in set(config.learn) - fixed}
+        stored = self.state.load("joint")
+        if stored is not None and stored[0]["done"]:
+            fact = stored[0]["fact"]
+            restore(parameters, {key: stored[1][f"now|{key}"] for key in parameters})
+            self._settle_all()
+            history["resumed_seconds"] += fact["seconds"]
+            return fact
+        loss = self._joint_loss()
+        optimizer = _optimizer(active, nodes, config, config.joint_lr)
+        schedule = _Schedule(optimizer, config.joint_iters)
+        score = self._joint_score(loss)
+        j_before = self._measure(range(len(self.batches)))[0]
+        best, best_values, step, spent = score, snapshot(parameters), 0, 0.0
+        if stored is not None:
+            facts, tensors = stored
+            step, best, spent, j_before = facts["step"], facts["best"], facts["seconds"], facts["j_before"]
+            history["resumed_seconds"] += spent
+            restore(parameters, {key: tensors[f"now|{key}"] for key in parameters})
+            best_values = {key: tensors[f"best|{key}"] for key in parameters}
+            _restore_adam(optimizer, active, tensors)
+        generator = random.Random(f"{config.seed} joint")
+        order = [index for _ in range(math.ceil(config.joint_iters / len(self.batches)))
+                 for index in generator.sample(range(len(self.batches)), len(self.batches))]  # fmt: skip
+        part = max(1, math.ceil(config.joint_iters / _JOINT_PARTS))
+        bar = progress_bar(total=config.joint_iters, desc=f"joint pass ({config.loss})", unit="step", enabled=self.progress)
+        bar.update(step)
+        for parameter in active.values():
+            parameter.requires_grad_(True)
+        with bar:
+            while step < config.joint_iters:
+                schedule.set(step)
+                optimizer.zero_grad()
+                (loss(order[step]) / max(score, 1e-12)).backward()
+                optimizer.step()
+                step += 1
+                bar.update()
+                if step % part == 0 or step == config.joint_iters:
+                    now = self._joint_score(loss)
+                    if now < best:
+                        best, best_values = now, snapshot(parameters)
+                    bar.set_postfix_str(f"target {best / max(score, 1e-12):.3f} of its start")
+                    if step < config.joint_iters:
+                        facts = {"done": False, "step": step, "best": best, "j_before": j_before,
+                                 "seconds": spent + time.monotonic() - started}  # fmt: skip
+                        self.state.save("joint", facts, _joint_tensors(parameters, best_values, optimizer, active))
+        for parameter in active.values():
+            parameter.requires_grad_(False)
+        restore(parameters, best_values)
+        self._settle_all()
+        fact = {"j_before": j_before, "j_after": self._measure(range(len(self.batches)))[0],
+                "seconds": spent + time.monotonic() - started}  # fmt: skip
+        self.state.save("joint", {"done": True, "fact": fact}, {f"now|{k}": p for k, p in parameters.items()})
+        return fact
+
+    def _settle_all(self) -> None:
+        self.settled.clear()
+        self._settle(list(self.qmodel.nodes))
+
+    def _joint_loss(self) -> Callable[[int], Tensor]:
+        if self.config.loss in GLOBAL:
+            return self.global_loss
+        stages = find_units(self.qmodel, self.trace, "stage")
+        targets = Targets(self.qmodel, self.batches, stages, self.objective, self.config.loss == "fisher")
+        targets.groups = [tuple(stages)]  # few and small: all at once
+        self._in_float(lambda: targets.prepare(stages[0]))
+        calls = [call for stage in stages for call in stage.outputs]
+
+        def loss(index: int) -> Tensor:
+            with self.qmodel.runtime.recording(calls) as record:
+                self.qmodel(self.batches[index])
+            return sum(targets.loss(self.config.loss, stage, index, record) for stage in stages)
+
+        return loss
+
+    @torch.no_grad()
+    def _joint_score(self, loss: Callable[[int], Tensor]) -> float:
+        return sum(float(loss(index)) * len(batch) for index, batch in enumerate(self.batches)) / sum(map(len, self.batches))
+
+
+class _UnitRun:
+    """The reconstruction of one unit."""
+
+    def __init__(self, engine: Reconstruction, unit: Unit, number: int, targets: Targets, cache: PrefixCache,
+                 real: PrefixCache | None):  # fmt: skip
+        self.engine, self.unit, self.targets, self.cache, self.real = engine, unit, targets, cache, real
+        self.config, self.qmodel = engine.config, engine.qmodel
+        self.nodes = {name: self.qmodel.nodes[name] for name in unit.nodes}
+        self.parameters = learned(self.nodes)
+        self.roundings = [module for node in self.nodes.values() for module in node.modules() if isinstance(module, Rounding)]
+        self.order = random.Random(f"{self.config.seed} order {number}")
+        self.noise = torch.Generator().manual_seed(self.config.seed * 100_003 + number)
+        self.queue: list[int] = []
+
+    def run(self) -> dict:
+        started = time.monotonic()
+        config, engine = self.config, self.engine
+        everything = range(len(engine.batches))
+        self.qmodel.quantize_nodes(True, self.unit.nodes)
+        before_values = snapshot(self.parameters)
+        self._hard(True)
+        j_before, eq12 = engine._measure(everything, self.cache)
+        before = self._score(j_before, eq12)
+        self._hard(False)
+        self.scale = {"local": self._local_score(), "global": max(before, 1e-12)}
+        phases = [WEIGHT_KNOBS, ACTIVATION_KNOBS] if config.alternate else [WEIGHT_KNOBS + ACTIVATION_KNOBS]
+        phases = [[knob for knob in phase if knob in config.learn] for phase in phases]
+        for phase in phases:
+            active = {k: p for k, p in self.parameters.items() if k.split("|")[1] in phase}
+            if active:
+                self._learn(active, config.iters // len(phases))
+        self._hard(True)
+        j_after, eq12 = engine._measure(everything, self.cache)
+        after = self._score(j_after, eq12)
+        kept = after <= before
+        if not kept:  # learning on a few crops may lose; then the unit stays as it was
+            restore(self.parameters, before_values)
+        return {"name": self.unit.name, "nodes": len(self.nodes), "j_before": j_before,
+                "j_after": j_after if kept else j_before, "kept": kept, "seconds": time.monotonic() - started}  # fmt: skip
+
+    def _hard(self, hardened: bool) -> None:
+        """Measure weights as they would be rounded now."""
+        for rounding in self.roundings:
+            rounding.hardened = hardened
+
+    def _score(self, j: float, eq12: float) -> float:
+        """The loss's own measure on all crops, by which a unit's learning is kept or not."""
+        if self.config.loss in GLOBAL:
+            return eq12 if self.config.loss == "rd" else j
+        return self._local_score()
+
+    @torch.no_grad()
+    def _local_score(self) -> float:
+        kind = self._local_kind()
+        return max(sum(float(self._local(kind, i)) for i in range(len(self.engine.batches))) / len(self.engine.batches), 1e-12)
+
+    def _local_kind(self) -> str:
+        return "fisher" if self.config.loss in GLOBAL else self.config.loss
+
+    def _local(self, kind: str, index: int, mix: bool = False) -> Tensor:
+        outputs = self.cache.outputs[index]
+        if mix and self.real is not None:
+            outputs = {call: mixed(output, self.real.outputs[index][call], self.config.input_mix, self.noise)
+                       for call, output in outputs.items()}  # fmt: skip
+        runtime = self.qmodel.runtime
+        with runtime.replaying(outputs), runtime.recording(self.unit.outputs, stop_after=self.unit.end) as record:
+            self.qmodel(self.engine.batches[index])
+        return self.targets.loss(kind, self.unit, index, record)
+
+    def _learn(self, active: dict[str, nn.Parameter], steps: int) -> None:
+        config = self.config
+        optimizer = _optimizer(active, self.nodes, config, 1.0)
+        schedule = _Schedule(optimizer, steps)
+        tail = round(config.tail_share * steps) if config.loss in GLOBAL else 0
+        tail = steps if config.unit == "network" and config.loss in GLOBAL else tail
+        adaptive = [r for r in self.roundings if isinstance(r, AdaRound) and any(p is r.V for p in active.values())]
+        weights = sum(r.V.numel() for r in adaptive)
+        for parameter in active.values():
+            parameter.requires_grad_(True)
+        for step in range(steps):
+            if not self.queue:
+                self.queue = self.order.sample(range(len(self.engine.batches)), len(self.engine.batches))
+            index = self.queue.pop()
+            schedule.set(step)
+            optimizer.zero_grad()
+            if step >= steps - tail:
+                loss = self.engine.global_loss(index, self.cache) / self.scale["global"]
+            else:
+                loss = self._local(self._local_kind(), index, mix=True) / self.scale["local"]
+            if weights and step >= config.warmup * steps:
+                beta = temperature(step, steps, warmup=config.warmup)
+                loss = loss + config.regularizer * sum(r.regularizer(beta) for r in adaptive) / weights
+            loss.backward()
+            optimizer.step()
+        for parameter in active.values():
+            parameter.requires_grad_(False)
+
+
+# ------------------------------------------------------------------------------------------------------- optimizers
+
+
+def _optimizer(active: dict[str, nn.Parameter], nodes: dict[str, nn.Module], config: ReconstructionConfig, factor: float):
+    """Adam with a step size for each knob."""
+    groups = []
+    for key, parameter in active.items():
+        name, knob, _ = key.split("|")
+        if knob == "bias":
+            module = nodes[name].module
+            bias = module.bias if getattr(module, "bias", None) is not None else module.beta
+            rate = config.lr_bias * max(float(bias.detach().square().mean().sqrt()), 1e-3)
+        else:
+            rate = config.lr_rounding if knob == "rounding" else config.lr_range
+        groups.append({"params": [parameter], "lr": rate * factor})
+    return torch.optim.Adam(groups, foreach=True)
+
+
+class _Schedule:
+    """Cosine decay of every step size to a tenth."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, steps: int):
+        self.optimizer, self.steps = optimizer, steps
+        self.rates = [group["lr"] for group in optimizer.param_groups]
+
+    def set(self, step: int) -> None:
+        factor = 0.1 + 0.45 * (1 + math.cos(math.pi * step / max(self.steps, 1)))
+        for group, rate in zip(self.optimizer.param_groups, self.rates):
+            group["lr"] = rate * factor
+
+
+def _joint_tensors(parameters: dict, best: dict, optimizer: torch.optim.Adam, active: dict) -> dict[str, Tensor]:
+    tensors = {f"now|{key}": parameter for key, parameter in parameters.items()}
+    tensors |= {f"best|{key}": value for key, value in best.items()}
+    for key, parameter in active.items():
+        tensors |= {f"adam|{key}|{field}": value for field, value in optimizer.state.get(parameter, {}).items()}
+    return tensors
+
+
+def _restore_adam(optimizer: torch.optim.Adam, active: dict, tensors: dict[str, Tensor]) -> None:
+    for key, parameter in active.items():
+        prefix = f"adam|{key}|"
+        state = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+        if state:
+            optimizer.state[parameter] = {k: v.to(parameter.device) if k != "step" else v for k, v in state.items()}

@@ -1,0 +1,40 @@
+"""The codec's own objective, J = R + lambda * D, per image and differentiable."""
+
+import torch
+from pytorch_msssim import ms_ssim
+from torch import Tensor
+
+from support.errors import InputError
+
+
+def rate(output: dict, x: Tensor) -> Tensor:
+    """R: bits per pixel of each image, (B,): -log2 of the likelihoods of every latent, summed."""
+    pixels = x.shape[-1] * x.shape[-2]
+    return sum(-torch.log2(p).flatten(1).sum(1) for p in output["likelihoods"].values()) / pixels
+
+
+class Objective:
+    """J of each image.
+
+    Args:
+        lmbda: weight of the distortion.
+        metric: "mse": D = 255^2 * mse with samples in 0..1; "ms-ssim": D = 1 - MS-SSIM.
+    """
+
+    def __init__(self, lmbda: float, metric: str = "mse"):
+        if metric not in ("mse", "ms-ssim"):
+            raise InputError(f"--metric {metric} is unknown; choose mse or ms-ssim")
+        if not lmbda > 0:
+            raise InputError(f"--lambda {lmbda} is not positive; give the lambda that the codec was trained with")
+        self.lmbda, self.metric = lmbda, metric
+
+    def distortion(self, output: dict, x: Tensor) -> Tensor:
+        """lambda * D of each image, (B,); the reconstruction is clipped to 0..1 as a decoder does."""
+        x_hat = output["x_hat"].clamp(0, 1)
+        if self.metric == "mse":
+            return self.lmbda * 255**2 * (x_hat - x).square().flatten(1).mean(1)
+        return self.lmbda * (1 - ms_ssim(x_hat, x, data_range=1.0, size_average=False))
+
+    def __call__(self, output: dict, x: Tensor) -> Tensor:
+        """J of each image, (B,). output: {"x_hat", "likelihoods"} of a codec; x: (B, 3, H, W) in 0..1."""
+        return rate(output, x) + self.distortion(output, x)
