@@ -18,6 +18,7 @@ from torch import Tensor
 from support.errors import InputError
 from support.files import atomic_path
 
+QUANTIZED_FORMAT = "licq-quantized"  # what the header of a quantized model's file states as its format
 CDF_STATE = ("_quantized_cdf", "_offset", "_cdf_length")
 _PACKED = "_cdf_steps"
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "network", "net")
@@ -56,6 +57,8 @@ def read_file(path: str | Path) -> CheckpointFile:
     head = _head(path)
     if len(head) > 8 and head[8:9] == b"{":
         tensors, metadata = _read_safetensors(path)
+        if metadata.get("format") == QUANTIZED_FORMAT:
+            raise InputError(f"{path} is a quantized model, not a checkpoint; main_eval.py takes it with --model")
     else:
         tensors, metadata = _unwrap(_read_pytorch(path, head), path)
     return CheckpointFile(_clean(tensors, path), metadata)
@@ -67,7 +70,28 @@ def write_file(path: str | Path, state_dict: Mapping[str, Tensor], metadata: Map
     Raises:
         InputError: the file cannot be written.
     """
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in pack_cdfs(state_dict).items()}
+    write_tensors(path, pack_cdfs(state_dict), metadata)
+
+
+def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors as they are stored (CDF tables unpacked) and metadata of a safetensors file.
+
+    Raises:
+        InputError: the file is missing, empty, damaged or of another format.
+    """
+    path = Path(path)
+    if _head(path)[8:9] != b"{":
+        raise _damaged(path, "it is no safetensors file")
+    return _read_safetensors(path)
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """Write a safetensors file, whole or not at all, with metadata and a SHA-256 of the tensors as JSON in its header.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     stated = json.dumps({**metadata, "sha256": _digest(tensors)}, sort_keys=True)
     with atomic_path(path) as temporary:
         temporary.write_bytes(safetensors.torch.save(tensors, metadata={"licq": stated}))

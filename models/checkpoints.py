@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from models.checkpoint_files import CDF_STATE, CheckpointFile, read_file, sha256_file, write_file
-from models.registry import Architecture, get_architecture, list_models
+from models.registry import Architecture, get_architecture, list_models, mark_architecture
 from support.errors import InputError
 
 __all__ = [
     "embedded_checkpoint",
     "embedded_qualities",
+    "fill_network",
     "identify",
     "load_checkpoint",
     "load_model",
@@ -52,13 +53,20 @@ def load_checkpoint(
     are read off the tensors.
 
     Args:
-        arch: the architecture that it must be; None: the one that the file states or looks like.
+        arch: the architecture that it must be, or a plug-in's file; None: the one that the file states or looks like.
         quality: that it must be; None: any. Checked by the file's own quality or lambda, else by its widths.
         lmbda: a lambda of the user's own; then the file's lambda is not compared with the quality's.
 
     Raises:
         InputError: no such file, not a checkpoint, or another architecture or quality than asked for.
     """
+    if arch is not None:
+        architecture = get_architecture(arch)
+        arch = architecture.name
+        if architecture.loader is not None:
+            model = architecture.loader(Path(path), quality)
+            kwargs = _sizes(architecture, model.state_dict())
+            return (model if kwargs is None else mark_architecture(model, architecture, kwargs)).eval()
     content = read_file(path)
     stated = content.metadata.get("arch")
     if arch is not None and stated in list_models() and stated != arch:
@@ -67,8 +75,8 @@ def load_checkpoint(
     architecture, kwargs, model = _network(path, content, arch or stated)
     if quality is not None:
         _check_quality(path, architecture, kwargs, content.metadata, quality, lmbda)
-    _fill(model, content.state_dict, path)
-    return model.eval()
+    fill_network(model, content.state_dict, path)
+    return mark_architecture(model, architecture, kwargs).eval()
 
 
 def save_checkpoint(
@@ -145,15 +153,18 @@ def load_model(
     Raises:
         InputError: unknown names, contradicting arguments, or a checkpoint that cannot be had or does not fit.
     """
-    get_architecture(arch).lambda_for(quality, metric)
+    architecture = get_architecture(arch)
+    architecture.check_quality(quality)
+    if lmbda is None:
+        architecture.lambda_for(quality, metric)
     if checkpoint is not None and pretrained:
         raise InputError("--checkpoint and --pretrained exclude each other; give one of them")
     if pretrained:
         from models.pretrained import pretrained_checkpoint
 
-        checkpoint = pretrained_checkpoint(arch, quality, metric)
+        checkpoint = pretrained_checkpoint(architecture.name, quality, metric)
     elif checkpoint is None:
-        checkpoint = embedded_checkpoint(arch, quality)
+        checkpoint = embedded_checkpoint(architecture.name, quality)
     return load_checkpoint(checkpoint, arch, quality, lmbda)
 
 
@@ -296,8 +307,14 @@ def _weight_names(model: nn.Module) -> list[str]:
     return [f"{name}.weight" if name else "weight" for name, module in model.named_modules() if isinstance(module, layers)]
 
 
-def _fill(model: nn.Module, state_dict: Mapping[str, Tensor], path: str | Path) -> None:
-    """Load the tensors; buffers that are absent, or constants made for another image size, stay the model's own."""
+def fill_network(model: nn.Module, state_dict: Mapping[str, Tensor], path: str | Path) -> None:
+    """Load the tensors; buffers that are absent, or constants made for another image size, stay the model's own.
+
+    CDF tables take the size that they have in the file; absent ones are made, where the model has `update()`.
+
+    Raises:
+        InputError: parameters are missing, unknown or of another shape; `path` is what the message names.
+    """
     tensors = dict(state_dict)
     incomplete = set()
     for name, buffer in model.state_dict().items():
@@ -309,6 +326,9 @@ def _fill(model: nn.Module, state_dict: Mapping[str, Tensor], path: str | Path) 
     for name, buffer in model.state_dict().items():
         if _is_coder_state(name) and name.rpartition(".")[0] in incomplete:
             tensors[name] = buffer
+        elif _is_coder_state(name) and name in tensors:  # as CompressAI's base class does, which not every codec has
+            owner, _, key = name.rpartition(".")
+            model.get_submodule(owner)._buffers[key] = torch.empty_like(tensors[name], device=buffer.device)
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:

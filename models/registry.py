@@ -1,14 +1,20 @@
 """The architectures by name: `@register_model("name")` above a class or function is the whole plug-in.
 
+A plug-in of the user's own is a Python file with that decorator; its path is taken wherever a name is
+(`--arch examples/bls2017.py`), which runs the file once.
+
 A codec is any `nn.Module` whose forward maps an image (B, 3, H, W) in 0..1, H and W multiples of
 `Architecture.multiple`, to `{"x_hat": (B, 3, H, W), "likelihoods": {"y": ..., "z": ...}}`.
 """
 
+import hashlib
 import importlib
 import importlib.util
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,6 +30,7 @@ LAMBDAS = {
 
 _BUILT_IN = ("models.compressai_models", "models.tic", "models.lu2022")
 _REGISTRY: dict[str, "Architecture"] = {}
+_PLUGINS: dict[Path, str] = {}  # files that have been run, and the name that each registered
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,8 @@ class Architecture:
     infer:           state_dict -> keyword arguments, from tensor shapes; it may raise KeyError when tensors are absent.
                      None: the sizes are looked for among `official` and `configurations`.
     zoo:             the name of the model in `compressai.zoo`, where it has one.
+    loader:          for codecs whose weights are not a state_dict of their own: (path of --checkpoint, quality) -> the
+                     network; one path serves every quality. It raises InputError.
     """
 
     name: str
@@ -52,6 +61,7 @@ class Architecture:
     lambdas: Mapping[str, Mapping[int, float]] = field(default_factory=lambda: LAMBDAS)
     infer: Callable[[Mapping[str, Tensor]], dict[str, Any]] | None = None
     zoo: str | None = None
+    loader: Callable[[Path, int | None], nn.Module] | None = None
 
     def sizes(self, quality: int | None = None, configuration: str | None = None) -> dict[str, Any]:
         """The complete keyword arguments of a configuration or, without one, of a quality (default: the lowest).
@@ -135,12 +145,14 @@ def list_models() -> list[str]:
 
 
 def get_architecture(name: str) -> Architecture:
-    """The architecture of that name.
+    """The architecture of that name, or the one that the Python file of that path registers (the file is run, once).
 
     Raises:
-        InputError: there is none; the message lists the names.
+        InputError: there is none (the message lists the names), or the file is not a plug-in.
     """
     _import_built_in()
+    if name.endswith(".py"):
+        return _REGISTRY[_run_plugin(name)]
     if name not in _REGISTRY:
         raise InputError(f"unknown architecture {name!r}; choose --arch from {', '.join(list_models())}")
     return _REGISTRY[name]
@@ -160,7 +172,58 @@ def create_model(
         inspect.signature(architecture.factory).bind(**kwargs)
     except TypeError as error:
         raise InputError(f"{name}: {error}") from error
-    return architecture.factory(**kwargs)
+    return create_network(name, kwargs)
+
+
+def create_network(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
+    """A network with fresh weights from the factory's own arguments; `architecture_of` will know it."""
+    architecture = get_architecture(name)
+    model = architecture.factory(**architecture.complete(kwargs))
+    return mark_architecture(model, architecture, kwargs)
+
+
+def mark_architecture(model: nn.Module, architecture: Architecture, kwargs: Mapping[str, Any]) -> nn.Module:
+    """Have the network say what it is; the mark goes along when it is copied."""
+    model.licq_architecture = (architecture.name, architecture.complete(kwargs))
+    return model
+
+
+def architecture_of(model: nn.Module) -> tuple[str, dict[str, Any]] | None:
+    """(name, factory's arguments) of a network that this project has made; None for one made otherwise."""
+    return getattr(model, "licq_architecture", None)
+
+
+def _run_plugin(path: str) -> str:
+    """The name that the file registers."""
+    file = Path(path).resolve()
+    if file in _PLUGINS:
+        return _PLUGINS[file]
+    if not file.is_file():
+        raise InputError(f"no plug-in at {path}; give an existing file or one of {', '.join(list_models())} with --arch")
+    module_name = f"licq_plugin_{file.stem}_{hashlib.sha256(bytes(file)).hexdigest()[:8]}"
+    spec = importlib.util.spec_from_file_location(module_name, file)
+    module = importlib.util.module_from_spec(spec)
+    before = dict(_REGISTRY)
+    sys.modules[module_name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever somebody else's file raises
+        _forget(module_name, before)
+        raise InputError(f"the plug-in {path} fails: {type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
+    names = [name for name, architecture in _REGISTRY.items() if before.get(name) is not architecture]
+    if len(names) != 1:
+        _forget(module_name, before)
+        found = f"registers {', '.join(names)}" if names else "registers no architecture"
+        raise InputError(f"the plug-in {path} {found}; a plug-in has exactly one class under @register_model")
+    _PLUGINS[file] = names[0]
+    return names[0]
+
+
+def _forget(module_name: str, registry: Mapping[str, "Architecture"]) -> None:
+    """Undo what a plug-in that is refused has done here."""
+    del sys.modules[module_name]
+    _REGISTRY.clear()
+    _REGISTRY.update(registry)
 
 
 def _import_built_in() -> None:
@@ -171,4 +234,6 @@ def _import_built_in() -> None:
 
 
 def _identity(factory: Callable[..., nn.Module]) -> tuple[str, str]:
-    return factory.__module__, factory.__qualname__
+    """Where it is written: a plug-in's file may also have been imported under another name."""
+    file = getattr(sys.modules.get(factory.__module__), "__file__", None)
+    return str(file or factory.__module__), factory.__qualname__
