@@ -1,7 +1,9 @@
 """A quantized codec: the codec's own forward on whole numbers."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,7 @@ from quant.modules import QuantModule
 from quant.qtensor import QTensor, to_real
 from quant.rewriter import rewrite
 from quant.runtime import Runtime
+from quant.serialization import load_quantized, save_quantized
 from support.errors import InputError
 
 PIXEL = 1 / 255
@@ -37,6 +40,8 @@ class QuantModel(nn.Module):
         self.rewrite = rewrite(self.model, config, runtime)
         self.functions = runtime.functions
         self.frozen = False
+        self.loaded = False  # from a file: whole numbers only, nothing left to learn from
+        self.extra: dict[str, Any] = {}  # what the file's writer wanted to be found again
 
     # ------------------------------------------------------------------------------------------------------ running
 
@@ -75,6 +80,8 @@ class QuantModel(nn.Module):
     @torch.no_grad()
     def observe(self, batches: Iterable[Tensor]) -> None:
         """Run the float codec on calibration images and set every static range from what was seen."""
+        if self.loaded:
+            raise InputError("a model from a file is final: its float weights are not in it; quantize the codec again")
         self.quantize_nodes(False)
         runtime = self.runtime
         runtime.observing = True
@@ -119,16 +126,37 @@ class QuantModel(nn.Module):
 
     def freeze(self) -> None:
         """The end of calibration: whole-number weights, final scales, tables. The forward is the integer program."""
+        if self.loaded:
+            return
         self.quantize_nodes(True)
         for node in self.nodes.values():
             node.freeze()
         self.frozen = True
 
     def thaw(self) -> None:
-        """Back to a model that can learn."""
+        """Back to a model that can learn.
+
+        Raises:
+            InputError: the model comes from a file, which has no float weights.
+        """
+        if self.loaded:
+            raise InputError("a model from a file is final: its float weights are not in it; quantize the codec again")
         for node in self.nodes.values():
             node.thaw()
         self.frozen = False
+
+    # -------------------------------------------------------------------------------------------------------- files
+
+    def save(self, path: str | Path, extra: Mapping[str, Any] | None = None) -> int:
+        """Write the frozen model as one safetensors file; returns its size in bytes. See `quant.serialization`."""
+        return save_quantized(self, path, extra)
+
+    @classmethod
+    def load(
+        cls, path: str | Path, model: nn.Module | None = None, device: torch.device | str | None = None
+    ) -> "QuantModel":
+        """The frozen model of a file, bit for bit; `model` is a new network of a codec that no `--arch` names."""
+        return load_quantized(path, model, device)
 
     # ------------------------------------------------------------------------------------------------------- report
 

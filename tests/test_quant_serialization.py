@@ -1,0 +1,324 @@
+"""Quantized models in files: bit-exact, small, independent of the weights they are loaded over, and sealed."""
+
+import copy
+import json
+
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+from compressai.entropy_models import EntropyBottleneck
+from torch import nn
+
+from models.checkpoint_files import write_tensors
+from models.checkpoints import load_checkpoint, save_checkpoint
+from models.registry import create_model
+from quant.config import QuantConfig
+from quant.model import QuantModel
+from quant.serialization import read_quantized
+from support.errors import InputError
+
+SMALL = {
+    "balle2018": {"N": 24, "M": 32},
+    "minnen2018": {"N": 24, "M": 32},
+    "cheng2020": {"N": 16},
+    "lu2022": {"N": 16, "M": 32, "depths": (1,) * 6, "num_heads": (1,) * 6},
+    "tic": {"N": 16, "M": 16, "depths": (2, 1, 1, 1, 1), "num_heads": (2,) * 5, "causal_heads": 2},
+}
+
+
+class Own(nn.Module):
+    """A codec of the user's own: a layer in float, a parameter of its own, a function in a table."""
+
+    def __init__(self, width: int = 8):
+        super().__init__()
+        self.g_a = nn.Sequential(nn.Conv2d(3, width, 5, 4, 2), nn.PReLU(), nn.Conv2d(width, width, 5, 4, 2))
+        self.gain = nn.Parameter(torch.rand(1, width, 1, 1) + 0.5)
+        self.register_buffer("offset", torch.rand(1, width, 1, 1))
+        self.entropy_bottleneck = EntropyBottleneck(width)
+        self.g_s = nn.Sequential(
+            nn.ConvTranspose2d(width, width, 4, 4), nn.Sigmoid(), nn.ConvTranspose2d(width, 3, 4, 4), nn.Conv2d(3, 3, 1)
+        )
+        self.unused = nn.Conv2d(3, width, 1)
+
+    def forward(self, x):
+        y = self.g_a(x) * self.gain + self.offset
+        y_hat, likelihoods = self.entropy_bottleneck(y)
+        return {"x_hat": self.g_s(y_hat), "likelihoods": {"y": likelihoods}}
+
+    def update(self):
+        self.entropy_bottleneck.update()
+
+
+def images(seed: int = 0, size: int = 64) -> torch.Tensor:
+    return torch.randint(0, 256, (1, 3, size, size), generator=torch.Generator().manual_seed(seed)) / 255
+
+
+def quantized(network: nn.Module, **settings) -> QuantModel:
+    model = QuantModel(network, QuantConfig(**settings))
+    model.observe([images(1)])
+    model.freeze()
+    return model
+
+
+def network(arch: str, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return create_model(arch, configuration="reference", **SMALL[arch]).eval()
+
+
+def own(seed: int, **sizes) -> nn.Module:
+    torch.manual_seed(seed)
+    return Own(**sizes).eval()
+
+
+@pytest.fixture(scope="module")
+def own_file(tmp_path_factory):
+    model = quantized(own(0))
+    path = tmp_path_factory.mktemp("own") / "own.safetensors"
+    model.save(path, {"quality": 3, "history": [1.5, 0.5], "by_step": {10: 1, 9: 2}})
+    return model, path
+
+
+def assert_same_output(a: QuantModel, b: QuantModel) -> None:
+    with torch.no_grad():
+        for x in (images(2), images(3)):
+            left, right = a(x), b(x)
+            assert torch.equal(left["x_hat"], right["x_hat"])
+            assert left["likelihoods"].keys() == right["likelihoods"].keys()
+            for key in left["likelihoods"]:
+                assert torch.equal(left["likelihoods"][key], right["likelihoods"][key])
+
+
+@pytest.mark.parametrize("arch", SMALL)
+def test_loaded_codec_gives_the_same_bits_whatever_the_seed(arch, tmp_path):
+    saved = quantized(network(arch, 0))
+    size = saved.save(tmp_path / "m.safetensors")
+    assert size == (tmp_path / "m.safetensors").stat().st_size
+    torch.manual_seed(1)
+    loaded = QuantModel.load(tmp_path / "m.safetensors")
+    assert loaded.frozen
+    assert loaded.coverage() == saved.coverage()
+    assert list(loaded.nodes) == list(saved.nodes)
+    assert_same_output(saved, loaded)
+
+
+@pytest.mark.parametrize("arch", ["balle2018", "tic"])
+def test_loading_reads_nothing_of_the_network_it_is_given(arch, tmp_path):
+    saved = quantized(network(arch, 0))
+    saved.save(tmp_path / "m.safetensors")
+    wild = network(arch, 2)
+    with torch.no_grad():
+        for parameter in wild.parameters():
+            parameter.fill_(torch.nan)
+    assert_same_output(saved, QuantModel.load(tmp_path / "m.safetensors", model=wild))
+
+
+def test_own_module_needs_a_new_object_and_gives_the_same_bits(own_file):
+    saved, path = own_file
+    with pytest.raises(InputError, match=r"Own.*model=Own\(") as caught:
+        QuantModel.load(path)
+    assert "\n" not in str(caught.value)
+    fresh = own(5)
+    before = copy.deepcopy(fresh.state_dict())
+    loaded = QuantModel.load(path, model=fresh)
+    assert_same_output(saved, loaded)
+    assert loaded.extra == {"quality": 3, "history": [1.5, 0.5], "by_step": {"10": 1, "9": 2}}
+    assert all(torch.equal(before[name], value) for name, value in fresh.state_dict().items())
+    assert loaded.coverage()["left_alone"] == {
+        "g_a.1": saved.coverage()["left_alone"]["g_a.1"],
+        "unused": "never ran in calibration",
+    }
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"w_bits": 4, "a_bits": 6, "bias_bits": 8},
+        {"w_bits": 10},
+        {"a_granularity": "tensor", "w_granularity": "tensor", "strict_int8": True},
+        {"w_bits": 32},
+        {"a_bits": 32},
+        {"a_bits": 32, "rounding": "adaround"},
+    ],
+    ids=str,
+)
+def test_every_kind_of_setting_survives(settings, tmp_path):
+    saved = quantized(own(0), **settings)
+    saved.save(tmp_path / "m.safetensors")
+    assert_same_output(saved, QuantModel.load(tmp_path / "m.safetensors", model=own(1)))
+
+
+def test_save_of_a_loaded_model_is_the_same_file(own_file, tmp_path):
+    _, path = own_file
+    loaded = QuantModel.load(path, model=own(1))
+    loaded.save(tmp_path / "again.safetensors", loaded.extra)
+    header, tensors = read_quantized(path)
+    header_again, tensors_again = read_quantized(tmp_path / "again.safetensors")
+    assert header == header_again
+    assert tensors.keys() == tensors_again.keys()
+    assert all(torch.equal(tensors[name], tensors_again[name]) for name in tensors)
+
+
+def test_no_float_weight_of_a_quantized_layer_is_in_the_file(tmp_path):
+    saved = quantized(create_model("balle2018", N=64, M=96).eval())
+    size = saved.save(tmp_path / "m.safetensors")
+    with safetensors.safe_open(tmp_path / "m.safetensors", "pt") as stream:
+        names = set(stream.keys())
+        types = {name: stream.get_slice(name).get_dtype() for name in names}
+    weights = {name for name in names if name.endswith("weight_int")}
+    assert len(weights) == len(saved.rewrite.nodes) - 2  # all but the two entropy models
+    assert {types[name] for name in weights} == {"I8"}
+    assert not [name for name in names if ".module.weight" in name or ".module.gamma" in name or "bias_change" in name]
+    save_checkpoint(saved_float := create_model("balle2018", N=64, M=96), tmp_path / "f.safetensors", {}, torch.float32)
+    parameters = sum(parameter.numel() for parameter in saved_float.parameters())
+    assert size < 0.3 * (tmp_path / "f.safetensors").stat().st_size
+    assert size < 1.2 * parameters
+
+
+def test_loaded_model_holds_no_float_weights_in_memory_and_is_final(own_file):
+    loaded = QuantModel.load(own_file[1], model=own(1))
+    weight = loaded.model.g_a[0].module.weight
+    assert weight.untyped_storage().nbytes() <= 4
+    assert weight.shape == (8, 3, 5, 5) and bool(weight.isnan().all())
+    for change in (loaded.thaw, lambda: loaded.observe([images()])):
+        with pytest.raises(InputError, match="final"):
+            change()
+    loaded.freeze()
+    assert_same_output(own_file[0], loaded)
+
+
+def test_coder_tables_are_in_the_file_to_the_last_entry(own_file):
+    saved, path = own_file
+    loaded = QuantModel.load(path, model=own(1))
+    for name in ("_quantized_cdf", "_offset", "_cdf_length"):
+        expected = getattr(saved.model.entropy_bottleneck.module, name)
+        assert expected.numel() and torch.equal(getattr(loaded.model.entropy_bottleneck.module, name), expected)
+
+
+def test_model_that_is_not_frozen_is_refused(tmp_path):
+    model = QuantModel(own(0), QuantConfig())
+    model.observe([images()])
+    with pytest.raises(InputError, match="frozen"):
+        model.save(tmp_path / "m.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_failing_write_leaves_the_old_file(own_file, tmp_path):
+    path = tmp_path / "m.safetensors"
+    own_file[0].save(path)
+    before = path.read_bytes()
+    with pytest.raises(TypeError):
+        own_file[0].save(path, {"quality": object()})
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+# ------------------------------------------------------------------------------------------------------- bad files
+
+
+def rewritten(path, target, change) -> None:
+    """The file with `change(header, tensors)` done to it and the tensors' hash made anew, as a forger would."""
+    with safetensors.safe_open(path, "pt") as stream:
+        header = json.loads(stream.metadata()["licq"])
+        tensors = {name: stream.get_tensor(name) for name in stream.keys()}
+    header.pop("sha256")
+    change(header, tensors)
+    write_tensors(target, tensors, header)
+
+
+def _flip(position):
+    def change(content: bytes) -> bytes:
+        at = position % len(content)
+        return content[:at] + bytes([content[at] ^ 0x10]) + content[at + 1 :]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda content: b"", "empty"),
+        (lambda content: content[:5], "damaged"),
+        (lambda content: content[:400], "damaged"),
+        (lambda content: content[:-1], "damaged"),
+        (lambda content: content + b"\0", "damaged"),
+        (_flip(-1), "SHA-256"),
+        (_flip(-3000), "SHA-256"),
+        (lambda content: content.replace(b'\\"a_bits\\": 8', b'\\"a_bits\\": 7', 1), "header.*SHA-256"),
+        (lambda content: b"<html>" + content, "web page"),
+        (lambda content: b"version https://git-lfs.github.com/spec/v1\n", "LFS"),
+        (lambda content: b"hello", "damaged"),
+    ],
+)
+def test_damaged_files_are_one_line(own_file, tmp_path, change, expected):
+    content = change(own_file[1].read_bytes())
+    assert content != own_file[1].read_bytes()
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=expected) as caught:
+        QuantModel.load(path, model=own(1))
+    assert "\n" not in str(caught.value)
+
+
+def test_every_byte_of_the_header_counts(own_file, tmp_path):
+    content = own_file[1].read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    path = tmp_path / "bad.safetensors"
+    for at in range(8, 8 + length, max(1, length // 40)):
+        path.write_bytes(_flip(at)(content))
+        with pytest.raises(InputError) as caught:
+            read_quantized(path)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda header, tensors: header.update(version=99), "version 99"),
+        (lambda header, tensors: header.update(format="other"), "no quantized model"),
+        (lambda header, tensors: header.pop("sha256_header"), "SHA-256"),
+        (lambda header, tensors: header["order"].reverse(), "SHA-256"),
+    ],
+)
+def test_foreign_headers_are_one_line(own_file, tmp_path, change, expected):
+    rewritten(own_file[1], tmp_path / "bad.safetensors", change)
+    with pytest.raises(InputError, match=expected) as caught:
+        QuantModel.load(tmp_path / "bad.safetensors", model=own(1))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda tensors: tensors.pop("model.gain"), "model.gain is missing"),
+        (lambda tensors: tensors.update({"model.extra_gain": torch.ones(2)}), "model.extra_gain is unknown"),
+        (lambda tensors: tensors.update({"model.nowhere.gain": torch.ones(2)}), "model.nowhere is unknown"),
+    ],
+)
+def test_tensors_of_another_network_are_one_line(own_file, tmp_path, change, expected):
+    rewritten(own_file[1], tmp_path / "bad.safetensors", lambda header, tensors: change(tensors))
+    with pytest.raises(InputError, match=expected):
+        QuantModel.load(tmp_path / "bad.safetensors", model=own(1))
+
+
+def test_networks_that_do_not_fit_are_one_line(own_file):
+    for other, expected in ((own(1, width=12), "other layers or sizes"), (nn.Conv2d(3, 3, 1), "not a Conv2d")):
+        with pytest.raises(InputError, match=expected) as caught:
+            QuantModel.load(own_file[1], model=other)
+        assert "\n" not in str(caught.value)
+
+
+def test_float_checkpoint_and_quantized_model_are_not_taken_for_each_other(own_file, tmp_path):
+    save_checkpoint(network("balle2018", 0), tmp_path / "float.safetensors", {"arch": "balle2018"})
+    with pytest.raises(InputError, match="float checkpoint.*main_ptq.py --checkpoint"):
+        QuantModel.load(tmp_path / "float.safetensors")
+    torch.save(network("balle2018", 0).state_dict(), tmp_path / "float.pt")
+    with pytest.raises(InputError, match="float.pt"):
+        QuantModel.load(tmp_path / "float.pt")
+    with pytest.raises(InputError, match="quantized model.*main_eval.py"):
+        load_checkpoint(own_file[1])
+
+
+def test_missing_file_and_folder_are_one_line(tmp_path):
+    for path in (tmp_path / "none.safetensors", tmp_path):
+        with pytest.raises(InputError, match="no quantized model at"):
+            QuantModel.load(path)
