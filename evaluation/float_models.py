@@ -119,9 +119,6 @@ def _from_files(arch: str | None, qualities: Sequence[int] | None, checkpoint: s
             if not path.is_file():
                 raise InputError(f"no checkpoint at {path}; choose other qualities with --quality or mend --checkpoint")
         architecture = get_architecture(arch) if arch else _identify(next(iter(files.values())))
-    elif arch and get_architecture(arch).loader is not None:
-        architecture = get_architecture(arch)
-        files = dict.fromkeys(qualities or sorted(architecture.official), Path(checkpoint))
     elif arch and get_architecture(arch).loader is not None:  # one path serves every quality
         architecture = get_architecture(arch)
         files = {quality: Path(checkpoint) for quality in qualities or sorted(architecture.official)}
