@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-TILE = 8
+TILE = 4
+"""Side of a tile of queries. With a window of 7, a tile of 4 x 4 computes 100 scores a query, one of 8 x 8 196, and 49 count."""
 
 
 class MaskedSoftmax(nn.Module):
@@ -18,19 +19,22 @@ class MaskedSoftmax(nn.Module):
     A module of its own so that a quantizer finds it: bias and mask reach the integer softmax as constants.
     """
 
-    def forward(self, scores: Tensor, bias: Tensor) -> Tensor:
-        """scores: (..., queries, keys); bias: broadcastable to scores, -inf where a key is masked."""
-        return F.softmax(scores + bias, dim=-1)
+    def forward(self, scores: Tensor, bias: Tensor, kinds: Tensor | None = None) -> Tensor:
+        """scores: (..., queries, keys); bias: broadcastable to scores, -inf where a key is masked.
+
+        With `kinds`, scores are (B, tiles, ...) and bias holds one entry per kind of tile: kinds[t] is tile t's.
+        """
+        return F.softmax(scores + (bias if kinds is None else bias.index_select(0, kinds)), dim=-1)
 
 
 @lru_cache(maxsize=64)
 def _axis_tiles(length: int, kernel: int) -> tuple[Tensor, Tensor, Tensor]:
-    """One axis cut into tiles of 8 queries, each with the run of keys that covers all its windows.
+    """One axis cut into tiles of `TILE` queries, each with the run of keys that covers all its windows.
 
     Returns:
-        keys: (tiles, K) positions of the keys of each tile, K = min(length, kernel + 7).
+        keys: (tiles, K) positions of the keys of each tile, K = min(length, kernel + TILE - 1).
         kinds: (tiles,) which row of `offsets` a tile uses; tiles inside the image all share one.
-        offsets: (kinds, 8, K) relative position key - query + kernel - 1 in 0 .. 2 kernel - 2, or -1 where the key is
+        offsets: (kinds, TILE, K) relative position key - query + kernel - 1 in 0 .. 2 kernel - 2, or -1 where the key is
             outside the query's window. The window is shifted inside the image: every query sees `kernel` keys.
     """
     tiles = -(-length // TILE)
@@ -52,7 +56,7 @@ class NeighborhoodAttention(nn.Module):
 
     At the border the window is shifted inside the image, so that every query sees exactly kernel_size^2 keys; an image
     smaller than the window is padded with zeros below and on the right, and the padding is attended to, as NATTEN does.
-    The product runs over tiles of 8x8 queries and (kernel_size + 7)^2 keys with a mask.
+    The product runs over tiles of TILE^2 queries and (kernel_size + TILE - 1)^2 keys with a mask.
 
     Parameters are named as in TinyLIC's public code: qkv (Linear, 3 dim), rpb (heads, 2k-1, 2k-1), proj (Linear).
     """
@@ -74,7 +78,7 @@ class NeighborhoodAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def _bias(self, height: int, width: int) -> Tensor:
-        """Relative position bias and window mask of each kind of tile: (kinds, heads, 64, keys), -inf is masked."""
+        """Relative position bias and window mask of each kind of tile: (kinds, heads, TILE^2, keys), -inf is masked."""
         _, _, rows = _axis_tiles(height, self.kernel_size)
         _, _, columns = _axis_tiles(width, self.kernel_size)
         rows, columns = rows.to(self.rpb.device), columns.to(self.rpb.device)
@@ -94,25 +98,22 @@ class NeighborhoodAttention(nn.Module):
         full_h, full_w = height + pad_h, width + pad_w
         key_rows, row_kinds, _ = _axis_tiles(full_h, self.kernel_size)
         key_columns, column_kinds, row_offsets = _axis_tiles(full_w, self.kernel_size)
-        tiles_h, span_h = key_rows.shape
-        tiles_w, span_w = key_columns.shape
+        tiles_h, tiles_w = key_rows.shape[0], key_columns.shape[0]
 
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         q = F.pad(q, (0, 0, 0, tiles_w * TILE - full_w, 0, tiles_h * TILE - full_h))
-        q = self._tiles(q, tiles_h, TILE, tiles_w, TILE)
-        rows, columns = key_rows.flatten().to(x.device), key_columns.flatten().to(x.device)
-        k = self._tiles(k.index_select(1, rows).index_select(2, columns), tiles_h, span_h, tiles_w, span_w)
-        v = self._tiles(v.index_select(1, rows).index_select(2, columns), tiles_h, span_h, tiles_w, span_w)
+        q = q.reshape(batch, tiles_h, TILE, tiles_w, TILE, self.num_heads, self.head_dim).permute(0, 1, 3, 5, 2, 4, 6)
+        q = q.reshape(batch, tiles_h * tiles_w, self.num_heads, TILE * TILE, self.head_dim)
+        places = (key_rows[:, None, :, None] * full_w + key_columns[None, :, None, :]).flatten().to(x.device)
+        k, v = (self._keys(part, places, tiles_h * tiles_w) for part in (k, v))
 
         kinds = (row_kinds[:, None] * row_offsets.shape[0] + column_kinds).flatten().to(x.device)
-        bias = self._bias(full_h, full_w).index_select(0, kinds)
-        attention = self.softmax((q * self.scale) @ k.transpose(-2, -1), bias)
+        attention = self.softmax((q * self.scale) @ k.transpose(-2, -1), self._bias(full_h, full_w), kinds)
         out = (attention @ v).reshape(batch, tiles_h, tiles_w, self.num_heads, TILE, TILE, self.head_dim)
         out = out.permute(0, 1, 4, 2, 5, 3, 6).reshape(batch, tiles_h * TILE, tiles_w * TILE, dim)
         return self.proj(out[:, :height, :width])
 
-    def _tiles(self, x: Tensor, tiles_h: int, span_h: int, tiles_w: int, span_w: int) -> Tensor:
-        """(B, tiles_h*span_h, tiles_w*span_w, dim) -> (B, tiles, heads, span_h*span_w, head_dim)."""
-        x = x.reshape(x.shape[0], tiles_h, span_h, tiles_w, span_w, self.num_heads, self.head_dim)
-        x = x.permute(0, 1, 3, 5, 2, 4, 6)
-        return x.reshape(x.shape[0], tiles_h * tiles_w, self.num_heads, span_h * span_w, self.head_dim)
+    def _keys(self, x: Tensor, places: Tensor, tiles: int) -> Tensor:
+        """(B, H, W, dim) at the given places of H * W -> (B, tiles, heads, keys of a tile, head_dim)."""
+        x = x.reshape(x.shape[0], -1, x.shape[3]).index_select(1, places)
+        return x.reshape(x.shape[0], tiles, -1, self.num_heads, self.head_dim).permute(0, 1, 3, 2, 4)

@@ -27,7 +27,7 @@ def symbols_and_values(x: QTensor, means: QTensor | None, unit: float) -> tuple[
     residual = x.q if means is None else x.q - means.q
     symbols = requantize_ste(residual, torch.as_tensor(unit, dtype=torch.float64, device=x.q.device))
     values = symbols / unit
-    return symbols, x.like(values if means is None else values + means.q, x.scale)
+    return symbols, QTensor(values if means is None else values + means.q, x.scale, x.runtime, latent=True)
 
 
 def rounded(x: Tensor, means: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -41,6 +41,7 @@ class QuantRound(QuantModule):
     """round(x - means) + means: the values that the decoder will have."""
 
     kind = "round"
+    gives_latents = True
 
     def __init__(self, module: nn.Module | None, config: QuantConfig):
         super().__init__(config)
@@ -61,6 +62,7 @@ class QuantEntropyBottleneck(QuantModule):
     """EntropyBottleneck (Balle 2018): z_hat from integers, its likelihood under the learned factorized density."""
 
     kind = "entropy_bottleneck"
+    gives_latents = True
 
     def __init__(self, module: EntropyBottleneck, config: QuantConfig):
         super().__init__(config)
@@ -99,6 +101,7 @@ class QuantGaussianConditional(QuantModule):
     """GaussianConditional (Balle 2018, Minnen 2018): y_hat and scales from integers, the likelihood of the symbols."""
 
     kind = "gaussian_conditional"
+    gives_latents = True
 
     def __init__(self, module: GaussianConditional, config: QuantConfig):
         super().__init__(config)

@@ -25,9 +25,13 @@ class QuantConfig:
     rounding:       nearest | adaround | ste | learned_offset.
     carrier_bits:   fixed point between multiply-accumulate layers, where tensors are added, multiplied or normalized.
     table_bits:     index of the tables of elementwise functions.
+    latent_bits:    inputs of layers that read y_hat or z_hat, where that is more than a_bits. Latents have heavy tails: on
+                    other images they reach several times as far as on the calibration crops, and a clipped symbol is
+                    seen. Up to 16 bits are two 8-bit digits in an int8 kernel, at 1/256 of the pixels or less.
     boundary_bits:  fractional bits of y, z, means and scales at the codec's boundaries.
-    strict_int8:    8 bits on every stored tensor, as the paper does (sets carrier_bits and table_bits to 8).
+    strict_int8:    8 bits on every stored tensor, as the paper does (sets carrier_bits, table_bits, latent_bits to 8).
     frac_bits:      n_r of eqs. 3 and 4.
+    a_headroom:     first ranges of activations reach to this multiple of what the estimator says.
     headroom:       carriers reach to this multiple of the largest value seen in calibration.
     """
 
@@ -42,9 +46,11 @@ class QuantConfig:
     rounding: str = "nearest"
     carrier_bits: int = 16
     table_bits: int = 12
+    latent_bits: int = 14
     boundary_bits: int = 12
     strict_int8: bool = False
     frac_bits: int = 24
+    a_headroom: float = 1.3
     headroom: float = 2.0
 
     def __post_init__(self):
@@ -63,7 +69,8 @@ class QuantConfig:
         if self.strict_int8:
             object.__setattr__(self, "carrier_bits", 8)
             object.__setattr__(self, "table_bits", 8)
-        for name in ("carrier_bits", "table_bits"):
+            object.__setattr__(self, "latent_bits", 8)
+        for name in ("carrier_bits", "table_bits", "latent_bits"):
             if not 2 <= getattr(self, name) <= 16:
                 raise InputError(f"{name} {getattr(self, name)} is out of range; choose 2 to 16")
         if not 4 <= self.boundary_bits <= 16:

@@ -46,9 +46,15 @@ def round_half_away(x: Tensor) -> Tensor:
 
 
 def _round_half_away_(x: Tensor) -> Tensor:
-    below_half = 0.5 - torch.finfo(x.dtype).eps / 4
+    # On magnitudes, because PyTorch's floor is many times faster on a CPU than its trunc and copysign.
+    sign = x.sign()
     # + 0.0 turns -0.0 into 0.0, so that equal numbers have equal bytes.
-    return x.add_(torch.copysign(torch.tensor(below_half, dtype=x.dtype), x)).trunc_().add_(0.0)
+    return x.abs_().add_(below_half(x.dtype)).floor_().mul_(sign).add_(0.0)
+
+
+def below_half(dtype: torch.dtype) -> float:
+    """The largest number below one half; for x >= 0, floor(x + this) rounds half away from zero."""
+    return 0.5 - torch.finfo(dtype).eps / 4
 
 
 class _RoundSTE(torch.autograd.Function):
@@ -173,24 +179,90 @@ def requantize(acc: Tensor, mantissa: Tensor, shift: Tensor) -> Tensor:
     return torch.where(shift > _MAX_SHIFT, 0, product.sign() * magnitude)
 
 
-def _scale_and_round(acc: Tensor, multiplier: Tensor) -> Tensor:
+_NUDGE = 1 + 2.0**-48
+"""What makes rounding to even round halves away from zero, see `_scale_and_round`."""
+
+
+def _scale_and_round(
+    acc: Tensor, multiplier: Tensor, limits: "Limits | None" = None, inside: Tensor | None = None
+) -> Tensor:
     """round_half_away(acc * multiplier) in acc's dtype; `multiplier` is float64 with at most 22 significant bits.
 
-    The float64 product is exact. Done in pieces that stay in the cache, because float64 copies of a whole feature
-    map cost more than the arithmetic.
+    With `limits` the result is float32, clipped to them; `inside` (int8, acc's shape) then receives twice the gradient
+    of the clipping, see `_clip_`. Done in pieces that stay in the cache, because float64 copies of a whole feature map
+    cost more than the arithmetic.
+
+    The float64 product p = acc * multiplier is exact. For a float32 `acc`, rounding to even, which is much faster,
+    gives round_half_away(p) once the multiplier has grown by a factor 1 + 2^-48. Let p be a whole number P of units
+    2^-u, |P| < 2^46 (24 bits times 22). With the roundings of the factor and of the product, 2^-53 each, P grows in
+    magnitude by more than 0 and less than half a unit. If u >= 1, halves are whole numbers of units: a tie moves away
+    from zero, and nothing else reaches or crosses a tie. If u <= 0, p is whole and moves by less than 1/2 as long as
+    |p| < 2^47, and float32 is exact only below 2^24 anyway.
     """
     # Not torch.broadcast_shapes: its first call imports sympy, which takes seconds.
+    narrow = acc.dtype == torch.float32
+    if narrow:
+        multiplier = multiplier * _NUDGE
     acc, multiplier = torch.broadcast_tensors(acc, multiplier)
-    out = torch.empty(acc.shape, dtype=acc.dtype, device=acc.device)
-    for part, factor, into in pieces(acc, multiplier, out):
-        into.copy_(_round_half_away_(part * factor))
+    dtype = acc.dtype if limits is None else torch.float32
+    out = torch.empty(acc.shape, dtype=dtype, device=acc.device)
+    low, high = (None, None) if limits is None else limits.expand(out.shape)
+    operands = [acc, multiplier, out]
+    for extra in (inside, low, high):
+        if isinstance(extra, Tensor):
+            operands.append(extra)
+    for part, factor, into, *rest in pieces(*operands):
+        product = part.to(torch.float64, copy=True).mul_(factor)
+        into.copy_(product.round_() if narrow else _round_half_away_(product))
+        part_inside = rest.pop(0) if inside is not None else None
+        part_low, part_high = rest or (low, high)
+        if limits is not None:
+            _clip_(into, part_low, part_high, part_inside)
+        if narrow:
+            into.add_(0.0)  # no -0.0
     return out
+
+
+def _clip_(q: Tensor, low: Tensor | float, high: Tensor | float, inside: Tensor | None) -> None:
+    """Clip float32 q in place; `inside` receives 2 where q was between the limits, 1 at a limit, 0 outside.
+
+    That is twice the gradient that torch.minimum(torch.maximum(q, low), high) has: half of it goes to the limit where
+    q equals one.
+    """
+    if inside is not None:
+        inside.copy_((q - low).sign_().add_((high - q).sign_()))
+    if isinstance(low, Tensor):
+        torch.maximum(q, low, out=q)
+        torch.minimum(q, high, out=q)
+    else:
+        q.clamp_(low, high)
+
+
+class Limits:
+    """qmin and qmax of a grid: float32 tensors that broadcast to the numbers, plain numbers where they are alike."""
+
+    def __init__(self, qmin: Tensor, qmax: Tensor):
+        self.qmin, self.qmax = qmin, qmax
+        self.plain = None
+        if qmin.device.type == "cpu":  # elsewhere to ask would wait for the device
+            ends = [float(end) for end in (qmin.min(), qmin.max(), qmax.min(), qmax.max())]
+            if ends[0] == ends[1] and ends[2] == ends[3]:
+                self.plain = ends[0], ends[2]
+
+    def expand(self, shape: torch.Size) -> tuple:
+        """(low, high) for numbers of this shape: expanded tensors, or two numbers."""
+        return self.plain or (self.qmin.to(torch.float32).expand(shape), self.qmax.to(torch.float32).expand(shape))
+
+
+def piece_size(x: Tensor) -> int:
+    """How many numbers a piece of x may hold."""
+    return _CPU_CHUNK if x.device.type == "cpu" else _DEVICE_CHUNK
 
 
 def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """The same slices of equally shaped tensors, as views small enough that a chain of operations stays in cache."""
     first = tensors[0]
-    limit = _CPU_CHUNK if first.device.type == "cpu" else _DEVICE_CHUNK
+    limit = piece_size(first)
     if first.numel() <= limit:
         yield tensors
         return
@@ -204,28 +276,40 @@ def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 class _RequantizeSTE(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, acc, multiplier):
-        ctx.save_for_backward(acc if ctx.needs_input_grad[1] else None, multiplier)
-        return _scale_and_round(acc, multiplier_value(*quantize_multiplier(multiplier)))
+    def forward(ctx, acc, multiplier, limits):
+        inside = None
+        if limits is not None and any(ctx.needs_input_grad):
+            inside = torch.empty(acc.shape, dtype=torch.int8, device=acc.device)
+        ctx.save_for_backward(acc if ctx.needs_input_grad[1] else None, multiplier, inside)
+        return _scale_and_round(acc, multiplier_value(*quantize_multiplier(multiplier)), limits, inside)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        acc, multiplier = ctx.saved_tensors
+        acc, multiplier, inside = ctx.saved_tensors
         grad_acc = grad_multiplier = None
-        if ctx.needs_input_grad[0]:
-            grad_acc = grad * multiplier.to(grad.dtype)
+        if inside is not None:
+            grad = grad * inside
+            multiplier_of_acc, half = multiplier * 0.5, 0.5
+        else:
+            multiplier_of_acc, half = multiplier, 1.0
         if ctx.needs_input_grad[1]:
-            grad_multiplier = (grad * acc).sum_to_size(multiplier.shape).to(multiplier.dtype)
-        return grad_acc, grad_multiplier
+            summed = (grad * acc).sum_to_size(multiplier.shape)
+            grad_multiplier = summed.to(multiplier.dtype) * half
+        if ctx.needs_input_grad[0]:
+            factor = multiplier_of_acc.to(grad.dtype)
+            # with `inside` the gradient is a copy of our own by now
+            grad_acc = grad.mul_(factor) if inside is not None else grad * factor
+        return grad_acc, grad_multiplier, None
 
 
-def requantize_ste(acc: Tensor, multiplier: Tensor) -> Tensor:
+def requantize_ste(acc: Tensor, multiplier: Tensor, limits: Limits | None = None) -> Tensor:
     """`requantize(acc, *quantize_multiplier(multiplier))` that can be differentiated; same values to the bit.
 
     `acc`: whole numbers in float32 or float64, |acc| <= 2^31; the result has its dtype and shape. `multiplier`:
     positive real tensor that broadcasts to acc's shape. Rounding does not stop the gradient: d/d acc = multiplier,
-    d/d multiplier = acc, summed to its shape. Raises ValueError for a multiplier that is not positive and finite,
+    d/d multiplier = acc, summed to its shape. With `limits` the result is clipped to them, as float32; a number outside
+    passes no gradient, one at a limit half of it (torch.minimum's and torch.maximum's own). Raises ValueError for a multiplier that is not positive and finite,
     or that does not broadcast to acc's shape.
     """
     try:
@@ -233,7 +317,7 @@ def requantize_ste(acc: Tensor, multiplier: Tensor) -> Tensor:
     except RuntimeError:
         shapes = f"{tuple(multiplier.shape)} does not broadcast to acc {tuple(acc.shape)}"
         raise ValueError(f"multiplier {shapes}") from None
-    return _RequantizeSTE.apply(acc, multiplier)
+    return _RequantizeSTE.apply(acc, multiplier, limits)
 
 
 # ------------------------------------------------------------------------------------- real numbers to integers

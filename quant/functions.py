@@ -6,11 +6,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from quant.config import QuantConfig
 from quant.fixedpoint import requantize_ste, round_half_away, round_ste, straight_through
 from quant.grid import Grid
-from quant.integer_functions import SOFTMAX_STEP, SOFTMAX_UNIT, fixed_softmax, softmax_table, table_lookup
+from quant.integer_functions import (
+    MASKED,
+    SOFTMAX_STEP,
+    SOFTMAX_UNIT,
+    fixed_softmax,
+    softmax_pieces,
+    softmax_table,
+    table_lookup,
+)
 from quant.modules import QuantModule
 from quant.qtensor import QTensor
 
@@ -140,11 +149,40 @@ class QuantMatMul(QuantFunction):
         a, b = self.grid_a(a), self.grid_b(b)
         if not (a.is_integer and b.is_integer):
             return a.like(a.real() @ b.real(), None)
+        if self.config.a_bits > 8:  # sums of such products pass 2^24
+            return a.like(a.q.double() @ b.q.double(), a.scale * b.scale)
         return a.like(a.q @ b.q, a.scale * b.scale)
 
     def learnable(self) -> dict[str, list]:
         grids = [grid for grid in (self.grid_a, self.grid_b) if grid.bits != 32]
         return {"range_a": [grid.log_n for grid in grids]} if grids else {}
+
+
+class _SoftmaxSTE(torch.autograd.Function):
+    """`fixed_softmax` forward, the float softmax's gradient backward."""
+
+    @staticmethod
+    def forward(ctx, q, offset, kinds, table, dim):
+        ctx.save_for_backward(q, offset, kinds)
+        ctx.dim = dim
+        return fixed_softmax(q, table, offset, kinds, dim)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        q, offset, kinds = ctx.saved_tensors
+        grad_q, grad_offset = torch.empty_like(q), None
+        for scores, part, into in softmax_pieces(q, offset, kinds, ctx.dim, grad, grad_q):
+            p = F.softmax(scores * SOFTMAX_STEP, ctx.dim)
+            product = part * p
+            product -= p.mul_(product.sum(ctx.dim, keepdim=True))
+            into.copy_(product.mul_(SOFTMAX_STEP / SOFTMAX_UNIT))
+        if ctx.needs_input_grad[1]:
+            if kinds is None:
+                grad_offset = grad_q.sum_to_size(offset.shape)
+            else:
+                grad_offset = torch.zeros_like(offset).index_add_(0, kinds, grad_q.sum(0))
+        return grad_q, grad_offset, None, None, None
 
 
 class QuantSoftmax(QuantFunction):
@@ -161,24 +199,22 @@ class QuantSoftmax(QuantFunction):
         self.grid = Grid(16, config.frac_bits, fixed=SOFTMAX_STEP)
         self.register_buffer("table", softmax_table())
 
-    def real(self, scores: Tensor, bias: Tensor | None = None) -> Tensor:
+    def real(self, scores: Tensor, bias: Tensor | None = None, kinds: Tensor | None = None) -> Tensor:
+        if kinds is not None:
+            bias = bias.index_select(0, kinds)
         return F.softmax(scores if bias is None else scores + bias, self.dim)
 
-    def integer(self, scores: QTensor, bias: Tensor | None = None) -> QTensor:
+    def integer(self, scores: QTensor, bias: Tensor | None = None, kinds: Tensor | None = None) -> QTensor:
         scores = self.grid(scores)
-        q, masked = scores.q, None
+        offset = blank = None
         if bias is not None:
             masked = torch.isinf(bias)
-            q = q + round_ste(bias.masked_fill(masked, 0.0) / SOFTMAX_STEP)
-        with torch.no_grad():
-            exact = fixed_softmax(q, self.table, masked, self.dim)
-        scale = torch.as_tensor(SOFTMAX_UNIT, dtype=torch.float64, device=q.device)
-        if torch.is_grad_enabled() and q.requires_grad:
-            logits = q * SOFTMAX_STEP
-            if masked is not None:
-                logits = logits.masked_fill(masked, float("-inf"))
-            exact = straight_through(exact, F.softmax(logits, self.dim) / SOFTMAX_UNIT)
-        return scores.like(exact, scale)
+            offset = round_ste(bias.masked_fill(masked, 0.0) / SOFTMAX_STEP).masked_fill(masked, MASKED)
+            blank = masked.all(self.dim, keepdim=True)
+        p = _SoftmaxSTE.apply(scores.q, offset, kinds, self.table, self.dim)
+        if blank is not None and bool(blank.any()):  # rows without a key
+            p = p.masked_fill(blank if kinds is None else blank.index_select(0, kinds), 0.0)
+        return scores.like(p, torch.as_tensor(SOFTMAX_UNIT, dtype=torch.float64, device=p.device))
 
 
 class QuantLeakyReLU(QuantFunction):
@@ -259,7 +295,7 @@ class QuantTable(QuantFunction):
             table = self.build() if self.table is None else self.table
             exact = table_lookup(x.q, table, int(self.grid_in.parameters_of_grid()[1]))
         if torch.is_grad_enabled() and x.q.requires_grad:
-            exact = straight_through(exact, (self.f((x.q * x.scale).float()) / scale_out).float())
+            exact = straight_through(exact, self.f(x.q * x.scale.float()) / scale_out.float())
         return x.like(exact, scale_out)
 
     def freeze(self) -> None:

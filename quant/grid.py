@@ -4,11 +4,12 @@ import torch
 from torch import Tensor, nn
 
 from quant.config import FLOAT_BITS
-from quant.fixedpoint import fixed_point_scale, int_range, requantize_ste, round_half_away, round_ste
+from quant.fixedpoint import Limits, fixed_point_scale, int_range, requantize_ste, round_half_away, round_ste
 from quant.qtensor import QTensor
 from quant.ranges import RangeSpec
 
 _SAMPLES = 4096  # values kept per channel for the range estimators
+LATENT_HEADROOM = 4.0  # rounded latents have heavy tails: other images reach further than the calibration crops
 ONE_SIDED = 0.25  # a tensor is one-sided when its smaller side is below this share of the larger
 
 
@@ -42,6 +43,9 @@ class Grid(nn.Module):
         self.spec, self.headroom, self.one_sided = RangeSpec.parse(spec), headroom, one_sided
         self.fixed = fixed
         self.pixels = False
+        self.latent = False
+        self.whole = True  # every value seen was a whole number
+        self.exact = False  # the grid holds every value as it is; there is nothing to learn
         self.frozen = False
         self.log_n = nn.Parameter(torch.zeros(()), requires_grad=False)  # ln N: N stays positive, steps are relative
         self.register_buffer("low", torch.zeros(()))  # observed, per channel
@@ -60,11 +64,12 @@ class Grid(nn.Module):
             return x.reshape(1, -1)
         return x.movedim(self.channel_dim, 0).reshape(x.shape[self.channel_dim], -1)
 
-    def observe(self, x: QTensor | Tensor, is_pixels: bool = False) -> None:
-        """Take one batch of values into account. x: real values."""
+    def observe(self, x: QTensor | Tensor, is_pixels: bool = False, is_latent: bool = False) -> None:
+        """Take one batch of values into account. x: real values; image samples or rounded latents, or neither."""
         if self.fixed is not None or self.bits == FLOAT_BITS:
             return
-        self.pixels = self.pixels or is_pixels
+        self.pixels, self.latent = self.pixels or is_pixels, self.latent or is_latent
+        self.whole = self.whole and is_latent and bool((x == torch.round(x)).all())
         rows = self._rows(x.detach())
         self._seen.append((rows.amin(1), rows.amax(1), rows.square().mean(1), rows.shape[1]))
         if self.spec.method != "max":
@@ -88,17 +93,35 @@ class Grid(nn.Module):
         floor = peak.max().clamp(min=2**-8) * 2**-8
         silent = peak < floor
         low, high = torch.where(silent, -floor, low), torch.where(silent, floor, high)
-        self.low, self.high = low * self.headroom, high * self.headroom
+        headroom = self.headroom
+        if self.latent:
+            # eight bits have no room to spare
+            headroom, self.one_sided = LATENT_HEADROOM if self.bits > 8 else headroom, False
+        self.low, self.high = low * headroom, high * headroom
         if self.channel_dim is None:
             self.low, self.high, self.energy = self.low[0], self.high[0], self.energy[0]
         self.log_n = nn.Parameter(torch.zeros_like(self.low), requires_grad=False)
-        if self._samples and not self.pixels:
+        if self.latent and self.whole:
+            self._hold_whole_numbers(peak)
+        self.exact = self.exact or self.pixels
+        if self._samples and not self.exact:
             samples = torch.cat(self._samples, dim=1)
             signed = not self._one_sided().any()
             estimate = self.spec.estimate(samples, 0, self.bits, signed).to(peak)
             n = (estimate / samples.abs().amax(1).clamp(min=1e-12)).clamp(1e-3, 1.0)
             self.log_n.data = torch.log(n).reshape(self.log_n.shape)
         self._seen, self._samples = [], []
+
+    def _hold_whole_numbers(self, peak: Tensor) -> None:
+        """Symbols without means: a step of 2^-k holds them all exactly, and k leaves what range it can to other images."""
+        qmax = int_range(self.bits)[1]
+        if peak.max() > qmax:
+            return  # too few bits for that: an ordinary grid
+        reach = (peak.clamp(min=1.0) * LATENT_HEADROOM).clamp(max=float(qmax))
+        if self.channel_dim is None:
+            reach = reach.max()
+        step = torch.exp2(torch.ceil(torch.log2(reach / qmax))).clamp(max=1.0)
+        self.low, self.high, self.exact = -step * qmax, step * qmax, True
 
     def _one_sided(self) -> Tensor:
         small, large = torch.minimum(-self.low, self.high), torch.maximum(-self.low, self.high)
@@ -155,9 +178,8 @@ class Grid(nn.Module):
         if x.is_integer:
             if x.scale is scale:
                 return x
-            q = requantize_ste(x.q, _broadcast(x.scale / scale, x.q.ndim))
-        else:
-            q = round_ste((x.q / scale).to(torch.float32))
+            return x.like(requantize_ste(x.q, _broadcast(x.scale / scale, x.q.ndim), Limits(qmin, qmax)), scale)
+        q = round_ste((x.q / scale).to(torch.float32))
         q = torch.minimum(torch.maximum(q, qmin.to(q.dtype)), qmax.to(q.dtype))
         return x.like(q.to(torch.float32), scale)
 

@@ -7,12 +7,12 @@ with a smooth function through `fixedpoint.straight_through`.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from quant.fixedpoint import MANTISSA_BITS, _round_half_away_, pieces, power_of_two, requantize, round_half_away
+from quant.fixedpoint import MANTISSA_BITS, below_half, piece_size, pieces, power_of_two, requantize, round_half_away
 
 SOFTMAX_FRAC_BITS = 15
 """`integer_softmax` returns probabilities in units of 2^-15."""
@@ -24,6 +24,9 @@ EXP_STEPS_PER_NAT = 256
 """Grid of `exp_table`: the multiplier of `integer_softmax` is input scale * EXP_STEPS_PER_NAT."""
 
 _ROOT_BITS = 26
+
+
+_LAYER_NORM_NUDGE = 1 + 2.0**-46
 
 
 # ------------------------------------------------------------------------------------------ roots and quotients
@@ -88,7 +91,13 @@ def table_lookup(index: Tensor, table: Tensor, offset: int = 0) -> Tensor:
 
     `index` holds whole numbers; what lies outside the table gets its first or last entry.
     """
-    return table[(index - offset).clamp(0, table.numel() - 1).to(torch.int64)]
+    last = table.numel() - 1
+    out = torch.empty(index.shape, dtype=table.dtype, device=index.device)
+    for part, into in pieces(index, out):
+        place = (part - offset).clamp_(0, last).to(torch.int32)
+        # on a CPU index_select is several times faster than table[place]
+        into.copy_(table.index_select(0, place.flatten()).view(place.shape))
+    return out
 
 
 def exp_table(steps_per_nat: int = EXP_STEPS_PER_NAT, nats: int = 16, frac_bits: int = 20) -> Tensor:
@@ -148,24 +157,33 @@ def integer_layer_norm(q: Tensor, eps_q: float, dim: int = -1) -> Tensor:
     that shift (a table of 27 constants, one for each k). |c| <= sqrt(C V), so the dividend 2^(12+k) |c| is at most
     2^(12+26+5). The root's relative error 2^-25 is 2^-8 units at the largest possible |n| = sqrt(C) = 32: the
     result is within 0.504 units of the real value.
+
+    The division is a multiplication by 2^(12+k) / root, exact nevertheless: a quotient a / b of whole numbers with
+    b < 2^26 is a tie or at least 1 / 2b > 2^-27 from one. Three roundings move |n| <= 2^17 (and a bit) by a share of
+    3 * 2^-53, the nudge by one of 2^-46: together away from zero, by less than 2^-28. So rounding to even rounds ties
+    away from zero, and no other quotient crosses a tie.
     """
-    q = q.to(torch.float64)
     count = q.shape[dim]
     eps_q = float(eps_q)
     if not 0 < count <= 1024:
         raise ValueError(f"integer layer norm takes 1 to 1024 values a row, not {count}")
     if not 0 <= eps_q <= 2**30:
         raise ValueError(f"eps_q must be from 0 to 2^30, not {eps_q}")
-    total = q.sum(dim, keepdim=True)
-    centred = q * count - total
-    spread = (q * q).sum(dim, keepdim=True) * count - total * total
     eps = count**2 * eps_q
-    k = (52 - _bit_length(spread + math.ceil(eps))) // 2
-    eps_shifted = torch.tensor([math.floor(min(eps * 4.0**i + 0.5, 2.0**52)) for i in range(27)], dtype=torch.float64)
-    variance = spread * power_of_two(2 * k) + eps_shifted.to(q.device)[k]
-    # min: rounding eps up must not reach 2^52, where isqrt's range ends.
-    root = isqrt(variance.clamp(1, 2.0**52 - 1))
-    return divide_round(centred * power_of_two(k + LAYER_NORM_FRAC_BITS), root)
+    shifted = [math.floor(min(eps * 4.0**i + 0.5, 2.0**52)) for i in range(27)]
+    eps_shifted = torch.tensor(shifted, dtype=torch.float64).to(q.device)
+    out = torch.empty(q.shape, dtype=torch.float64, device=q.device)
+    for rows, into in pieces(q.movedim(dim, -1), out.movedim(dim, -1)):
+        rows = rows.to(torch.float64, copy=True)
+        total = rows.sum(-1, keepdim=True)
+        spread = (rows * rows).sum(-1, keepdim=True) * count - total * total
+        k = (52 - _bit_length(spread + math.ceil(eps))) // 2
+        variance = spread * power_of_two(2 * k) + eps_shifted[k]
+        # min: rounding eps up must not reach 2^52, where isqrt's range ends.
+        root = isqrt(variance.clamp(1, 2.0**52 - 1))
+        factor = (power_of_two(k + LAYER_NORM_FRAC_BITS) / root).mul_(_LAYER_NORM_NUDGE)
+        into.copy_(rows.mul_(count).sub_(total).mul_(factor).round_().add_(0.0))
+    return out
 
 
 # --------------------------------------------------------------------------------------------------------- GDN
@@ -237,11 +255,37 @@ def softmax_table() -> Tensor:
     return entries[: int((entries > 0).sum()) + 1].to(torch.float32)
 
 
-def fixed_softmax(q: Tensor, table: Tensor, masked: Tensor | None = None, dim: int = -1) -> Tensor:
-    """Softmax along `dim` of scores q / 256, as whole numbers in units of 2^-16; float32 of q's shape.
+MASKED = -(2.0**22)
+"""Offset of a masked key: so far below every other that the table gives 0."""
 
-    `q`: whole numbers, |q| < 2^22. `table` = softmax_table(). `masked`: bool, broadcast to q; true gives exactly 0,
-    also for a whole row.
+
+def softmax_pieces(
+    q: Tensor, offset: Tensor | None, kinds: Tensor | None, dim: int, *others: Tensor
+) -> Iterator[tuple[Tensor, ...]]:
+    """(q + offset, *others) in pieces that stay in cache, whole along `dim`; arguments as in `fixed_softmax`."""
+    if kinds is not None:
+        size = q.numel() // q.shape[1]
+        step = max(1, piece_size(q) // size)
+        for start in range(0, q.shape[1], step):
+            part = slice(start, start + step)
+            yield q[:, part] + offset.index_select(0, kinds[part]), *(other[:, part] for other in others)
+    elif dim % q.ndim != q.ndim - 1:
+        yield q if offset is None else q + offset, *others
+    elif offset is None:
+        yield from pieces(q, *others)
+    else:
+        for part, part_offset, *rest in pieces(q, offset.expand(q.shape), *others):
+            yield part + part_offset, *rest
+
+
+def fixed_softmax(
+    q: Tensor, table: Tensor, offset: Tensor | None = None, kinds: Tensor | None = None, dim: int = -1
+) -> Tensor:
+    """Softmax along `dim` of scores (q + offset) / 256, as whole numbers in units of 2^-16; float32 of q's shape.
+
+    `q`: whole numbers. `table` = softmax_table(). `offset`: whole numbers that broadcast to q, `MASKED` for a key that
+    gets exactly 0 beside others that are not masked; |q + offset| < 2^23. With `kinds`, q is (B, T, ...) and row t has
+    offset[kinds[t]].
 
         e = table[max q - q],  S = sum e,  m = round(2^k / S) with 2^11 < m <= 2^12,  p = round(e m / 2^(k - 16))
 
@@ -249,14 +293,17 @@ def fixed_softmax(q: Tensor, table: Tensor, masked: Tensor | None = None, dim: i
     The reciprocal's 12 bits are a relative error of 2^-12 for a whole row, the table's entries one of 2^-13 for the
     largest key; a key below 2^-13 of the largest gets 0. `integer_softmax` is the finer, slower variant.
     """
-    if masked is not None:
-        q = q.masked_fill(masked, -(2.0**22))
-    index = (q.amax(dim, keepdim=True) - q).clamp_(max=table.numel() - 1)
-    weight = table[index.to(torch.int32)]
-    if masked is not None:
-        weight = weight.masked_fill(masked, 0.0)
-    total = weight.sum(dim, keepdim=True).clamp_(min=1)
-    _, exponent = torch.frexp(total)  # total in [2^(exponent-1), 2^exponent)
-    k = (exponent + (_EXP_BITS - 1)).double()
-    reciprocal = divide_round(power_of_two(k), total.double()).float()
-    return _round_half_away_(weight.mul_(reciprocal).mul_(power_of_two(16 - k).float()))
+    last = table.numel() - 1
+    out = torch.empty(q.shape, dtype=torch.float32, device=q.device)
+    for part, into in softmax_pieces(q, offset, kinds, dim, out):
+        index = (part.amax(dim, keepdim=True) - part).clamp_(max=last).to(torch.int32)
+        # on a CPU index_select is several times faster than table[index]
+        weight = table.index_select(0, index.flatten()).view(index.shape)
+        total = weight.sum(dim, keepdim=True).clamp_(min=1)
+        _, exponent = torch.frexp(total)  # total in [2^(exponent-1), 2^exponent)
+        k = (exponent + (_EXP_BITS - 1)).double()
+        reciprocal = divide_round(power_of_two(k), total.double()).float()
+        # at most 12 bits times a power of two: one multiplication by both is as exact as two
+        factor = reciprocal.mul_(power_of_two(16 - k).float())
+        into.copy_(weight.mul_(factor).add_(below_half(torch.float32)).floor_())
+    return out

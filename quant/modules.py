@@ -28,6 +28,7 @@ class QuantModule(nn.Module):
     """
 
     kind = ""
+    gives_latents = False  # its (first) output is y_hat or z_hat
 
     def __init__(self, config: QuantConfig):
         super().__init__()
@@ -65,7 +66,10 @@ class QuantModule(nn.Module):
             runtime.nodes.setdefault(self.name, self)
             self.calls += 1
             self.observe(inputs, output)
-        return runtime.wrap(output)
+        output = runtime.wrap(output)
+        if self.gives_latents:
+            (output[0] if isinstance(output, tuple) else output).latent = True
+        return output
 
     def wraps(self, index: int) -> bool:
         """Whether a plain tensor as input number `index` is data (True) or a constant (False)."""
@@ -135,7 +139,7 @@ class WeightQuantizer(nn.Module):
     def _largest(self, w: Tensor) -> Tensor:
         largest = w.abs().flatten(1).amax(1) if self.per_channel else w.abs().amax()
         # an output channel without weights keeps a scale of the others' order, so that its bias does not overflow
-        return largest.clamp(min=float(largest.max().clamp(min=1e-12)) * 2**-12)
+        return largest.clamp(min=float(largest.detach().max().clamp(min=1e-12)) * 2**-12)
 
     def scale(self, w: Tensor, least: Tensor | None = None) -> Tensor:
         """s_w: (outputs,) or (), float64, eqs. 3 and 15; not below `least`, which keeps the bias inside int32."""
@@ -177,6 +181,7 @@ class QuantMAC(QuantModule):
             config.frac_bits,
             self.channel_dim if config.a_granularity == "channel" else None,
             config.a_range,
+            config.a_headroom,
         )
         self.log_n_bias = nn.Parameter(torch.zeros(()), requires_grad=False)
         self.bias_change = nn.Parameter(torch.zeros(self.outputs), requires_grad=False)  # a learned correction
@@ -207,7 +212,9 @@ class QuantMAC(QuantModule):
         return self.module(x)
 
     def observe(self, inputs: tuple, output: Any) -> None:
-        self.input_grid.observe(inputs[0].real(), inputs[0].pixels)
+        if inputs[0].latent:
+            self.input_grid.bits = max(self.config.a_bits, self.config.latent_bits)
+        self.input_grid.observe(inputs[0].real(), inputs[0].pixels, inputs[0].latent)
 
     def float_weight(self) -> Tensor:
         """The canonical float weight, masked where the layer has a mask."""
@@ -229,7 +236,8 @@ class QuantMAC(QuantModule):
         super().initialize()
         if self.config.w_bits == FLOAT_BITS:
             return
-        if self.config.transform == "equalize" and self.input_grid.channel_dim is not None and not self.input_grid.pixels:
+        scales = self.config.a_bits != FLOAT_BITS and self.input_grid.channel_dim is not None
+        if self.config.transform == "equalize" and scales and not self.input_grid.exact:
             self.equalize()
         weight, reference = self.folded_weight()
         self.weight_quantizer.initialize(weight, self.least_scale(reference))
@@ -311,7 +319,8 @@ class QuantMAC(QuantModule):
         else:
             w_int, out_scale = self.integer_weight()
             b_int = self.integer_bias(out_scale)
-            wide = False  # while learning; frozen layers obey the bound
+            # while learning there is no bound yet: products of up to 16 bits leave room for the sum, longer ones do not
+            wide = self.config.w_bits + self.input_grid.bits > 16
         q = self.product(x.q.double(), w_int.double()) if wide else self.product(x.q, w_int)
         shape = [1] * q.ndim
         shape[self.channel_dim % q.ndim] = -1
@@ -337,6 +346,8 @@ class QuantMAC(QuantModule):
 
     def freeze(self) -> None:
         super().freeze()
+        if self.weight_quantizer.rounding is not None:
+            self.weight_quantizer.rounding.harden()  # soft steps are no whole numbers
         if FLOAT_BITS in (self.config.w_bits, self.config.a_bits):
             return
         with torch.no_grad():
@@ -362,7 +373,7 @@ class QuantMAC(QuantModule):
             knobs["range_w"] = [self.weight_quantizer.log_n]
             knobs["rounding"] = list(self.weight_quantizer.rounding.parameters())
             knobs["weight"] = [self.module.weight]
-        if self.config.a_bits != FLOAT_BITS and not self.input_grid.pixels:
+        if self.config.a_bits != FLOAT_BITS and not self.input_grid.exact:
             knobs["range_a"] = [self.input_grid.log_n]
         if self.module.bias is not None:
             knobs["bias"] = [self.bias_change]

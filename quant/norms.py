@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from compressai.layers import GDN1
 from torch import Tensor, nn
 
-from quant.config import QuantConfig
+from quant.config import FLOAT_BITS, QuantConfig
 from quant.fixedpoint import quantize_multiplier, requantize_ste, round_half_away, straight_through
 from quant.grid import Grid
 from quant.integer_functions import LAYER_NORM_FRAC_BITS, integer_gdn, integer_layer_norm
@@ -62,6 +62,8 @@ class QuantGDN(QuantMAC):
             super().equalize()
 
     def folded_weight(self) -> tuple[Tensor, Tensor]:
+        if self.config.a_bits == FLOAT_BITS:
+            return super().folded_weight()
         scale = self.input_grid.parameters_of_grid()[0]
         reference = scale.detach().max()
         weight = self.float_weight()
@@ -78,7 +80,9 @@ class QuantGDN(QuantMAC):
             norm_scale, beta = self.out_scale, self.bias_int
         else:
             w_int, norm_scale = self.integer_weight()
-            norm = self.product(squared, w_int)
+            # the sum of 16-bit squares times 8-bit weights passes 2^24, where float32 would round what is frozen exact
+            wide = self.power * self.config.a_bits + self.config.w_bits > 16
+            norm = self.product(squared.double(), w_int.double()) if wide else self.product(squared, w_int)
             beta = self.integer_bias(norm_scale)
         norm = (norm.double() + beta.reshape(1, -1, 1, 1)).clamp(min=1)
         norm_scale = norm_scale.reshape(1, -1, 1, 1)

@@ -21,12 +21,15 @@ class QTensor:
     q:      float tensor; whole numbers in the integer state.
     scale:  float64 tensor, 0-dimensional (per tensor) or with q's number of dimensions and broadcastable to it.
     pixels: true for the image that enters the codec: 8-bit samples, exact on a grid of 1/255.
+    latent: true for y_hat, z_hat and parts of them: values that came out of a rounding at a boundary of the codec.
     """
 
-    __slots__ = ("q", "scale", "runtime", "pixels")
+    __slots__ = ("q", "scale", "runtime", "pixels", "latent")
 
-    def __init__(self, q: Tensor, scale: Tensor | None, runtime: "Runtime", pixels: bool = False):
-        self.q, self.scale, self.runtime, self.pixels = q, scale, runtime, pixels
+    def __init__(
+        self, q: Tensor, scale: Tensor | None, runtime: "Runtime", pixels: bool = False, latent: bool = False
+    ):
+        self.q, self.scale, self.runtime, self.pixels, self.latent = q, scale, runtime, pixels, latent
 
     # ---------------------------------------------------------------------------------------------- what it holds
 
@@ -44,8 +47,12 @@ class QTensor:
     def like(self, q: Tensor, scale: Tensor | None) -> "QTensor":
         return QTensor(q, scale, self.runtime)
 
+    def moved(self, q: Tensor, scale: Tensor | None) -> "QTensor":
+        """The same values in another layout."""
+        return QTensor(q, scale, self.runtime, latent=self.latent)
+
     def detach(self) -> "QTensor":
-        return self.like(self.q.detach(), None if self.scale is None else self.scale.detach())
+        return self.moved(self.q.detach(), None if self.scale is None else self.scale.detach())
 
     def full_scale(self) -> Tensor:
         """The scale with as many dimensions as q, each of size 1 or q's."""
@@ -211,13 +218,13 @@ def _view(runtime, function, args, kwargs):
     q = function(x.q, *args[1:], **kwargs)
     many = isinstance(q, (list, tuple))
     if x.scale is None or x.scale.ndim == 0:
-        return type(q)(x.like(part, x.scale) for part in q) if many else x.like(q, x.scale)
+        return type(q)(x.moved(part, x.scale) for part in q) if many else x.moved(q, x.scale)
     if function_name(function) in ("contiguous", "clone"):
-        return x.like(q, x.scale)
+        return x.moved(q, x.scale)
     scale = function(x.scale.expand(x.q.shape), *args[1:], **kwargs)
     if many:
-        return type(q)(x.like(part, collapse(s)) for part, s in zip(q, scale))
-    return x.like(q, collapse(scale))
+        return type(q)(x.moved(part, collapse(s)) for part, s in zip(q, scale))
+    return x.moved(q, collapse(scale))
 
 
 def reshape_scale(scale: Tensor, old: Sequence[int], new: Sequence[int]) -> Tensor:
@@ -256,7 +263,7 @@ def _reshape(runtime, function, args, kwargs):
     scale = x.scale
     if scale is not None and scale.ndim:
         scale = reshape_scale(scale, x.q.shape, q.shape)
-    return x.like(q, scale)
+    return x.moved(q, scale)
 
 
 @handles("roll", "index_select", "repeat_interleave", "gather_windows")
@@ -266,7 +273,7 @@ def _along_dims(runtime, function, args, kwargs):
     dims = kwargs["dims"] if "dims" in kwargs else args[2 if function_name(function) == "roll" else 1]
     dims = [dims] if isinstance(dims, int) else dims
     x = runtime.one_scale_along(x, dims)
-    return x.like(function(x.q, *args[1:], **kwargs), x.scale)
+    return x.moved(function(x.q, *args[1:], **kwargs), x.scale)
 
 
 @handles("pad")
@@ -278,7 +285,7 @@ def _pad(runtime, function, args, kwargs):
     if (mode == "constant" and value not in (None, 0, 0.0)) or mode not in ("constant", "replicate", "reflect", "circular"):
         return runtime.in_float(function, args, kwargs)
     x = runtime.one_scale_along(x, touched)
-    return x.like(F.pad(x.q, list(padding), mode=mode), x.scale)
+    return x.moved(F.pad(x.q, list(padding), mode=mode), x.scale)
 
 
 @handles("pixel_shuffle", "pixel_unshuffle")
@@ -288,7 +295,7 @@ def _shuffle(runtime, function, args, kwargs):
     scale = x.scale
     if scale is not None and scale.ndim:
         scale = function(scale.expand(1, *x.q.shape[1:]), *args[1:], **kwargs)
-    return x.like(function(x.q, *args[1:], **kwargs), scale)
+    return x.moved(function(x.q, *args[1:], **kwargs), scale)
 
 
 @handles("unfold", "sum", "mean", "max_pool2d", "avg_pool2d", "upsample_nearest2d")
@@ -313,13 +320,15 @@ def _cat(runtime, function, args, kwargs):
     parts = list(args[0])
     dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
     first = next(part for part in parts if isinstance(part, QTensor))
+    if not all(isinstance(part, QTensor) and part.latent for part in parts):
+        first = first.like(first.q, first.scale)
     if any(isinstance(part, QTensor) and not part.is_integer for part in parts):
-        return first.like(function([to_real(part) for part in parts], dim), None)
+        return first.moved(function([to_real(part) for part in parts], dim), None)
     parts = [part if isinstance(part, QTensor) else runtime.constant(part) for part in parts]
     q = function([part.q for part in parts], dim)
     scales = [part.scale for part in parts]
     if all(scale is scales[0] for scale in scales) and scales[0].ndim == 0:
-        return first.like(q, scales[0])
+        return first.moved(q, scales[0])
     if function_name(function) == "stack":
         dim = dim % q.ndim
         full = [part.full_scale().unsqueeze(dim) for part in parts]
@@ -330,7 +339,7 @@ def _cat(runtime, function, args, kwargs):
         sizes = [part.shape[dim] for part in parts]
     shape = [max(scale.shape[d] for scale in full) for d in range(q.ndim)]
     expanded = [scale.expand(*shape[:dim], size, *shape[dim + 1 :]) for scale, size in zip(full, sizes)]
-    return first.like(q, torch.cat(expanded, dim))
+    return first.moved(q, torch.cat(expanded, dim))
 
 
 # ----------------------------------------------------------------------------- arithmetic that is exact on the spot
@@ -374,7 +383,7 @@ def _mul(runtime, function, args, kwargs):
             return a.like(torch.zeros_like(a.q), a.scale)
         return a.like(a.q if b > 0 else -a.q, a.scale * abs(float(b)))
     if isinstance(b, Tensor) and not b.requires_grad and bool(((b == 0) | (b == 1)).all()):
-        return a.like(a.q * b, a.scale)
+        return a.moved(a.q * b, a.scale)
     return runtime.function("mul", {}, (a, b))
 
 
