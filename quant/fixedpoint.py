@@ -280,6 +280,7 @@ class _RequantizeSTE(torch.autograd.Function):
         inside = None
         if limits is not None and any(ctx.needs_input_grad):
             inside = torch.empty(acc.shape, dtype=torch.int8, device=acc.device)
+        ctx.dtype = acc.dtype
         ctx.save_for_backward(acc if ctx.needs_input_grad[1] else None, multiplier, inside)
         return _scale_and_round(acc, multiplier_value(*quantize_multiplier(multiplier)), limits, inside)
 
@@ -289,7 +290,7 @@ class _RequantizeSTE(torch.autograd.Function):
         acc, multiplier, inside = ctx.saved_tensors
         grad_acc = grad_multiplier = None
         if inside is not None:
-            grad = grad * inside
+            grad = grad.to(ctx.dtype) * inside
             multiplier_of_acc, half = multiplier * 0.5, 0.5
         else:
             multiplier_of_acc, half = multiplier, 1.0
