@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 
+from models.checkpoints import load_checkpoint, save_checkpoint
 from models.registry import create_model, get_architecture
 from support.cli import main_guard
 from support.errors import InputError
@@ -150,14 +151,10 @@ def main(argv: list[str] | None = None) -> None:
     configuration = None if args.configuration == "official" else args.configuration
     model = create_model(args.arch, args.quality, configuration)
     if args.init:
-        from models.checkpoints import load_checkpoint
-
         model.load_state_dict(load_checkpoint(args.init, args.arch).state_dict())
     photos = read_photos(args.data, args.crop)
     name = f"{args.arch}-q{args.quality}" if configuration else f"{args.arch}-official-q{args.quality}"
     seconds = train(model, photos, args, lmbda, args.state / f"{name}.train.pt")
-    from models.checkpoints import save_checkpoint
-
     model.cpu().eval()
     model.update(force=True)
     metadata = {

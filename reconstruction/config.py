@@ -49,9 +49,9 @@ class ReconstructionConfig:
     loss: str = "rd"
     unit: str = "block"
     learn: tuple[str, ...] = ("range_w", "range_a", "range_b", "rounding", "bias")
-    iters: int = 100
+    iters: int = 20
     tail_share: float = 0.1
-    joint_iters: int = 300
+    joint_iters: int = 100
     alternate: bool = True
     batch: int = 2
     lr_range: float = 2e-3

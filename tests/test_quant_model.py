@@ -8,6 +8,7 @@ from compressai.layers import MaskedConv2d
 from tiny_codecs import SIZES, images, tiny_codec
 from torch import Tensor, nn
 
+from models import create_model
 from quant.config import QuantConfig
 from quant.model import QuantModel
 from quant.qtensor import QTensor
@@ -295,3 +296,34 @@ def test_a_model_without_layers_is_refused():
 
     with pytest.raises(InputError, match="no layer that can be quantized"):
         quantized(Nothing())
+
+
+# ------------------------------------------------------------------------------------------------------------ latents
+
+
+def test_layers_that_read_latents_hold_other_images_larger_ones():
+    """What only y_hat or z_hat enters has latent_bits and room; the layer behind it has a_bits."""
+    torch.manual_seed(0)
+    qmodel = QuantModel(create_model("minnen2018", N=4, M=6).eval(), QuantConfig())
+    qmodel.observe([torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))])
+    bits = {name: node.input_grid.bits for name, node in qmodel.nodes.items() if hasattr(node, "input_grid")}
+    latent = {name for name, width in bits.items() if width == 14}
+    assert latent == {"g_s.0", "h_s.0", "context_prediction"}
+    assert {width for name, width in bits.items() if name not in latent} == {8}
+    strict = QuantModel(create_model("minnen2018", N=4, M=6).eval(), QuantConfig(strict_int8=True))
+    strict.observe([torch.rand(1, 3, 64, 64)])
+    assert strict.nodes["g_s.0"].input_grid.bits == 8
+
+
+def test_whole_symbols_enter_the_synthesis_exactly():
+    """balle2018 has no means: y_hat is whole, and its grid holds it without a rounding."""
+    torch.manual_seed(0)
+    qmodel = QuantModel(create_model("balle2018", N=4, M=6).eval(), QuantConfig())
+    qmodel.observe([torch.rand(1, 3, 64, 64)])
+    grid = qmodel.nodes["g_s.0"].input_grid
+    assert grid.exact and not qmodel.nodes["g_s.0"].learnable().get("range_a")
+    symbols = torch.arange(-40.0, 41.0).reshape(1, 1, 9, 9).expand(1, 6, 9, 9)
+    scale, qmin, qmax = grid.parameters_of_grid()
+    codes = symbols / scale.reshape(1, -1, 1, 1)
+    assert torch.equal(codes, codes.round())
+    assert bool((qmax * scale >= 4).all())
