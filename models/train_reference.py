@@ -19,7 +19,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-
 from models.checkpoints import load_checkpoint, save_checkpoint
 from models.registry import create_model, get_architecture
 from support.cli import main_guard
