@@ -161,7 +161,10 @@ class QuantModel(nn.Module):
     # ------------------------------------------------------------------------------------------------------- report
 
     def coverage(self) -> dict:
-        """What is integer and what is not: counts by kind, functions kept in float, modules left alone and why."""
+        """What is integer and what is not: counts by kind, functions kept in float, modules left alone and why.
+
+        `beyond_int32` names the layers of a frozen model whose accumulator needs more than 32 bits, by their bound.
+        """
         kinds: dict[str, int] = {}
         for node in self.nodes.values():
             kinds[node.kind] = kinds.get(node.kind, 0) + 1
@@ -172,4 +175,9 @@ class QuantModel(nn.Module):
                 {"function": function, "in": where} for function, where in sorted(self.runtime.kept_in_float)
             ],
             "left_alone": {**self.rewrite.left_alone, **unseen},
+            "beyond_int32": {
+                name: float(node.bound)
+                for name, node in self.nodes.items()
+                if getattr(node, "bound", None) is not None and float(node.bound) >= 2**31
+            },
         }

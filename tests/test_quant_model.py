@@ -327,3 +327,12 @@ def test_whole_symbols_enter_the_synthesis_exactly():
     codes = symbols / scale.reshape(1, -1, 1, 1)
     assert torch.equal(codes, codes.round())
     assert bool((qmax * scale >= 4).all())
+
+
+def test_accumulators_beyond_32_bits_are_named():
+    torch.manual_seed(0)
+    for bits, expected in ((8, False), (16, True)):
+        qmodel = QuantModel(create_model("balle2018", N=8, M=8).eval(), QuantConfig(w_bits=bits, a_bits=bits))
+        qmodel.observe([torch.rand(1, 3, 64, 64)])
+        qmodel.freeze()
+        assert bool(qmodel.coverage()["beyond_int32"]) is expected
