@@ -12,6 +12,7 @@ from reconstruction.config import PtqConfig
 from reconstruction.driver import Reconstruction
 from reconstruction.objective import Objective
 from reconstruction.state import StateFolder, fingerprint
+from reconstruction.stress import stressed
 from support.errors import InputError
 
 
@@ -59,7 +60,8 @@ def quantize(
     state = StateFolder(None if folder is None else Path(folder) / "units", identity, resume)
     qmodel = QuantModel(model, config.quant).to(device)
     batches = list(images.to(device).split(config.reconstruction.batch))
-    qmodel.observe(batches)
+    harder = stressed(images.to(device)).split(config.reconstruction.batch) if config.reconstruction.stress else ()
+    qmodel.observe([*batches, *harder])
     with torch.no_grad():
         qmodel.quantize_nodes(True)
         j_start = torch.cat([objective(qmodel(batch), batch) for batch in batches]).double().mean()

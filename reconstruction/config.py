@@ -43,6 +43,7 @@ class ReconstructionConfig:
                 quantized prefix alone.
     regularizer: weight of AdaRound's regularizer.
     warmup:     share of the steps without it.
+    stress:     first ranges are also observed on the crops with strong, rotated colours (`reconstruction.stress`).
     seed:       of batches and mixing.
     """
 
@@ -61,6 +62,7 @@ class ReconstructionConfig:
     input_mix: float = 0.0
     regularizer: float = 0.01
     warmup: float = 0.2
+    stress: bool = True
     seed: int = 0
 
     def __post_init__(self):

@@ -42,6 +42,8 @@ def test_forward_gives_x_hat_and_likelihoods(name):
 def test_every_architecture_has_a_reference_configuration_of_valid_arguments():
     for name in list_models():
         architecture = get_architecture(name)
+        if architecture.factory.__module__.startswith("licq_plugin"):
+            continue  # another test's
         sizes = architecture.sizes(configuration="reference")
         inspect.signature(architecture.factory).bind(**sizes)
         assert architecture.multiple == 64

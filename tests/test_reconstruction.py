@@ -16,6 +16,7 @@ from reconstruction.api import quantize
 from reconstruction.cache import PrefixCache
 from reconstruction.config import KNOBS, LOSSES, UNITS, PtqConfig, ReconstructionConfig, list_presets
 from reconstruction.objective import Objective, rate
+from reconstruction.stress import stressed
 from reconstruction.targets import Targets, divergence, tensor_of
 from reconstruction.units import Trace, find_units
 from support.errors import InputError
@@ -298,3 +299,17 @@ def test_images_of_a_wrong_shape_are_refused():
     with pytest.raises(InputError, match="shape"):
         quantize(codec("balle2018"), torch.zeros(3, 64, 64), lmbda=0.01)
     assert tensor_of((torch.ones(1), None)).item() == 1
+
+
+def test_ranges_hold_colours_that_the_crops_do_not_show():
+    grey = images().mean(1, keepdim=True).expand(-1, 3, -1, -1) * 0.9
+    crops = ((grey + torch.tensor([0.02, 0.0, -0.02]).reshape(1, 3, 1, 1)).clamp(0, 1) * 255).round() / 255
+    harder = stressed(crops)
+    assert harder.shape == (12, 3, 64, 64) and torch.equal(harder * 255, (harder * 255).round())
+    assert float((harder.amax(1) - harder.amin(1)).mean()) > 2 * float((crops.amax(1) - crops.amin(1)).mean())
+    spans = []
+    for stress in (False, True):
+        qmodel = quantize(codec(), crops, method(iters=0, joint_iters=0, stress=stress), lmbda=0.01, progress=False)
+        grid = qmodel.nodes["g_a.2"].input_grid
+        spans.append(float((grid.high - grid.low).sum()))
+    assert spans[1] >= spans[0]
