@@ -14,6 +14,7 @@ from reconstruction.objective import Objective
 from reconstruction.state import StateFolder, fingerprint
 from reconstruction.stress import stressed
 from support.errors import InputError
+from support.progress import progress as progress_bar
 
 
 def quantize(
@@ -61,10 +62,12 @@ def quantize(
     qmodel = QuantModel(model, config.quant).to(device)
     batches = list(images.to(device).split(config.reconstruction.batch))
     harder = stressed(images.to(device)).split(config.reconstruction.batch) if config.reconstruction.stress else ()
-    qmodel.observe([*batches, *harder])
+    watched = [*batches, *harder]
+    qmodel.observe(progress_bar(watched, desc="observing ranges", unit="batch", enabled=progress, leave=False))
     with torch.no_grad():
         qmodel.quantize_nodes(True)
-        j_start = torch.cat([objective(qmodel(batch), batch) for batch in batches]).double().mean()
+        timed = progress_bar(batches, desc="measuring J", unit="batch", enabled=progress, leave=False)
+        j_start = torch.cat([objective(qmodel(batch), batch) for batch in timed]).double().mean()
     history = {"j_start": float(j_start)}
     history |= Reconstruction(qmodel, batches, config.reconstruction, objective, state, progress).run()
     qmodel.freeze()

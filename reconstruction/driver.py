@@ -51,7 +51,8 @@ class Reconstruction:
         self.trace = Trace(qmodel, batches[0])
         self.units = find_units(qmodel, self.trace, config.unit)
         with torch.no_grad():
-            self.j_float = [objective(qmodel(batch), batch) for batch in batches]
+            timed = progress_bar(batches, desc="measuring J in float", unit="batch", enabled=progress, leave=False)
+            self.j_float = [objective(qmodel(batch), batch) for batch in timed]
         self.settled: set[str] = set()  # nodes in their final state
 
     # --------------------------------------------------------------------------------------------------- the passes
