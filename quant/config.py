@@ -60,10 +60,10 @@ class QuantConfig:
                 raise InputError(f"--{name} {bits} is out of range; choose 2 to 16, or 32 for float")
         if self.bias_bits not in (8, 32):
             raise InputError(f"--bias_bits {self.bias_bits} is not possible; choose 32 or 8")
-        _one_of("a_granularity", self.a_granularity, ("channel", "tensor"))
-        _one_of("w_granularity", self.w_granularity, ("channel", "tensor"))
-        _one_of("transform", self.transform, ("equalize", "fold"))
-        _one_of("rounding", self.rounding, tuple(ROUNDINGS))
+        one_of("a_granularity", self.a_granularity, ("channel", "tensor"))
+        one_of("w_granularity", self.w_granularity, ("channel", "tensor"))
+        one_of("transform", self.transform, ("equalize", "fold"))
+        one_of("rounding", self.rounding, tuple(ROUNDINGS))
         RangeSpec.parse(self.w_range)
         RangeSpec.parse(self.a_range)
         if self.strict_int8:
@@ -82,6 +82,7 @@ class QuantConfig:
         return dataclasses.asdict(self)
 
 
-def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raises InputError when the value of a setting is none of the choices."""
     if value not in choices:
         raise InputError(f"{name} {value!r} is unknown; choose from {', '.join(choices)}")

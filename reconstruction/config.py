@@ -6,18 +6,13 @@ from typing import Any
 
 import yaml
 
-from quant.config import QuantConfig
+from quant.config import QuantConfig, one_of
 from support.errors import InputError
 
 LOSSES = ("mse", "fisher", "rd", "rd_direct", "kl")
 UNITS = ("layer", "block", "stage", "network")
 KNOBS = ("range_w", "range_b", "range_a", "rounding", "bias")
 PRESETS = Path(__file__).parent / "presets"
-
-
-def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise InputError(f"{name} {value!r} is unknown; choose from {', '.join(choices)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,10 +62,10 @@ class ReconstructionConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "learn", tuple(self.learn))
-        _one_of("loss", self.loss, LOSSES)
-        _one_of("unit", self.unit, UNITS)
+        one_of("loss", self.loss, LOSSES)
+        one_of("unit", self.unit, UNITS)
         for knob in self.learn:
-            _one_of("learn", knob, KNOBS)
+            one_of("learn", knob, KNOBS)
         for name in ("iters", "joint_iters"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} {getattr(self, name)} is negative; choose 0 or more")
