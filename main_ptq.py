@@ -204,7 +204,8 @@ def plain_baseline(model: "nn.Module", run: Run) -> "QuantModel":
 
     bits = {name: getattr(run.config.quant, name) for name in ("w_bits", "a_bits", "bias_bits", "strict_int8")}
     plain = QuantModel(model, QuantConfig(**bits, latent_bits=min(run.config.quant.a_bits, 16), a_granularity="tensor",
-                                          w_range="max", a_range="max", a_headroom=1.0, rounding="nearest"))
+                                          w_range="max", a_range="max", a_headroom=1.0, a_symmetry="one_sided",
+                                          rounding="nearest"))
     plain.to(run.device)
     plain.observe(run.crops.to(run.device).split(2))
     plain.freeze()

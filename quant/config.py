@@ -8,6 +8,8 @@ from quant.rounding import ROUNDINGS
 from support.errors import InputError
 
 FLOAT_BITS = 32
+# an activation's channel has a zero point when its smaller side is below this share of the larger
+SYMMETRY = {"symmetric": 0.0, "one_sided": 0.25, "asymmetric": 1.01}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +21,9 @@ class QuantConfig:
     w_range, a_range: estimators of the first ranges: max, mse, lpP, percentileP, sigmaK.
     a_granularity:  "channel": a scale per input channel, folded into the weights that consume it (eq. 16);
                     "tensor": one scale per tensor.
+    a_symmetry:     which inputs of multiply-accumulate layers have a zero point: "asymmetric" all, "one_sided" the channels
+                    whose smaller side is below a quarter of the larger, "symmetric" none. Measured on lu2022, quality 5,
+                    W8A8 before reconstruction: J +1.67 % one_sided, +1.32 % asymmetric (12 training photos).
     w_granularity:  "channel" (per output channel, eq. 15) or "tensor".
     transform:      "equalize": the spread of the per-channel scales is chosen per layer, between none and the full
                     one, where the predicted noise of weights and activations together is least; "fold": the full one.
@@ -41,6 +46,7 @@ class QuantConfig:
     w_range: str = "max"
     a_range: str = "max"
     a_granularity: str = "channel"
+    a_symmetry: str = "asymmetric"
     w_granularity: str = "channel"
     transform: str = "equalize"
     rounding: str = "nearest"
@@ -61,6 +67,7 @@ class QuantConfig:
         if self.bias_bits not in (8, 32):
             raise InputError(f"--bias_bits {self.bias_bits} is not possible; choose 32 or 8")
         one_of("a_granularity", self.a_granularity, ("channel", "tensor"))
+        one_of("a_symmetry", self.a_symmetry, tuple(SYMMETRY))
         one_of("w_granularity", self.w_granularity, ("channel", "tensor"))
         one_of("transform", self.transform, ("equalize", "fold"))
         one_of("rounding", self.rounding, tuple(ROUNDINGS))

@@ -44,7 +44,7 @@ class QuantFunction(QuantModule):
         bits = self.config.carrier_bits
         # eight bits have no room to spare
         headroom = self.config.headroom if bits > 8 else 1.0
-        return Grid(bits, self.config.frac_bits, headroom=headroom, one_sided=bits <= 8)
+        return Grid(bits, self.config.frac_bits, headroom=headroom, symmetry="one_sided" if bits <= 8 else "symmetric")
 
 
 class QuantCarrier(QuantFunction):

@@ -3,21 +3,23 @@
 import torch
 from torch import Tensor, nn
 
-from quant.config import FLOAT_BITS
+from quant.config import FLOAT_BITS, SYMMETRY
 from quant.fixedpoint import Limits, fixed_point_scale, int_range, requantize_ste, round_half_away, round_ste
 from quant.qtensor import QTensor
 from quant.ranges import RangeSpec
 
 _SAMPLES = 4096  # values kept per channel for the range estimators
 LATENT_HEADROOM = 4.0  # rounded latents have heavy tails: other images reach further than the calibration crops
-ONE_SIDED = 0.25  # a tensor is one-sided when its smaller side is below this share of the larger
 
 
 class Grid(nn.Module):
     """A static uniform grid with a learnable range, eqs. 1, 3, 4 and 16.
 
-    Whole numbers are held without their zero point: symmetric -(2^(b-1)-1) .. 2^(b-1)-1; one-sided tensors use
-    0 .. 2^b - 1 with zero point z and are held as -z .. 2^b - 1 - z, so that a product needs no correction.
+    Whole numbers are held without their zero point: symmetric -(2^(b-1)-1) .. 2^(b-1)-1; channels with a zero point z use
+    0 .. 2^b - 1 and are held as -z .. 2^b - 1 - z, so that a product needs no correction.
+
+    A channel may be split (Zhao et al. 2019, Outlier Channel Splitting): `copies` m of it, all of b bits and with the same
+    weights, sum up to a number of m (2^b - 1) steps. Here the sum is held; an int8 kernel sees m channels.
 
     Args:
         bits: width; 32 passes values through.
@@ -26,6 +28,7 @@ class Grid(nn.Module):
         spec: range estimator.
         headroom: factor on the range, for grids that must not clip and are not learned.
         fixed: a scale that is given instead of found (power-of-two grids at the codec's boundaries).
+        symmetry: which channels have a zero point: symmetric (none), one_sided (where one side is hardly used), asymmetric (all).
     """
 
     def __init__(
@@ -36,11 +39,11 @@ class Grid(nn.Module):
         spec: str = "max",
         headroom: float = 1.0,
         fixed: float | None = None,
-        one_sided: bool = True,
+        symmetry: str = "one_sided",
     ):
         super().__init__()
         self.bits, self.frac_bits, self.channel_dim = bits, frac_bits, channel_dim
-        self.spec, self.headroom, self.one_sided = RangeSpec.parse(spec), headroom, one_sided
+        self.spec, self.headroom, self.symmetry = RangeSpec.parse(spec), headroom, symmetry
         self.fixed = fixed
         self.pixels = False
         self.latent = False
@@ -51,6 +54,7 @@ class Grid(nn.Module):
         self.register_buffer("low", torch.zeros(()))  # observed, per channel
         self.register_buffer("high", torch.zeros(()))
         self.register_buffer("energy", torch.zeros(()))  # mean square, per channel
+        self.register_buffer("copies", torch.ones(()))  # in how many parts a channel is split: () or per channel
         self.register_buffer("scale", torch.ones((), dtype=torch.float64))  # valid once frozen, or when fixed
         self.register_buffer("qmin", torch.zeros(()))
         self.register_buffer("qmax", torch.zeros(()))
@@ -96,7 +100,7 @@ class Grid(nn.Module):
         headroom = self.headroom
         if self.latent:
             # eight bits have no room to spare
-            headroom, self.one_sided = LATENT_HEADROOM if self.bits > 8 else headroom, False
+            headroom, self.symmetry = LATENT_HEADROOM if self.bits > 8 else headroom, "symmetric"
         self.low, self.high = low * headroom, high * headroom
         if self.channel_dim is None:
             self.low, self.high, self.energy = self.low[0], self.high[0], self.energy[0]
@@ -105,12 +109,27 @@ class Grid(nn.Module):
             self._hold_whole_numbers(peak)
         self.exact = self.exact or self.pixels
         if self._samples and not self.exact:
-            samples = torch.cat(self._samples, dim=1)
-            signed = not self._one_sided().any()
-            estimate = self.spec.estimate(samples, 0, self.bits, signed).to(peak)
-            n = (estimate / samples.abs().amax(1).clamp(min=1e-12)).clamp(1e-3, 1.0)
-            self.log_n.data = torch.log(n).reshape(self.log_n.shape)
+            self.log_n.data = torch.log(self._estimate(torch.cat(self._samples, dim=1))).reshape(self.log_n.shape)
         self._seen, self._samples = [], []
+
+    def _estimate(self, samples: Tensor) -> Tensor:
+        """N per channel by the range estimator, from samples (channels, values).
+
+        The estimators know one magnitude. Where a grid has a zero point, N shrinks both sides alike: a value's magnitude
+        is its share of the side it lies on.
+        """
+        if self.symmetry == "symmetric":
+            magnitude, signed = samples.abs(), True
+        else:
+            low, high = samples.amin(1, keepdim=True).clamp(max=-1e-12), samples.amax(1, keepdim=True).clamp(min=1e-12)
+            magnitude = torch.where(samples < 0, samples / low, samples / high)
+            far, near = torch.maximum(-low, high), torch.minimum(-low, high)
+            one_sided = near < SYMMETRY["one_sided"] * far
+            # the smaller side of a one-sided channel has small values, not large shares
+            magnitude = torch.where(one_sided | ~self._has_zero_point().reshape(-1, 1), samples.abs() / far, magnitude)
+            signed = not bool(one_sided.any())
+        estimate = self.spec.estimate(magnitude, 0, self.bits, signed).to(samples)
+        return (estimate / magnitude.amax(1).clamp(min=1e-12)).clamp(1e-3, 1.0)
 
     def _hold_whole_numbers(self, peak: Tensor) -> None:
         """Symbols without means: a step of 2^-k holds them all exactly, and k leaves what range it can to other images."""
@@ -123,9 +142,9 @@ class Grid(nn.Module):
         step = torch.exp2(torch.ceil(torch.log2(reach / qmax))).clamp(max=1.0)
         self.low, self.high, self.exact = -step * qmax, step * qmax, True
 
-    def _one_sided(self) -> Tensor:
+    def _has_zero_point(self) -> Tensor:
         small, large = torch.minimum(-self.low, self.high), torch.maximum(-self.low, self.high)
-        return (small < ONE_SIDED * large) if self.one_sided else torch.zeros_like(small, dtype=torch.bool)
+        return small < SYMMETRY[self.symmetry] * large
 
     # ------------------------------------------------------------------------------------------------------ the grid
 
@@ -138,16 +157,16 @@ class Grid(nn.Module):
         if self.frozen:
             return self.scale, self.qmin, self.qmax
         n = torch.exp(self.log_n.double())
-        one_sided = self._one_sided()
-        signed_max = int_range(self.bits)[1]
-        unsigned_max = 2**self.bits - 1
-        span = torch.where(one_sided, (self.high - self.low).double() / unsigned_max,
+        shifted = self._has_zero_point()
+        signed_max = int_range(self.bits)[1] * self.copies
+        unsigned_max = (2**self.bits - 1) * self.copies
+        span = torch.where(shifted, (self.high - self.low).double() / unsigned_max,
                            torch.maximum(-self.low, self.high).double() / signed_max)  # fmt: skip
         scale = fixed_point_scale(n * span, self.frac_bits)
         with torch.no_grad():
-            zero = round_half_away(-n * self.low.double() / scale).clamp(0, unsigned_max).float()
-            qmin = torch.where(one_sided, -zero, -float(signed_max))
-            qmax = torch.where(one_sided, unsigned_max - zero, float(signed_max))
+            zero = torch.minimum(round_half_away(-n * self.low.double() / scale).clamp(min=0).float(), unsigned_max)
+            qmin = torch.where(shifted, -zero, -signed_max)
+            qmax = torch.where(shifted, unsigned_max - zero, signed_max)
         return scale, qmin, qmax
 
     def freeze(self) -> None:

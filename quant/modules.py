@@ -182,6 +182,7 @@ class QuantMAC(QuantModule):
             self.channel_dim if config.a_granularity == "channel" else None,
             config.a_range,
             config.a_headroom,
+            symmetry=config.a_symmetry,
         )
         self.log_n_bias = nn.Parameter(torch.zeros(()), requires_grad=False)
         self.bias_change = nn.Parameter(torch.zeros(self.outputs), requires_grad=False)  # a learned correction
@@ -222,7 +223,7 @@ class QuantMAC(QuantModule):
         mask = self.weight_quantizer.mask
         return weight if mask is None else weight * mask
 
-    def _per_input(self, values: Tensor, weight: Tensor) -> Tensor:
+    def per_input(self, values: Tensor, weight: Tensor) -> Tensor:
         """A vector over input channels, shaped to broadcast against the canonical weight (outputs, inputs/groups, ...)."""
         if values.ndim == 0:
             return values
@@ -234,6 +235,10 @@ class QuantMAC(QuantModule):
 
     def initialize(self) -> None:
         super().initialize()
+        self.initialize_weights()
+
+    def initialize_weights(self) -> None:
+        """First ranges and rounding of the weights, for the input scales as they are now."""
         if self.config.w_bits == FLOAT_BITS:
             return
         scales = self.config.a_bits != FLOAT_BITS and self.input_grid.channel_dim is not None
@@ -258,12 +263,12 @@ class QuantMAC(QuantModule):
         best, best_noise = start, None
         for alpha in torch.linspace(0, 1, 11).tolist():
             scale = scale_full.max() * (scale_full / scale_full.max()) ** alpha
-            spread = self._per_input(scale, per_input)
+            spread = self.per_input(scale, per_input)
             noise_inputs = (spread**2 * per_input).sum()
-            folded = self.float_weight().abs() * self._per_input(scale, weight)
+            folded = self.float_weight().abs() * self.per_input(scale, weight)
             step = folded.flatten(1).amax(1) / qmax
             taps = weight[0, 0].numel() if weight.ndim > 2 else 1
-            energy = self._per_input((grid.energy / scale**2), per_input)
+            energy = self.per_input((grid.energy / scale**2), per_input)
             noise_weights = (step[:, None] ** 2 * energy * taps).sum()
             noise = noise_inputs + noise_weights
             if best_noise is None or noise < best_noise:
@@ -277,7 +282,7 @@ class QuantMAC(QuantModule):
             return weight, torch.ones((), dtype=torch.float64, device=weight.device)
         scale = self.input_grid.parameters_of_grid()[0]
         reference = scale.detach().max()
-        return (weight * self._per_input(scale / reference, weight)).float(), reference
+        return (weight * self.per_input(scale / reference, weight)).float(), reference
 
     def integer_weight(self) -> tuple[Tensor, Tensor]:
         """(w_int canonical, scale of the accumulator per output, float64)."""
@@ -319,8 +324,8 @@ class QuantMAC(QuantModule):
         else:
             w_int, out_scale = self.integer_weight()
             b_int = self.integer_bias(out_scale)
-            # while learning there is no bound yet: products of up to 16 bits leave room for the sum, longer ones do not
-            wide = self.config.w_bits + self.input_grid.bits > 16
+            with torch.no_grad():
+                wide = float(self.accumulator_bound(w_int, b_int)) >= EXACT_FLOAT32
         q = self.product(x.q.double(), w_int.double()) if wide else self.product(x.q, w_int)
         shape = [1] * q.ndim
         shape[self.channel_dim % q.ndim] = -1
@@ -363,7 +368,7 @@ class QuantMAC(QuantModule):
 
     def accumulator_bound(self, w_int: Tensor, b_int: Tensor | None) -> Tensor:
         """max over outputs of sum |w_int| * max |x_int| + |b_int|: no partial sum can exceed it (design, section 4)."""
-        largest = self._per_input(self.input_grid.largest().double(), w_int)
+        largest = self.per_input(self.input_grid.largest().double(), w_int)
         total = (w_int.double().abs() * largest).flatten(1).sum(1)
         return (total if b_int is None else total + b_int.abs()).max()
 

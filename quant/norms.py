@@ -28,8 +28,8 @@ class QuantGDN(QuantMAC):
         super().__init__(module, config)
         bits, frac_bits = config.carrier_bits, config.frac_bits
         headroom = config.headroom if bits > 8 else 1.0
-        self.x_grid = Grid(bits, frac_bits, 1, headroom=headroom, one_sided=False)
-        self.out_grid = Grid(bits, frac_bits, 1, headroom=headroom, one_sided=False)
+        self.x_grid = Grid(bits, frac_bits, 1, headroom=headroom, symmetry="symmetric")
+        self.out_grid = Grid(bits, frac_bits, 1, headroom=headroom, symmetry="symmetric")
         self.register_buffer("mantissa", None)
         self.register_buffer("shift", None)
 
@@ -67,7 +67,7 @@ class QuantGDN(QuantMAC):
         scale = self.input_grid.parameters_of_grid()[0]
         reference = scale.detach().max()
         weight = self.float_weight()
-        spread = self._per_input((scale / reference) ** self.power, weight)
+        spread = self.per_input((scale / reference) ** self.power, weight)
         return (weight * spread).float(), reference**self.power
 
     def integer(self, x: QTensor) -> QTensor:
@@ -126,7 +126,7 @@ class QuantGDN(QuantMAC):
         self.mantissa = self.shift = None
 
     def accumulator_bound(self, w_int: Tensor, b_int: Tensor | None) -> Tensor:
-        largest = self._per_input(self.input_grid.largest().double() ** self.power, w_int)
+        largest = self.per_input(self.input_grid.largest().double() ** self.power, w_int)
         return ((w_int.double().abs() * largest).flatten(1).sum(1) + b_int.abs()).max()
 
     def learnable(self) -> dict[str, list[nn.Parameter]]:
@@ -155,8 +155,8 @@ class QuantLayerNorm(QuantModule):
         self.module = module
         bits = config.carrier_bits
         headroom = config.headroom if bits > 8 else 1.0
-        self.grid_in = Grid(bits, config.frac_bits, headroom=headroom, one_sided=False)
-        self.grid_out = Grid(bits, config.frac_bits, -1, headroom=headroom, one_sided=False)
+        self.grid_in = Grid(bits, config.frac_bits, headroom=headroom, symmetry="symmetric")
+        self.grid_out = Grid(bits, config.frac_bits, -1, headroom=headroom, symmetry="symmetric")
         self.register_buffer("gain_mantissa", None)
         self.register_buffer("gain_shift", None)
         self.register_buffer("offset", None)

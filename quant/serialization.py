@@ -132,7 +132,8 @@ def unread_tensors(model: "QuantModel") -> set[str]:
             drop(path, module, "module")
         elif isinstance(module, Grid):
             final = ("scale", "qmin", "qmax") if module.fixed is not None or module.bits == 32 else ()
-            drop(path, module, "low", "high", "energy", "log_n", *final)
+            whole = () if bool((module.copies > 1).any()) else ("copies",)
+            drop(path, module, "low", "high", "energy", "log_n", *final, *whole)
     return unread
 
 

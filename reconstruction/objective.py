@@ -30,7 +30,10 @@ class Objective:
 
     def distortion(self, output: dict, x: Tensor) -> Tensor:
         """lambda * D of each image, (B,); the reconstruction is clipped to 0..1 as a decoder does."""
-        x_hat = output["x_hat"].clamp(0, 1)
+        return self.unclipped_distortion(output["x_hat"].clamp(0, 1), x)
+
+    def unclipped_distortion(self, x_hat: Tensor, x: Tensor) -> Tensor:
+        """lambda * D of each image, (B,), for x_hat as it is."""
         if self.metric == "mse":
             return self.lmbda * 255**2 * (x_hat - x).square().flatten(1).mean(1)
         return self.lmbda * (1 - ms_ssim(x_hat, x, data_range=1.0, size_average=False))

@@ -1,0 +1,142 @@
+"""How much J cares about noise at the output of each layer, and where the loss of a quantized codec is predicted to lie.
+
+Rounding noise is small and white, so J rises by half its variance times the diagonal of J's Hessian. Both halves of J
+have one that needs first derivatives only. Distortion: the Gauss-Newton term, c * E[(d v.x_hat / d a)^2] for random signs v
+and the curvature c of the distortion in a pixel (Hutchinson 1990). Rate: a code length's expected Hessian is its Fisher
+information, ln 2 * pixels * (d R / d a)^2 for R in bits per pixel.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from quant.config import FLOAT_BITS
+from quant.fixedpoint import int_range
+from quant.model import QuantModel
+from quant.modules import QuantConv2d, QuantConvTranspose2d, QuantLinear, QuantMAC
+from reconstruction.objective import Objective, rate
+from reconstruction.targets import tensor_of
+from support.progress import progress as progress_bar
+
+PROBES = 2  # random sign images for each batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Sensitivity:
+    """Of one multiply-accumulate layer.
+
+    curvature: (outputs,) diagonal of the Hessian of J, summed over an output channel's positions, mean over images.
+    macs:      multiply-accumulate operations of the layer for one image.
+    """
+
+    curvature: Tensor
+    macs: float
+
+
+def measure_sensitivities(
+    qmodel: QuantModel, batches: Sequence[Tensor], objective: Objective, seed: int = 0, progress: bool = True
+) -> dict[str, Sensitivity]:
+    """The sensitivity of every convolution and linear layer of an observed model, on its float state.
+
+    Args:
+        batches: images (B, 3, H, W) in 0..1, all of one size.
+        seed: of the random signs.
+    """
+    qmodel.quantize_nodes(False)
+    layers = {name: node for name, node in qmodel.nodes.items() if isinstance(node, (QuantConv2d, QuantConvTranspose2d, QuantLinear))}
+    calls = [(name, call) for name, node in layers.items() for call in range(node.calls)]
+    generator = torch.Generator().manual_seed(seed)
+    curvature: dict[str, Tensor] = {}
+    macs: dict[str, float] = {}
+    for batch in progress_bar(batches, desc="measuring sensitivities", unit="batch", enabled=progress, leave=False):
+        with torch.enable_grad(), qmodel.runtime.recording(calls) as record:
+            output = qmodel(batch.clone().requires_grad_(True))
+            outputs = {call: tensor_of(record[call]) for call in calls if call in record}
+            tensors = [tensor for tensor in outputs.values() if tensor.requires_grad]
+            squares = [torch.zeros_like(tensor) for tensor in tensors]
+            pixels = batch.shape[-1] * batch.shape[-2]
+            _add_squares(squares, rate(output, batch).sum(), tensors, pixels * math.log(2))
+            x_hat = output["x_hat"].clamp(0, 1)
+            for _ in range(PROBES):
+                signs = torch.randint(0, 2, x_hat.shape, generator=generator).to(x_hat) * 2 - 1
+                per_pixel = _distortion_curvature(objective, x_hat.detach(), batch, signs)
+                _add_squares(squares, (signs * x_hat * per_pixel.sqrt().reshape(-1, 1, 1, 1)).sum(), tensors, 1 / PROBES)
+        found = iter(squares)
+        for (name, _), tensor in outputs.items():
+            node = layers[name]
+            dim = node.channel_dim % tensor.ndim
+            if tensor.requires_grad:
+                square = next(found).movedim(dim, 0).flatten(1).sum(1).double()
+                curvature[name] = curvature.get(name, 0) + square
+            if batch is batches[0]:
+                positions = tensor[:1].numel() / tensor.shape[dim]
+                each = _taps(node) * node.float_weight().shape[1] * node.outputs
+                macs[name] = macs.get(name, 0.0) + positions * each
+    images = sum(map(len, batches))
+    return {name: Sensitivity(value / images, macs[name]) for name, value in curvature.items()}
+
+
+def _add_squares(squares: list[Tensor], scalar: Tensor, tensors: list[Tensor], factor: float) -> None:
+    gradients = torch.autograd.grad(scalar, tensors, retain_graph=True, allow_unused=True)
+    for square, gradient in zip(squares, gradients):
+        if gradient is not None:
+            square.addcmul_(gradient, gradient, value=factor)
+
+
+@torch.no_grad()
+def _distortion_curvature(objective: Objective, x_hat: Tensor, x: Tensor, signs: Tensor, step: float = 4 / 255) -> Tensor:
+    """(B,): the mean second derivative of lambda * D in a sample of x_hat, by a symmetric difference along the signs."""
+
+    def distortion(sign: float) -> Tensor:
+        # not clipped as a decoder does: at a black or white pixel the clipping would count as curvature
+        return objective.unclipped_distortion(x_hat + sign * step * signs, x).double()
+
+    second = (distortion(1) + distortion(-1) - 2 * distortion(0)) / step**2
+    return (second.clamp(min=0) / x_hat[0].numel()).to(x_hat.dtype)
+
+
+def _taps(node: QuantMAC) -> float:
+    """How many elements of the kernel meet an output position."""
+    weight = node.float_weight()
+    taps = weight[0, 0].numel() if weight.ndim > 2 else 1
+    if isinstance(node, QuantConvTranspose2d):
+        taps /= math.prod(node.module.stride)
+    return taps
+
+
+@torch.no_grad()
+def input_noise(node: QuantMAC, sensitivity: Sensitivity) -> Tensor:
+    """(inputs,): the rise of J by rounding each input channel, s_x^2 / 12 through the squared weights."""
+    weight = node.float_weight()
+    power = (weight.square().flatten(2).mean(2) if weight.ndim > 2 else weight.square()).double() * _taps(node)
+    power = sensitivity.curvature[:, None] * power
+    per_input = power.reshape(node.groups, -1, power.shape[1]).sum(1).flatten()
+    scale = node.input_grid.parameters_of_grid()[0]
+    return 0.5 * scale.square() / 12 * per_input
+
+
+@torch.no_grad()
+def weight_noise(node: QuantMAC, sensitivity: Sensitivity) -> Tensor:
+    """(outputs,): the rise of J by rounding the weights to nearest, s_w^2 / 12 through the inputs' mean squares."""
+    weight, reference = node.folded_weight()
+    step = node.weight_quantizer.scale(weight, node.least_scale(reference)).expand(node.outputs)
+    grid = node.input_grid
+    energy = grid.energy.double() / (grid.parameters_of_grid()[0] / reference).square()
+    total = node.per_input(energy.expand(weight.shape[1] * node.groups), weight).flatten(1).sum(1)
+    return 0.5 * sensitivity.curvature * step.square() / 12 * total * _taps(node)
+
+
+def predicted_losses(qmodel: QuantModel, sensitivities: dict[str, Sensitivity]) -> dict[str, dict[str, float]]:
+    """For each layer: rise of J by rounding its inputs ("inputs") and its weights ("weights"); clipping is not in it."""
+    losses = {}
+    for name, sensitivity in sensitivities.items():
+        node = qmodel.nodes[name]
+        config = node.config
+        losses[name] = {
+            "inputs": 0.0 if FLOAT_BITS == config.a_bits or node.input_grid.exact else float(input_noise(node, sensitivity).sum()),
+            "weights": 0.0 if FLOAT_BITS in (config.w_bits, config.a_bits) else float(weight_noise(node, sensitivity).sum()),
+        }
+    return losses
