@@ -44,7 +44,7 @@ def render_markdown(report: dict) -> str:
     parts = [f"# {report['arch']}, {label}, on {report['dataset']}", _finding(report), "![R-D curves](rd.png)",
              "## Rate and distortion", _points_table(report), _explanation(report),
              "## BD-rate", _bd_table(report), *_notes(report),
-             "## Cost", _cost_table(report)]
+             "## Cost", _cost_table(report), *_remaining(report)]
     left = _lines(report.get("kept_in_float") or []) + _lines(report.get("left_alone") or {})
     if left:
         parts += ["## Left in float", "\n".join(f"- {item}" for item in left)]
@@ -54,6 +54,30 @@ def render_markdown(report: dict) -> str:
         parts += ["## Warnings", "\n".join(f"- {item}" for item in report["warnings"])]
     parts += ["## Settings", _settings(report)]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+_LAYERS_SHOWN = 8
+
+
+def _remaining(report: dict) -> list[str]:
+    """Where rounding noise still raises J, by the history's prediction; nothing where there is none."""
+    points = [point for point in report["points"] if (point.get("history") or {}).get("predicted")]
+    if not points:
+        return []
+    rows = []
+    for point in points:
+        history = point["history"]
+        unit = 100 / history["j_float"]
+        parts = {name: (unit * both["inputs"], unit * both["weights"]) for name, both in history["predicted"].items()}
+        first = sorted(parts.items(), key=lambda item: -sum(item[1]))[:_LAYERS_SHOWN]
+        rows.append([point["quality"], *(f"{sum(values):.2f}%" for values in zip(*parts.values())),
+                     f"{100 * history['splitting']['extra_macs']:.1f}%",
+                     ", ".join(f"{name} {inputs + weights:.2f}%" for name, (inputs, weights) in first)])
+    table = tabulate(rows, headers=["quality", "inputs", "weights", "operations added by splitting", "layers with most of it"],
+                     tablefmt="github", disable_numparse=True)
+    text = ("Rise of J on the calibration crops that rounding noise alone makes, predicted from the curvature of J at each layer's "
+            "output (reconstruction/sensitivity.py): weights as if rounded to nearest, clipping left out.")
+    return ["## Where the loss remains", table, text]
 
 
 def render_summary(report: dict) -> str:

@@ -58,7 +58,8 @@ class Grid(nn.Module):
         self.register_buffer("scale", torch.ones((), dtype=torch.float64))  # valid once frozen, or when fixed
         self.register_buffer("qmin", torch.zeros(()))
         self.register_buffer("qmax", torch.zeros(()))
-        self._seen: list[tuple[Tensor, Tensor, Tensor, int]] = []
+        self._seen: tuple[Tensor, Tensor, Tensor] | None = None  # lowest, highest, sum of squares: (channels,)
+        self._count = 0
         self._samples: list[Tensor] = []
 
     # ------------------------------------------------------------------------------------------------- observation
@@ -75,7 +76,15 @@ class Grid(nn.Module):
         self.pixels, self.latent = self.pixels or is_pixels, self.latent or is_latent
         self.whole = self.whole and is_latent and bool((x == torch.round(x)).all())
         rows = self._rows(x.detach())
-        self._seen.append((rows.amin(1), rows.amax(1), rows.square().mean(1), rows.shape[1]))
+        new = rows.amin(1), rows.amax(1), rows.square().mean(1) * rows.shape[1]
+        if self._seen is None:
+            self._seen = new
+        else:  # in place: small tensors kept from every batch would cut the heap into pieces, gigabytes of them
+            low, high, energy = self._seen
+            torch.minimum(low, new[0], out=low)
+            torch.maximum(high, new[1], out=high)
+            energy.add_(new[2])
+        self._count += rows.shape[1]
         if self.spec.method != "max":
             step = max(1, rows.shape[1] * 8 // _SAMPLES)
             self._samples.append(rows[:, ::step].clone())
@@ -84,12 +93,9 @@ class Grid(nn.Module):
         """Ranges from what was observed; afterwards they are static."""
         if self.fixed is not None or self.bits == FLOAT_BITS:
             return
-        if not self._seen:
+        if self._seen is None:
             raise RuntimeError("a grid saw no value in calibration")
-        low = torch.stack([seen[0] for seen in self._seen]).amin(0).clamp(max=0)
-        high = torch.stack([seen[1] for seen in self._seen]).amax(0).clamp(min=0)
-        counts = torch.tensor([seen[3] for seen in self._seen], dtype=torch.float32, device=low.device)
-        self.energy = (torch.stack([seen[2] for seen in self._seen]) * counts[:, None]).sum(0) / counts.sum()
+        low, high, self.energy = self._seen[0].clamp(max=0), self._seen[1].clamp(min=0), self._seen[2] / self._count
         if self.pixels:
             low, high = torch.zeros_like(low), torch.ones_like(high)
         # a channel that was silent in calibration may speak later: give it a share of the loudest one's range
@@ -110,7 +116,7 @@ class Grid(nn.Module):
         self.exact = self.exact or self.pixels
         if self._samples and not self.exact:
             self.log_n.data = torch.log(self._estimate(torch.cat(self._samples, dim=1))).reshape(self.log_n.shape)
-        self._seen, self._samples = [], []
+        self._seen, self._count, self._samples = None, 0, []
 
     def _estimate(self, samples: Tensor) -> Tensor:
         """N per channel by the range estimator, from samples (channels, values).

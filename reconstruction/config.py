@@ -43,6 +43,8 @@ class ReconstructionConfig:
                 channels whose rounding costs most J for their operations are carried by several channels of a_bits each.
                 0 leaves it out. Measured on lu2022, W8A8 before reconstruction, J against float (12 training photos),
                 0 / 0.05 / 0.1: quality 5 +1.32 / +0.71 / +0.53 %, quality 3 +0.80 / +0.47 / +0.31 %.
+    round_init: where learned rounding starts: "nearest", or "gptq", where each weight's rounding error is made good by the
+                others (Frantar et al. 2023).
     seed:       of batches and mixing.
     """
 
@@ -63,6 +65,7 @@ class ReconstructionConfig:
     warmup: float = 0.2
     stress: bool = True
     split: float = 0.1
+    round_init: str = "gptq"
     seed: int = 0
 
     def __post_init__(self):
@@ -71,6 +74,7 @@ class ReconstructionConfig:
         one_of("unit", self.unit, UNITS)
         for knob in self.learn:
             one_of("learn", knob, KNOBS)
+        one_of("round_init", self.round_init, ("nearest", "gptq"))
         for name in ("iters", "joint_iters"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} {getattr(self, name)} is negative; choose 0 or more")

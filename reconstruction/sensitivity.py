@@ -17,6 +17,7 @@ from quant.config import FLOAT_BITS
 from quant.fixedpoint import int_range
 from quant.model import QuantModel
 from quant.modules import QuantConv2d, QuantConvTranspose2d, QuantLinear, QuantMAC
+from quant.runtime import Call
 from reconstruction.objective import Objective, rate
 from reconstruction.targets import tensor_of
 from support.progress import progress as progress_bar
@@ -51,32 +52,36 @@ def measure_sensitivities(
     generator = torch.Generator().manual_seed(seed)
     curvature: dict[str, Tensor] = {}
     macs: dict[str, float] = {}
-    for batch in progress_bar(batches, desc="measuring sensitivities", unit="batch", enabled=progress, leave=False):
-        with torch.enable_grad(), qmodel.runtime.recording(calls) as record:
-            output = qmodel(batch.clone().requires_grad_(True))
-            outputs = {call: tensor_of(record[call]) for call in calls if call in record}
-            tensors = [tensor for tensor in outputs.values() if tensor.requires_grad]
-            squares = [torch.zeros_like(tensor) for tensor in tensors]
-            pixels = batch.shape[-1] * batch.shape[-2]
-            _add_squares(squares, rate(output, batch).sum(), tensors, pixels * math.log(2))
-            x_hat = output["x_hat"].clamp(0, 1)
-            for _ in range(PROBES):
-                signs = torch.randint(0, 2, x_hat.shape, generator=generator).to(x_hat) * 2 - 1
-                per_pixel = _distortion_curvature(objective, x_hat.detach(), batch, signs)
-                _add_squares(squares, (signs * x_hat * per_pixel.sqrt().reshape(-1, 1, 1, 1)).sum(), tensors, 1 / PROBES)
-        found = iter(squares)
-        for (name, _), tensor in outputs.items():
+    for number, batch in enumerate(progress_bar(batches, desc="measuring sensitivities", unit="batch", enabled=progress, leave=False)):
+        for (name, _), square in _squared_gradients(qmodel, batch, objective, calls, generator):
             node = layers[name]
-            dim = node.channel_dim % tensor.ndim
-            if tensor.requires_grad:
-                square = next(found).movedim(dim, 0).flatten(1).sum(1).double()
-                curvature[name] = curvature.get(name, 0) + square
-            if batch is batches[0]:
-                positions = tensor[:1].numel() / tensor.shape[dim]
+            dim = node.channel_dim % square.ndim
+            curvature[name] = curvature.get(name, 0) + square.movedim(dim, 0).flatten(1).sum(1).double()
+            if not number:
                 each = _taps(node) * node.float_weight().shape[1] * node.outputs
-                macs[name] = macs.get(name, 0.0) + positions * each
+                macs[name] = macs.get(name, 0.0) + square[0].numel() / square.shape[dim] * each
     images = sum(map(len, batches))
     return {name: Sensitivity(value / images, macs[name]) for name, value in curvature.items()}
+
+
+def _squared_gradients(
+    qmodel: QuantModel, batch: Tensor, objective: Objective, calls: Sequence[Call], generator: torch.Generator
+) -> list[tuple[Call, Tensor]]:
+    """The diagonal of J's Hessian at the outputs of these calls, as far as J depends on them. Frees its graph on return."""
+    with torch.enable_grad(), qmodel.runtime.recording(calls) as record:
+        output = qmodel(batch.clone().requires_grad_(True))
+        outputs = {call: tensor_of(record[call]) for call in calls if call in record}
+        outputs = {call: tensor for call, tensor in outputs.items() if tensor.requires_grad}
+        tensors = list(outputs.values())
+        squares = [torch.zeros_like(tensor) for tensor in tensors]
+        pixels = batch.shape[-1] * batch.shape[-2]
+        _add_squares(squares, rate(output, batch).sum(), tensors, pixels * math.log(2))
+        x_hat = output["x_hat"].clamp(0, 1)
+        for _ in range(PROBES):
+            signs = torch.randint(0, 2, x_hat.shape, generator=generator).to(x_hat) * 2 - 1
+            per_pixel = _distortion_curvature(objective, x_hat.detach(), batch, signs)
+            _add_squares(squares, (signs * x_hat * per_pixel.sqrt().reshape(-1, 1, 1, 1)).sum(), tensors, 1 / PROBES)
+    return list(zip(outputs, squares))
 
 
 def _add_squares(squares: list[Tensor], scalar: Tensor, tensors: list[Tensor], factor: float) -> None:
