@@ -71,7 +71,7 @@ def quantize(
     sensitivities = measure_sensitivities(qmodel, batches, objective, config.reconstruction.seed, progress)
     splitting = split_channels(qmodel, sensitivities, config.reconstruction.split)
     if config.reconstruction.round_init == "gptq":
-        compensate_rounding(qmodel, watched, config.reconstruction.seed, progress)
+        compensate_rounding(qmodel, batches, config.reconstruction.seed, progress)
     with torch.no_grad():
         qmodel.quantize_nodes(True)
         timed = progress_bar(batches, desc="measuring J", unit="batch", enabled=progress, leave=False)

@@ -6,10 +6,11 @@ without steps, so it takes seconds where learned rounding takes minutes. Inputs 
 inputs of neighbouring positions of an image are alike, which leaves much that can be made good.
 """
 
+import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from quant.config import FLOAT_BITS
@@ -22,16 +23,19 @@ from support.errors import InputError
 from support.progress import progress as progress_bar
 
 MEMORY = 1 << 29  # bytes of matrices H held at a time
-POSITIONS = 4096  # of an image that enter H, at most
+POSITIONS = 1024  # of an image that enter H, at least, where there are so many
 DAMPING = 0.1  # of H's mean diagonal: what a few crops say about rare directions is not believed
+_COLUMNS = 4  # positions in all that enter H, for each of its rows: more only take time
+_RARE = 4  # with fewer positions than one for so many rows H says too little
 _BLOCK = 128
+_LARGE = 1024  # rows of H from which float32 must do: damped as it is, it is far from singular
 
 
 @torch.no_grad()
 def compensate_rounding(qmodel: QuantModel, batches: Sequence[Tensor], seed: int = 0, progress: bool = True) -> None:
     """Start the rounding of every convolution and linear layer of an observed model at GPTQ's whole numbers.
 
-    Layers with groups keep rounding to nearest, so do those that the images show at fewer positions than an output has
+    Layers with groups keep rounding to nearest, so do those that the images show at much fewer positions than an output has
     weights: H says too little there. Layers that learn offsets (eq. 14) or weights can start anywhere; AdaRound
     cannot, for it only chooses between the two neighbours.
 
@@ -52,13 +56,16 @@ def compensate_rounding(qmodel: QuantModel, batches: Sequence[Tensor], seed: int
         if not isinstance(node.weight_quantizer.rounding, (LearnedOffset, StraightThrough)):
             raise InputError(f"round_init gptq does not go with rounding {node.config.rounding}; choose learned_offset or ste")
     qmodel.quantize_nodes(False)
+    images = sum(map(len, batches))
+    seen = _positions(qmodel, layers, batches[0][:1])
+    layers = {n: node for n, node in layers.items() if _RARE * images * seen[n] >= min(len(p.weights(node)) for p in phases(node))}
     groups = list(_groups(layers))
     bar = progress_bar(total=len(groups) * len(batches) + len(layers), desc="compensating rounding", unit="step",
                        enabled=progress, leave=False)  # fmt: skip
     with bar:
         for group in groups:
             generator = torch.Generator().manual_seed(seed)
-            moments = {name: _Moment(node, generator) for name, node in group.items()}
+            moments = {name: _Moment(node, images, generator) for name, node in group.items()}
             hooks = [node.register_forward_pre_hook(moments[name].watch) for name, node in group.items()]
             try:
                 for batch in batches:
@@ -68,17 +75,26 @@ def compensate_rounding(qmodel: QuantModel, batches: Sequence[Tensor], seed: int
                 for hook in hooks:
                     hook.remove()
             for name, node in group.items():
-                moment = moments.pop(name)
-                if moment.count >= node.float_weight()[0].numel():
-                    _start_rounding(node, moment.value())
+                _start_rounding(node, moments.pop(name))
                 bar.update()
+
+
+def _positions(qmodel: QuantModel, layers: dict[str, QuantMAC], image: Tensor) -> dict[str, int]:
+    """At how many output positions one image shows each layer."""
+    calls = [(name, call) for name, node in layers.items() for call in range(node.calls)]
+    with qmodel.runtime.recording(calls) as record:
+        qmodel(image)
+    seen = dict.fromkeys(layers, 0)
+    for (name, _), output in record.items():
+        seen[name] += output.numel() // layers[name].outputs
+    return seen
 
 
 def _groups(layers: dict[str, QuantMAC]) -> Iterator[dict[str, QuantMAC]]:
     group: dict[str, QuantMAC] = {}
     size = 0
     for name, node in layers.items():
-        own = 4 * node.float_weight()[0].numel() ** 2
+        own = sum(4 * len(phase.weights(node)) ** 2 for phase in phases(node))
         if group and size + own > MEMORY:
             yield group
             group, size = {}, 0
@@ -88,11 +104,55 @@ def _groups(layers: dict[str, QuantMAC]) -> Iterator[dict[str, QuantMAC]]:
         yield group
 
 
-class _Moment:
-    """H = mean of x x^T over the columns x that a layer's weights meet, in whole numbers of its input grid."""
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """Taps of a kernel that meet the same output positions: all of them, or with a transposed convolution those of one
+    residue of its stride, so that no two phases have a product in common.
 
-    def __init__(self, node: QuantMAC, generator: torch.Generator):
-        self.node, self.generator, self.total, self.count = node, generator, 0.0, 0
+    taps: of rows and of columns. first, step: the output rows and columns that they meet, first + k step.
+    """
+
+    taps: tuple[Tensor, Tensor]
+    first: tuple[int, int]
+    step: tuple[int, int]
+
+    def weights(self, node: QuantMAC) -> Tensor:
+        """Which columns of the layer's flattened canonical weights these are."""
+        if isinstance(node, QuantLinear):
+            return torch.arange(node.module.in_features)
+        rows, columns = node.module.kernel_size
+        inside = (self.taps[0][:, None] * columns + self.taps[1]).flatten()
+        inputs = node.float_weight().shape[1]
+        return (torch.arange(inputs)[:, None] * rows * columns + inside).flatten()
+
+
+def phases(node: QuantMAC) -> list[Phase]:
+    """The phases of a layer. A linear layer has one without taps."""
+    m = node.module
+    if isinstance(node, QuantLinear):
+        return [Phase((torch.zeros(1), torch.zeros(1)), (0, 0), (1, 1))]
+    taps = [torch.arange(size) for size in m.kernel_size]
+    if not isinstance(node, QuantConvTranspose2d):
+        return [Phase((taps[0], taps[1]), (0, 0), (1, 1))]
+    found = []
+    for residues in itertools.product(range(m.stride[0]), range(m.stride[1])):
+        meet = [t[t * d % s == r] for t, d, s, r in zip(taps, m.dilation, m.stride, residues)]
+        first = [(r - p) % s for r, p, s in zip(residues, m.padding, m.stride)]
+        if all(map(len, meet)):
+            found.append(Phase((meet[0], meet[1]), (first[0], first[1]), tuple(m.stride)))
+    return found
+
+
+class _Moment:
+    """H = mean of x x^T over the columns x that the weights of each phase meet, in whole numbers of the input grid."""
+
+    def __init__(self, node: QuantMAC, images: int, generator: torch.Generator):
+        self.node, self.generator = node, generator
+        self.phases = phases(node)
+        self.weights = [phase.weights(node) for phase in self.phases]
+        self.most = [max(POSITIONS, _COLUMNS * len(weights) // images) for weights in self.weights]
+        self.totals: list[Tensor | float] = [0.0] * len(self.phases)
+        self.counts = [0] * len(self.phases)
 
     def watch(self, _, inputs: tuple) -> None:
         x = inputs[0]
@@ -100,23 +160,24 @@ class _Moment:
         whole = self.node.input_grid(QTensor(values, None, self.node.runtime)).q
         if isinstance(self.node, QuantLinear):
             rows = whole.reshape(-1, whole.shape[-1])
-            self._add(rows[self._some(len(rows), POSITIONS * len(whole))].T)
+            self._add(0, rows[self._some(len(rows), self.most[0] * len(whole))].T)
             return
-        height, width = output_size(self.node, whole)
-        for image in whole.split(1):
-            self._add(columns(self.node, image, self._some(height * width, POSITIONS))[0])
+        size = output_size(self.node, whole)
+        for number, phase in enumerate(self.phases):
+            height, width = (len(range(f, n, s)) for f, n, s in zip(phase.first, size, phase.step))
+            for image in whole.split(1):
+                chosen = self._some(height * width, self.most[number])
+                at = [place * s + f for place, s, f in zip((chosen // width, chosen % width), phase.step, phase.first)]
+                self._add(number, columns(self.node, image[0], phase, at[0], at[1]))
 
     def _some(self, count: int, most: int) -> Tensor:
         if count <= most:
             return torch.arange(count)
         return torch.randint(count, (most,), generator=self.generator)
 
-    def _add(self, found: Tensor) -> None:
-        self.total = self.total + found @ found.T
-        self.count += found.shape[1]
-
-    def value(self) -> Tensor:
-        return self.total / max(self.count, 1)
+    def _add(self, number: int, found: Tensor) -> None:
+        self.totals[number] = self.totals[number] + found @ found.T
+        self.counts[number] += found.shape[1]
 
 
 def output_size(node: QuantMAC, x: Tensor) -> tuple[int, int]:
@@ -132,43 +193,45 @@ def output_size(node: QuantMAC, x: Tensor) -> tuple[int, int]:
     return size[0], size[1]
 
 
-def columns(node: QuantMAC, x: Tensor, positions: Tensor) -> Tensor:
-    """What a convolution's flattened canonical weights are multiplied with at these output positions (row by row).
+def columns(node: QuantMAC, x: Tensor, phase: Phase, rows: Tensor, cols: Tensor) -> Tensor:
+    """What a phase's weights are multiplied with at output positions (rows, cols), which must be the phase's.
 
     Args:
-        x: (B, inputs, H, W).
-        positions: (n,) of output height * width.
+        x: (inputs, H, W).
+        rows, cols: (n,).
 
     Returns:
-        (B, inputs * taps, n).
+        (inputs * taps of the phase, n), in the order of `Phase.weights`.
     """
-    m, width = node.module, output_size(node, x)[1]
-    centres, steps, first, edges = (positions // width, positions % width), m.stride, [], []
-    if isinstance(node, QuantConvTranspose2d):
-        # the convolution that a transposed one is: zeros between the inputs, the kernel turned round
-        spread = x.new_zeros(*x.shape[:2], *((size - 1) * step + 1 for size, step in zip(x.shape[-2:], m.stride)))
-        spread[..., :: m.stride[0], :: m.stride[1]] = x
-        x, steps = spread, (1, 1)
-    for axis in (0, 1):
-        reach = m.dilation[axis] * (m.kernel_size[axis] - 1)
-        transposed = isinstance(node, QuantConvTranspose2d)
-        before = reach - m.padding[axis] if transposed else m.padding[axis]
-        taps = torch.arange(m.kernel_size[axis]) * m.dilation[axis]
-        first.append(centres[axis] * steps[axis] + (reach - taps if transposed else taps)[:, None])  # (taps, n)
-        edges = [before, before + (m.output_padding[axis] if transposed else 0), *edges]
-    x = F.pad(x, edges)
-    places = first[0][:, None] * x.shape[-1] + first[1][None]  # (rows, columns, n)
-    found = x.flatten(2)[:, :, places.to(x.device)]
-    return found.reshape(x.shape[0], -1, len(positions))
+    m = node.module
+    places, inside = [], []
+    for axis, outputs in enumerate((rows, cols)):
+        moved = (phase.taps[axis] * m.dilation[axis])[:, None]
+        if isinstance(node, QuantConvTranspose2d):
+            place = (outputs + m.padding[axis] - moved) // m.stride[axis]
+        else:
+            place = outputs * m.stride[axis] - m.padding[axis] + moved
+        inside.append((place >= 0) & (place < x.shape[axis + 1]))
+        places.append(place.clamp(0, x.shape[axis + 1] - 1))
+    index = (places[0][:, None] * x.shape[2] + places[1][None]).to(x.device)  # (taps of rows, taps of columns, n)
+    found = x.flatten(1)[:, index] * (inside[0][:, None] & inside[1][None]).to(x)
+    return found.reshape(-1, len(rows))
 
 
-def _start_rounding(node: QuantMAC, moment: Tensor) -> None:
+def _start_rounding(node: QuantMAC, moment: _Moment) -> None:
     quantizer = node.weight_quantizer
     weight, reference = node.folded_weight()
     scale = quantizer.scale(weight, node.least_scale(reference))
     real = (weight / quantizer._view(scale, weight)).float()
+    flat = real.flatten(1)
     kept = None if quantizer.mask is None else (quantizer.mask != 0).expand(weight.shape).flatten(1)
-    whole = gptq(real.flatten(1), moment, int_range(quantizer.bits), kept).reshape(weight.shape)
+    limits = int_range(quantizer.bits)
+    whole = round_half_away(flat).clamp(*limits)
+    for columns_of, total, count in zip(moment.weights, moment.totals, moment.counts):
+        if count * _RARE >= len(columns_of):
+            at = columns_of.to(flat.device)
+            whole[:, at] = gptq(flat[:, at], total / count, limits, None if kept is None else kept[:, at])
+    whole = whole.reshape(weight.shape)
     rounding = quantizer.rounding
     rounding.v.data = whole - real if isinstance(rounding, LearnedOffset) else whole.clone()
 
@@ -187,11 +250,14 @@ def gptq(weight: Tensor, moment: Tensor, limits: tuple[int, int], kept: Tensor |
         whole[:, free] = gptq(weight[:, free], moment[free][:, free], limits, kept[:, free], damping)
         return whole
     alive = moment.diagonal() > 0
-    h = moment.double()
+    h = moment.to(torch.float32, copy=True) if len(moment) > _LARGE else moment.double()
     h.diagonal().add_(damping * h.diagonal()[alive].mean() if alive.any() else 1.0)
     order = h.diagonal().argsort(descending=True, stable=True)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h[order][:, order]))
-    upper = torch.linalg.cholesky(inverse, upper=True).to(weight.dtype)
+    # H = R R^T with R upper triangular, from the Cholesky factor in reverse order; then H^-1 = U^T U with U = R^-1
+    backwards = order.flip(0)
+    factor = torch.linalg.cholesky(h[backwards][:, backwards]).flip(0, 1)
+    upper = torch.linalg.solve_triangular(factor, torch.eye(len(h), dtype=h.dtype, device=h.device), upper=True)
+    upper = upper.to(weight.dtype)
     work = weight[:, order].clone()
     kept = None if kept is None else kept[:, order]
     whole = torch.empty_like(work)

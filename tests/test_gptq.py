@@ -11,7 +11,7 @@ from quant.model import QuantModel
 from quant.modules import QuantConv2d, QuantConvTranspose2d
 from reconstruction.api import quantize
 from reconstruction.config import PtqConfig
-from reconstruction.gptq import columns, compensate_rounding, gptq, output_size
+from reconstruction.gptq import columns, compensate_rounding, gptq, output_size, phases
 from support.errors import InputError
 from tests.tiny_codecs import images, tiny_codec
 
@@ -22,6 +22,8 @@ LAYERS = [
     nn.ConvTranspose2d(3, 4, 5, stride=2, padding=2, output_padding=1),
     nn.ConvTranspose2d(2, 3, (3, 4), stride=(2, 3), padding=(1, 0), output_padding=(0, 2)),
     nn.ConvTranspose2d(2, 3, 3, stride=1, padding=1, dilation=2),
+    nn.ConvTranspose2d(2, 3, 9, stride=4, padding=4, output_padding=3),
+    nn.ConvTranspose2d(2, 3, 2, stride=3, padding=0),
 ]
 
 
@@ -33,10 +35,17 @@ def test_columns_times_weights_are_the_layer(layer):
     weight = torch.randint(-9, 10, node.float_weight().shape, generator=draw).double()
     whole = node.product(x, weight)
     assert output_size(node, x) == whole.shape[-2:]
-    ours = weight.flatten(1) @ columns(node, x, torch.arange(whole[0, 0].numel()))
-    assert torch.equal(ours.reshape(whole.shape), whole)
-    some = torch.tensor([3, 0, 3, whole[0, 0].numel() - 1])
-    assert torch.equal(weight.flatten(1) @ columns(node, x, some), whole.flatten(2)[:, :, some])
+    ours = torch.full_like(whole, torch.nan)
+    flat, seen = weight.flatten(1), []
+    for phase in phases(node):
+        rows, cols = (torch.arange(f, n, s) for f, n, s in zip(phase.first, whole.shape[-2:], phase.step))
+        rows, cols = rows.repeat_interleave(len(cols)), cols.repeat(len(rows))
+        seen += phase.weights(node).tolist()
+        for image in range(2):
+            ours[image, :, rows, cols] = flat[:, phase.weights(node)] @ columns(node, x[image], phase, rows, cols)
+    assert sorted(seen) == list(range(flat.shape[1]))
+    untouched = torch.isnan(ours)  # output rows that no tap meets, where the stride is larger than the kernel
+    assert torch.equal(ours[~untouched], whole[~untouched]) and not whole[untouched].any()
 
 
 def error(difference: torch.Tensor, moment: torch.Tensor) -> float:

@@ -1,0 +1,124 @@
+"""Compare reconstruction losses at equal budget: bits x losses x seeds, one codec, as a Markdown table.
+
+    LICQ_DATA=... python benchmarks/loss_table.py --arch lu2022 --quality 3 --bits 8,8 6,6 4,8 --losses rd mse
+
+Evaluation is on the middle 256 x 256 pixels of each image, which is much faster than whole images and enough to rank losses:
+rise of J = R + lambda * D against the float codec, in percent of its mean. Finished runs are kept in --out and not
+repeated. Further settings by --set, as in main_ptq.py.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from tabulate import tabulate
+from torch import Tensor
+
+from data.calibration import sample_crops
+from data.datasets import open_dataset
+from data.images import load_image
+from evaluation.float_models import find_float_models
+from models.registry import get_architecture
+from reconstruction.api import quantize
+from reconstruction.config import PtqConfig
+from reconstruction.objective import Objective, rate
+from support import options
+from support.cli import main_guard
+from support.determinism import seed_everything, set_threads
+from support.files import write_json
+
+SIDE = 256
+
+
+def centres(name: str) -> list[Tensor]:
+    """The middle of each image of a data set, (1, 3, SIDE, SIDE)."""
+    crops = []
+    for path in open_dataset(name).paths:
+        image = load_image(path)
+        top, left = ((size - SIDE) // 2 for size in image.shape[1:])
+        crops.append(image[None, :, top : top + SIDE, left : left + SIDE])
+    return crops
+
+
+@torch.no_grad()
+def measure(model: torch.nn.Module, crops: list[Tensor], objective: Objective) -> dict[str, float]:
+    """Means over the crops: J, bits per pixel, PSNR in dB on 8-bit pixels."""
+    rates, distortions, psnr = [], [], []
+    for x in crops:
+        output = model(x)
+        pixels = {"x_hat": (output["x_hat"].clamp(0, 1) * 255).round() / 255}
+        rates.append(float(rate(output, x)))
+        distortions.append(float(objective.distortion(pixels, x)))
+        psnr.append(float(-10 * torch.log10((pixels["x_hat"] - x).square().mean())))
+    return {"j": statistics.mean(rates) + statistics.mean(distortions), "bpp": statistics.mean(rates), "psnr": statistics.mean(psnr)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--arch", default="lu2022")
+    parser.add_argument("--checkpoint")
+    parser.add_argument("--quality", type=int, default=3)
+    parser.add_argument("--bits", nargs="+", default=["8,8", "6,6", "4,8"], help="w_bits,a_bits")
+    parser.add_argument("--losses", nargs="+", default=["rd", "mse"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--calib", default="clic")
+    parser.add_argument("--num_calib", type=int, default=10)
+    parser.add_argument("--crop", type=int, default=256)
+    parser.add_argument("--eval", dest="data", default="kodak")
+    parser.add_argument("--set", dest="knobs", metavar="KNOB=VALUE", type=options.assignment, action="append", default=[])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path("runs/loss_table.json"))
+    arguments = parser.parse_args()
+    set_threads(arguments.threads)
+    source = find_float_models(arguments.arch, [arguments.quality], arguments.checkpoint)[0]
+    get_architecture(source.arch)
+    objective, crops = Objective(source.lmbda), centres(arguments.data)
+    model = source.load()
+    done = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {}
+    budget = f"{arguments.calib} {arguments.num_calib}x{arguments.crop} {sorted(arguments.knobs)}"
+    prefix = f"{source.arch} q{source.quality} {source.sha256[:8]} {arguments.data} | {budget}"
+    if prefix not in done:
+        done[prefix] = measure(model, crops, objective)
+    reference = done[prefix]
+    defaults = PtqConfig()
+    known = {**vars(defaults.quant), **vars(defaults.reconstruction)}
+    knobs = {name: options.convert(name, text, known[name]) for name, text in arguments.knobs}
+    rows = []
+    for bits in arguments.bits:
+        w_bits, a_bits = map(int, bits.split(","))
+        for loss in arguments.losses:
+            rises, found = [], []
+            for seed in arguments.seeds:
+                key = f"{prefix} | W{w_bits}A{a_bits} {loss} {seed}"
+                if key not in done:
+                    seed_everything(seed)
+                    calibration = sample_crops(open_dataset(arguments.calib).paths, arguments.num_calib, arguments.crop, seed)
+                    config = PtqConfig.from_preset("licq", **{**knobs, "w_bits": w_bits, "a_bits": a_bits, "loss": loss, "seed": seed})
+                    codec = quantize(model, calibration, config, lmbda=source.lmbda)
+                    history = codec.history
+                    done[key] = measure(codec, crops, objective) | {
+                        "seconds": history["seconds"],
+                        "calibration": {name: history[name] / history["j_float"] - 1 for name in ("j_start", "j_end")}}
+                    write_json(arguments.out, done)
+                found.append(done[key])
+                rises.append(100 * (found[-1]["j"] / reference["j"] - 1))
+                print(f"{key.rpartition('| ')[2]}: J {rises[-1]:+.2f}%", flush=True)
+            spread = statistics.stdev(rises) if len(rises) > 1 else 0.0
+            rate_change = 100 * (statistics.mean(f["bpp"] for f in found) / reference["bpp"] - 1)
+            rows.append([f"W{w_bits}A{a_bits}", loss, f"{statistics.mean(rises):+.2f} ± {spread:.2f} %", f"{rate_change:+.2f} %",
+                         f"{statistics.mean(f['psnr'] for f in found) - reference['psnr']:+.3f} dB",
+                         f"{100 * statistics.mean(f['calibration']['j_start'] for f in found):+.2f} %",
+                         f"{100 * statistics.mean(f['calibration']['j_end'] for f in found):+.2f} %",
+                         f"{statistics.mean(f['seconds'] for f in found):.0f} s"])
+    header = ["bits", "loss", f"delta J, {len(arguments.seeds)} seeds", "rate", "PSNR", "calibration: delta J at start", "at end", "time"]
+    print(f"\n{prefix}\nfloat: {reference['bpp']:.4f} bpp, {reference['psnr']:.3f} dB\n")
+    print(tabulate(rows, headers=header, tablefmt="github", disable_numparse=True))
+
+
+if __name__ == "__main__":
+    sys.exit(main_guard(main))
