@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
-# Few steps, all of them in the joint pass, so that the demo ends in minutes; the defaults also learn unit by unit.
-# `make demo DEMO_FLAGS=` runs with those.
-DEMO_FLAGS ?= --iters 0 --set joint_iters=20
+# Few steps and small crops, so that the demo ends in minutes. `make demo DEMO_FLAGS=` runs with the defaults.
+DEMO_FLAGS ?= --crop 128 --set joint_iters=10
+# Two processes of one thread each: nothing here is large enough for two threads to help.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 .PHONY: env demo test test-all
 
@@ -27,7 +28,7 @@ demo: env
 	$(BIN)/python main_ptq.py --arch lu2022 --w_bits 8 --a_bits 8 --loss rd --eval photos --out runs/demo $(DEMO_FLAGS)
 
 test: env
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: env
-	$(BIN)/python -m pytest -q
+	$(PYTEST)

@@ -111,31 +111,27 @@ class Grid(nn.Module):
         if self.channel_dim is None:
             self.low, self.high, self.energy = self.low[0], self.high[0], self.energy[0]
         self.log_n = nn.Parameter(torch.zeros_like(self.low), requires_grad=False)
+        self.copies = torch.ones((), device=self.low.device)
         if self.latent and self.whole:
             self._hold_whole_numbers(peak)
         self.exact = self.exact or self.pixels
         if self._samples and not self.exact:
-            self.log_n.data = torch.log(self._estimate(torch.cat(self._samples, dim=1))).reshape(self.log_n.shape)
+            self.log_n.data = torch.log(self._estimate(torch.cat(self._samples, dim=1), low, high)).reshape(self.log_n.shape)
         self._seen, self._count, self._samples = None, 0, []
 
-    def _estimate(self, samples: Tensor) -> Tensor:
-        """N per channel by the range estimator, from samples (channels, values).
+    def _estimate(self, samples: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """N per channel by the range estimator, from samples (channels, values) of a range low .. high.
 
-        The estimators know one magnitude. Where a grid has a zero point, N shrinks both sides alike: a value's magnitude
-        is its share of the side it lies on.
+        The estimators know one magnitude. Where a grid has a zero point, N shrinks both sides alike, so a value's
+        magnitude is its share of the side it lies on; a side that is hardly used has small values, not large shares.
         """
-        if self.symmetry == "symmetric":
-            magnitude, signed = samples.abs(), True
-        else:
-            low, high = samples.amin(1, keepdim=True).clamp(max=-1e-12), samples.amax(1, keepdim=True).clamp(min=1e-12)
-            magnitude = torch.where(samples < 0, samples / low, samples / high)
-            far, near = torch.maximum(-low, high), torch.minimum(-low, high)
-            one_sided = near < SYMMETRY["one_sided"] * far
-            # the smaller side of a one-sided channel has small values, not large shares
-            magnitude = torch.where(one_sided | ~self._has_zero_point().reshape(-1, 1), samples.abs() / far, magnitude)
-            signed = not bool(one_sided.any())
-        estimate = self.spec.estimate(magnitude, 0, self.bits, signed).to(samples)
-        return (estimate / magnitude.amax(1).clamp(min=1e-12)).clamp(1e-3, 1.0)
+        far, near = torch.maximum(-low, high), torch.minimum(-low, high)
+        one_sided = near < SYMMETRY["one_sided"] * far
+        shares = torch.where(samples < 0, samples / low.clamp(max=-1e-12)[:, None], samples / high.clamp(min=1e-12)[:, None])
+        alike = one_sided | (near >= SYMMETRY[self.symmetry] * far)
+        magnitude = torch.where(alike[:, None], samples.abs() / far.clamp(min=1e-12)[:, None], shares)
+        signed = self.symmetry == "symmetric" or not bool(one_sided.any())
+        return self.spec.estimate(magnitude, 0, self.bits, signed).to(samples).clamp(1e-3, 1.0)
 
     def _hold_whole_numbers(self, peak: Tensor) -> None:
         """Symbols without means: a step of 2^-k holds them all exactly, and k leaves what range it can to other images."""

@@ -85,6 +85,8 @@ def _squared_gradients(
 
 
 def _add_squares(squares: list[Tensor], scalar: Tensor, tensors: list[Tensor], factor: float) -> None:
+    if not tensors or not scalar.requires_grad:
+        return
     gradients = torch.autograd.grad(scalar, tensors, retain_graph=True, allow_unused=True)
     for square, gradient in zip(squares, gradients):
         if gradient is not None:

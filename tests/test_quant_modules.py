@@ -174,6 +174,36 @@ def test_one_sided_grid_spends_all_codes_on_one_side(bits, sign):
     assert float((q.real() - x).abs().max()) <= float(grid.scale) * 1.001
 
 
+@pytest.mark.parametrize("spec", ["mse", "lp2", "percentile99"])
+@pytest.mark.parametrize("symmetry", ["symmetric", "one_sided", "asymmetric"])
+def test_estimated_ranges_cut_outliers_on_both_sides(spec, symmetry):
+    """Normal values around 1, and an outlier each way: less error on the others than with the whole range."""
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 40000, 2, 1, generator=draw) + 1.0
+    x[0, 0], x[0, 1] = 12.0, -10.0
+    grids = {}
+    for name in ("max", spec):
+        grids[name] = Grid(4, 24, 2, name, symmetry=symmetry)
+        grids[name].observe(x)
+        grids[name].initialize()
+    inner = QTensor(x[:, 2:], None, None)
+    errors = {name: float((grid(inner).real() - x[:, 2:]).square().mean()) for name, grid in grids.items()}
+    assert errors[spec] < 0.7 * errors["max"]
+    assert float(grids[spec].log_n.detach().exp().max()) < 0.7
+
+
+def test_observing_in_parts_is_observing_at_once():
+    x = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    whole, parts = Grid(8, 24, 1), Grid(8, 24, 1)
+    whole.observe(x)
+    for part in x.split(2):
+        parts.observe(part)
+    whole.initialize()
+    parts.initialize()
+    assert torch.equal(whole.low, parts.low) and torch.equal(whole.high, parts.high)
+    torch.testing.assert_close(whole.energy, parts.energy)
+
+
 def test_a_grid_that_must_be_symmetric_stays_so_on_one_sided_values():
     grid = grid_for(torch.linspace(0, 5, 100), 8, symmetry="symmetric")
     assert (float(grid.qmin), float(grid.qmax)) == (-127, 127)
