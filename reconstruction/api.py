@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from quant.model import QuantModel
 from reconstruction.config import PtqConfig
 from reconstruction.driver import Reconstruction
-from reconstruction.gptq import compensate_rounding
+from reconstruction.gptq import STARTS_ANYWHERE, compensate_rounding
 from reconstruction.objective import Objective
 from reconstruction.sensitivity import measure_sensitivities, predicted_losses
 from reconstruction.split import split_channels
@@ -70,7 +70,7 @@ def quantize(
     qmodel.observe(progress_bar(watched, desc="observing ranges", unit="batch", enabled=progress, leave=False))
     sensitivities = measure_sensitivities(qmodel, batches, objective, config.reconstruction.seed, progress)
     splitting = split_channels(qmodel, sensitivities, config.reconstruction.split)
-    if config.reconstruction.round_init == "gptq":
+    if config.reconstruction.round_init == "gptq" and config.quant.rounding in STARTS_ANYWHERE:
         compensate_rounding(qmodel, batches, config.reconstruction.seed, progress)
     with torch.no_grad():
         qmodel.quantize_nodes(True)

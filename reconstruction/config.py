@@ -48,7 +48,8 @@ class ReconstructionConfig:
                 0 leaves it out. Measured on lu2022, W8A8 before reconstruction, J against float (12 training photos),
                 0 / 0.05 / 0.1: quality 5 +1.32 / +0.71 / +0.53 %, quality 3 +0.80 / +0.47 / +0.31 %.
     round_init: where learned rounding starts: "nearest", or "gptq", where each weight's rounding error is made good by the
-                others (Frantar et al. 2023).
+                others (Frantar et al. 2023). Only learned_offset and ste can start there; "nearest" and "adaround", which choose
+                between two neighbours, start as ever.
     seed:       of batches and mixing.
     """
 

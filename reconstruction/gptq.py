@@ -28,6 +28,7 @@ DAMPING = 0.1  # of H's mean diagonal: what a few crops say about rare direction
 _COLUMNS = 4  # positions in all that enter H, for each of its rows: more only take time
 _RARE = 4  # with fewer positions than one for so many rows H says too little
 _BLOCK = 128
+STARTS_ANYWHERE = ("learned_offset", "ste")  # schemes of rounding that can start at any whole number
 _LARGE = 1024  # rows of H from which float32 must do: damped as it is, it is far from singular
 
 
@@ -54,7 +55,7 @@ def compensate_rounding(qmodel: QuantModel, batches: Sequence[Tensor], seed: int
     }
     for node in layers.values():
         if not isinstance(node.weight_quantizer.rounding, (LearnedOffset, StraightThrough)):
-            raise InputError(f"round_init gptq does not go with rounding {node.config.rounding}; choose learned_offset or ste")
+            raise InputError(f"rounding {node.config.rounding} cannot start at GPTQ's numbers; choose {' or '.join(STARTS_ANYWHERE)}")
     qmodel.quantize_nodes(False)
     images = sum(map(len, batches))
     seen = _positions(qmodel, layers, batches[0][:1])

@@ -9,8 +9,6 @@ from torch import nn
 from quant.config import QuantConfig
 from quant.model import QuantModel
 from quant.modules import QuantConv2d, QuantConvTranspose2d
-from reconstruction.api import quantize
-from reconstruction.config import PtqConfig
 from reconstruction.gptq import columns, compensate_rounding, gptq, output_size, phases
 from support.errors import InputError
 from tests.tiny_codecs import images, tiny_codec
@@ -134,6 +132,7 @@ def test_masked_weights_stay_masked_and_adaround_is_refused():
     qmodel.freeze()
     node = qmodel.nodes["context_prediction"]
     assert not node.weight_int[(node.weight_quantizer.mask == 0).expand(node.weight_int.shape)].any()
+    adaround = QuantModel(tiny_codec("balle2018"), QuantConfig(rounding="adaround"))
+    adaround.observe(images(2).split(2))
     with pytest.raises(InputError, match="adaround"):
-        quantize(tiny_codec("balle2018"), images(2), PtqConfig.from_preset("licq", rounding="adaround", round_init="gptq"),
-                 lmbda=0.01, progress=False)
+        compensate_rounding(adaround, images(2).split(2), progress=False)
