@@ -27,9 +27,8 @@ class ReconstructionConfig:
                 scheme learns the weights themselves, straight-through. Activation ranges are not learned by default: on ten
                 crops they shrink, and clip other images.
     iters:      optimizer steps per unit, over both phases of Algorithm 1; 0 leaves the units out. The default does: from
-                the start that round_init gives, 20 steps a unit gained nothing at W8A8 (lu2022, quality 5), and at W4A8
-                (minnen2018) less than 30 joint steps in the same time: J over float on the crops 23.7 -> 16.0 % against
-                13.7 %, on other photos 27.5 and 24.8 % against 26.4 and 21.8 %.
+                the start that round_init gives, units gained nothing at W8A8 (lu2022), and less than as much time of the
+                joint pass at W4A8 (minnen2018); see docs/results.md.
     tail_share: of these, the share (the last ones) that uses the true J where loss is rd or rd_direct; the others use the Fisher
                 weighted quadratic. 1 is the paper's own way: every step goes through the float tail.
     joint_iters: steps of a last pass over all quantization parameters of the network on J itself; 0 leaves it out.
@@ -45,8 +44,7 @@ class ReconstructionConfig:
     stress:     first ranges are also observed on the crops with strong, rotated colours (`reconstruction.stress`).
     split:      channel splitting (Zhao et al. 2019): the share of multiply-accumulate operations that may be added. Input
                 channels whose rounding costs most J for their operations are carried by several channels of a_bits each.
-                0 leaves it out. Measured on lu2022, W8A8 before reconstruction, J against float (12 training photos),
-                0 / 0.05 / 0.1: quality 5 +1.32 / +0.71 / +0.53 %, quality 3 +0.80 / +0.47 / +0.31 %.
+                0 leaves it out. What it is worth: docs/results.md.
     round_init: where learned rounding starts: "nearest", or "gptq", where each weight's rounding error is made good by the
                 others (Frantar et al. 2023). Only learned_offset and ste can start there; "nearest" and "adaround", which choose
                 between two neighbours, start as ever.
