@@ -142,29 +142,22 @@ def prepare(args: argparse.Namespace) -> Run:
     method = config.reconstruction.loss if config.preset == "licq" else config.preset
     out = args.out or f"runs/{models[0].arch}_w{config.quant.w_bits}a{config.quant.a_bits}_{method}"
     folder = RunFolder(out, settings, args.resume)
+    idle = None
+    if args.unit and args.unit != "network" and not config.reconstruction.iters:
+        idle = f"--unit {args.unit} has no effect: no unit is reconstructed before the joint pass; give --iters N steps per unit, e.g. 20"
     return Run(args=args, config=config, device=device, models=models, multiple=multiple, dataset=dataset, crops=crops,
-               folder=folder, warnings=[remark for remark in (remark, scarce) if remark], started=time.monotonic())
+               folder=folder, warnings=[remark for remark in (remark, scarce, idle) if remark], started=time.monotonic())
 
 
 def build_config(args: argparse.Namespace) -> "PtqConfig":
     """The preset with the knobs of the command line."""
-    import dataclasses
-
-    from quant.config import QuantConfig
-    from reconstruction.config import PtqConfig, ReconstructionConfig
+    from reconstruction.config import PtqConfig, parse_knobs
 
     knobs = {"w_bits": args.w_bits, "a_bits": args.a_bits, "seed": args.seed}
     knobs |= {name: value for name in ("bias_bits", "loss", "unit", "iters") if (value := getattr(args, name)) is not None}
     if args.strict_int8:
         knobs["strict_int8"] = True
-    fields = {field.name: field for kind in (QuantConfig, ReconstructionConfig) for field in dataclasses.fields(kind)}
-    for name, text in args.knobs:
-        if name not in fields:
-            raise InputError(f"--set {name}: no such knob; known are {', '.join(sorted(fields))}")
-        if name in knobs:
-            raise InputError(f"--set {name} is given twice or has a flag of its own; use --{name} once")
-        knobs[name] = options.convert(name, text, fields[name].default)
-    return PtqConfig.from_preset(args.preset, **knobs)
+    return PtqConfig.from_preset(args.preset, **parse_knobs(args.knobs, knobs))
 
 
 def quantize_quality(run: Run, index: int) -> dict:

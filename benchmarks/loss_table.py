@@ -23,13 +23,13 @@ from data.calibration import sample_crops
 from data.datasets import open_dataset
 from data.images import load_image
 from evaluation.float_models import find_float_models
-from models.registry import get_architecture
 from reconstruction.api import quantize
-from reconstruction.config import PtqConfig
+from reconstruction.config import PtqConfig, parse_knobs
 from reconstruction.objective import Objective, rate
 from support import options
-from support.cli import main_guard
+from support.cli import ArgumentParser, main_guard
 from support.determinism import seed_everything, set_threads
+from support.errors import InputError
 from support.files import write_json
 
 SIDE = 256
@@ -40,6 +40,8 @@ def centres(name: str) -> list[Tensor]:
     crops = []
     for path in open_dataset(name).paths:
         image = load_image(path)
+        if min(image.shape[1:]) < SIDE:
+            raise InputError(f"{path}: smaller than {SIDE} x {SIDE} pixels; choose other images with --eval")
         top, left = ((size - SIDE) // 2 for size in image.shape[1:])
         crops.append(image[None, :, top : top + SIDE, left : left + SIDE])
     return crops
@@ -58,25 +60,37 @@ def measure(model: torch.nn.Module, crops: list[Tensor], objective: Objective) -
     return {"j": statistics.mean(rates) + statistics.mean(distortions), "bpp": statistics.mean(rates), "psnr": statistics.mean(psnr)}
 
 
+def bit_pair(text: str) -> tuple[int, int]:
+    """w_bits,a_bits."""
+    words = text.split(",")
+    if len(words) != 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form w_bits,a_bits, e.g. 4,8")
+    return options.bits(words[0]), options.bits(words[1])
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--arch", default="lu2022")
     parser.add_argument("--checkpoint")
     parser.add_argument("--quality", type=int, default=3)
-    parser.add_argument("--bits", nargs="+", default=["8,8", "6,6", "4,8"], help="w_bits,a_bits")
-    parser.add_argument("--losses", nargs="+", default=["rd", "mse"])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--bits", nargs="+", type=bit_pair, default=[(8, 8), (6, 6), (4, 8)], help="w_bits,a_bits (default: 8,8 6,6 4,8)")
+    parser.add_argument("--losses", nargs="+", choices=options.LOSSES, default=["rd", "mse"], help="(default: rd mse)")
+    parser.add_argument("--seeds", nargs="+", type=options.seed, default=[0, 1, 2], help="(default: 0 1 2)")
     parser.add_argument("--calib", default="clic")
-    parser.add_argument("--num_calib", type=int, default=10)
-    parser.add_argument("--crop", type=int, default=256)
+    parser.add_argument("--num_calib", type=options.positive, default=10)
+    parser.add_argument("--crop", type=options.positive, default=256)
     parser.add_argument("--eval", dest="data", default="kodak")
     parser.add_argument("--set", dest="knobs", metavar="KNOB=VALUE", type=options.assignment, action="append", default=[])
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path("runs/loss_table.json"))
+    parser.add_argument("--threads", type=options.threads, default=1)
+    parser.add_argument("--out", type=Path, default=Path("runs/loss_table.json"), help="finished runs (default: %(default)s)")
     arguments = parser.parse_args()
+    knobs = parse_knobs(arguments.knobs, {})
+    taken = sorted({"w_bits", "a_bits", "loss", "seed"} & knobs.keys())
+    if taken:
+        raise InputError(f"--set {taken[0]} is a column of the table; use its own option")
+    PtqConfig.from_preset("licq", **knobs)
     set_threads(arguments.threads)
     source = find_float_models(arguments.arch, [arguments.quality], arguments.checkpoint)[0]
-    get_architecture(source.arch)
     objective, crops = Objective(source.lmbda), centres(arguments.data)
     model = source.load()
     done = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {}
@@ -85,12 +99,8 @@ def main() -> None:
     if prefix not in done:
         done[prefix] = measure(model, crops, objective)
     reference = done[prefix]
-    defaults = PtqConfig()
-    known = {**vars(defaults.quant), **vars(defaults.reconstruction)}
-    knobs = {name: options.convert(name, text, known[name]) for name, text in arguments.knobs}
     rows = []
-    for bits in arguments.bits:
-        w_bits, a_bits = map(int, bits.split(","))
+    for w_bits, a_bits in arguments.bits:
         for loss in arguments.losses:
             rises, found = [], []
             for seed in arguments.seeds:
@@ -121,4 +131,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main_guard(main))
+    sys.exit(main_guard(main, "the same command continues after the last finished run"))

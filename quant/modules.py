@@ -450,3 +450,6 @@ class QuantLinear(QuantMAC):
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight)
+
+
+PLAIN_LAYERS = (QuantConv2d, QuantConvTranspose2d, QuantLinear)  # those with weights of their own; not the products of attention

@@ -16,6 +16,8 @@ from support.errors import InputError
 class Rounding(nn.Module):
     """What all schemes share: the mask, and a state that `harden()` makes final."""
 
+    starts_anywhere = False  # at any whole number, not only at the neighbours of w/s
+
     def __init__(self, w_over_s: Tensor, mask: Tensor | None = None):
         super().__init__()
         self.hardened = False
@@ -32,6 +34,10 @@ class Rounding(nn.Module):
     def regularizer(self, beta: float) -> Tensor | float:
         """What a scheme adds to the loss to be driven to whole numbers; 0 where it already returns them."""
         return 0.0
+
+    def start_at(self, whole: Tensor, w_over_s: Tensor) -> None:
+        """Begin at these whole numbers instead of those nearest to w/s. Only where `starts_anywhere`."""
+        raise NotImplementedError
 
     def harden(self) -> None:
         """End of learning: from here on whole numbers only, and no parameter takes a gradient."""
@@ -84,6 +90,8 @@ class StraightThrough(Rounding):
     The codes do not depend on w/s after construction; a learned scale gets its gradient from s * code alone.
     """
 
+    starts_anywhere = True
+
     def __init__(self, w_over_s: Tensor, mask: Tensor | None = None):
         super().__init__(w_over_s, mask)
         self.v = nn.Parameter(w_over_s.detach().clone())
@@ -91,9 +99,14 @@ class StraightThrough(Rounding):
     def round(self, w_over_s: Tensor) -> Tensor:
         return round_ste(self.v)
 
+    def start_at(self, whole: Tensor, w_over_s: Tensor) -> None:
+        self.v.data = whole.clone()
+
 
 class LearnedOffset(Rounding):
     """Eq. 14: round(w/s + v), v learned from 0, straight-through gradient to v and w/s."""
+
+    starts_anywhere = True
 
     def __init__(self, w_over_s: Tensor, mask: Tensor | None = None):
         super().__init__(w_over_s, mask)
@@ -101,6 +114,9 @@ class LearnedOffset(Rounding):
 
     def round(self, w_over_s: Tensor) -> Tensor:
         return round_ste(w_over_s + self.v)
+
+    def start_at(self, whole: Tensor, w_over_s: Tensor) -> None:
+        self.v.data = whole - w_over_s
 
 
 ROUNDINGS = {"nearest": Nearest, "adaround": AdaRound, "ste": StraightThrough, "learned_offset": LearnedOffset}

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from quant.model import QuantModel
+from quant.rounding import ROUNDINGS
 from reconstruction.config import PtqConfig
 from reconstruction.driver import Reconstruction
-from reconstruction.gptq import STARTS_ANYWHERE, compensate_rounding
+from reconstruction.gptq import compensate_rounding
 from reconstruction.objective import Objective
 from reconstruction.sensitivity import measure_sensitivities, predicted_losses
 from reconstruction.split import split_channels
@@ -70,7 +71,7 @@ def quantize(
     qmodel.observe(progress_bar(watched, desc="observing ranges", unit="batch", enabled=progress, leave=False))
     sensitivities = measure_sensitivities(qmodel, batches, objective, config.reconstruction.seed, progress)
     splitting = split_channels(qmodel, sensitivities, config.reconstruction.split)
-    if config.reconstruction.round_init == "gptq" and config.quant.rounding in STARTS_ANYWHERE:
+    if config.reconstruction.round_init == "gptq" and ROUNDINGS[config.quant.rounding].starts_anywhere:
         compensate_rounding(qmodel, batches, config.reconstruction.seed, progress)
     with torch.no_grad():
         qmodel.quantize_nodes(True)

@@ -1,12 +1,14 @@
 """The knobs of the reconstruction engine (design, section 5), and the presets that set them."""
 
 import dataclasses
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from quant.config import QuantConfig, one_of
+from support import options
 from support.errors import InputError
 
 LOSSES = ("mse", "fisher", "rd", "rd_direct", "kl")
@@ -89,6 +91,23 @@ class ReconstructionConfig:
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+
+def parse_knobs(assignments: Iterable[tuple[str, str]], taken: Mapping[str, Any]) -> dict[str, Any]:
+    """`taken` with the words "knob", "value" of --set added, each of its field's type.
+
+    Raises:
+        InputError: an unknown knob, one that is taken or given twice, a value of another type.
+    """
+    fields = {field.name: field for kind in (QuantConfig, ReconstructionConfig) for field in dataclasses.fields(kind)}
+    knobs = dict(taken)
+    for name, text in assignments:
+        if name not in fields:
+            raise InputError(f"--set {name}: no such knob; known are {', '.join(sorted(fields))}")
+        if name in knobs:
+            raise InputError(f"--set {name} is given twice or has a flag of its own; use --{name} once")
+        knobs[name] = options.convert(name, text, fields[name].default)
+    return knobs
 
 
 @dataclasses.dataclass(frozen=True)

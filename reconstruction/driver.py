@@ -60,11 +60,12 @@ class Reconstruction:
     def run(self) -> dict:
         """Reconstruct every unit, then all together. Returns the history: J before and after each, seconds."""
         history: dict = {"units": [], "joint": None, "j_float": self._mean(self.j_float), "resumed_seconds": 0.0}
-        if self.config.iters and any(self.config.learn):
+        units = self.config.iters and any(self.config.learn)
+        if units:
             self._run_units(history)
         self._settle(list(self.qmodel.nodes))
         history["j_units"] = self._measure(range(len(self.batches)))[0]
-        if self.config.joint_iters and self.config.unit != "network":
+        if self.config.joint_iters and not (units and self.config.unit == "network"):  # that was a joint pass
             history["joint"] = self._run_joint(history)
         history["j_end"] = self._measure(range(len(self.batches)))[0]
         return history
@@ -275,11 +276,11 @@ class _UnitRun:
         self._hard(False)
         self.scale = {"local": self._local_score(), "global": max(before, 1e-12)}
         phases = [WEIGHT_KNOBS, ACTIVATION_KNOBS] if config.alternate else [WEIGHT_KNOBS + ACTIVATION_KNOBS]
-        phases = [[knob for knob in phase if knob in config.learn] for phase in phases]
-        for phase in phases:
-            active = {k: p for k, p in self.parameters.items() if k.split("|")[1] in phase}
-            if active:
-                self._learn(active, config.iters // len(phases))
+        chosen = [{k: p for k, p in self.parameters.items() if (knob := k.split("|")[1]) in phase and knob in config.learn}
+                  for phase in phases]  # fmt: skip
+        chosen = [active for active in chosen if active]  # a phase with nothing to learn takes no steps
+        for active in chosen:
+            self._learn(active, config.iters // len(chosen))
         self._hard(True)
         j_after, eq12 = engine._measure(everything, self.cache)
         after = self._score(j_after, eq12)

@@ -11,14 +11,14 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from quant.config import FLOAT_BITS
 from quant.fixedpoint import int_range, round_half_away
 from quant.model import QuantModel
-from quant.modules import QuantConv2d, QuantConvTranspose2d, QuantLinear, QuantMAC
+from quant.modules import PLAIN_LAYERS, QuantConvTranspose2d, QuantLinear, QuantMAC
 from quant.qtensor import QTensor
-from quant.rounding import LearnedOffset, StraightThrough
+from quant.rounding import ROUNDINGS
 from support.errors import InputError
 from support.progress import progress as progress_bar
 
@@ -28,7 +28,6 @@ DAMPING = 0.1  # of H's mean diagonal: what a few crops say about rare direction
 _COLUMNS = 4  # positions in all that enter H, for each of its rows: more only take time
 _RARE = 4  # with fewer positions than one for so many rows H says too little
 _BLOCK = 128
-STARTS_ANYWHERE = ("learned_offset", "ste")  # schemes of rounding that can start at any whole number
 _LARGE = 1024  # rows of H from which float32 must do: damped as it is, it is far from singular
 
 
@@ -49,13 +48,14 @@ def compensate_rounding(qmodel: QuantModel, batches: Sequence[Tensor], seed: int
     layers = {
         name: node
         for name, node in qmodel.nodes.items()
-        if isinstance(node, (QuantConv2d, QuantConvTranspose2d, QuantLinear))
+        if isinstance(node, PLAIN_LAYERS)
         and node.groups == 1
         and FLOAT_BITS not in (node.config.w_bits, node.config.a_bits)
     }
     for node in layers.values():
-        if not isinstance(node.weight_quantizer.rounding, (LearnedOffset, StraightThrough)):
-            raise InputError(f"rounding {node.config.rounding} cannot start at GPTQ's numbers; choose {' or '.join(STARTS_ANYWHERE)}")
+        if not node.weight_quantizer.rounding.starts_anywhere:
+            able = " or ".join(name for name, scheme in ROUNDINGS.items() if scheme.starts_anywhere)
+            raise InputError(f"rounding {node.config.rounding} cannot start at GPTQ's numbers; choose {able}")
     qmodel.quantize_nodes(False)
     images = sum(map(len, batches))
     seen = _positions(qmodel, layers, batches[0][:1])
@@ -190,8 +190,18 @@ def output_size(node: QuantMAC, x: Tensor) -> tuple[int, int]:
         if isinstance(node, QuantConvTranspose2d):
             size.append((length - 1) * m.stride[axis] - 2 * m.padding[axis] + reach + m.output_padding[axis] + 1)
         else:
-            size.append((length + 2 * m.padding[axis] - reach - 1) // m.stride[axis] + 1)
+            size.append((length + sum(_padding(m, axis)) - reach - 1) // m.stride[axis] + 1)
     return size[0], size[1]
+
+
+def _padding(module: nn.Conv2d, axis: int) -> tuple[int, int]:
+    """Zeros before and after the input. "same" has one more behind where their number is odd."""
+    if module.padding == "valid":
+        return 0, 0
+    if module.padding == "same":
+        both = module.dilation[axis] * (module.kernel_size[axis] - 1)
+        return both // 2, both - both // 2
+    return module.padding[axis], module.padding[axis]
 
 
 def columns(node: QuantMAC, x: Tensor, phase: Phase, rows: Tensor, cols: Tensor) -> Tensor:
@@ -211,7 +221,7 @@ def columns(node: QuantMAC, x: Tensor, phase: Phase, rows: Tensor, cols: Tensor)
         if isinstance(node, QuantConvTranspose2d):
             place = (outputs + m.padding[axis] - moved) // m.stride[axis]
         else:
-            place = outputs * m.stride[axis] - m.padding[axis] + moved
+            place = outputs * m.stride[axis] - _padding(m, axis)[0] + moved
         inside.append((place >= 0) & (place < x.shape[axis + 1]))
         places.append(place.clamp(0, x.shape[axis + 1] - 1))
     index = (places[0][:, None] * x.shape[2] + places[1][None]).to(x.device)  # (taps of rows, taps of columns, n)
@@ -233,8 +243,7 @@ def _start_rounding(node: QuantMAC, moment: _Moment) -> None:
             at = columns_of.to(flat.device)
             whole[:, at] = gptq(flat[:, at], total / count, limits, None if kept is None else kept[:, at])
     whole = whole.reshape(weight.shape)
-    rounding = quantizer.rounding
-    rounding.v.data = whole - real if isinstance(rounding, LearnedOffset) else whole.clone()
+    quantizer.rounding.start_at(whole, real)
 
 
 def gptq(weight: Tensor, moment: Tensor, limits: tuple[int, int], kept: Tensor | None = None, damping: float = DAMPING) -> Tensor:

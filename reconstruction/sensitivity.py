@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from quant.config import FLOAT_BITS
-from quant.fixedpoint import int_range
 from quant.model import QuantModel
-from quant.modules import QuantConv2d, QuantConvTranspose2d, QuantLinear, QuantMAC
+from quant.modules import PLAIN_LAYERS, QuantConvTranspose2d, QuantMAC
 from quant.runtime import Call
 from reconstruction.objective import Objective, rate
 from reconstruction.targets import tensor_of
@@ -47,7 +46,7 @@ def measure_sensitivities(
         seed: of the random signs.
     """
     qmodel.quantize_nodes(False)
-    layers = {name: node for name, node in qmodel.nodes.items() if isinstance(node, (QuantConv2d, QuantConvTranspose2d, QuantLinear))}
+    layers = {name: node for name, node in qmodel.nodes.items() if isinstance(node, PLAIN_LAYERS)}
     calls = [(name, call) for name, node in layers.items() for call in range(node.calls)]
     generator = torch.Generator().manual_seed(seed)
     curvature: dict[str, Tensor] = {}

@@ -17,6 +17,8 @@ LAYERS = [
     nn.Conv2d(3, 5, 3, padding=1),
     nn.Conv2d(4, 2, 5, stride=2, padding=2),
     nn.Conv2d(2, 3, (3, 5), stride=(2, 1), padding=(1, 4), dilation=(1, 2)),
+    nn.Conv2d(3, 4, (4, 3), padding="same", dilation=(1, 2)),
+    nn.Conv2d(3, 4, 3, stride=2, padding="valid"),
     nn.ConvTranspose2d(3, 4, 5, stride=2, padding=2, output_padding=1),
     nn.ConvTranspose2d(2, 3, (3, 4), stride=(2, 3), padding=(1, 0), output_padding=(0, 2)),
     nn.ConvTranspose2d(2, 3, 3, stride=1, padding=1, dilation=2),
@@ -122,7 +124,7 @@ def test_layers_of_a_codec_give_less_error(arch, rounding):
     nearest, ours = errors(False), errors(True)
     ratios = [ours[name] / nearest[name] for name in nearest if nearest[name] > 1e-12]
     assert sorted(ratios)[len(ratios) // 2] < 0.8
-    assert sum(ratio < 1 for ratio in ratios) > 0.6 * len(ratios)
+    assert sum(ratio < 1 for ratio in ratios) > 0.7 * len(ratios)
 
 
 def test_masked_weights_stay_masked_and_adaround_is_refused():

@@ -88,6 +88,14 @@ def test_few_calibration_images_are_remarked(job, capsys):
     assert report_of(job)["warnings"] == ["5 calibration crops come from 2 images"]
 
 
+def test_a_unit_that_is_not_reconstructed_is_remarked(job, capsys):
+    assert run(job, iters=0, unit="layer") == 0
+    assert "--unit layer has no effect" in capsys.readouterr().out
+    assert any("--unit layer" in warning for warning in report_of(job)["warnings"])
+    assert run(job, iters=1, unit="layer") == 0
+    assert "no effect" not in capsys.readouterr().out
+
+
 def test_quality_is_read_from_the_file(zoo):
     models = find_float_models(checkpoint=str(zoo / "tiny-q3.safetensors"))
     assert [(model.arch, model.quality, model.lmbda) for model in models] == [(ARCH, 3, 0.0067)]

@@ -11,6 +11,7 @@ from models import create_model
 from quant.config import QuantConfig
 from quant.model import QuantModel
 from quant.rounding import ROUNDINGS
+from reconstruction import driver
 from reconstruction import state as state_module
 from reconstruction.api import quantize
 from reconstruction.cache import PrefixCache
@@ -195,6 +196,24 @@ def test_every_loss_and_unit_runs_and_does_not_worsen_its_own_measure(loss, unit
         assert history["joint"] is None or history["j_end"] <= history["j_units"] + 1e-9
     assert qmodel.frozen and math.isfinite(history["j_end"])
     assert history["seconds"] > 0 and history["peak_memory_mb"] > 0
+
+
+@pytest.mark.parametrize("learn, steps", [(("bias",), [5]), (("bias", "range_a"), [2, 2]), (("range_a",), [5])])
+def test_phases_with_something_to_learn_share_the_steps(monkeypatch, learn, steps):
+    taken: list[int] = []
+    learning = driver._UnitRun._learn
+    monkeypatch.setattr(driver._UnitRun, "_learn", lambda unit, active, count: (taken.append(count), learning(unit, active, count)))
+    config = method(iters=5, joint_iters=0, unit="network", learn=learn)
+    quantize(codec("balle2018"), images(), config, lmbda=0.01, progress=False)
+    assert taken == steps
+
+
+def test_without_units_the_network_still_learns_jointly():
+    config = method(iters=0, joint_iters=2, unit="network")
+    history = quantize(codec("balle2018"), images(), config, lmbda=0.01, progress=False).history
+    assert history["units"] == [] and history["joint"] is not None
+    history = quantize(codec("balle2018"), images(), method(iters=2, unit="network"), lmbda=0.01, progress=False).history
+    assert len(history["units"]) == 1 and history["joint"] is None
 
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)

@@ -106,18 +106,23 @@ def test_macs_are_counted(transposed):
         assert found["first"].macs == 64 * 64 * 9 * 3 * 24
 
 
+def measured_loss(qmodel: QuantModel, model: nn.Module, data: list[Tensor]) -> float:
+    """The distortion that the layer "second" alone adds, on whole numbers."""
+    qmodel.quantize_nodes(False)
+    qmodel.quantize_nodes(True, ["second"])
+    x = torch.cat(data)
+    with torch.no_grad():
+        return float((qmodel(x)["x_hat"] - model(x)["x_hat"]).square().mean() * LAMBDA * 255**2)
+
+
 @pytest.mark.parametrize("transposed,groups", [(False, 1), (True, 1), (False, 3)])
 @pytest.mark.parametrize("transform", ["fold", "equalize"])
 def test_predicted_input_noise_is_what_rounding_does(transposed, groups, transform):
     model, data = Linear2(transposed=transposed, groups=groups), batches(4, 128)
     qmodel = observed(model, data, a_bits=6, w_bits=16, transform=transform)
     sensitivity = measure_sensitivities(qmodel, data, Objective(LAMBDA), progress=False)["second"]
-    qmodel.quantize_nodes(False)
-    qmodel.quantize_nodes(True, ["second"])
-    x = torch.cat(data)
-    with torch.no_grad():
-        error = (qmodel(x)["x_hat"] - model(x)["x_hat"]).square().mean() * LAMBDA * 255**2
-    assert float(input_noise(qmodel.nodes["second"], sensitivity).sum()) == pytest.approx(float(error), rel=0.1)
+    error = measured_loss(qmodel, model, data)
+    assert float(input_noise(qmodel.nodes["second"], sensitivity).sum()) == pytest.approx(error, rel=0.1)
 
 
 @pytest.mark.parametrize("transposed,groups", [(False, 1), (True, 1), (False, 3)])
@@ -130,12 +135,8 @@ def test_predicted_weight_noise_is_what_rounding_does(transposed, groups):
         model.first.weight.sub_(model.first.weight.mean((1, 2, 3), keepdim=True))
     qmodel = observed(model, data, a_bits=14, w_bits=5)
     sensitivity = measure_sensitivities(qmodel, data, Objective(LAMBDA), progress=False)["second"]
-    qmodel.quantize_nodes(False)
-    qmodel.quantize_nodes(True, ["second"])
-    x = torch.cat(data)
-    with torch.no_grad():
-        error = (qmodel(x)["x_hat"] - model(x)["x_hat"]).square().mean() * LAMBDA * 255**2
-    assert float(weight_noise(qmodel.nodes["second"], sensitivity).sum()) == pytest.approx(float(error), rel=0.4)
+    error = measured_loss(qmodel, model, data)
+    assert float(weight_noise(qmodel.nodes["second"], sensitivity).sum()) == pytest.approx(error, rel=0.4)
 
 
 def split_model(share: float, **config) -> tuple[QuantModel, dict, dict]:
@@ -186,22 +187,20 @@ def test_a_split_channel_is_several_channels_of_eight_bits(symmetry):
         for remaining in range(copy, 0, -1):
             part = torch.div(left, remaining, rounding_mode="floor")
             left = left - part
-            assert -127 <= float(part.min()) and float(part.max()) <= (127 if zero is None else 255)
+            smallest, largest = (-127, 127) if zero is None else (0, 255)
+            assert smallest <= float(part.min()) and float(part.max()) <= largest
             parts.append(part)
             weights.append(weight[:, channel])
         assert not left.any()
         if zero is not None:  # the zero point, as a kernel would subtract it: a constant channel
             parts.append(torch.full_like(left, -zero))
             weights.append(weight[:, channel])
-    if not isinstance(node.module, nn.Conv2d) or isinstance(node.module, nn.ConvTranspose2d):
-        whole = node.product(x, weight)
-        stacked = torch.stack(weights, 1)
-        module = node.module
-        split = F.conv_transpose2d(torch.stack(parts, 1), stacked.transpose(0, 1), None, module.stride, module.padding, module.output_padding)
+    whole, module = node.product(x, weight), node.module
+    inputs, stacked = torch.stack(parts, 1), torch.stack(weights, 1)
+    if isinstance(module, nn.ConvTranspose2d):
+        split = F.conv_transpose2d(inputs, stacked.transpose(0, 1), None, module.stride, module.padding, module.output_padding)
     else:
-        whole = node.product(x, weight)
-        module = node.module
-        split = F.conv2d(torch.stack(parts, 1), torch.stack(weights, 1), None, module.stride, module.padding)
+        split = F.conv2d(inputs, stacked, None, module.stride, module.padding)
     assert max(copies) > 1
     assert torch.equal(whole, split)
 
