@@ -55,7 +55,7 @@ class QuantConfig:
     boundary_bits: int = 12
     strict_int8: bool = False
     frac_bits: int = 24
-    a_headroom: float = 1.25
+    a_headroom: float = 1.1
     headroom: float = 2.0
 
     def __post_init__(self):

@@ -9,6 +9,7 @@ from quant.qtensor import QTensor
 from quant.ranges import RangeSpec
 
 _SAMPLES = 4096  # values kept per channel for the range estimators
+SECOND_DIGIT = 6  # bits at most that a split channel has more
 LATENT_HEADROOM = 4.0  # rounded latents have heavy tails: other images reach further than the calibration crops
 
 
@@ -18,8 +19,10 @@ class Grid(nn.Module):
     Whole numbers are held without their zero point: symmetric -(2^(b-1)-1) .. 2^(b-1)-1; channels with a zero point z use
     0 .. 2^b - 1 and are held as -z .. 2^b - 1 - z, so that a product needs no correction.
 
-    A channel may be split (Zhao et al. 2019, Outlier Channel Splitting): `copies` m of it, all of b bits and with the same
-    weights, sum up to a number of m (2^b - 1) steps. Here the sum is held; an int8 kernel sees m channels.
+    A channel may be split into two digits: its steps are `fine` times smaller and it reaches further than low and high.
+    Numbers of a grid with split channels are in units of scale / `refinement`; those of other channels are multiples
+    of `refinement`. A kernel of b bits sees the other channels, the high digits and the low digits, all with the
+    same weights, and adds the three accumulators with two shifts.
 
     Args:
         bits: width; 32 passes values through.
@@ -54,7 +57,7 @@ class Grid(nn.Module):
         self.register_buffer("low", torch.zeros(()))  # observed, per channel
         self.register_buffer("high", torch.zeros(()))
         self.register_buffer("energy", torch.zeros(()))  # mean square, per channel
-        self.register_buffer("copies", torch.ones(()))  # in how many parts a channel is split: () or per channel
+        self.register_buffer("split_steps", None)  # with split channels: how many steps of each channel are one of `scale`
         self.register_buffer("scale", torch.ones((), dtype=torch.float64))  # valid once frozen, or when fixed
         self.register_buffer("qmin", torch.zeros(()))
         self.register_buffer("qmax", torch.zeros(()))
@@ -111,7 +114,7 @@ class Grid(nn.Module):
         if self.channel_dim is None:
             self.low, self.high, self.energy = self.low[0], self.high[0], self.energy[0]
         self.log_n = nn.Parameter(torch.zeros_like(self.low), requires_grad=False)
-        self.copies = torch.ones((), device=self.low.device)
+        self.split_steps = None
         if self.latent and self.whole:
             self._hold_whole_numbers(peak)
         self.exact = self.exact or self.pixels
@@ -150,8 +153,30 @@ class Grid(nn.Module):
 
     # ------------------------------------------------------------------------------------------------------ the grid
 
+    def split(self, channels: Tensor) -> None:
+        """Carry these channels (bool, one per channel) by two digits of `bits` each.
+
+        What the second digit adds goes to the step and to the range, see `split_shares`: with 8 bits a sixteenth of the step
+        and four times the range.
+        """
+        finer, _ = split_shares(self.bits)
+        self.split_steps = torch.where(channels.to(self.low.device), float(finer), 1.0) if channels.any() else None
+
+    @property
+    def fine(self) -> Tensor:
+        """How many steps of a channel are one of `scale`: () or (channels,)."""
+        return torch.ones((), device=self.scale.device) if self.split_steps is None else self.split_steps
+
+    @property
+    def refinement(self) -> float:
+        """The unit of numbers on the grid is scale / refinement; 1 without split channels."""
+        return 1.0 if self.split_steps is None else float(self.split_steps.max())
+
     def parameters_of_grid(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(scale float64, qmin, qmax), each of shape () or (channels,); differentiable in log_n."""
+        """(scale float64, qmin, qmax), each of shape () or (channels,); differentiable in log_n.
+
+        The limits are in a channel's own steps, scale / fine.
+        """
         if self.fixed is not None:
             qmin, qmax = int_range(self.bits) if self.bits <= 16 else (-(2**23), 2**23)
             like = self.low
@@ -160,13 +185,17 @@ class Grid(nn.Module):
             return self.scale, self.qmin, self.qmax
         n = torch.exp(self.log_n.double())
         shifted = self._has_zero_point()
-        signed_max = int_range(self.bits)[1] * self.copies
-        unsigned_max = (2**self.bits - 1) * self.copies
+        signed_max, unsigned_max = float(int_range(self.bits)[1]), float(2**self.bits - 1)
         span = torch.where(shifted, (self.high - self.low).double() / unsigned_max,
                            torch.maximum(-self.low, self.high).double() / signed_max)  # fmt: skip
         scale = fixed_point_scale(n * span, self.frac_bits)
         with torch.no_grad():
-            zero = torch.minimum(round_half_away(-n * self.low.double() / scale).clamp(min=0).float(), unsigned_max)
+            more = torch.ones((), device=self.low.device)  # steps, times those of an unsplit channel
+            if self.split_steps is not None:
+                more = torch.where(self.fine > 1, self.fine * split_shares(self.bits)[1], 1.0)
+            signed_max, unsigned_max = signed_max * more, unsigned_max * more
+            zero = round_half_away(-n * self.low.double() / scale * more).clamp(min=0).float()
+            zero = torch.minimum(zero, unsigned_max)
             qmin = torch.where(shifted, -zero, -signed_max)
             qmax = torch.where(shifted, unsigned_max - zero, signed_max)
         return scale, qmin, qmax
@@ -193,21 +222,25 @@ class Grid(nn.Module):
         if self.bits == FLOAT_BITS:
             return x.like(x.real(), None)
         scale, qmin, qmax = self.parameters_of_grid()
+        split, fine = self.refinement, self.fine
         if scale.ndim:
             shape = self.shape_for(x.ndim)
             scale, qmin, qmax = scale.reshape(shape), qmin.reshape(shape), qmax.reshape(shape)
+            fine = fine.reshape(shape) if fine.ndim else fine
+        if split == 1 and x.is_integer and x.scale is scale:
+            return x
+        step = scale if split == 1 else scale / fine  # fine is a power of two
         if x.is_integer:
-            if x.scale is scale:
-                return x
-            return x.like(requantize_ste(x.q, _broadcast(x.scale / scale, x.q.ndim), Limits(qmin, qmax)), scale)
-        q = round_ste((x.q / scale).to(torch.float32))
-        q = torch.minimum(torch.maximum(q, qmin.to(q.dtype)), qmax.to(q.dtype))
-        return x.like(q.to(torch.float32), scale)
+            q = requantize_ste(x.q, _broadcast(x.scale / step, x.q.ndim), Limits(qmin, qmax))
+        else:
+            q = round_ste((x.q / step).to(torch.float32))
+            q = torch.minimum(torch.maximum(q, qmin.to(q.dtype)), qmax.to(q.dtype)).to(torch.float32)
+        return x.like(q, scale) if split == 1 else x.like(q * (split / fine), scale / split)
 
     def largest(self) -> Tensor:
-        """The largest magnitude of a whole number on this grid, per channel or ()."""
+        """The largest magnitude of a number on this grid, per channel or ()."""
         _, qmin, qmax = self.parameters_of_grid()
-        return torch.maximum(-qmin, qmax)
+        return torch.maximum(-qmin, qmax) * (self.refinement / self.fine)
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, channel_dim={self.channel_dim}" + (f", fixed={self.fixed}" if self.fixed else "")
@@ -215,3 +248,10 @@ class Grid(nn.Module):
 
 def _broadcast(multiplier: Tensor, ndim: int) -> Tensor:
     return multiplier if multiplier.ndim in (0, ndim) else multiplier.reshape((1,) * (ndim - multiplier.ndim) + multiplier.shape)
+
+
+def split_shares(bits: int) -> tuple[int, int]:
+    """(how much finer the steps of a split channel are, how much further it reaches): a second digit has at most `bits` bits."""
+    more = min(SECOND_DIGIT, bits)
+    reach = more // 3
+    return 2 ** (more - reach), 2**reach

@@ -18,6 +18,7 @@ EXACT_FLOAT32 = 2**24  # whole numbers below this are exact in float32, so is an
 
 
 LARGEST_BIAS = 2**30
+LARGEST_ACCUMULATOR = 2**31 - 1  # of int32 kernels
 
 
 class QuantModule(nn.Module):
@@ -238,12 +239,16 @@ class QuantMAC(QuantModule):
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
-        """First ranges and rounding of the weights, for the input scales as they are now."""
+        """How far the input scales spread, then first range and rounding of the weights."""
         if self.config.w_bits == FLOAT_BITS:
             return
         scales = self.config.a_bits != FLOAT_BITS and self.input_grid.channel_dim is not None
         if self.config.transform == "equalize" and scales and not self.input_grid.exact:
             self.equalize()
+        self.start_weights()
+
+    def start_weights(self) -> None:
+        """First range and rounding of the weights, for the input scales as they are now."""
         weight, reference = self.folded_weight()
         self.weight_quantizer.initialize(weight, self.least_scale(reference))
 
@@ -264,7 +269,7 @@ class QuantMAC(QuantModule):
         for alpha in torch.linspace(0, 1, 11).tolist():
             scale = scale_full.max() * (scale_full / scale_full.max()) ** alpha
             spread = self.per_input(scale, per_input)
-            noise_inputs = (spread**2 * per_input).sum()
+            noise_inputs = ((spread / self.per_input(grid.fine, per_input)) ** 2 * per_input).sum()
             folded = self.float_weight().abs() * self.per_input(scale, weight)
             step = folded.flatten(1).amax(1) / qmax
             taps = weight[0, 0].numel() if weight.ndim > 2 else 1
@@ -290,7 +295,7 @@ class QuantMAC(QuantModule):
         if self.config.w_bits == FLOAT_BITS:
             return weight, reference.expand(self.outputs)
         w_int, scale = self.weight_quantizer(weight, self.least_scale(reference))
-        return w_int, (scale * reference).expand(self.outputs)
+        return w_int, (scale * reference / self.input_grid.refinement).expand(self.outputs)
 
     def float_bias(self) -> Tensor | None:
         """The float bias with its learned correction."""
@@ -299,7 +304,9 @@ class QuantMAC(QuantModule):
     def least_scale(self, reference: Tensor) -> Tensor | None:
         """The smallest s_w, per output, for which the bias takes at most half of an int32 accumulator."""
         bias = self.float_bias()
-        return None if bias is None else bias.detach().abs().double() / (reference.detach() * LARGEST_BIAS)
+        if bias is None:
+            return None
+        return bias.detach().abs().double() / (reference.detach() / self.input_grid.refinement * LARGEST_BIAS)
 
     def integer_bias(self, out_scale: Tensor) -> Tensor | None:
         """The bias in units of the accumulator: rounded to int32, or INT8 rescaled by eq. 19."""

@@ -132,8 +132,7 @@ def unread_tensors(model: "QuantModel") -> set[str]:
             drop(path, module, "module")
         elif isinstance(module, Grid):
             final = ("scale", "qmin", "qmax") if module.fixed is not None or module.bits == 32 else ()
-            whole = () if bool((module.copies > 1).any()) else ("copies",)
-            drop(path, module, "low", "high", "energy", "log_n", *final, *whole)
+            drop(path, module, "low", "high", "energy", "log_n", *final)
     return unread
 
 

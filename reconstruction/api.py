@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from quant.model import QuantModel
 from quant.rounding import ROUNDINGS
+from reconstruction.balance import balance_scales
 from reconstruction.config import PtqConfig
 from reconstruction.driver import Reconstruction
-from reconstruction.gptq import compensate_rounding
+from reconstruction.gptq import compensate_rounding, turned
 from reconstruction.objective import Objective
 from reconstruction.sensitivity import measure_sensitivities, predicted_losses
 from reconstruction.split import split_channels
@@ -71,8 +72,10 @@ def quantize(
     qmodel.observe(progress_bar(watched, desc="observing ranges", unit="batch", enabled=progress, leave=False))
     sensitivities = measure_sensitivities(qmodel, batches, objective, config.reconstruction.seed, progress)
     splitting = split_channels(qmodel, sensitivities, config.reconstruction.split)
+    if config.reconstruction.balance:
+        balance_scales(qmodel, sensitivities, config.reconstruction.balance, progress)
     if config.reconstruction.round_init == "gptq" and ROUNDINGS[config.quant.rounding].starts_anywhere:
-        compensate_rounding(qmodel, batches, config.reconstruction.seed, progress)
+        compensate_rounding(qmodel, turned(batches), config.reconstruction.seed, progress)
     with torch.no_grad():
         qmodel.quantize_nodes(True)
         timed = progress_bar(batches, desc="measuring J", unit="batch", enabled=progress, leave=False)

@@ -43,10 +43,13 @@ class ReconstructionConfig:
                 quantized prefix alone.
     regularizer: weight of AdaRound's regularizer.
     warmup:     share of the steps without it.
-    stress:     first ranges are also observed on the crops with strong, rotated colours (`reconstruction.stress`).
-    split:      channel splitting (Zhao et al. 2019): the share of multiply-accumulate operations that may be added. Input
-                channels whose rounding costs most J for their operations are carried by several channels of a_bits each.
+    stress:     first ranges are also observed on the crops with strong, rotated colours and with strong contrasts
+                (`reconstruction.stress`).
+    split:      channel splitting (after Zhao et al. 2019): the share of multiply-accumulate operations that may be added. Input
+                channels whose rounding costs most J for their operations are carried by two digits of a_bits each.
                 0 leaves it out. What it is worth: docs/results.md.
+    balance:    scales of input channels are raised where that lowers the predicted rise of J (`reconstruction.balance`); the number is
+                how much of the noise of weights rounded to nearest is expected to remain, 1 for all of it. 0 leaves it out.
     round_init: where learned rounding starts: "nearest", or "gptq", where each weight's rounding error is made good by the
                 others (Frantar et al. 2023). Only learned_offset and ste can start there; "nearest" and "adaround", which choose
                 between two neighbours, start as ever.
@@ -70,6 +73,7 @@ class ReconstructionConfig:
     warmup: float = 0.2
     stress: bool = True
     split: float = 0.1
+    balance: float = 0.3
     round_init: str = "gptq"
     seed: int = 0
 
@@ -85,7 +89,7 @@ class ReconstructionConfig:
                 raise InputError(f"{name} {getattr(self, name)} is negative; choose 0 or more")
         if self.batch < 1:
             raise InputError(f"batch {self.batch} is too small; choose 1 or more")
-        for name in ("tail_share", "input_mix", "warmup", "split"):
+        for name in ("tail_share", "input_mix", "warmup", "split", "balance"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} {getattr(self, name)} is out of range; choose 0 to 1")
 

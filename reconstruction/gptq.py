@@ -80,6 +80,15 @@ def compensate_rounding(qmodel: QuantModel, batches: Sequence[Tensor], seed: int
                 bar.update()
 
 
+def turned(batches: Sequence[Tensor]) -> list[Tensor]:
+    """The images, their mirror images, and both turned by a quarter: H of ten crops alone is met too well by the rounding."""
+    every = []
+    for batch in batches:
+        mirrored = batch.flip(-1)
+        every += [batch, mirrored, batch.transpose(-1, -2).flip(-2), mirrored.transpose(-1, -2).flip(-2)]
+    return every
+
+
 def _positions(qmodel: QuantModel, layers: dict[str, QuantMAC], image: Tensor) -> dict[str, int]:
     """At how many output positions one image shows each layer."""
     calls = [(name, call) for name, node in layers.items() for call in range(node.calls)]

@@ -57,7 +57,7 @@ def measure_sensitivities(
             dim = node.channel_dim % square.ndim
             curvature[name] = curvature.get(name, 0) + square.movedim(dim, 0).flatten(1).sum(1).double()
             if not number:
-                each = _taps(node) * node.float_weight().shape[1] * node.outputs
+                each = taps(node) * node.float_weight().shape[1] * node.outputs
                 macs[name] = macs.get(name, 0.0) + square[0].numel() / square.shape[dim] * each
     images = sum(map(len, batches))
     return {name: Sensitivity(value / images, macs[name]) for name, value in curvature.items()}
@@ -104,23 +104,27 @@ def _distortion_curvature(objective: Objective, x_hat: Tensor, x: Tensor, signs:
     return (second.clamp(min=0) / x_hat[0].numel()).to(x_hat.dtype)
 
 
-def _taps(node: QuantMAC) -> float:
+def taps(node: QuantMAC) -> float:
     """How many elements of the kernel meet an output position."""
     weight = node.float_weight()
-    taps = weight[0, 0].numel() if weight.ndim > 2 else 1
+    meeting = weight[0, 0].numel() if weight.ndim > 2 else 1
     if isinstance(node, QuantConvTranspose2d):
-        taps /= math.prod(node.module.stride)
-    return taps
+        meeting /= math.prod(node.module.stride)
+    return meeting
+
+
+def kernel_power(node: QuantMAC) -> Tensor:
+    """(outputs, inputs / groups), float64: by how much white noise in an input channel shows in an output channel."""
+    weight = node.float_weight()
+    return (weight.square().flatten(2).mean(2) if weight.ndim > 2 else weight.square()).double() * taps(node)
 
 
 @torch.no_grad()
 def input_noise(node: QuantMAC, sensitivity: Sensitivity) -> Tensor:
-    """(inputs,): the rise of J by rounding each input channel, s_x^2 / 12 through the squared weights."""
-    weight = node.float_weight()
-    power = (weight.square().flatten(2).mean(2) if weight.ndim > 2 else weight.square()).double() * _taps(node)
-    power = sensitivity.curvature[:, None] * power
+    """(inputs,): the rise of J by rounding each input channel, s_x^2 / 12 through the squared weights; s_x is the channel's own step."""
+    power = sensitivity.curvature[:, None] * kernel_power(node)
     per_input = power.reshape(node.groups, -1, power.shape[1]).sum(1).flatten()
-    scale = node.input_grid.parameters_of_grid()[0]
+    scale = node.input_grid.parameters_of_grid()[0] / node.input_grid.fine
     return 0.5 * scale.square() / 12 * per_input
 
 
@@ -132,7 +136,7 @@ def weight_noise(node: QuantMAC, sensitivity: Sensitivity) -> Tensor:
     grid = node.input_grid
     energy = grid.energy.double() / (grid.parameters_of_grid()[0] / reference).square()
     total = node.per_input(energy.expand(weight.shape[1] * node.groups), weight).flatten(1).sum(1)
-    return 0.5 * sensitivity.curvature * step.square() / 12 * total * _taps(node)
+    return 0.5 * sensitivity.curvature * step.square() / 12 * total * taps(node)
 
 
 def predicted_losses(qmodel: QuantModel, sensitivities: dict[str, Sensitivity]) -> dict[str, dict[str, float]]:

@@ -1,63 +1,60 @@
-"""Channel splitting: more steps for the input channels whose rounding costs most J.
+"""Channel splitting: a second digit for the input channels whose rounding costs most J.
 
-Zhao et al. 2019 (Outlier Channel Splitting) carry an outlier channel by two channels with the same weights and half the
-values. Here any channel may be split, m copies of b bits count m (2^b - 1) steps, so its rounding noise falls by m^2; which
-ones, is decided by the predicted rise of J (`reconstruction.sensitivity`) for each operation that is added.
+Zhao et al. 2019 (Outlier Channel Splitting, arXiv 1901.09504) carry an outlier channel by two channels with half its values
+each, which halves the step. Here the two are a high and a low digit, and their accumulators are added with a shift, so that
+the same operations make the step sixteen times smaller and the range four times larger. Which channels, is decided by
+the predicted rise of J (`reconstruction.sensitivity`) for each operation that is added; those are also the ones whose
+clipping would cost most.
 """
-
-import heapq
 
 import torch
 
 from quant.config import FLOAT_BITS
 from quant.model import QuantModel
+from quant.modules import LARGEST_ACCUMULATOR
 from reconstruction.sensitivity import Sensitivity, input_noise
 
-MOST_COPIES = 8
+MOST_BITS = 8  # inputs of more bits have two digits as it is
 
 
 @torch.no_grad()
 def split_channels(qmodel: QuantModel, sensitivities: dict[str, Sensitivity], share: float) -> dict:
     """Split input channels of an observed model, best gain for each operation first, until `share` more are needed.
 
-    Exact inputs (pixels, whole symbols) and wide ones (latents) are left alone, so are layers with one scale for all inputs.
+    Exact inputs (pixels, whole symbols) and wide ones (latents) are left alone, so are layers with one scale for all inputs
+    and layers whose accumulators might pass 32 bits.
 
     Returns:
-        {"extra_macs": share of operations added, "layers": {name: channels after / before}}.
+        {"extra_macs": share of operations added, "layers": {name: share of the channels split}}.
     """
     total = sum(sensitivity.macs for sensitivity in sensitivities.values())
     budget = share * total
-    copies, noise, price, queue = {}, {}, {}, []
+    chosen, queue = {}, []
     for name, sensitivity in sensitivities.items():
         node = qmodel.nodes[name]
         grid = node.input_grid
-        if share <= 0 or grid.channel_dim is None or grid.exact or grid.latent or FLOAT_BITS in (node.config.w_bits, node.config.a_bits):
+        if grid.channel_dim is None or grid.exact or grid.bits > MOST_BITS or node.config.w_bits == FLOAT_BITS:
             continue
-        noise[name] = input_noise(node, sensitivity).tolist()
-        copies[name] = [1] * len(noise[name])
-        price[name] = sensitivity.macs / len(noise[name])
-        queue += [(-_gain(value, 1) / price[name], name, channel) for channel, value in enumerate(noise[name])]
-    heapq.heapify(queue)
-    while queue:
-        _, name, channel = heapq.heappop(queue)
-        if price[name] > budget:
+        noise = input_noise(node, sensitivity)
+        price = sensitivity.macs / len(noise)
+        chosen[name] = torch.zeros(len(noise), dtype=torch.bool)
+        queue += [(-gain / price, name, channel, price) for channel, gain in enumerate(noise.tolist())]
+    for _, name, channel, price in sorted(queue):
+        if price <= budget:
+            budget -= price
+            chosen[name][channel] = True
+    facts = {"extra_macs": 0.0, "layers": {}}
+    for name, channels in chosen.items():
+        if not channels.any():
             continue
-        budget -= price[name]
-        copies[name][channel] += 1
-        if copies[name][channel] < MOST_COPIES:
-            gain = _gain(noise[name][channel], copies[name][channel])
-            heapq.heappush(queue, (-gain / price[name], name, channel))
-    growth = {}
-    for name, numbers in copies.items():
-        if max(numbers) > 1:
-            node = qmodel.nodes[name]
-            node.input_grid.copies = torch.tensor(numbers).to(node.input_grid.low)
-            node.initialize_weights()
-            growth[name] = sum(numbers) / len(numbers)
-    extra = sum((factor - 1) * sensitivities[name].macs for name, factor in growth.items())
-    return {"extra_macs": extra / total if total else 0.0, "layers": growth}
-
-
-def _gain(noise: float, copies: int) -> float:
-    """How much the noise falls with one copy more, from `noise` at one copy."""
-    return noise * (1 / copies**2 - 1 / (copies + 1) ** 2)
+        node = qmodel.nodes[name]
+        node.input_grid.split(channels)
+        node.start_weights()
+        w_int, out_scale = node.integer_weight()
+        if node.accumulator_bound(w_int, node.integer_bias(out_scale)) > LARGEST_ACCUMULATOR:
+            node.input_grid.split(torch.zeros_like(channels))
+            node.start_weights()
+            continue
+        facts["layers"][name] = float(channels.float().mean())
+        facts["extra_macs"] += facts["layers"][name] * sensitivities[name].macs / total
+    return facts

@@ -1,18 +1,30 @@
 """Calibration crops made harder: what a few photographs do not show, the ranges must hold all the same."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 SATURATION = 2.5
+CONTRAST = 2.5
 
 
 def stressed(crops: Tensor) -> Tensor:
-    """The crops with strong colours, and these with their channels rotated: (3 n, 3, H, W) 8-bit samples in 0..1.
+    """The crops made colourful, these with their channels rotated, and the crops made sharp: (4 n, 3, H, W) 8-bit samples in 0..1.
 
-    Ten photographs are mostly grey and green: channels that speak for colour clip on red parrots (Kodak 23) when their
-    ranges come from such crops alone.
+    Ten photographs are mostly grey and green, and photographs of many pixels are soft: channels that speak for colour clip on
+    red parrots (Kodak 23) when their ranges come from such crops alone, others on a facade of black and white stripes.
     """
     grey = crops.mean(1, keepdim=True)
-    strong = (grey + (crops - grey) * SATURATION).clamp(0, 1)
+    strong = grey + (crops - grey) * SATURATION
     rotated = [strong, strong[:, [1, 2, 0]], strong[:, [2, 0, 1]]]
-    return torch.round(torch.cat(rotated) * 255) / 255
+    return torch.round(torch.cat([*rotated, _sharp(crops)]).clamp(0, 1) * 255) / 255
+
+
+def _sharp(crops: Tensor) -> Tensor:
+    """Strong contrast at half the size, mirrored to the old one."""
+    mean = crops.mean((1, 2, 3), keepdim=True)
+    strong = (mean + (crops - mean) * CONTRAST).clamp(0, 1)
+    height, width = crops.shape[-2:]
+    small = F.interpolate(strong, size=((height + 1) // 2, (width + 1) // 2), mode="area")
+    wide = torch.cat([small, small.flip(-1)], -1)
+    return torch.cat([wide, wide.flip(-2)], -2)[..., :height, :width]

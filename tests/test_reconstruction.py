@@ -323,8 +323,11 @@ def test_ranges_hold_colours_that_the_crops_do_not_show():
     grey = images().mean(1, keepdim=True).expand(-1, 3, -1, -1) * 0.9
     crops = ((grey + torch.tensor([0.02, 0.0, -0.02]).reshape(1, 3, 1, 1)).clamp(0, 1) * 255).round() / 255
     harder = stressed(crops)
-    assert harder.shape == (12, 3, 64, 64) and torch.equal(harder * 255, (harder * 255).round())
-    assert float((harder.amax(1) - harder.amin(1)).mean()) > 2 * float((crops.amax(1) - crops.amin(1)).mean())
+    assert harder.shape == (16, 3, 64, 64) and torch.equal(harder * 255, (harder * 255).round())
+    colourful, sharp = harder[:12], harder[12:]
+    assert float((colourful.amax(1) - colourful.amin(1)).mean()) > 2 * float((crops.amax(1) - crops.amin(1)).mean())
+    assert float(sharp.diff(dim=-1).abs().mean()) > 3 * float(crops.diff(dim=-1).abs().mean())
+    assert stressed(crops[:, :, :33, :31]).shape == (16, 3, 33, 31)
     spans = []
     for stress in (False, True):
         qmodel = quantize(codec(), crops, method(iters=0, joint_iters=0, stress=stress), lmbda=0.01, progress=False)

@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quant.config import QuantConfig
+from quant.grid import Grid, split_shares
 from quant.model import QuantModel
+from quant.qtensor import QTensor
 from reconstruction.api import quantize
 from reconstruction.config import PtqConfig
 from reconstruction.objective import Objective
@@ -151,12 +152,37 @@ def test_splitting_stays_inside_its_budget_and_lowers_the_predicted_loss(share):
     qmodel, sensitivities, facts = split_model(share)
     plain = split_model(0.0)[0]
     assert facts["extra_macs"] <= share + 1e-9
-    grown = {n: float(node.input_grid.copies.mean()) for n, node in qmodel.nodes.items() if n in sensitivities}
+    split = {n: float((qmodel.nodes[n].input_grid.fine > 1).float().mean()) for n in sensitivities}
+    assert {n: s for n, s in split.items() if s} == pytest.approx(facts["layers"])
     total = sum(s.macs for s in sensitivities.values())
-    assert sum((g - 1) * sensitivities[n].macs for n, g in grown.items()) / total == pytest.approx(facts["extra_macs"])
+    assert sum(split[n] * sensitivities[n].macs for n in split) / total == pytest.approx(facts["extra_macs"])
     before, after = (sum(p["inputs"] for p in predicted_losses(m, sensitivities).values()) for m in (plain, qmodel))
     assert after < before if share else after == before
     assert share < 0.02 or facts["extra_macs"] > 0.8 * min(share, 0.1)
+
+
+def test_inputs_of_two_digits_already_and_accumulators_beyond_32_bits_are_left_alone():
+    nothing = {"extra_macs": 0.0, "layers": {}}
+    assert split_model(0.5, a_bits=10)[2] == nothing
+    assert split_model(0.5, w_bits=16)[2] == nothing
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_two_digits_hold_a_split_channel(bits):
+    fine, reach = split_shares(bits)
+    assert fine * reach <= 2**bits and fine >= reach
+    grid = Grid(bits, 24, 1, symmetry="one_sided")
+    x = torch.stack([torch.linspace(-1, 1, 1001), torch.linspace(0, 1, 1001)])[None]
+    grid.observe(x)
+    grid.initialize()
+    steps = grid.parameters_of_grid()[0]
+    grid.split(torch.tensor([True, True]))
+    scale, qmin, qmax = grid.parameters_of_grid()
+    assert torch.equal(scale, steps) and bool((qmax - qmin < 4**bits).all())
+    far = x * (reach - 0.1)
+    error = (grid(QTensor(far, None, None)).real() - far).abs().amax((0, 2))
+    assert bool((error <= 0.501 * scale / fine).all())  # neither clipped nor coarser than its own step
+    assert float(error[0]) > 0.1 * float(scale[0] / fine)
 
 
 @pytest.mark.parametrize("w_bits,a_bits", [(32, 8), (8, 32)])
@@ -164,45 +190,43 @@ def test_nothing_is_split_in_ablations_with_float_on_one_side(w_bits, a_bits):
     assert split_model(0.5, w_bits=w_bits, a_bits=a_bits)[2] == {"extra_macs": 0.0, "layers": {}}
 
 
+@pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("symmetry", ["symmetric", "one_sided", "asymmetric"])
-def test_a_split_channel_is_several_channels_of_eight_bits(symmetry):
-    """The accumulator of the split layer, from int8 channels: each copy in 8 bits, the weights repeated."""
-    qmodel, _, facts = split_model(1.0, a_symmetry=symmetry)
-    name = max(facts["layers"], key=facts["layers"].get)
-    node = qmodel.nodes[name]
-    grid, copies = node.input_grid, [int(c) for c in node.input_grid.copies]
+def test_a_split_channel_is_two_channels_of_few_bits(symmetry, bits):
+    """The accumulator of the split layer from three of a kernel of few bits: unsplit channels, high digits, low digits."""
+    qmodel, _, facts = split_model(0.1, a_symmetry=symmetry, a_bits=bits)
+    names = [name for name, share in facts["layers"].items() if share < 1]
+    assert {type(qmodel.nodes[name].module) for name in names} >= {nn.Conv2d, nn.ConvTranspose2d}
     qmodel.quantize_nodes(True)
     qmodel.freeze()
-    draw = torch.Generator().manual_seed(0)
-    low, high = grid.qmin, grid.qmax
-    shape = (1, len(copies), 1, 1)
-    x = torch.round(low.reshape(shape) + torch.rand(1, len(copies), 16, 16, generator=draw) * (high - low).reshape(shape))
-    x[:, :, 0, 0], x[:, :, 0, 1] = low, high
-    parts, weights = [], []
-    weight = node.weight_int.float()
-    for channel, copy in enumerate(copies):
-        zero = -float(low[channel]) if float(high[channel] + low[channel]) or symmetry == "asymmetric" else None
-        stored = x[:, channel] if zero is None else x[:, channel] + zero
-        left = stored
-        for remaining in range(copy, 0, -1):
-            part = torch.div(left, remaining, rounding_mode="floor")
-            left = left - part
-            smallest, largest = (-127, 127) if zero is None else (0, 255)
-            assert smallest <= float(part.min()) and float(part.max()) <= largest
-            parts.append(part)
-            weights.append(weight[:, channel])
-        assert not left.any()
-        if zero is not None:  # the zero point, as a kernel would subtract it: a constant channel
-            parts.append(torch.full_like(left, -zero))
-            weights.append(weight[:, channel])
-    whole, module = node.product(x, weight), node.module
-    inputs, stacked = torch.stack(parts, 1), torch.stack(weights, 1)
-    if isinstance(module, nn.ConvTranspose2d):
-        split = F.conv_transpose2d(inputs, stacked.transpose(0, 1), None, module.stride, module.padding, module.output_padding)
-    else:
-        split = F.conv2d(inputs, stacked, None, module.stride, module.padding)
-    assert max(copies) > 1
-    assert torch.equal(whole, split)
+    for name in names:
+        node = qmodel.nodes[name]
+        grid, split = node.input_grid, node.input_grid.fine > 1
+        refinement, base, weight = grid.refinement, 2.0**bits, node.weight_int.float()
+        draw = torch.Generator().manual_seed(0)
+        low, high = (grid.qmin.reshape(-1, 1, 1), grid.qmax.reshape(-1, 1, 1))
+        codes = torch.round(low + torch.rand(1, len(split), 16, 16, generator=draw) * (high - low))
+        codes[0, :, 0, 0], codes[0, :, 0, 1] = low[:, 0, 0], high[:, 0, 0]
+        signed = (low == -high) & (symmetry != "asymmetric")
+        zero = torch.where(signed, 0.0, -low)
+        main = torch.where(signed, codes, codes + zero)[:, ~split]
+        digits = torch.where(signed, codes, codes + zero)[:, split]
+        first = torch.div(digits, base, rounding_mode="floor")
+        second = digits - base * first
+        assert float(main.max()) < base and float(main.min()) >= -base / 2
+        assert float(second.min()) >= 0 and float(second.max()) < base and float(first.max()) < base and float(first.min()) >= -base / 2
+        unsplit, offset = torch.zeros_like(codes), (zero * (refinement / grid.fine).reshape(-1, 1, 1)).expand_as(codes)
+        unsplit[:, ~split] = main
+        parts = []
+        for digit in (first, second):
+            part = torch.zeros_like(codes)
+            part[:, split] = digit
+            parts.append(node.product(part, weight))
+        accumulator = refinement * node.product(unsplit, weight) + base * parts[0] + parts[1] - node.product(offset.contiguous(), weight)
+        numbers = codes * (refinement / grid.fine).reshape(-1, 1, 1)  # what the simulation holds
+        assert torch.equal(grid(QTensor(numbers, grid.scale.reshape(-1, 1, 1) / refinement, qmodel.runtime)).q, numbers)
+        assert torch.equal(node.product(numbers.double(), weight.double()), accumulator.double())
+        assert float(node.bound) < 2**31
 
 
 def test_a_split_model_is_saved_and_loaded_bit_for_bit(tmp_path):
@@ -213,8 +237,7 @@ def test_a_split_model_is_saved_and_loaded_bit_for_bit(tmp_path):
     assert set(qmodel.history["predicted"]) >= set(qmodel.history["splitting"]["layers"])
     qmodel.save(tmp_path / "model.safetensors")
     loaded = QuantModel.load(tmp_path / "model.safetensors")
-    copies = {n: node.input_grid.copies for n, node in qmodel.nodes.items() if n in qmodel.history["splitting"]["layers"]}
-    assert all(torch.equal(loaded.nodes[n].input_grid.copies, c) for n, c in copies.items())
+    assert all(torch.equal(loaded.nodes[n].input_grid.fine, qmodel.nodes[n].input_grid.fine) for n in qmodel.history["splitting"]["layers"])
     x = images(1, seed=9)
     with torch.no_grad():
         ours, theirs = qmodel(x), loaded(x)
