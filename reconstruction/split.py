@@ -21,8 +21,8 @@ MOST_BITS = 8  # inputs of more bits have two digits as it is
 def split_channels(qmodel: QuantModel, sensitivities: dict[str, Sensitivity], share: float) -> dict:
     """Split input channels of an observed model, best gain for each operation first, until `share` more are needed.
 
-    Exact inputs (pixels, whole symbols) and wide ones (latents) are left alone, so are layers with one scale for all inputs
-    and layers whose accumulators might pass 32 bits.
+    Exact inputs (pixels, whole symbols) and wide ones (latents) are left alone, so are layers with one scale for all inputs,
+    layers whose accumulators might pass 32 bits, and everything under `strict_int8`.
 
     Returns:
         {"extra_macs": share of operations added, "layers": {name: share of the channels split}}.
@@ -33,7 +33,7 @@ def split_channels(qmodel: QuantModel, sensitivities: dict[str, Sensitivity], sh
     for name, sensitivity in sensitivities.items():
         node = qmodel.nodes[name]
         grid = node.input_grid
-        if grid.channel_dim is None or grid.exact or grid.bits > MOST_BITS or node.config.w_bits == FLOAT_BITS:
+        if grid.channel_dim is None or grid.exact or grid.bits > MOST_BITS or node.config.w_bits == FLOAT_BITS or node.config.strict_int8:
             continue
         noise = input_noise(node, sensitivity)
         price = sensitivity.macs / len(noise)

@@ -161,10 +161,11 @@ def test_splitting_stays_inside_its_budget_and_lowers_the_predicted_loss(share):
     assert share < 0.02 or facts["extra_macs"] > 0.8 * min(share, 0.1)
 
 
-def test_inputs_of_two_digits_already_and_accumulators_beyond_32_bits_are_left_alone():
+def test_what_has_two_digits_already_may_have_none_or_would_pass_32_bits_is_left_alone():
     nothing = {"extra_macs": 0.0, "layers": {}}
     assert split_model(0.5, a_bits=10)[2] == nothing
     assert split_model(0.5, w_bits=16)[2] == nothing
+    assert split_model(0.5, strict_int8=True)[2] == nothing
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
