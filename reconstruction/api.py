@@ -50,7 +50,8 @@ def quantize(
     Returns:
         A frozen `QuantModel`. Its `history` has J of the float codec (`j_float`), of the quantized one before and after
         (`j_start`, `j_end`), the same for each unit, what channel splitting added (`splitting`), the rise of J that rounding
-        noise still makes in each layer (`predicted`), seconds, and the peak memory of the process in MB.
+        noise still makes in each layer (`predicted`), seconds in all and `seconds_by_step` of this process, and the peak
+        memory of the process in MB.
 
     Raises:
         InputError: images of a wrong shape, a lambda that is not positive, a folder of another calibration.
@@ -69,25 +70,44 @@ def quantize(
     batches = list(images.to(device).split(config.reconstruction.batch))
     harder = stressed(images.to(device)).split(config.reconstruction.batch) if config.reconstruction.stress else ()
     watched = [*batches, *harder]
+    clock = _Clock()
     qmodel.observe(progress_bar(watched, desc="observing ranges", unit="batch", enabled=progress, leave=False))
+    clock.lap("observing")
     sensitivities = measure_sensitivities(qmodel, batches, objective, config.reconstruction.seed, progress)
+    clock.lap("measuring sensitivities")
     splitting = split_channels(qmodel, sensitivities, config.reconstruction.split)
     if config.reconstruction.balance:
         balance_scales(qmodel, sensitivities, config.reconstruction.balance, progress)
+    clock.lap("splitting and balancing")
     if config.reconstruction.round_init == "gptq" and ROUNDINGS[config.quant.rounding].starts_anywhere:
         compensate_rounding(qmodel, turned(batches), config.reconstruction.seed, progress)
+    clock.lap("compensating rounding")
     with torch.no_grad():
         qmodel.quantize_nodes(True)
         timed = progress_bar(batches, desc="measuring J", unit="batch", enabled=progress, leave=False)
         j_start = torch.cat([objective(qmodel(batch), batch) for batch in timed]).double().mean()
     history = {"j_start": float(j_start), "splitting": splitting}
     history |= Reconstruction(qmodel, batches, config.reconstruction, objective, state, progress).run()
+    clock.lap("learning")
     history["predicted"] = predicted_losses(qmodel, sensitivities)
     qmodel.freeze()
+    history["seconds_by_step"] = clock.laps
     history["seconds"] = time.monotonic() - started + history.pop("resumed_seconds")
     history["peak_memory_mb"] = peak_memory_mb(device)
     qmodel.history = history
     return qmodel
+
+
+class _Clock:
+    """Seconds of each step."""
+
+    def __init__(self):
+        self.laps: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def lap(self, name: str) -> None:
+        now = time.monotonic()
+        self.laps[name], self._last = now - self._last, now
 
 
 def peak_memory_mb(device: torch.device | str) -> float:

@@ -12,7 +12,7 @@ from models.registry import LAMBDAS, create_model
 from support.cli import main_guard
 
 ARCH = "minnen2018-mean"
-TIMES = {"seconds", "calibration_seconds", "resumed_seconds", "peak_memory_mb",
+TIMES = {"seconds", "calibration_seconds", "resumed_seconds", "seconds_by_step", "peak_memory_mb",
          "model_bytes"}  # the file tells the calibration time, in so many digits
 
 

@@ -1,0 +1,70 @@
+"""How long a calibration takes and how much memory it needs, and how both grow with a codec's width.
+
+    python benchmarks/calibration.py --arch lu2022 --width 1 1.5 2
+
+Widths multiply the channels of the reference configuration; weights and images are random, which neither time nor memory depends
+on. Two crops and two steps of the joint pass are timed, each width in a process of its own; the time of the default
+settings (ten crops, 40 steps) follows from them, because every step but balancing takes its time once for each crop or step.
+"""
+
+import argparse
+import multiprocessing
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from tabulate import tabulate
+
+from models.registry import create_model, get_architecture
+from reconstruction.api import quantize
+from reconstruction.config import PtqConfig, ReconstructionConfig
+from support import options
+from support.cli import ArgumentParser, main_guard
+from support.determinism import seed_everything, set_threads
+
+CROPS = 2
+STEPS = 2
+DEFAULT_CROPS = 10
+
+
+def calibrate(arch: str, width: float, crop: int, threads: int) -> dict:
+    """The history of a short calibration, with the codec's parameters and the time that the default would take."""
+    set_threads(threads)
+    seed_everything(0)
+    sizes = get_architecture(arch).sizes(None, "reference")
+    wider = {name: round(width * size) for name, size in sizes.items() if name in ("N", "M")}
+    model = create_model(arch, configuration="reference", **wider).eval()
+    images = (torch.nn.functional.interpolate(torch.rand(CROPS, 3, 16, 16), size=(crop, crop), mode="bicubic").clamp(0, 1) * 255).round() / 255
+    history = quantize(model, images, PtqConfig.from_preset(joint_iters=STEPS), lmbda=0.01, progress=False).history
+    laps, joint = history["seconds_by_step"], history["joint"]["seconds"]
+    crops = DEFAULT_CROPS / CROPS
+    once = sum(laps.values()) - laps["splitting and balancing"] - joint
+    whole = laps["splitting and balancing"] + crops * once + joint * ReconstructionConfig().joint_iters / STEPS
+    return history | {"parameters": sum(p.numel() for p in model.parameters()), "default": whole, "sizes": wider}
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--arch", default="lu2022")
+    parser.add_argument("--width", nargs="+", type=float, default=[1.0, 1.5, 2.0], help="factors on the channels (default: 1 1.5 2)")
+    parser.add_argument("--crop", type=options.positive, default=256)
+    parser.add_argument("--threads", type=options.threads, default=1)
+    arguments = parser.parse_args()
+    rows = []
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:  # a process's peak of memory is its own
+        for width in arguments.width:
+            found = pool.apply(calibrate, (arguments.arch, width, arguments.crop, arguments.threads))
+            laps = found["seconds_by_step"]
+            rows.append([", ".join(f"{name}={size}" for name, size in found["sizes"].items()), f"{found['parameters'] / 1e6:.2f} M",
+                         *(f"{seconds:.0f} s" for seconds in laps.values()), f"{found['default'] / 60:.1f} min",
+                         f"{found['peak_memory_mb']:.0f} MB"])  # fmt: skip
+            print(f"{rows[-1][0]}: {rows[-1][-2]}, {rows[-1][-1]}", file=sys.stderr, flush=True)
+    header = ["channels", "parameters", *laps, "default settings, about", "peak memory"]
+    print(f"{arguments.arch}, {CROPS} crops of {arguments.crop} pixels, {STEPS} steps, {arguments.threads} thread(s)\n")
+    print(tabulate(rows, headers=header, tablefmt="github", disable_numparse=True))
+
+
+if __name__ == "__main__":
+    sys.exit(main_guard(main))
