@@ -61,6 +61,7 @@ class Grid(nn.Module):
         self.register_buffer("scale", torch.ones((), dtype=torch.float64))  # valid once frozen, or when fixed
         self.register_buffer("qmin", torch.zeros(()))
         self.register_buffer("qmax", torch.zeros(()))
+        self.ranges_only = False  # what is observed next does not count for the energy
         self._seen: tuple[Tensor, Tensor, Tensor] | None = None  # lowest, highest, sum of squares: (channels,)
         self._count = 0
         self._samples: list[Tensor] = []
@@ -79,7 +80,8 @@ class Grid(nn.Module):
         self.pixels, self.latent = self.pixels or is_pixels, self.latent or is_latent
         self.whole = self.whole and is_latent and bool((x == torch.round(x)).all())
         rows = self._rows(x.detach())
-        new = rows.amin(1), rows.amax(1), rows.square().mean(1) * rows.shape[1]
+        energy = torch.zeros_like(rows[:, 0]) if self.ranges_only else rows.square().mean(1) * rows.shape[1]
+        new = rows.amin(1), rows.amax(1), energy
         if self._seen is None:
             self._seen = new
         else:  # in place: small tensors kept from every batch would cut the heap into pieces, gigabytes of them
@@ -87,7 +89,7 @@ class Grid(nn.Module):
             torch.minimum(low, new[0], out=low)
             torch.maximum(high, new[1], out=high)
             energy.add_(new[2])
-        self._count += rows.shape[1]
+        self._count += 0 if self.ranges_only else rows.shape[1]
         if self.spec.method != "max":
             step = max(1, rows.shape[1] * 8 // _SAMPLES)
             self._samples.append(rows[:, ::step].clone())
@@ -98,7 +100,7 @@ class Grid(nn.Module):
             return
         if self._seen is None:
             raise RuntimeError("a grid saw no value in calibration")
-        low, high, self.energy = self._seen[0].clamp(max=0), self._seen[1].clamp(min=0), self._seen[2] / self._count
+        low, high, self.energy = self._seen[0].clamp(max=0), self._seen[1].clamp(min=0), self._seen[2] / max(self._count, 1)
         if self.pixels:
             low, high = torch.zeros_like(low), torch.ones_like(high)
         # a channel that was silent in calibration may speak later: give it a share of the loudest one's range
@@ -120,7 +122,7 @@ class Grid(nn.Module):
         self.exact = self.exact or self.pixels
         if self._samples and not self.exact:
             self.log_n.data = torch.log(self._estimate(torch.cat(self._samples, dim=1), low, high)).reshape(self.log_n.shape)
-        self._seen, self._count, self._samples = None, 0, []
+        self._seen, self._count, self._samples, self.ranges_only = None, 0, [], False
 
     def _estimate(self, samples: Tensor, low: Tensor, high: Tensor) -> Tensor:
         """N per channel by the range estimator, from samples (channels, values) of a range low .. high.

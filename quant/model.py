@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from quant.config import QuantConfig
 
 from quant.fixedpoint import quantize_multiplier, requantize
+from quant.grid import Grid
 from quant.modules import QuantModule
 from quant.qtensor import QTensor, to_real
 from quant.rewriter import rewrite
@@ -78,8 +79,13 @@ class QuantModel(nn.Module):
     # -------------------------------------------------------------------------------------------------- calibration
 
     @torch.no_grad()
-    def observe(self, batches: Iterable[Tensor]) -> None:
-        """Run the float codec on calibration images and set every static range from what was seen."""
+    def observe(self, batches: Iterable[Tensor], harder: Iterable[Tensor] = ()) -> None:
+        """Run the float codec on calibration images and set every static range from what was seen.
+
+        Args:
+            batches: images (B, 3, H, W) in 0..1.
+            harder: more of them, for the ranges alone: the mean squares that noise models need are those of `batches`.
+        """
         if self.loaded:
             raise InputError("a model from a file is final: its float weights are not in it; quantize the codec again")
         self.quantize_nodes(False)
@@ -87,11 +93,16 @@ class QuantModel(nn.Module):
         runtime.observing = True
         first = None
         try:
-            for batch in batches:
-                first = batch[:1] if first is None else first
-                for node in runtime.nodes.values():
-                    node.calls = 0
-                self(batch)
+            for ranges_only, images in ((False, batches), (True, harder)):
+                for batch in images:
+                    first = batch[:1] if first is None else first
+                    for node in runtime.nodes.values():
+                        node.calls = 0
+                    self(batch)
+                if not ranges_only:
+                    for module in self.modules():
+                        if isinstance(module, Grid):
+                            module.ranges_only = True
         finally:
             runtime.observing = False
         if not runtime.nodes:

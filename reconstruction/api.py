@@ -2,10 +2,12 @@
 
 import resource
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from quant.model import QuantModel
 from quant.rounding import ROUNDINGS
@@ -69,9 +71,9 @@ def quantize(
     qmodel = QuantModel(model, config.quant).to(device)
     batches = list(images.to(device).split(config.reconstruction.batch))
     harder = stressed(images.to(device)).split(config.reconstruction.batch) if config.reconstruction.stress else ()
-    watched = [*batches, *harder]
     clock = _Clock()
-    qmodel.observe(progress_bar(watched, desc="observing ranges", unit="batch", enabled=progress, leave=False))
+    with progress_bar(total=len(batches) + len(harder), desc="observing ranges", unit="batch", enabled=progress, leave=False) as bar:
+        qmodel.observe(_counted(batches, bar), _counted(harder, bar))
     clock.lap("observing")
     sensitivities = measure_sensitivities(qmodel, batches, objective, config.reconstruction.seed, progress)
     clock.lap("measuring sensitivities")
@@ -96,6 +98,12 @@ def quantize(
     history["peak_memory_mb"] = peak_memory_mb(device)
     qmodel.history = history
     return qmodel
+
+
+def _counted(batches: Iterable[Tensor], bar: tqdm) -> Iterator[Tensor]:
+    for batch in batches:
+        yield batch
+        bar.update()
 
 
 class _Clock:
