@@ -143,8 +143,9 @@ def prepare(args: argparse.Namespace) -> Run:
     out = args.out or f"runs/{models[0].arch}_w{config.quant.w_bits}a{config.quant.a_bits}_{method}"
     folder = RunFolder(out, settings, args.resume)
     idle = None
-    if args.unit and args.unit != "network" and not config.reconstruction.iters:
-        idle = f"--unit {args.unit} has no effect: no unit is reconstructed before the joint pass; give --iters N steps per unit, e.g. 20"
+    learning = config.reconstruction
+    if args.unit and not learning.iters and not (args.unit == "network" and learning.joint_iters):
+        idle = f"--unit {args.unit} has no effect: units are reconstructed in 0 steps each; give their number, e.g. --iters 20"
     return Run(args=args, config=config, device=device, models=models, multiple=multiple, dataset=dataset, crops=crops,
                folder=folder, warnings=[remark for remark in (remark, scarce, idle) if remark], started=time.monotonic())
 

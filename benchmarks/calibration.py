@@ -3,8 +3,9 @@
     python benchmarks/calibration.py --arch lu2022 --width 1 1.5 2
 
 Widths multiply the channels of the reference configuration; weights and images are random, which neither time nor memory depends
-on. Two crops and two steps of the joint pass are timed, each width in a process of its own; the time of the default
-settings (ten crops, 40 steps) follows from them, because every step but balancing takes its time once for each crop or step.
+on. Two crops and two steps of the joint pass are timed, each width in a process of its own. From them follows the time of the
+default settings (ten crops, 40 steps), as if everything but balancing took its time once for each crop or step; compensating
+rounding also has a part that does not grow with the crops, so this is an upper bound.
 """
 
 import argparse
@@ -61,7 +62,7 @@ def main() -> None:
                          *(f"{seconds:.0f} s" for seconds in laps.values()), f"{found['default'] / 60:.1f} min",
                          f"{found['peak_memory_mb']:.0f} MB"])  # fmt: skip
             print(f"{rows[-1][0]}: {rows[-1][-2]}, {rows[-1][-1]}", file=sys.stderr, flush=True)
-    header = ["channels", "parameters", *laps, "default settings, about", "peak memory"]
+    header = ["channels", "parameters", *laps, "default settings, at most", "peak memory"]
     print(f"{arguments.arch}, {CROPS} crops of {arguments.crop} pixels, {STEPS} steps, {arguments.threads} thread(s)\n")
     print(tabulate(rows, headers=header, tablefmt="github", disable_numparse=True))
 

@@ -8,6 +8,7 @@ repeated. Further settings by --set, as in main_ptq.py.
 """
 
 import argparse
+import hashlib
 import json
 import statistics
 import sys
@@ -19,10 +20,11 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
-from data.calibration import sample_crops
-from data.datasets import open_dataset
+from data.datasets import Dataset
 from data.images import load_image
 from evaluation.float_models import find_float_models
+from evaluation.inputs import calibration_crops, evaluation_set
+from models.registry import get_architecture
 from reconstruction.api import quantize
 from reconstruction.config import PtqConfig, parse_knobs
 from reconstruction.objective import Objective, rate
@@ -31,14 +33,15 @@ from support.cli import ArgumentParser, main_guard
 from support.determinism import seed_everything, set_threads
 from support.errors import InputError
 from support.files import write_json
+from support.version import __version__
 
 SIDE = 256
 
 
-def centres(name: str) -> list[Tensor]:
+def centres(dataset: Dataset) -> list[Tensor]:
     """The middle of each image of a data set, (1, 3, SIDE, SIDE)."""
     crops = []
-    for path in open_dataset(name).paths:
+    for path in dataset.paths:
         image = load_image(path)
         if min(image.shape[1:]) < SIDE:
             raise InputError(f"{path}: smaller than {SIDE} x {SIDE} pixels; choose other images with --eval")
@@ -71,7 +74,7 @@ def bit_pair(text: str) -> tuple[int, int]:
 def main() -> None:
     parser = ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--arch", default="lu2022")
-    parser.add_argument("--checkpoint")
+    parser.add_argument("--checkpoint", type=options.existing_or_pattern)
     parser.add_argument("--quality", type=int, default=3)
     parser.add_argument("--bits", nargs="+", type=bit_pair, default=[(8, 8), (6, 6), (4, 8)], help="w_bits,a_bits (default: 8,8 6,6 4,8)")
     parser.add_argument("--losses", nargs="+", choices=options.LOSSES, default=["rd", "mse"], help="(default: rd mse)")
@@ -91,7 +94,9 @@ def main() -> None:
     PtqConfig.from_preset("licq", **knobs)
     set_threads(arguments.threads)
     source = find_float_models(arguments.arch, [arguments.quality], arguments.checkpoint)[0]
-    objective, crops = Objective(source.lmbda), centres(arguments.data)
+    multiple = get_architecture(source.arch).multiple
+    dataset, _ = evaluation_set(arguments.data)
+    objective, crops = Objective(source.lmbda), centres(dataset)
     model = source.load()
     done = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {}
     budget = f"{arguments.calib} {arguments.num_calib}x{arguments.crop} {sorted(arguments.knobs)}"
@@ -104,11 +109,12 @@ def main() -> None:
         for loss in arguments.losses:
             rises, found = [], []
             for seed in arguments.seeds:
-                key = f"{prefix} | W{w_bits}A{a_bits} {loss} {seed}"
+                config = PtqConfig.from_preset("licq", **{**knobs, "w_bits": w_bits, "a_bits": a_bits, "loss": loss, "seed": seed})
+                settings = hashlib.sha256(json.dumps([__version__, config.to_dict()], sort_keys=True).encode()).hexdigest()[:8]
+                key = f"{prefix} {settings} | W{w_bits}A{a_bits} {loss} {seed}"
                 if key not in done:
                     seed_everything(seed)
-                    calibration = sample_crops(open_dataset(arguments.calib).paths, arguments.num_calib, arguments.crop, seed)
-                    config = PtqConfig.from_preset("licq", **{**knobs, "w_bits": w_bits, "a_bits": a_bits, "loss": loss, "seed": seed})
+                    calibration, _, _ = calibration_crops(arguments.calib, arguments.num_calib, arguments.crop, seed, multiple, "mse", dataset)
                     codec = quantize(model, calibration, config, lmbda=source.lmbda)
                     history = codec.history
                     done[key] = measure(codec, crops, objective) | {

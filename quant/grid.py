@@ -9,7 +9,7 @@ from quant.qtensor import QTensor
 from quant.ranges import RangeSpec
 
 _SAMPLES = 4096  # values kept per channel for the range estimators
-SECOND_DIGIT = 6  # bits at most that a split channel has more
+SECOND_DIGIT = 6  # bits at most that a split channel has more: enough, and accumulators stay inside 32 bits
 LATENT_HEADROOM = 4.0  # rounded latents have heavy tails: other images reach further than the calibration crops
 
 
@@ -19,10 +19,10 @@ class Grid(nn.Module):
     Whole numbers are held without their zero point: symmetric -(2^(b-1)-1) .. 2^(b-1)-1; channels with a zero point z use
     0 .. 2^b - 1 and are held as -z .. 2^b - 1 - z, so that a product needs no correction.
 
-    A channel may be split into two digits: its steps are `fine` times smaller and it reaches further than low and high.
-    Numbers of a grid with split channels are in units of scale / `refinement`; those of other channels are multiples
-    of `refinement`. A kernel of b bits sees the other channels, the high digits and the low digits, all with the
-    same weights, and adds the three accumulators with two shifts.
+    A channel may be split into two digits of b bits (low digits without a sign): its steps are `fine` times smaller and it
+    reaches further than low and high. Numbers of a grid with split channels are in units of scale / `refinement`; those of
+    other channels are multiples of `refinement`. A kernel sees the other channels, the high digits and the low digits, all
+    with the same weights, and adds the three accumulators with two shifts.
 
     Args:
         bits: width; 32 passes values through.
@@ -172,7 +172,7 @@ class Grid(nn.Module):
     @property
     def refinement(self) -> float:
         """The unit of numbers on the grid is scale / refinement; 1 without split channels."""
-        return 1.0 if self.split_steps is None else float(self.split_steps.max())
+        return 1.0 if self.split_steps is None else float(split_shares(self.bits)[0])
 
     def parameters_of_grid(self) -> tuple[Tensor, Tensor, Tensor]:
         """(scale float64, qmin, qmax), each of shape () or (channels,); differentiable in log_n.
@@ -224,20 +224,20 @@ class Grid(nn.Module):
         if self.bits == FLOAT_BITS:
             return x.like(x.real(), None)
         scale, qmin, qmax = self.parameters_of_grid()
-        split, fine = self.refinement, self.fine
+        refinement, fine = self.refinement, self.fine
         if scale.ndim:
             shape = self.shape_for(x.ndim)
             scale, qmin, qmax = scale.reshape(shape), qmin.reshape(shape), qmax.reshape(shape)
             fine = fine.reshape(shape) if fine.ndim else fine
-        if split == 1 and x.is_integer and x.scale is scale:
+        if refinement == 1 and x.is_integer and x.scale is scale:
             return x
-        step = scale if split == 1 else scale / fine  # fine is a power of two
+        step = scale if refinement == 1 else scale / fine  # fine is a power of two
         if x.is_integer:
             q = requantize_ste(x.q, _broadcast(x.scale / step, x.q.ndim), Limits(qmin, qmax))
         else:
             q = round_ste((x.q / step).to(torch.float32))
             q = torch.minimum(torch.maximum(q, qmin.to(q.dtype)), qmax.to(q.dtype)).to(torch.float32)
-        return x.like(q, scale) if split == 1 else x.like(q * (split / fine), scale / split)
+        return x.like(q, scale) if refinement == 1 else x.like(q * (refinement / fine), scale / refinement)
 
     def largest(self) -> Tensor:
         """The largest magnitude of a number on this grid, per channel or ()."""
@@ -253,7 +253,10 @@ def _broadcast(multiplier: Tensor, ndim: int) -> Tensor:
 
 
 def split_shares(bits: int) -> tuple[int, int]:
-    """(how much finer the steps of a split channel are, how much further it reaches): a second digit has at most `bits` bits."""
+    """(how much finer the steps of a split channel are, how much further it reaches): 16 and 4 from 6 bits, less below.
+
+    A second digit adds at most `bits` bits, of which a third goes to the range.
+    """
     more = min(SECOND_DIGIT, bits)
     reach = more // 3
     return 2 ** (more - reach), 2**reach

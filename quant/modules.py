@@ -236,10 +236,6 @@ class QuantMAC(QuantModule):
 
     def initialize(self) -> None:
         super().initialize()
-        self.initialize_weights()
-
-    def initialize_weights(self) -> None:
-        """How far the input scales spread, then first range and rounding of the weights."""
         if self.config.w_bits == FLOAT_BITS:
             return
         scales = self.config.a_bits != FLOAT_BITS and self.input_grid.channel_dim is not None
@@ -269,7 +265,7 @@ class QuantMAC(QuantModule):
         for alpha in torch.linspace(0, 1, 11).tolist():
             scale = scale_full.max() * (scale_full / scale_full.max()) ** alpha
             spread = self.per_input(scale, per_input)
-            noise_inputs = ((spread / self.per_input(grid.fine, per_input)) ** 2 * per_input).sum()
+            noise_inputs = (spread**2 * per_input).sum()
             folded = self.float_weight().abs() * self.per_input(scale, weight)
             step = folded.flatten(1).amax(1) / qmax
             taps = weight[0, 0].numel() if weight.ndim > 2 else 1
@@ -374,10 +370,18 @@ class QuantMAC(QuantModule):
         self.weight_int = self.bias_int = self.out_scale = self.bound = None
 
     def accumulator_bound(self, w_int: Tensor, b_int: Tensor | None) -> Tensor:
-        """max over outputs of sum |w_int| * max |x_int| + |b_int|: no partial sum can exceed it (design, section 4)."""
+        """max over outputs of sum |w_int| * max |x_int| + |b_int|: no partial sum can exceed it (design, section 4).
+
+        Of numbers without their zero point. A kernel that adds stored ones and the digits of split channels first, and takes
+        off the zero points at the end, needs sums modulo 2^32, which int32 is.
+        """
         largest = self.per_input(self.input_grid.largest().double(), w_int)
-        total = (w_int.double().abs() * largest).flatten(1).sum(1)
+        total = self.largest_sum(w_int.double().abs() * largest)
         return (total if b_int is None else total + b_int.abs()).max()
+
+    def largest_sum(self, products: Tensor) -> Tensor:
+        """(outputs,): the most that an output position can sum up, from the largest product of each (canonical) weight."""
+        return products.flatten(1).sum(1)
 
     def learnable(self) -> dict[str, list[nn.Parameter]]:
         knobs: dict[str, list[nn.Parameter]] = {}
@@ -439,6 +443,15 @@ class QuantConvTranspose2d(QuantMAC):
         outputs, per_group, *kernel = weight.shape
         grouped = weight.reshape(self.module.groups, outputs // self.module.groups, per_group, *kernel)
         return grouped.transpose(1, 2).reshape(-1, outputs // self.module.groups, *kernel)
+
+    def largest_sum(self, products: Tensor) -> Tensor:
+        """Taps meet at an output position only where they are of one residue of the stride, on both axes."""
+        sums = products.sum(1)
+        for axis, (size, stride, dilation) in enumerate(zip(self.module.kernel_size, self.module.stride, self.module.dilation), 1):
+            residues = (torch.arange(size, device=sums.device) * dilation) % stride
+            shape = [*sums.shape[:axis], stride, *sums.shape[axis + 1 :]]
+            sums = sums.new_zeros(shape).index_add_(axis, residues, sums)
+        return sums.flatten(1).amax(1)
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
         m = self.module

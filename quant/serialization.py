@@ -26,7 +26,7 @@ from support.errors import InputError
 if TYPE_CHECKING:
     from quant.model import QuantModel
 
-VERSION = 1
+VERSION = 2
 _SMALL = (torch.int8, torch.int16, torch.int32)
 _GRID_FACTS = ("bits", "channel_dim", "fixed", "pixels")
 

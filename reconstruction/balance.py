@@ -12,7 +12,7 @@ from torch import Tensor
 from quant.config import FLOAT_BITS
 from quant.fixedpoint import int_range
 from quant.model import QuantModel
-from quant.modules import QuantMAC
+from quant.modules import LARGEST_ACCUMULATOR, QuantMAC
 from reconstruction.sensitivity import Sensitivity, input_noise, kernel_power, taps, weight_noise
 from support.progress import progress as progress_bar
 
@@ -21,7 +21,7 @@ STEPS = 200
 
 @torch.no_grad()
 def balance_scales(qmodel: QuantModel, sensitivities: dict[str, Sensitivity], share: float, progress: bool = True) -> None:
-    """Raise the scales of input channels of an observed model where that lowers the predicted rise of J.
+    """Raise the scales of input channels of an observed model where that lowers the predicted rise of J and int32 still holds it.
 
     None becomes smaller: what `QuantConfig.transform` gave is also a layer's room for images that reach further than the
     calibration crops. Layers with groups, exact inputs or one scale for all inputs are left alone.
@@ -35,7 +35,9 @@ def balance_scales(qmodel: QuantModel, sensitivities: dict[str, Sensitivity], sh
         before, start = _noise(node, sensitivity, share), log_n.data.clone()
         log_n.data = _balanced(node, sensitivity, share).to(log_n)
         node.start_weights()
-        if _noise(node, sensitivity, share) > before:
+        w_int, out_scale = node.integer_weight()
+        fits = node.accumulator_bound(w_int, node.integer_bias(out_scale)) <= LARGEST_ACCUMULATOR
+        if _noise(node, sensitivity, share) > before or not fits:
             log_n.data = start
             node.start_weights()
 
@@ -57,6 +59,7 @@ def _balanced(node: QuantMAC, sensitivity: Sensitivity, share: float) -> Tensor:
     largest = weight.abs().flatten(2).amax(2).double() if weight.ndim > 2 else weight.abs().double()
     of_inputs = (curvature[:, None] * kernel_power(node)).sum(0) / grid.fine.double().square()
     energy, qmax = grid.energy.double(), int_range(node.config.w_bits)[1]
+    meeting = taps(node)
     rise = torch.zeros_like(start)
     best, least = rise.clone(), torch.inf
     optimizer = torch.optim.Adam([rise.requires_grad_(True)])
@@ -65,7 +68,7 @@ def _balanced(node: QuantMAC, sensitivity: Sensitivity, share: float) -> Tensor:
             scale = scale_now * torch.exp(rise)
             inputs = (scale.square() * of_inputs).sum()
             steps = (largest * scale).amax(1) / qmax
-            weights = taps(node) * (curvature * steps.square()).sum() * (energy / scale.square()).sum()
+            weights = meeting * (curvature * steps.square()).sum() * (energy / scale.square()).sum()
             loss = torch.log(inputs + share * weights)
             if loss.item() < least:
                 best, least = rise.detach().clone(), loss.item()

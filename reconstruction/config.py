@@ -109,7 +109,7 @@ def parse_knobs(assignments: Iterable[tuple[str, str]], taken: Mapping[str, Any]
         if name not in fields:
             raise InputError(f"--set {name}: no such knob; known are {', '.join(sorted(fields))}")
         if name in knobs:
-            raise InputError(f"--set {name} is given twice or has a flag of its own; use --{name} once")
+            raise InputError(f"--set {name} is given twice or has an option of its own; give it once")
         knobs[name] = options.convert(name, text, fields[name].default)
     return knobs
 

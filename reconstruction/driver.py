@@ -279,8 +279,8 @@ class _UnitRun:
         chosen = [{k: p for k, p in self.parameters.items() if (knob := k.split("|")[1]) in phase and knob in config.learn}
                   for phase in phases]  # fmt: skip
         chosen = [active for active in chosen if active]  # a phase with nothing to learn takes no steps
-        for active in chosen:
-            self._learn(active, config.iters // len(chosen))
+        for number, active in enumerate(chosen):
+            self._learn(active, (config.iters + number) // len(chosen))
         self._hard(True)
         j_after, eq12 = engine._measure(everything, self.cache)
         after = self._score(j_after, eq12)

@@ -2,16 +2,16 @@
 
 Zhao et al. 2019 (Outlier Channel Splitting, arXiv 1901.09504) carry an outlier channel by two channels with half its values
 each, which halves the step. Here the two are a high and a low digit, and their accumulators are added with a shift, so that
-the same operations make the step sixteen times smaller and the range four times larger. Which channels, is decided by
-the predicted rise of J (`reconstruction.sensitivity`) for each operation that is added; those are also the ones whose
-clipping would cost most.
+from 6 bits on the same operations make the step sixteen times smaller and the range four times larger. Which channels, is
+decided by the predicted rise of J (`reconstruction.sensitivity`) for each operation that is added.
 """
 
 import torch
+from torch import Tensor
 
 from quant.config import FLOAT_BITS
 from quant.model import QuantModel
-from quant.modules import LARGEST_ACCUMULATOR
+from quant.modules import LARGEST_ACCUMULATOR, QuantMAC
 from reconstruction.sensitivity import Sensitivity, input_noise
 
 MOST_BITS = 8  # inputs of more bits have two digits as it is
@@ -25,36 +25,51 @@ def split_channels(qmodel: QuantModel, sensitivities: dict[str, Sensitivity], sh
     layers whose accumulators might pass 32 bits, and everything under `strict_int8`.
 
     Returns:
-        {"extra_macs": share of operations added, "layers": {name: share of the channels split}}.
+        {"extra_macs": share of operations added, "layers": {name: share of the channels split}, "refused": [names of layers
+        whose accumulators might pass 32 bits]}.
     """
-    total = sum(sensitivity.macs for sensitivity in sensitivities.values())
-    budget = share * total
-    chosen, queue = {}, []
-    for name, sensitivity in sensitivities.items():
-        node = qmodel.nodes[name]
-        grid = node.input_grid
-        if grid.channel_dim is None or grid.exact or grid.bits > MOST_BITS or node.config.w_bits == FLOAT_BITS or node.config.strict_int8:
-            continue
-        noise = input_noise(node, sensitivity)
-        price = sensitivity.macs / len(noise)
-        chosen[name] = torch.zeros(len(noise), dtype=torch.bool)
-        queue += [(-gain / price, name, channel, price) for channel, gain in enumerate(noise.tolist())]
-    for _, name, channel, price in sorted(queue):
-        if price <= budget:
-            budget -= price
+    macs = {name: sensitivity.macs for name, sensitivity in sensitivities.items()}
+    total = sum(macs.values())
+    noise = {name: input_noise(qmodel.nodes[name], sensitivities[name]).tolist() for name in macs if _can_be_split(qmodel.nodes[name])}
+    refused: list[str] = []
+    while True:
+        chosen = _choose(noise, macs, share * total)
+        beyond = [name for name, channels in chosen.items() if not _fits(qmodel.nodes[name], channels)]
+        if not beyond:
+            break
+        refused += beyond
+        for name in chosen:  # choose anew: what the refused layers leave is for the others
+            _split(qmodel.nodes[name], torch.zeros_like(chosen[name]))
+        noise = {name: values for name, values in noise.items() if name not in refused}
+    layers = {name: float(channels.float().mean()) for name, channels in chosen.items()}
+    return {"extra_macs": sum(part * macs[name] for name, part in layers.items()) / total if total else 0.0,
+            "layers": layers, "refused": refused}  # fmt: skip
+
+
+def _can_be_split(node: QuantMAC) -> bool:
+    grid, config = node.input_grid, node.config
+    return not (grid.channel_dim is None or grid.exact or grid.bits > MOST_BITS or config.w_bits == FLOAT_BITS or config.strict_int8)
+
+
+def _choose(noise: dict[str, list[float]], macs: dict[str, float], budget: float) -> dict[str, Tensor]:
+    """Layers with the channels (bool) to be split, from the noise of each channel."""
+    chosen = {name: torch.zeros(len(values), dtype=torch.bool) for name, values in noise.items()}
+    price = {name: macs[name] / len(values) for name, values in noise.items()}
+    queue = [(-gain / price[name], name, channel) for name, values in noise.items() for channel, gain in enumerate(values) if gain > 0]
+    for _, name, channel in sorted(queue):
+        if price[name] <= budget:
+            budget -= price[name]
             chosen[name][channel] = True
-    facts = {"extra_macs": 0.0, "layers": {}}
-    for name, channels in chosen.items():
-        if not channels.any():
-            continue
-        node = qmodel.nodes[name]
-        node.input_grid.split(channels)
-        node.start_weights()
-        w_int, out_scale = node.integer_weight()
-        if node.accumulator_bound(w_int, node.integer_bias(out_scale)) > LARGEST_ACCUMULATOR:
-            node.input_grid.split(torch.zeros_like(channels))
-            node.start_weights()
-            continue
-        facts["layers"][name] = float(channels.float().mean())
-        facts["extra_macs"] += facts["layers"][name] * sensitivities[name].macs / total
-    return facts
+    return {name: channels for name, channels in chosen.items() if channels.any()}
+
+
+def _split(node: QuantMAC, channels: Tensor) -> None:
+    node.input_grid.split(channels)
+    node.start_weights()
+
+
+def _fits(node: QuantMAC, channels: Tensor) -> bool:
+    """Split these channels; whether the accumulator stays inside half of 32 bits: what follows changes the weights a little."""
+    _split(node, channels)
+    w_int, out_scale = node.integer_weight()
+    return bool(node.accumulator_bound(w_int, node.integer_bias(out_scale)) <= LARGEST_ACCUMULATOR / 2)

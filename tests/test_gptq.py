@@ -9,7 +9,9 @@ from torch import nn
 from quant.config import QuantConfig
 from quant.model import QuantModel
 from quant.modules import QuantConv2d, QuantConvTranspose2d
-from reconstruction.gptq import columns, compensate_rounding, gptq, output_size, phases
+from reconstruction import api
+from reconstruction.config import PtqConfig
+from reconstruction.gptq import columns, compensate_rounding, gptq, output_size, phases, turned
 from support.errors import InputError
 from tests.tiny_codecs import images, tiny_codec
 
@@ -46,6 +48,15 @@ def test_columns_times_weights_are_the_layer(layer):
     assert sorted(seen) == list(range(flat.shape[1]))
     untouched = torch.isnan(ours)  # output rows that no tap meets, where the stride is larger than the kernel
     assert torch.equal(ours[~untouched], whole[~untouched]) and not whole[untouched].any()
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_largest_sum_is_the_product_with_ones(layer):
+    """Of an input of ones, away from the border: what an output position can sum up at most."""
+    node = (QuantConvTranspose2d if isinstance(layer, nn.ConvTranspose2d) else QuantConv2d)(layer, QuantConfig())
+    products = torch.rand(node.float_weight().shape, generator=torch.Generator().manual_seed(0)).double()
+    sums = node.product(torch.ones(1, layer.in_channels, 24, 24, dtype=torch.float64), products).amax((0, 2, 3))
+    torch.testing.assert_close(node.largest_sum(products), sums)
 
 
 def error(difference: torch.Tensor, moment: torch.Tensor) -> float:
@@ -125,6 +136,27 @@ def test_layers_of_a_codec_give_less_error(arch, rounding):
     ratios = [ours[name] / nearest[name] for name in nearest if nearest[name] > 1e-12]
     assert sorted(ratios)[len(ratios) // 2] < 0.8
     assert sum(ratio < 1 for ratio in ratios) > 0.7 * len(ratios)
+
+
+def test_turned_images_are_the_four_of_a_mirror_and_a_quarter_turn():
+    image = torch.arange(3 * 4 * 6.0).reshape(1, 3, 4, 6)
+    found = turned([image])
+    assert [tuple(x.shape[-2:]) for x in found] == [(4, 6), (4, 6), (6, 4), (6, 4)]
+    assert torch.equal(found[0], image) and torch.equal(found[1], image.flip(-1))
+    assert torch.equal(found[2], torch.rot90(image, 1, (-2, -1))) and torch.equal(found[3], torch.rot90(image.flip(-1), 1, (-2, -1)))
+
+
+def test_quantize_compensates_on_turned_images_and_balances(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(api, "compensate_rounding", lambda qmodel, batches, *rest: seen.update(images=len(batches)))
+    monkeypatch.setattr(api, "balance_scales", lambda qmodel, sensitivities, share, progress: seen.update(share=share))
+    knobs = {"joint_iters": 0, "batch": 2}
+    api.quantize(tiny_codec("balle2018"), images(4), PtqConfig.from_preset(**knobs), lmbda=0.01, progress=False)
+    assert seen == {"images": 8, "share": 0.3}
+    seen.clear()
+    config = PtqConfig.from_preset(round_init="nearest", balance=0.0, **knobs)
+    api.quantize(tiny_codec("balle2018"), images(4), config, lmbda=0.01, progress=False)
+    assert seen == {}
 
 
 def test_masked_weights_stay_masked_and_adaround_is_refused():

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from models import create_model
 from quant.config import QuantConfig
 from quant.model import QuantModel
+from quant.modules import PLAIN_LAYERS
 from quant.qtensor import QTensor
 from support.errors import InputError
 
@@ -56,6 +57,11 @@ class Prepared:
         self.source = tiny_codec(name)
         self.before = {key: value.clone() for key, value in self.source.state_dict().items()}
         self.codec = quantized(self.source)
+        layers = [node for node in self.codec.nodes.values() if isinstance(node, PLAIN_LAYERS) and not node.input_grid.exact]
+        for node in layers[::2]:  # every other layer with split channels
+            channels = torch.arange(len(node.input_grid.low)) % 3 == 0
+            node.input_grid.split(channels if node.input_grid.bits == 8 else torch.zeros_like(channels))
+            node.start_weights()
         self.image = images(1, seed=5)
         self.learning, self.learning_nodes = run_and_watch(self.codec, self.image)
         self.codec.freeze()

@@ -116,12 +116,16 @@ def measured_loss(qmodel: QuantModel, model: nn.Module, data: list[Tensor]) -> f
         return float((qmodel(x)["x_hat"] - model(x)["x_hat"]).square().mean() * LAMBDA * 255**2)
 
 
-@pytest.mark.parametrize("transposed,groups", [(False, 1), (True, 1), (False, 3)])
+@pytest.mark.parametrize("transposed,groups,split", [(False, 1, False), (True, 1, False), (False, 3, False), (False, 1, True), (True, 1, True)])
 @pytest.mark.parametrize("transform", ["fold", "equalize"])
-def test_predicted_input_noise_is_what_rounding_does(transposed, groups, transform):
+def test_predicted_input_noise_is_what_rounding_does(transposed, groups, split, transform):
     model, data = Linear2(transposed=transposed, groups=groups), batches(4, 128)
     qmodel = observed(model, data, a_bits=6, w_bits=16, transform=transform)
     sensitivity = measure_sensitivities(qmodel, data, Objective(LAMBDA), progress=False)["second"]
+    if split:
+        loudest = input_noise(qmodel.nodes["second"], sensitivity).argsort(descending=True)[:8]
+        qmodel.nodes["second"].input_grid.split(torch.zeros(24, dtype=torch.bool).index_fill(0, loudest, True))
+        qmodel.nodes["second"].start_weights()
     error = measured_loss(qmodel, model, data)
     assert float(input_noise(qmodel.nodes["second"], sensitivity).sum()) == pytest.approx(error, rel=0.1)
 
@@ -162,9 +166,10 @@ def test_splitting_stays_inside_its_budget_and_lowers_the_predicted_loss(share):
 
 
 def test_what_has_two_digits_already_may_have_none_or_would_pass_32_bits_is_left_alone():
-    nothing = {"extra_macs": 0.0, "layers": {}}
+    nothing = {"extra_macs": 0.0, "layers": {}, "refused": []}
     assert split_model(0.5, a_bits=10)[2] == nothing
-    assert split_model(0.5, w_bits=16)[2] == nothing
+    wide = split_model(0.5, w_bits=16)[2]
+    assert wide["refused"] and not set(wide["refused"]) & set(wide["layers"])
     assert split_model(0.5, strict_int8=True)[2] == nothing
 
 
@@ -177,18 +182,28 @@ def test_two_digits_hold_a_split_channel(bits):
     grid.observe(x)
     grid.initialize()
     steps = grid.parameters_of_grid()[0]
-    grid.split(torch.tensor([True, True]))
-    scale, qmin, qmax = grid.parameters_of_grid()
-    assert torch.equal(scale, steps) and bool((qmax - qmin < 4**bits).all())
-    far = x * (reach - 0.1)
-    error = (grid(QTensor(far, None, None)).real() - far).abs().amax((0, 2))
-    assert bool((error <= 0.501 * scale / fine).all())  # neither clipped nor coarser than its own step
-    assert float(error[0]) > 0.1 * float(scale[0] / fine)
+    for split in ([True, False], [False, True]):
+        grid.split(torch.tensor(split))
+        scale, qmin, qmax = grid.parameters_of_grid()
+        own = torch.tensor(split)
+        assert torch.equal(scale, steps) and bool((qmax - qmin < torch.where(own, 4**bits, 2**bits)).all())
+        step = torch.where(own, scale / fine, scale)
+        inside = x * torch.where(own, reach - 0.1, 0.9).reshape(1, 2, 1)
+        # real numbers, and whole numbers of another scale, as an accumulator has
+        other = QTensor(torch.round(inside * 2.0**20), torch.tensor([[[2.0**-20]]], dtype=torch.float64), None)
+        for given in (QTensor(inside, None, None), other):
+            found = grid(given)
+            assert found.scale.shape == (1, 2, 1) and torch.equal(found.q, found.q.round())
+            error = (found.real() - inside).abs().amax((0, 2))
+            assert bool((error <= 0.51 * step).all()) and bool((error >= 0.1 * step).all())  # its own step: neither clipped nor finer
+        beyond = grid(QTensor(x * reach * 1.5, None, None)).real()
+        limit = torch.where(own, reach, 1.0) * x[0, :, -1]
+        assert torch.allclose(beyond.amax((0, 2)), limit.to(beyond), rtol=0.02 if bits == 8 else 0.5)
 
 
 @pytest.mark.parametrize("w_bits,a_bits", [(32, 8), (8, 32)])
 def test_nothing_is_split_in_ablations_with_float_on_one_side(w_bits, a_bits):
-    assert split_model(0.5, w_bits=w_bits, a_bits=a_bits)[2] == {"extra_macs": 0.0, "layers": {}}
+    assert split_model(0.5, w_bits=w_bits, a_bits=a_bits)[2] == {"extra_macs": 0.0, "layers": {}, "refused": []}
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -214,8 +229,10 @@ def test_a_split_channel_is_two_channels_of_few_bits(symmetry, bits):
         digits = torch.where(signed, codes, codes + zero)[:, split]
         first = torch.div(digits, base, rounding_mode="floor")
         second = digits - base * first
-        assert float(main.max()) < base and float(main.min()) >= -base / 2
-        assert float(second.min()) >= 0 and float(second.max()) < base and float(first.max()) < base and float(first.min()) >= -base / 2
+        for stored, which in ((main, ~split), (first, split)):
+            has_sign = signed[which]
+            assert bool(((stored >= torch.where(has_sign, -base / 2, 0.0)) & (stored < torch.where(has_sign, base / 2, base))).all())
+        assert float(second.min()) >= 0 and float(second.max()) < base
         unsplit, offset = torch.zeros_like(codes), (zero * (refinement / grid.fine).reshape(-1, 1, 1)).expand_as(codes)
         unsplit[:, ~split] = main
         parts = []
