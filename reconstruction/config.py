@@ -108,8 +108,10 @@ def parse_knobs(assignments: Iterable[tuple[str, str]], taken: Mapping[str, Any]
     for name, text in assignments:
         if name not in fields:
             raise InputError(f"--set {name}: no such knob; known are {', '.join(sorted(fields))}")
+        if name in taken:
+            raise InputError(f"--set {name}: it has a flag of its own; use --{name}")
         if name in knobs:
-            raise InputError(f"--set {name} is given twice or has an option of its own; give it once")
+            raise InputError(f"--set {name} is given twice; give it once")
         knobs[name] = options.convert(name, text, fields[name].default)
     return knobs
 
