@@ -22,7 +22,7 @@ class QuantConfig:
     a_granularity:  "channel": a scale per input channel, folded into the weights that consume it (eq. 16);
                     "tensor": one scale per tensor.
     a_symmetry:     which inputs of multiply-accumulate layers have a zero point: "asymmetric" all, "one_sided" the channels
-                    whose smaller side is below a quarter of the larger, "symmetric" none. What it is worth: docs/results.md.
+                    whose smaller side is below a quarter of the larger, "symmetric" none.
     w_granularity:  "channel" (per output channel, eq. 15) or "tensor".
     transform:      "equalize": the spread of the per-channel scales is chosen per layer, between none and the full
                     one, where the predicted noise of weights and activations together is least; "fold": the full one.

@@ -379,6 +379,11 @@ class QuantMAC(QuantModule):
         total = self.largest_sum(w_int.double().abs() * largest)
         return (total if b_int is None else total + b_int.abs()).max()
 
+    def bound_now(self) -> Tensor:
+        """The bound of a layer that still learns."""
+        w_int, out_scale = self.integer_weight()
+        return self.accumulator_bound(w_int, self.integer_bias(out_scale))
+
     def largest_sum(self, products: Tensor) -> Tensor:
         """(outputs,): the most that an output position can sum up, from the largest product of each (canonical) weight."""
         return products.flatten(1).sum(1)

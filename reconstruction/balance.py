@@ -35,9 +35,7 @@ def balance_scales(qmodel: QuantModel, sensitivities: dict[str, Sensitivity], sh
         before, start = _noise(node, sensitivity, share), log_n.data.clone()
         log_n.data = _balanced(node, sensitivity, share).to(log_n)
         node.start_weights()
-        w_int, out_scale = node.integer_weight()
-        fits = node.accumulator_bound(w_int, node.integer_bias(out_scale)) <= LARGEST_ACCUMULATOR
-        if _noise(node, sensitivity, share) > before or not fits:
+        if _noise(node, sensitivity, share) > before or node.bound_now() > LARGEST_ACCUMULATOR:
             log_n.data = start
             node.start_weights()
 

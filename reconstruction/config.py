@@ -28,9 +28,8 @@ class ReconstructionConfig:
     learn:      any of range_w (eq. 15), range_a (eq. 16), range_b (eq. 17), rounding, bias. With rounding "ste" the
                 scheme learns the weights themselves, straight-through. Activation ranges are not learned by default: on ten
                 crops they shrink, and clip other images.
-    iters:      optimizer steps per unit, over both phases of Algorithm 1; 0 leaves the units out. The default does: from
-                the start that round_init gives, units gained nothing at W8A8 (lu2022), and less than as much time of the
-                joint pass at W4A8 (minnen2018); see docs/results.md.
+    iters:      optimizer steps per unit, over both phases of Algorithm 1; 0 leaves the units out, as the default does: from the
+                start that round_init gives, units gained nothing in trials, or less than as much time of the joint pass.
     tail_share: of these, the share (the last ones) that uses the true J where loss is rd or rd_direct; the others use the Fisher
                 weighted quadratic. 1 is the paper's own way: every step goes through the float tail.
     joint_iters: steps of a last pass over all quantization parameters of the network on J itself; 0 leaves it out.

@@ -71,5 +71,4 @@ def _split(node: QuantMAC, channels: Tensor) -> None:
 def _fits(node: QuantMAC, channels: Tensor) -> bool:
     """Split these channels; whether the accumulator stays inside half of 32 bits: what follows changes the weights a little."""
     _split(node, channels)
-    w_int, out_scale = node.integer_weight()
-    return bool(node.accumulator_bound(w_int, node.integer_bias(out_scale)) <= LARGEST_ACCUMULATOR / 2)
+    return bool(node.bound_now() <= LARGEST_ACCUMULATOR / 2)
