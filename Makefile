@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 # Few steps and small crops, so that the demo ends in minutes. `make demo DEMO_FLAGS=` runs with the defaults.
-DEMO_FLAGS ?= --num_calib 4 --crop 128 --set joint_iters=4
+DEMO_FLAGS ?= --num_calib 4 --crops_per_image 1 --crop 128 --set joint_iters=4
 # Two processes of one thread each: nothing here is large enough for two threads to help.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 

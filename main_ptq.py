@@ -65,9 +65,11 @@ def build_parser() -> ArgumentParser:
     group = parser.add_argument_group("images")
     group.add_argument("--calib", metavar="SET", help="calibration images: a folder or a data set's name (default: photos-calib, "
                                                       "3 photos that installed packages ship)")
-    group.add_argument("--num_calib", metavar="N", type=options.positive, default=10, help="calibration crops (default: 10)")
+    group.add_argument("--num_calib", metavar="N", type=options.positive, default=10, help="calibration images (default: 10)")
     group.add_argument("--crop", metavar="PX", type=options.positive, default=256,
                        help="side of a calibration crop in pixels, a multiple of 64 (default: 256)")
+    group.add_argument("--crops_per_image", metavar="N", type=options.positive, default=8,
+                       help="crops from each calibration image (default: 8)")
     group.add_argument("--eval", dest="data", metavar="SET",
                        help="evaluation images: a folder or a data set's name (default: kodak where it is found through "
                             "LICQ_DATA or the cache, else photos, 3 photos that installed packages ship)")
@@ -133,7 +135,8 @@ def prepare(args: argparse.Namespace) -> Run:
     models = find_float_models(args.arch, args.quality, args.checkpoint, args.pretrained, args.metric, args.lmbda)
     multiple = get_architecture(models[0].arch).multiple
     dataset, remark = evaluation_set(args.data, args.metric)
-    crops, calibration, scarce = calibration_crops(args.calib, args.num_calib, args.crop, args.seed, multiple, args.metric, dataset)
+    crops, calibration, scarce = calibration_crops(args.calib, args.num_calib, args.crop, args.crops_per_image, args.seed,
+                                                   multiple, args.metric, dataset)
     for source in models:
         source.load()
     settings = {"licq": __version__, "arch": models[0].arch, "metric": args.metric, "config": config.to_dict(),

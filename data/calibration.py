@@ -16,11 +16,12 @@ _TRIES = 64  # draws of another position before a repeated crop of the same imag
 
 
 def sample_crops(paths: Sequence[Path], num: int = 10, crop: int = 256, seed: int = 0,
-                 exclude: Iterable[Path] = ()) -> Tensor:
-    """`num` random crops, float32 (num, 3, crop, crop) in 0..1: one from each of `num` images drawn without repeat.
+                 exclude: Iterable[Path] = (), crops_per_image: int = 1) -> Tensor:
+    """Random crops, float32 (num * crops_per_image, 3, crop, crop) in 0..1, from `num` images drawn without repeat.
 
-    With fewer images than `num`, images give several crops, at different positions where there are any. An image
-    smaller than the crop is continued by reflection. The same arguments give the same crops on every machine.
+    First one crop of each image, then another of each, and so on. With fewer images than `num`, images are drawn again, at
+    different positions where there are any. An image smaller than the crop is continued by reflection. The same arguments
+    give the same crops on every machine, and more crops per image begin with the same ones.
 
     Args:
         exclude: the images of the evaluation set; see `refuse_overlap`.
@@ -31,13 +32,14 @@ def sample_crops(paths: Sequence[Path], num: int = 10, crop: int = 256, seed: in
     paths = [Path(path) for path in paths]
     if not paths:
         raise InputError("no calibration images; give a folder of images or a data set with --calib")
-    if num < 1 or crop < 1:
-        raise InputError(f"{num} calibration crops of {crop} pixels make no sense; choose 1 or more of each")
+    if min(num, crop, crops_per_image) < 1:
+        raise InputError(f"{crops_per_image} crops of {crop} pixels from each of {num} images make no sense; "
+                         "choose 1 or more of each")
     refuse_overlap(paths, exclude)
     # Python's generator: its sequence for a seed is a promise of the language, numpy's and torch's are not.
     draw = random.Random(seed)
     order = draw.sample(range(len(paths)), len(paths))
-    chosen = [order[index % len(order)] for index in range(num)]
+    chosen = [order[index % len(order)] for index in range(num)] * crops_per_image
     images = {index: _at_least(load_image(paths[index]), crop) for index in sorted(set(chosen))}
     used: set[tuple[int, int, int]] = set()
     crops = []

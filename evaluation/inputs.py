@@ -41,9 +41,9 @@ def evaluation_set(name_or_folder: str | None, metric: str = "mse") -> tuple[Dat
     return dataset, remark
 
 
-def calibration_crops(name_or_folder: str | None, num: int, crop: int, seed: int, multiple: int, metric: str,
-                      exclude: Dataset) -> tuple[Tensor, dict, str | None]:
-    """Crops (num, 3, crop, crop) in 0..1, what they are as a dictionary, and a remark where images repeat.
+def calibration_crops(name_or_folder: str | None, num: int, crop: int, crops_per_image: int, seed: int, multiple: int,
+                      metric: str, exclude: Dataset) -> tuple[Tensor, dict, str | None]:
+    """Crops (num * crops_per_image, 3, crop, crop) in 0..1, what they are as a dictionary, and a remark where images repeat.
 
     None means photos-calib, images that installed packages ship.
 
@@ -56,11 +56,12 @@ def calibration_crops(name_or_folder: str | None, num: int, crop: int, seed: int
     if metric == "ms-ssim" and crop < _MS_SSIM_SIDE:
         raise InputError(f"--crop {crop} is too small for MS-SSIM; choose {-(-_MS_SSIM_SIDE // multiple) * multiple} or more")
     dataset = open_dataset(name_or_folder or CALIBRATION)
-    crops = sample_crops(dataset.paths, num, crop, seed, exclude=exclude.paths)
-    facts = {"dataset": dataset.name, "images": min(num, len(dataset)), "num_calib": num, "crop": crop, "seed": seed,
-             "sha256": hashlib.sha256(crops.numpy().tobytes()).hexdigest()}
-    remark = f"{num} calibration crops come from {len(dataset)} image{'s' if len(dataset) > 1 else ''}" if len(dataset) < num else None
-    return crops, facts, remark
+    crops = sample_crops(dataset.paths, num, crop, seed, exclude.paths, crops_per_image)
+    facts = {"dataset": dataset.name, "images": min(num, len(dataset)), "num_calib": num, "crop": crop,
+             "crops_per_image": crops_per_image, "seed": seed, "sha256": hashlib.sha256(crops.numpy().tobytes()).hexdigest()}
+    if len(dataset) >= num:
+        return crops, facts, None
+    return crops, facts, f"{num} calibration images were asked for, and there are {len(dataset)}: they are used again, at other places"
 
 
 def images_digest(paths: Sequence[Path]) -> str:

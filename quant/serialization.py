@@ -2,8 +2,8 @@
 
 The file holds what the program reads and nothing else: whole-number weights and biases, scales, ranges, tables,
 multipliers, the entropy models, and the parameters of what stayed in float. Float weights that became whole numbers
-are not in it. Whole numbers are stored in the smallest integer type that holds them. The header's JSON says how to
-rebuild the program around the codec's own forward; a SHA-256 seals tensors and header.
+are not in it. Whole numbers are stored in the smallest integer type that holds them, many of less than eight bits packed. The
+header's JSON says how to rebuild the program around the codec's own forward; a SHA-256 seals tensors and header.
 """
 
 import hashlib
@@ -21,12 +21,14 @@ from quant.config import QuantConfig
 from quant.grid import Grid
 from quant.modules import QuantMAC, QuantModule
 from quant.norms import QuantLayerNorm
+from quant.packing import bits_needed, pack, unpack
 from support.errors import InputError
 
 if TYPE_CHECKING:
     from quant.model import QuantModel
 
-VERSION = 2
+VERSION = 3
+_FEW = 64  # so many whole numbers are not worth packing
 _SMALL = (torch.int8, torch.int16, torch.int32)
 _GRID_FACTS = ("bits", "channel_dim", "fixed", "pixels")
 
@@ -49,13 +51,15 @@ def save_quantized(model: "QuantModel", path: str | Path, extra: Mapping[str, An
         for name, tensor in model.state_dict().items()
         if name not in unread and name not in constants and tensor.numel()
     }
-    tensors, types = {}, {}
+    tensors, types, packed = {}, {}, {}
     for name, tensor in pack_cdfs(kept).items():
         tensors[name] = _smallest(tensor)
         if tensors[name].dtype != tensor.dtype:
             types[name] = _type_name(tensor.dtype)
+        if tensors[name].dtype == torch.int8 and tensor.numel() > _FEW and (bits := bits_needed(tensors[name])) < 8:
+            tensors[name], packed[name] = pack(tensors[name], bits), [bits, list(tensor.shape)]
     # through JSON and back, so that the seal is on what a reader will see
-    content = {"types": types, "constants": sorted(constants), "extra": dict(extra or {})}
+    content = {"types": types, "packed": packed, "constants": sorted(constants), "extra": dict(extra or {})}
     header = json.loads(json.dumps({**_description(model), **content}))
     write_tensors(path, tensors, {**header, "sha256_header": _seal(header)})
     return Path(path).stat().st_size
@@ -106,6 +110,12 @@ def read_quantized(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]
         )
     if header.pop("sha256_header", None) != _seal(header):
         raise InputError(f"{path} is damaged (its header does not have the SHA-256 that it states); copy or make it again")
+    for name, (bits, shape) in header["packed"].items():
+        if name in tensors:
+            try:
+                tensors[name] = unpack(tensors[name], bits, tuple(shape))
+            except ValueError as error:
+                raise InputError(f"{path} is damaged ({name}: {error}); copy or make it again") from error
     for name, stated in header["types"].items():
         if name in tensors:  # CDF tables are unpacked by now, under their own names and in their own type
             tensors[name] = tensors[name].to(getattr(torch, stated))

@@ -12,13 +12,13 @@ from tqdm import tqdm
 from quant.model import QuantModel
 from quant.rounding import ROUNDINGS
 from reconstruction.balance import balance_scales
-from reconstruction.config import PtqConfig
+from reconstruction.config import AWARE, PtqConfig, ReconstructionConfig
 from reconstruction.driver import Reconstruction
 from reconstruction.gptq import compensate_rounding, turned
 from reconstruction.objective import Objective
 from reconstruction.sensitivity import measure_sensitivities, predicted_losses
 from reconstruction.split import split_channels
-from reconstruction.state import StateFolder, fingerprint
+from reconstruction.state import StateFolder, fingerprint, learned, restore
 from reconstruction.stress import stressed
 from support.errors import InputError
 from support.progress import progress as progress_bar
@@ -40,7 +40,8 @@ def quantize(
 
     Args:
         model: float codec; its forward maps (B, 3, H, W) in 0..1 to {"x_hat", "likelihoods"}. It is not changed.
-        images: calibration crops (n, 3, H, W) in 0..1, 8-bit samples; see `data.calibration.sample_crops`.
+        images: calibration crops (n, 3, H, W) in 0..1, 8-bit samples; see `data.calibration.sample_crops`. The first
+            `config.reconstruction.measured` are those that J is measured on.
         config: the method; default the preset "licq".
         lmbda: weight of the distortion in J = R + lambda * D that the codec was trained with.
         metric: "mse" (D = 255^2 * mse) or "ms-ssim" (D = 1 - MS-SSIM).
@@ -69,35 +70,64 @@ def quantize(
     identity = fingerprint(model, images, config.to_dict(), lmbda, metric)
     state = StateFolder(None if folder is None else Path(folder) / "units", identity, resume)
     qmodel = QuantModel(model, config.quant).to(device)
-    batches = list(images.to(device).split(config.reconstruction.batch))
-    harder = stressed(images.to(device)).split(config.reconstruction.batch) if config.reconstruction.stress else ()
+    knobs = config.reconstruction
+    images = images.to(device)
+    measured, observed, batches = _batches(images, knobs)
+    harder = stressed(images[: knobs.measured]).split(knobs.batch) if knobs.stress else ()
     clock = _Clock()
-    with progress_bar(total=len(batches) + len(harder), desc="observing ranges", unit="batch", enabled=progress, leave=False) as bar:
-        qmodel.observe(_counted(batches, bar), _counted(harder, bar))
+    with progress_bar(total=len(observed) + len(harder), desc="observing ranges", unit="batch", enabled=progress, leave=False) as bar:
+        qmodel.observe(_counted(observed, bar), _counted(harder, bar))
     clock.lap("observing")
-    sensitivities = measure_sensitivities(qmodel, batches, objective, config.reconstruction.seed, progress)
+    sensitivities = measure_sensitivities(qmodel, measured, objective, knobs.seed, progress)
+    aim = sensitivities if knobs.loss in AWARE else measure_sensitivities(qmodel, measured, None, knobs.seed, progress)
     clock.lap("measuring sensitivities")
-    splitting = split_channels(qmodel, sensitivities, config.reconstruction.split)
-    if config.reconstruction.balance:
-        balance_scales(qmodel, sensitivities, config.reconstruction.balance, progress)
+    splitting = split_channels(qmodel, aim, knobs.split)
+    if knobs.balance:
+        balance_scales(qmodel, aim, knobs.balance, progress)
     clock.lap("splitting and balancing")
-    if config.reconstruction.round_init == "gptq" and ROUNDINGS[config.quant.rounding].starts_anywhere:
-        compensate_rounding(qmodel, turned(batches), config.reconstruction.seed, progress)
+    resumed = 0.0
+    if knobs.round_init == "gptq" and ROUNDINGS[config.quant.rounding].starts_anywhere:
+        shown = observed if len(images) >= knobs.observed else turned(observed)
+        resumed = _start_rounding(qmodel, shown, knobs.seed, state, progress)
     clock.lap("compensating rounding")
     with torch.no_grad():
         qmodel.quantize_nodes(True)
-        timed = progress_bar(batches, desc="measuring J", unit="batch", enabled=progress, leave=False)
+        timed = progress_bar(measured, desc="measuring J", unit="batch", enabled=progress, leave=False)
         j_start = torch.cat([objective(qmodel(batch), batch) for batch in timed]).double().mean()
     history = {"j_start": float(j_start), "splitting": splitting}
-    history |= Reconstruction(qmodel, batches, config.reconstruction, objective, state, progress).run()
+    history |= Reconstruction(qmodel, batches, len(measured), config.reconstruction, objective, state, progress).run()
     clock.lap("learning")
     history["predicted"] = predicted_losses(qmodel, sensitivities)
     qmodel.freeze()
     history["seconds_by_step"] = clock.laps
-    history["seconds"] = time.monotonic() - started + history.pop("resumed_seconds")
+    history["seconds"] = time.monotonic() - started + resumed + history.pop("resumed_seconds")
     history["peak_memory_mb"] = peak_memory_mb(device)
     qmodel.history = history
     return qmodel
+
+
+def _batches(images: Tensor, knobs: ReconstructionConfig) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Crops in batches: those that J is measured on; these and more to observe; all."""
+    measured, observed, rest = torch.tensor_split(images, (knobs.measured, max(knobs.observed, knobs.measured)))
+    found: list[Tensor] = []
+    parts = []
+    for part in (measured, observed, rest):
+        found = found + (list(part.split(knobs.batch)) if len(part) else [])
+        parts.append(found)
+    return parts[0], parts[1], parts[2]
+
+
+def _start_rounding(qmodel: QuantModel, batches: list[Tensor], seed: int, state: StateFolder, progress: bool) -> float:
+    """GPTQ's start, or the killed run's, where its seconds are returned; what comes before is soon repeated."""
+    parameters = learned(qmodel.nodes)
+    stored = state.load("start")
+    if stored is not None:
+        restore(parameters, stored[1])
+        return stored[0]["seconds"]
+    started = time.monotonic()
+    compensate_rounding(qmodel, batches, seed, progress)
+    state.save("start", {"seconds": time.monotonic() - started}, parameters)
+    return 0.0
 
 
 def _counted(batches: Iterable[Tensor], bar: tqdm) -> Iterator[Tensor]:

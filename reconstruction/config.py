@@ -12,6 +12,7 @@ from support import options
 from support.errors import InputError
 
 LOSSES = ("mse", "fisher", "rd", "rd_direct", "kl")
+AWARE = ("fisher", "rd", "rd_direct")  # losses that know J; with the others nothing is chosen by it
 UNITS = ("layer", "block", "stage", "network")
 KNOBS = ("range_w", "range_b", "range_a", "rounding", "bias")
 PRESETS = Path(__file__).parent / "presets"
@@ -35,9 +36,13 @@ class ReconstructionConfig:
     joint_iters: steps of a last pass over all quantization parameters of the network on J itself; 0 leaves it out.
     alternate:  Algorithm 1: first weights and biases, then activations; False learns them together.
     batch:      crops per step.
+    measured:   on the first so many crops J and what it cares about are measured, and from them the harder ones come (`stress`).
+    observed:   the first so many set ranges and are what rounding is compensated on. All crops teach: many cost no time there,
+                for a step takes `batch` of them, and what is learned from few does not hold for other images.
     lr_range, lr_rounding, lr_bias: step sizes of Adam. Ranges: in ln N. Rounding: in units of the weight's
                 step. Bias: relative to its root mean square.
-    joint_lr:   factor on all of them in the joint pass.
+    joint_lr:   factor on all of them in the joint pass with weights of 8 bits and more; with fewer it is ten times as large
+                for each four bits less: where rounding costs more, more is to be learned.
     input_mix:  probability that an element of a unit's input comes from the float codec (QDrop's 1 - p); 0 uses the
                 quantized prefix alone.
     regularizer: weight of AdaRound's regularizer.
@@ -45,10 +50,12 @@ class ReconstructionConfig:
     stress:     first ranges are also observed on the crops with strong, rotated colours and with strong contrasts
                 (`reconstruction.stress`).
     split:      channel splitting (after Zhao et al. 2019): the share of multiply-accumulate operations that may be added. Input
-                channels whose rounding costs most J for their operations are carried by two digits of a_bits each.
+                channels whose rounding costs most J for their operations are carried by two digits of a_bits each; with losses
+                that do not know J (mse, kl), most of their layer's relative squared error.
                 0 leaves it out. What it is worth: docs/results.md.
-    balance:    scales of input channels are raised where that lowers the predicted rise of J (`reconstruction.balance`); the number is
-                how much of the noise of weights rounded to nearest is expected to remain, 1 for all of it. 0 leaves it out.
+    balance:    scales of input channels are raised where that lowers the predicted rise of the same (`reconstruction.balance`);
+                the number is how much of the noise of weights rounded to nearest is expected to remain, 1 for all of it. 0 leaves
+                it out.
     round_init: where learned rounding starts: "nearest", or "gptq", where each weight's rounding error is made good by the
                 others (Frantar et al. 2023). Only learned_offset and ste can start there; "nearest" and "adaround", which choose
                 between two neighbours, start as ever.
@@ -63,6 +70,8 @@ class ReconstructionConfig:
     joint_iters: int = 40
     alternate: bool = True
     batch: int = 2
+    measured: int = 10
+    observed: int = 40
     lr_range: float = 2e-3
     lr_rounding: float = 1e-2
     lr_bias: float = 1e-3
@@ -86,8 +95,9 @@ class ReconstructionConfig:
         for name in ("iters", "joint_iters"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} {getattr(self, name)} is negative; choose 0 or more")
-        if self.batch < 1:
-            raise InputError(f"batch {self.batch} is too small; choose 1 or more")
+        for name in ("batch", "measured", "observed"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} {getattr(self, name)} is too small; choose 1 or more")
         for name in ("tail_share", "input_mix", "warmup", "split", "balance"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} {getattr(self, name)} is out of range; choose 0 to 1")

@@ -3,7 +3,7 @@
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ class Reconstruction:
     Args:
         qmodel: observed, not frozen.
         batches: calibration crops, (B, 3, H, W) each.
+        measured: J is measured on the first so many batches.
         config: the knobs.
         objective: J.
         state: where finished units are kept.
@@ -40,18 +41,20 @@ class Reconstruction:
         self,
         qmodel: QuantModel,
         batches: Sequence[Tensor],
+        measured: int,
         config: ReconstructionConfig,
         objective: Objective,
         state: StateFolder,
         progress: bool = True,
     ):
         self.qmodel, self.batches, self.config, self.objective = qmodel, batches, config, objective
-        self.state, self.progress = state, progress
+        self.state, self.progress, self.measured = state, progress, range(measured)
         qmodel.quantize_nodes(False)
         self.trace = Trace(qmodel, batches[0])
         self.units = find_units(qmodel, self.trace, config.unit)
-        with torch.no_grad():
-            timed = progress_bar(batches, desc="measuring J in float", unit="batch", enabled=progress, leave=False)
+        with torch.no_grad():  # eq. 12 compares with J of each crop
+            needed = batches if config.loss == "rd" else batches[:measured]
+            timed = progress_bar(needed, desc="measuring J in float", unit="batch", enabled=progress, leave=False)
             self.j_float = [objective(qmodel(batch), batch) for batch in timed]
         self.settled: set[str] = set()  # nodes in their final state
 
@@ -59,15 +62,16 @@ class Reconstruction:
 
     def run(self) -> dict:
         """Reconstruct every unit, then all together. Returns the history: J before and after each, seconds."""
-        history: dict = {"units": [], "joint": None, "j_float": self._mean(self.j_float), "resumed_seconds": 0.0}
+        j_float = self._mean(self.j_float[i] for i in self.measured)
+        history: dict = {"units": [], "joint": None, "j_float": j_float, "resumed_seconds": 0.0}
         units = self.config.iters and any(self.config.learn)
         if units:
             self._run_units(history)
         self._settle(list(self.qmodel.nodes))
-        history["j_units"] = self._measure(range(len(self.batches)))[0]
+        history["j_units"] = self._measure()[0]
         if self.config.joint_iters and not (units and self.config.unit == "network"):  # that was a joint pass
             history["joint"] = self._run_joint(history)
-        history["j_end"] = self._measure(range(len(self.batches)))[0]
+        history["j_end"] = self._measure()[0]
         return history
 
     def _run_units(self, history: dict) -> None:
@@ -127,11 +131,11 @@ class Reconstruction:
 
     # ------------------------------------------------------------------------------------------------- measuring J
 
-    def _measure(self, indices: Sequence[int], cache: PrefixCache | None = None) -> tuple[float, float]:
+    def _measure(self, cache: PrefixCache | None = None) -> tuple[float, float]:
         """Means over the crops of J, and of (J_hat - J_0)^2 (eq. 12)."""
         costs, squares = [], []
         with torch.no_grad():
-            for index in indices:
+            for index in self.measured:
                 cost = self._cost(index, cache)
                 costs.append(cost)
                 squares.append((cost - self.j_float[index]).square())
@@ -145,7 +149,7 @@ class Reconstruction:
             return self.objective(self.qmodel(batch), batch)
 
     @staticmethod
-    def _mean(costs: Sequence[Tensor]) -> float:
+    def _mean(costs: Iterable[Tensor]) -> float:
         return float(torch.cat([cost.double() for cost in costs]).mean())
 
     def global_loss(self, index: int, cache: PrefixCache | None = None) -> Tensor:
@@ -179,10 +183,10 @@ class Reconstruction:
             history["resumed_seconds"] += fact["seconds"]
             return fact
         loss = self._joint_loss()
-        optimizer = _optimizer(active, nodes, config, config.joint_lr)
+        optimizer = _optimizer(active, nodes, config, config.joint_lr * 10 ** (max(8 - qmodel.config.w_bits, 0) / 4))
         schedule = _Schedule(optimizer, config.joint_iters)
         score = self._joint_score(loss)
-        j_before = self._measure(range(len(self.batches)))[0]
+        j_before = self._measure()[0]
         best, best_values, step, spent = score, snapshot(parameters), 0, 0.0
         if stored is not None:
             facts, tensors = stored
@@ -220,7 +224,7 @@ class Reconstruction:
             parameter.requires_grad_(False)
         restore(parameters, best_values)
         self._settle_all()
-        fact = {"j_before": j_before, "j_after": self._measure(range(len(self.batches)))[0],
+        fact = {"j_before": j_before, "j_after": self._measure()[0],
                 "seconds": spent + time.monotonic() - started}  # fmt: skip
         self.state.save("joint", {"done": True, "fact": fact}, {f"now|{k}": p for k, p in parameters.items()})
         return fact
@@ -247,7 +251,8 @@ class Reconstruction:
 
     @torch.no_grad()
     def _joint_score(self, loss: Callable[[int], Tensor]) -> float:
-        return sum(float(loss(index)) * len(batch) for index, batch in enumerate(self.batches)) / sum(map(len, self.batches))
+        crops = [len(self.batches[index]) for index in self.measured]
+        return sum(float(loss(index)) * count for index, count in zip(self.measured, crops)) / sum(crops)
 
 
 class _UnitRun:
@@ -267,11 +272,10 @@ class _UnitRun:
     def run(self) -> dict:
         started = time.monotonic()
         config, engine = self.config, self.engine
-        everything = range(len(engine.batches))
         self.qmodel.quantize_nodes(True, self.unit.nodes)
         before_values = snapshot(self.parameters)
         self._hard(True)
-        j_before, eq12 = engine._measure(everything, self.cache)
+        j_before, eq12 = engine._measure(self.cache)
         before = self._score(j_before, eq12)
         self._hard(False)
         self.scale = {"local": self._local_score(), "global": max(before, 1e-12)}
@@ -282,7 +286,7 @@ class _UnitRun:
         for number, active in enumerate(chosen):
             self._learn(active, (config.iters + number) // len(chosen))
         self._hard(True)
-        j_after, eq12 = engine._measure(everything, self.cache)
+        j_after, eq12 = engine._measure(self.cache)
         after = self._score(j_after, eq12)
         kept = after <= before
         if not kept:  # learning on a few crops may lose; then the unit stays as it was
@@ -304,7 +308,7 @@ class _UnitRun:
     @torch.no_grad()
     def _local_score(self) -> float:
         kind = self._local_kind()
-        return max(sum(float(self._local(kind, i)) for i in range(len(self.engine.batches))) / len(self.engine.batches), 1e-12)
+        return max(sum(float(self._local(kind, i)) for i in self.engine.measured) / len(self.engine.measured), 1e-12)
 
     def _local_kind(self) -> str:
         return "fisher" if self.config.loss in GLOBAL else self.config.loss

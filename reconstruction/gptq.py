@@ -23,9 +23,9 @@ from support.errors import InputError
 from support.progress import progress as progress_bar
 
 MEMORY = 1 << 29  # bytes of matrices H held at a time
-POSITIONS = 1024  # of an image that enter H, at least, where there are so many
+POSITIONS = 20_480  # of all images that enter H, where there are so many
 DAMPING = 0.1  # of H's mean diagonal: what a few crops say about rare directions is not believed
-_COLUMNS = 4  # positions in all that enter H, for each of its rows: more only take time
+_COLUMNS = 4  # or so many for each of its rows, if these are more
 _RARE = 4  # with fewer positions than one for so many rows H says too little
 _BLOCK = 128
 _LARGE = 1024  # rows of H from which float32 must do: damped as it is, it is far from singular
@@ -160,7 +160,7 @@ class _Moment:
         self.node, self.generator = node, generator
         self.phases = phases(node)
         self.weights = [phase.weights(node) for phase in self.phases]
-        self.most = [max(POSITIONS, _COLUMNS * len(weights) // images) for weights in self.weights]
+        self.most = [-(-max(POSITIONS, _COLUMNS * len(weights)) // images) for weights in self.weights]
         self.totals: list[Tensor | float] = [0.0] * len(self.phases)
         self.counts = [0] * len(self.phases)
 

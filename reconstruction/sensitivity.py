@@ -28,7 +28,7 @@ PROBES = 2  # random sign images for each batch
 class Sensitivity:
     """Of one multiply-accumulate layer.
 
-    curvature: (outputs,) diagonal of the Hessian of J, summed over an output channel's positions, mean over images.
+    curvature: (outputs,) diagonal of the Hessian of J, or of the relative squared error of the output, summed over an output channel's positions, mean over images.
     macs:      multiply-accumulate operations of the layer for one image.
     """
 
@@ -37,12 +37,14 @@ class Sensitivity:
 
 
 def measure_sensitivities(
-    qmodel: QuantModel, batches: Sequence[Tensor], objective: Objective, seed: int = 0, progress: bool = True
+    qmodel: QuantModel, batches: Sequence[Tensor], objective: Objective | None, seed: int = 0, progress: bool = True
 ) -> dict[str, Sensitivity]:
     """The sensitivity of every convolution and linear layer of an observed model, on its float state.
 
     Args:
         batches: images (B, 3, H, W) in 0..1, all of one size.
+        objective: J; None: each layer has the squared error of its own output, relative to the output's mean square, and all
+            layers count alike.
         seed: of the random signs.
     """
     qmodel.quantize_nodes(False)
@@ -52,7 +54,8 @@ def measure_sensitivities(
     curvature: dict[str, Tensor] = {}
     macs: dict[str, float] = {}
     for number, batch in enumerate(progress_bar(batches, desc="measuring sensitivities", unit="batch", enabled=progress, leave=False)):
-        for (name, _), square in _squared_gradients(qmodel, batch, objective, calls, generator):
+        squares = _squared_gradients(qmodel, batch, objective, calls, generator) if objective else _relative_errors(qmodel, batch, calls)
+        for (name, _), square in squares:
             node = layers[name]
             dim = node.channel_dim % square.ndim
             curvature[name] = curvature.get(name, 0) + square.movedim(dim, 0).flatten(1).sum(1).double()
@@ -61,6 +64,15 @@ def measure_sensitivities(
                 macs[name] = macs.get(name, 0.0) + square[0].numel() / square.shape[dim] * each
     images = sum(map(len, batches))
     return {name: Sensitivity(value / images, macs[name]) for name, value in curvature.items()}
+
+
+@torch.no_grad()
+def _relative_errors(qmodel: QuantModel, batch: Tensor, calls: Sequence[Call]) -> list[tuple[Call, Tensor]]:
+    """The diagonal of the Hessian of each output's own mean squared error over its mean square."""
+    with qmodel.runtime.recording(calls) as record:
+        qmodel(batch)
+    outputs = {call: tensor_of(record[call]) for call in calls if call in record}
+    return [(call, torch.full_like(a, 2 / (a[0].numel() * float(a.square().mean().clamp(min=1e-12))))) for call, a in outputs.items()]
 
 
 def _squared_gradients(

@@ -40,8 +40,8 @@ def job(tmp_path, zoo, make_image):
         make_image(f"{seed}.png", 96, 64, seed, tmp_path / "eval")
         make_image(f"{seed}.png", 80, 72, seed + 10, tmp_path / "calib")
     return {"--checkpoint": zoo / "tiny-q{quality}.safetensors", "--quality": 1, "--eval": tmp_path / "eval",
-            "--calib": tmp_path / "calib", "--crop": 64, "--num_calib": 2, "--iters": 0, "--set": "joint_iters=0",
-            "--device": "cpu", "--out": tmp_path / "out", "--quiet": True}
+            "--calib": tmp_path / "calib", "--crop": 64, "--num_calib": 2, "--crops_per_image": 1,
+            "--iters": 0, "--set": "joint_iters=0", "--device": "cpu", "--out": tmp_path / "out", "--quiet": True}
 
 
 def words(job: dict, **changes) -> list[str]:

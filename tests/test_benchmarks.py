@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 def test_loss_table_keeps_finished_runs(tmp_path):
     out = tmp_path / "table.json"
     command = [sys.executable, str(ROOT / "benchmarks" / "loss_table.py"), "--quality", "1", "--bits", "4,8", "--losses", "rd", "mse",
-               "--seeds", "0", "--calib", "photos-calib", "--num_calib", "2", "--crop", "64", "--eval", "photos",
-               "--set", "joint_iters=1", "--set", "round_init=nearest", "--out", str(out)]  # fmt: skip
+               "--seeds", "0", "--calib", "photos-calib", "--num_calib", "2", "--crop", "64", "--crops_per_image", "1",
+               "--eval", "photos", "--set", "joint_iters=1", "--set", "round_init=nearest", "--out", str(out)]  # fmt: skip
     first = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
     stored = json.loads(out.read_text())
     assert len(stored) == 3 and "| W4A8 | rd " in " ".join(first.stdout.split())
@@ -28,7 +28,8 @@ def test_loss_table_keeps_finished_runs(tmp_path):
 
 @pytest.mark.slow
 def test_calibration_grows_with_width(tmp_path):
-    command = [sys.executable, str(ROOT / "benchmarks" / "calibration.py"), "--arch", "balle2018", "--width", "0.25", "0.5", "--crop", "64"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "calibration.py"), "--arch", "balle2018", "--width", "0.25", "0.5",
+               "--crop", "64", "--crops", "2", "--set", "joint_iters=1"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
     rows = [line for line in done.stdout.splitlines() if line.startswith("| N=")]
     assert len(rows) == 2 and all("min" in row and "MB" in row for row in rows)

@@ -112,6 +112,16 @@ def test_few_images_give_several_different_crops(make_image):
     assert len({crop.numpy().tobytes() for crop in crops}) == 8
 
 
+def test_more_crops_per_image_begin_with_the_same(make_image):
+    paths = [make_image(f"{seed}.png", seed=seed) for seed in range(4)]
+    once, often = sample_crops(paths, 3, 16, seed=5), sample_crops(paths, 3, 16, seed=5, crops_per_image=3)
+    assert often.shape[0] == 9 and torch.equal(often[:3], once)
+    images = [load_image(path) for path in paths]
+    sources = [next(i for i, image in enumerate(images) if contains(image, crop)) for crop in often]
+    assert sources[:3] == sources[3:6] == sources[6:] and len(set(sources)) == 3
+    assert len({crop.numpy().tobytes() for crop in often}) == 9
+
+
 def test_image_smaller_than_the_crop_is_reflected(make_image):
     path = make_image(width=10, height=9)
     crop = sample_crops([path], num=1, crop=32, seed=0)[0]
@@ -139,6 +149,8 @@ def test_impossible_calibration_is_refused(make_image):
         sample_crops([], num=1, crop=16)
     with pytest.raises(InputError):
         sample_crops([make_image()], num=0, crop=16)
+    with pytest.raises(InputError):
+        sample_crops([make_image()], num=1, crop=16, crops_per_image=0)
 
 
 def test_registry_file_is_json_with_a_way_to_each_data_set():

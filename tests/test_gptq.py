@@ -153,6 +153,9 @@ def test_quantize_compensates_on_turned_images_and_balances(monkeypatch):
     knobs = {"joint_iters": 0, "batch": 2}
     api.quantize(tiny_codec("balle2018"), images(4), PtqConfig.from_preset(**knobs), lmbda=0.01, progress=False)
     assert seen == {"images": 8, "share": 0.3}
+    config = PtqConfig.from_preset(observed=3, **knobs)
+    api.quantize(tiny_codec("balle2018"), images(4), config, lmbda=0.01, progress=False)  # enough of them: as they are
+    assert seen["images"] == 2
     seen.clear()
     config = PtqConfig.from_preset(round_init="nearest", balance=0.0, **knobs)
     api.quantize(tiny_codec("balle2018"), images(4), config, lmbda=0.01, progress=False)

@@ -84,8 +84,9 @@ def test_kodak_is_the_default_where_it_is_found_and_photos_elsewhere(monkeypatch
 
 def test_few_calibration_images_are_remarked(job, capsys):
     assert run(job, num_calib=5) == 0
-    assert "5 calibration crops come from 2 images" in capsys.readouterr().out
-    assert report_of(job)["warnings"] == ["5 calibration crops come from 2 images"]
+    remark = "5 calibration images were asked for, and there are 2: they are used again, at other places"
+    assert remark in capsys.readouterr().out
+    assert report_of(job)["warnings"] == [remark]
 
 
 def test_a_unit_that_is_not_reconstructed_is_remarked(job, capsys):
@@ -345,7 +346,7 @@ def test_resuming_with_other_settings_is_refused(job, capsys, tmp_path, make_ima
     before = contents(tmp_path / "out")
     capsys.readouterr()
     for changes, expected in (({"w_bits": 6}, "w_bits 8, now 6"), ({"seed": 4}, "seed 0, now 4"), ({"set": "batch=1"}, "batch"),
-                              ({"num_calib": 3}, "num_calib 2, now 3")):
+                              ({"num_calib": 3}, "num_calib 2, now 3"), ({"crops_per_image": 2}, "crops_per_image 1, now 2")):
         refused(capsys, job, expected, "--resume", "--out", untouched=False, resume=True, **changes)
     make_image("3.png", 64, 64, 3, tmp_path / "eval")
     refused(capsys, job, "evaluation.images 2, now 3", untouched=False, resume=True)

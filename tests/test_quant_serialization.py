@@ -71,6 +71,27 @@ def own(seed: int, **sizes) -> nn.Module:
     return Own(**sizes).eval()
 
 
+@pytest.mark.parametrize("bits", [2, 4, 6])
+def test_weights_of_few_bits_take_few_bits(tmp_path, bits):
+    model = quantized(network("balle2018", 1), w_bits=bits)
+    path = tmp_path / "model.safetensors"
+    model.save(path)
+    stored = safetensors.torch.load_file(path)
+    weights = {name: node.weight_int for name, node in model.nodes.items() if getattr(node, "weight_int", None) is not None}
+    packed = [name for name, weight in weights.items() if weight.numel() > 64]
+    assert packed and all(stored[f"{key(model, name)}.weight_int"].numel() <= -(-weights[name].numel() * bits // 8) for name in packed)
+    loaded = QuantModel.load(path)
+    with torch.no_grad():
+        ours, theirs = model(images(2)), loaded(images(2))
+    assert torch.equal(ours["x_hat"], theirs["x_hat"])
+    assert all(torch.equal(ours["likelihoods"][name], theirs["likelihoods"][name]) for name in ours["likelihoods"])
+
+
+def key(model: QuantModel, name: str) -> str:
+    """Where a node is in the state dictionary."""
+    return next(path for path, module in model.named_modules() if module is model.nodes[name])
+
+
 @pytest.fixture(scope="module")
 def own_file(tmp_path_factory):
     model = quantized(own(0))

@@ -87,6 +87,24 @@ def test_objective_refuses(arguments):
 # ------------------------------------------------------------------------------------------------- units and caches
 
 
+def test_j_is_measured_on_the_first_crops_and_all_teach(monkeypatch):
+    model, crops, objective = codec("balle2018"), images(5), Objective(0.01)
+    taught = []
+    loss = driver.Reconstruction.global_loss
+
+    def watched(self, index, cache=None):
+        taught.append(self.batches[index])
+        return loss(self, index, cache)
+
+    monkeypatch.setattr(driver.Reconstruction, "global_loss", watched)
+    config = method(iters=0, joint_iters=3, measured=3, loss="rd_direct")
+    history = quantize(model, crops, config, lmbda=0.01, progress=False).history
+    with torch.no_grad():
+        expected = torch.cat([objective(model(x), x) for x in crops[:3].split(2)]).double().mean()
+    assert history["j_float"] == pytest.approx(float(expected), rel=1e-6)
+    assert {float(x.sum()) for batch in taught for x in batch} == {float(x.sum()) for x in crops}
+
+
 @pytest.mark.parametrize("arch", SIZES)
 @pytest.mark.parametrize("kind", UNITS)
 def test_units_hold_every_learning_node_once_and_in_order(arch, kind):

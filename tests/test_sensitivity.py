@@ -63,6 +63,29 @@ def test_distortion_curvature_is_the_closed_form():
     torch.testing.assert_close(sensitivity.curvature, distortion + rate, rtol=0.05, atol=0)
 
 
+def test_without_an_objective_a_layer_has_its_own_relative_error():
+    model = Linear2()
+    sensitivity = measure_sensitivities(observed(model, batches()), batches(), None, progress=False)["first"]
+    with torch.no_grad():
+        inverse = [1 / model.first(batch).square().mean().double() for batch in batches()]
+    expected = (2 / 24 * torch.stack(inverse).mean()).expand(24)
+    torch.testing.assert_close(sensitivity.curvature, expected, rtol=1e-4, atol=0)
+    noise = torch.randn(2, 24, 64, 64, generator=torch.Generator().manual_seed(0)) * 0.01
+    with torch.no_grad():
+        rise = [(noise.square().mean() / model.first(batch).square().mean()).double() for batch in batches()]
+    predicted = 0.5 * (sensitivity.curvature * 0.01**2).sum()
+    torch.testing.assert_close(predicted, torch.stack(rise).mean(), rtol=0.02, atol=0)
+
+
+def test_nothing_is_chosen_by_j_where_the_loss_does_not_know_it():
+    def outcome(loss: str, lmbda: float) -> list[Tensor]:
+        config = PtqConfig.from_preset(loss=loss, joint_iters=0, batch=2)
+        return list(quantize(tiny_codec("balle2018"), images(4), config, lmbda=lmbda, progress=False).state_dict().values())
+
+    assert all(torch.equal(a, b) for a, b in zip(outcome("mse", 0.001), outcome("mse", 0.1)))
+    assert any(not torch.equal(a, b) for a, b in zip(outcome("rd", 0.001), outcome("rd", 0.1)))
+
+
 def test_rate_curvature_is_the_fisher_information_of_a_gaussian():
     """For a ~ N(0, 1) under its own density the Hessian of the code length is 1 nat."""
     model = Linear2(channels=4)
