@@ -204,7 +204,7 @@ def plain_baseline(model: "nn.Module", run: Run) -> "QuantModel":
                                           w_range="max", a_range="max", a_headroom=1.0, a_symmetry="one_sided",
                                           rounding="nearest"))
     plain.to(run.device)
-    plain.observe(run.crops.to(run.device).split(2))
+    plain.observe(run.crops[: run.config.reconstruction.observed].to(run.device).split(2))
     plain.freeze()
     return plain
 

@@ -36,9 +36,10 @@ class ReconstructionConfig:
     joint_iters: steps of a last pass over all quantization parameters of the network on J itself; 0 leaves it out.
     alternate:  Algorithm 1: first weights and biases, then activations; False learns them together.
     batch:      crops per step.
-    measured:   on the first so many crops J and what it cares about are measured, and from them the harder ones come (`stress`).
-    observed:   the first so many set ranges and are what rounding is compensated on. All crops teach: many cost no time there,
-                for a step takes `batch` of them, and what is learned from few does not hold for other images.
+    measured:   on the first so many crops J and what it cares about are measured, from them the harder ones come (`stress`), and
+                units learn from them, whose outputs are kept in memory.
+    observed:   the first so many set ranges and are what rounding is compensated on. The joint pass learns from all: a step takes
+                `batch` of them however many there are, and what is learned from few does not hold for other images.
     lr_range, lr_rounding, lr_bias: step sizes of Adam. Ranges: in ln N. Rounding: in units of the weight's
                 step. Bias: relative to its root mean square.
     joint_lr:   factor on all of them in the joint pass with weights of 8 bits and more; with fewer it is ten times as large

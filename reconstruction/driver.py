@@ -77,9 +77,10 @@ class Reconstruction:
     def _run_units(self, history: dict) -> None:
         config = self.config
         weighted = config.loss in ("fisher", *GLOBAL)
-        targets = Targets(self.qmodel, self.batches, self.units, self.objective, weighted)
-        quantized = PrefixCache(self.qmodel, self.trace, self.batches, True)
-        real = PrefixCache(self.qmodel, self.trace, self.batches, False) if config.input_mix else None
+        batches = self.batches[: len(self.measured)]
+        targets = Targets(self.qmodel, batches, self.units, self.objective, weighted)
+        quantized = PrefixCache(self.qmodel, self.trace, batches, True)
+        real = PrefixCache(self.qmodel, self.trace, batches, False) if config.input_mix else None
         bar = progress_bar(total=len(self.units), desc=f"reconstructing {config.unit}s ({config.loss})", unit="unit",
                            enabled=self.progress)  # fmt: skip
         with bar:
@@ -237,15 +238,23 @@ class Reconstruction:
         if self.config.loss in GLOBAL:
             return self.global_loss
         stages = find_units(self.qmodel, self.trace, "stage")
-        targets = Targets(self.qmodel, self.batches, stages, self.objective, self.config.loss == "fisher")
-        targets.groups = [tuple(stages)]  # few and small: all at once
-        self._in_float(lambda: targets.prepare(stages[0]))
         calls = [call for stage in stages for call in stage.outputs]
+        kept: dict[int, Targets] = {}  # of the batches that are met again and again; of all they could be gigabytes
+
+        def targets_of(index: int) -> Targets:
+            if index in kept:
+                return kept[index]
+            targets = Targets(self.qmodel, [self.batches[index]], stages, self.objective, self.config.loss == "fisher", together=True)
+            self._in_float(lambda: targets.prepare(stages[0]))
+            if index in self.measured:
+                kept[index] = targets
+            return targets
 
         def loss(index: int) -> Tensor:
+            targets = targets_of(index)
             with self.qmodel.runtime.recording(calls) as record:
                 self.qmodel(self.batches[index])
-            return sum(targets.loss(self.config.loss, stage, index, record) for stage in stages)
+            return sum(targets.loss(self.config.loss, stage, 0, record) for stage in stages)
 
         return loss
 
@@ -335,7 +344,7 @@ class _UnitRun:
             parameter.requires_grad_(True)
         for step in range(steps):
             if not self.queue:
-                self.queue = self.order.sample(range(len(self.engine.batches)), len(self.engine.batches))
+                self.queue = self.order.sample(self.engine.measured, len(self.engine.measured))
             index = self.queue.pop()
             schedule.set(step)
             optimizer.zero_grad()

@@ -20,11 +20,13 @@ class Targets:
 
     Args:
         weighted: also measure the squared gradient of J at the outputs (BRECQ, Li 2021, eq. 10).
+        together: all units are one group.
     """
 
-    def __init__(self, qmodel: QuantModel, batches: Sequence[Tensor], units: Sequence[Unit], objective: Objective, weighted: bool):
+    def __init__(self, qmodel: QuantModel, batches: Sequence[Tensor], units: Sequence[Unit], objective: Objective, weighted: bool,
+                 together: bool = False):  # fmt: skip
         self.qmodel, self.batches, self.objective, self.weighted = qmodel, batches, objective, weighted
-        self.groups = self._group(units)
+        self.groups = [tuple(units)] if together else self._group(units)
         self.outputs: list[dict[Call, Tensor]] = []
         self.weights: list[dict[Call, Tensor]] = []
         self._ready: tuple[Unit, ...] = ()

@@ -281,11 +281,15 @@ def test_the_same_seed_gives_the_same_numbers_and_another_seed_others():
     assert any(not torch.equal(a, b) for a, b in zip(first, third))
 
 
-@pytest.mark.parametrize("survive", [1, 3, 6, 10])
-def test_a_killed_calibration_goes_on_to_the_same_numbers(tmp_path, monkeypatch, survive):
+@pytest.fixture(scope="module")
+def uninterrupted():
     config = method(unit="stage", joint_iters=12)
-    whole = quantize(codec(), images(), config, lmbda=0.01, progress=False)
+    return config, quantize(codec(), images(), config, lmbda=0.01, progress=False)
 
+
+@pytest.mark.parametrize("survive", [1, 3, 6, 10])
+def test_a_killed_calibration_goes_on_to_the_same_numbers(tmp_path, monkeypatch, uninterrupted, survive):
+    config, whole = uninterrupted
     saves = []
     save = state_module.StateFolder.save
 
