@@ -188,7 +188,7 @@ def test_no_float_weight_of_a_quantized_layer_is_in_the_file(tmp_path):
         types = {name: stream.get_slice(name).get_dtype() for name in names}
     weights = {name for name in names if name.endswith("weight_int")}
     assert len(weights) == len(saved.rewrite.nodes) - 2  # all but the two entropy models
-    assert {types[name] for name in weights} == {"I8"}
+    assert {types[name] for name in weights} <= {"I8", "U8"}  # a byte each, or packed where fewer bits hold them
     assert not [name for name in names if ".module.weight" in name or ".module.gamma" in name or "bias_change" in name]
     save_checkpoint(saved_float := create_model("balle2018", N=64, M=96), tmp_path / "f.safetensors", {}, torch.float32)
     parameters = sum(parameter.numel() for parameter in saved_float.parameters())
