@@ -61,9 +61,9 @@ class Targets:
             tensors = {call: tensor_of(record[call]) for call in calls}
             self.outputs.append({call: tensor.detach() for call, tensor in tensors.items()})
             if self.weighted:
-                gradients = torch.autograd.grad(
-                    self.objective(output, batch).sum(), list(tensors.values()), allow_unused=True
-                )
+                with torch.enable_grad():  # also where a score is taken without gradients
+                    cost = self.objective(output, batch).sum()
+                gradients = torch.autograd.grad(cost, list(tensors.values()), allow_unused=True)
                 self.weights.append(
                     {call: fisher(g, tensor) for (call, tensor), g in zip(tensors.items(), gradients)}
                 )
