@@ -28,7 +28,8 @@ PROBES = 2  # random sign images for each batch
 class Sensitivity:
     """Of one multiply-accumulate layer.
 
-    curvature: (outputs,) diagonal of the Hessian of J, or of the relative squared error of the output, summed over an output channel's positions, mean over images.
+    curvature: (outputs,) diagonal of the Hessian of J, or of the layer's relative squared error, summed over an output channel's
+               positions, mean over images.
     macs:      multiply-accumulate operations of the layer for one image.
     """
 
