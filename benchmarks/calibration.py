@@ -24,7 +24,6 @@ from support.cli import ArgumentParser, main_guard
 from support.determinism import seed_everything, set_threads
 
 
-
 def calibrate(arch: str, width: float, crops: int, crop: int, threads: int, knobs: dict) -> dict:
     """The history of a calibration, with the codec's parameters and sizes."""
     set_threads(threads)
