@@ -70,6 +70,9 @@ def build_parser() -> ArgumentParser:
                        help="side of a calibration crop in pixels, a multiple of 64 (default: 256)")
     group.add_argument("--crops_per_image", metavar="N", type=options.positive, default=8,
                        help="crops from each calibration image (default: 8)")
+    group.add_argument("--crop_reductions", metavar="N", type=options.reductions, default=[1, 2],
+                       help="how many times smaller an image is made before its first, second ... crop, over and over, separated "
+                            "by commas; one too small for that stays as it is (default: 1,2)")
     group.add_argument("--eval", dest="data", metavar="SET",
                        help="evaluation images: a folder or a data set's name (default: kodak where it is found through "
                             "LICQ_DATA or the cache, else photos, 3 photos that installed packages ship)")
@@ -135,8 +138,8 @@ def prepare(args: argparse.Namespace) -> Run:
     models = find_float_models(args.arch, args.quality, args.checkpoint, args.pretrained, args.metric, args.lmbda)
     multiple = get_architecture(models[0].arch).multiple
     dataset, remark = evaluation_set(args.data, args.metric)
-    crops, calibration, scarce = calibration_crops(args.calib, args.num_calib, args.crop, args.crops_per_image, args.seed,
-                                                   multiple, args.metric, dataset)
+    crops, calibration, scarce = calibration_crops(args.calib, args.num_calib, args.crop, args.crops_per_image,
+                                                   args.crop_reductions, args.seed, multiple, args.metric, dataset)
     for source in models:
         source.load()
     settings = {"licq": __version__, "arch": models[0].arch, "metric": args.metric, "config": config.to_dict(),

@@ -83,6 +83,7 @@ def main() -> None:
     parser.add_argument("--num_calib", type=options.positive, default=10)
     parser.add_argument("--crop", type=options.positive, default=256)
     parser.add_argument("--crops_per_image", type=options.positive, default=8)
+    parser.add_argument("--crop_reductions", type=options.reductions, default=[1, 2])
     parser.add_argument("--eval", dest="data", default="kodak")
     parser.add_argument("--set", dest="knobs", metavar="KNOB=VALUE", type=options.assignment, action="append", default=[])
     parser.add_argument("--threads", type=options.threads, default=1)
@@ -100,7 +101,8 @@ def main() -> None:
     objective, crops = Objective(source.lmbda), centres(dataset)
     model = source.load()
     done = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {}
-    budget = f"{arguments.calib} {arguments.num_calib}x{arguments.crops_per_image}x{arguments.crop} {sorted(arguments.knobs)}"
+    budget = f"{arguments.calib} {arguments.num_calib}x{arguments.crops_per_image}x{arguments.crop} " \
+             f"{arguments.crop_reductions} {sorted(arguments.knobs)}"
     prefix = f"{source.arch} q{source.quality} {source.sha256[:8]} {arguments.data} | {budget}"
     if prefix not in done:
         done[prefix] = measure(model, crops, objective)
@@ -116,7 +118,8 @@ def main() -> None:
                 if key not in done:
                     seed_everything(seed)
                     calibration, _, _ = calibration_crops(
-                        arguments.calib, arguments.num_calib, arguments.crop, arguments.crops_per_image, seed, multiple, "mse", dataset)
+                        arguments.calib, arguments.num_calib, arguments.crop, arguments.crops_per_image, arguments.crop_reductions,
+                        seed, multiple, "mse", dataset)
                     codec = quantize(model, calibration, config, lmbda=source.lmbda)
                     history = codec.history
                     done[key] = measure(codec, crops, objective) | {

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
 from data.images import load_image
 from support.errors import InputError
@@ -16,7 +17,7 @@ _TRIES = 64  # draws of another position before a repeated crop of the same imag
 
 
 def sample_crops(paths: Sequence[Path], num: int = 10, crop: int = 256, seed: int = 0,
-                 exclude: Iterable[Path] = (), crops_per_image: int = 1) -> Tensor:
+                 exclude: Iterable[Path] = (), crops_per_image: int = 1, reductions: Sequence[int] = (1,)) -> Tensor:
     """Random crops, float32 (num * crops_per_image, 3, crop, crop) in 0..1, from `num` images drawn without repeat.
 
     First one crop of each image, then another of each, and so on. With fewer images than `num`, images are drawn again, at
@@ -25,6 +26,9 @@ def sample_crops(paths: Sequence[Path], num: int = 10, crop: int = 256, seed: in
 
     Args:
         exclude: the images of the evaluation set; see `refuse_overlap`.
+        reductions: by how much an image is made smaller (means of so many by so many pixels) before its first, second ... crop
+            is taken, over and over. Large photographs are softer, pixel by pixel, than the images codecs are measured on.
+            An image too small for that and the crop stays as it is.
 
     Raises:
         InputError: no images, a bad number, an unreadable image, or one that is in the evaluation set.
@@ -35,22 +39,29 @@ def sample_crops(paths: Sequence[Path], num: int = 10, crop: int = 256, seed: in
     if min(num, crop, crops_per_image) < 1:
         raise InputError(f"{crops_per_image} crops of {crop} pixels from each of {num} images make no sense; "
                          "choose 1 or more of each")
+    if not reductions or min(reductions) < 1:
+        raise InputError(f"images reduced {list(reductions)} times make no sense; choose numbers of 1 or more")
     refuse_overlap(paths, exclude)
     # Python's generator: its sequence for a seed is a promise of the language, numpy's and torch's are not.
     draw = random.Random(seed)
     order = draw.sample(range(len(paths)), len(paths))
-    chosen = [order[index % len(order)] for index in range(num)] * crops_per_image
-    images = {index: _at_least(load_image(paths[index]), crop) for index in sorted(set(chosen))}
-    used: set[tuple[int, int, int]] = set()
+    chosen = [(order[index % len(order)], reductions[again % len(reductions)])
+              for again in range(crops_per_image) for index in range(num)]
+    images: dict[int, Tensor] = {}
+    reduced: dict[tuple[int, int], Tensor] = {}
+    for index, reduction in sorted(set(chosen)):
+        image = images.setdefault(index, load_image(paths[index]))
+        reduced[index, reduction] = _at_least(_reduce(image, reduction, crop), crop)
+    used: set[tuple[int, int, int, int]] = set()
     crops = []
-    for index in chosen:
-        image = images[index]
+    for index, reduction in chosen:
+        image = reduced[index, reduction]
         for _ in range(_TRIES):
             top = draw.randint(0, image.shape[1] - crop)
             left = draw.randint(0, image.shape[2] - crop)
-            if (index, top, left) not in used:
+            if (index, reduction, top, left) not in used:
                 break
-        used.add((index, top, left))
+        used.add((index, reduction, top, left))
         crops.append(image[:, top:top + crop, left:left + crop])
     return torch.stack(crops)
 
@@ -86,6 +97,13 @@ def _size(path: str | Path) -> int:
         return Path(path).stat().st_size
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; check the path") from error
+
+
+def _reduce(image: Tensor, reduction: int, crop: int) -> Tensor:
+    """`image` (3, H, W) with the mean of reduction x reduction pixels, of 8 bits again, for each; not to less than `crop`."""
+    if reduction == 1 or min(image.shape[1:]) // reduction < crop:
+        return image
+    return (avg_pool2d(image, reduction) * 255).round() / 255
 
 
 def _at_least(image: Tensor, side: int) -> Tensor:

@@ -41,8 +41,8 @@ def evaluation_set(name_or_folder: str | None, metric: str = "mse") -> tuple[Dat
     return dataset, remark
 
 
-def calibration_crops(name_or_folder: str | None, num: int, crop: int, crops_per_image: int, seed: int, multiple: int,
-                      metric: str, exclude: Dataset) -> tuple[Tensor, dict, str | None]:
+def calibration_crops(name_or_folder: str | None, num: int, crop: int, crops_per_image: int, reductions: Sequence[int], seed: int,
+                      multiple: int, metric: str, exclude: Dataset) -> tuple[Tensor, dict, str | None]:
     """Crops (num * crops_per_image, 3, crop, crop) in 0..1, what they are as a dictionary, and a remark where images repeat.
 
     None means photos-calib, images that installed packages ship.
@@ -56,9 +56,10 @@ def calibration_crops(name_or_folder: str | None, num: int, crop: int, crops_per
     if metric == "ms-ssim" and crop < _MS_SSIM_SIDE:
         raise InputError(f"--crop {crop} is too small for MS-SSIM; choose {-(-_MS_SSIM_SIDE // multiple) * multiple} or more")
     dataset = open_dataset(name_or_folder or CALIBRATION)
-    crops = sample_crops(dataset.paths, num, crop, seed, exclude.paths, crops_per_image)
+    crops = sample_crops(dataset.paths, num, crop, seed, exclude.paths, crops_per_image, reductions)
     facts = {"dataset": dataset.name, "images": min(num, len(dataset)), "num_calib": num, "crop": crop,
-             "crops_per_image": crops_per_image, "seed": seed, "sha256": hashlib.sha256(crops.numpy().tobytes()).hexdigest()}
+             "crops_per_image": crops_per_image, "crop_reductions": list(reductions), "seed": seed,
+             "sha256": hashlib.sha256(crops.numpy().tobytes()).hexdigest()}
     if len(dataset) >= num:
         return crops, facts, None
     return crops, facts, f"{num} calibration images were asked for, and there are {len(dataset)}: they are used again, at other places"

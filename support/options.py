@@ -33,6 +33,11 @@ def positive(text: str) -> int:
     return _at_least(text, 1)
 
 
+def reductions(text: str) -> list[int]:
+    """Whole numbers from 1, separated by commas."""
+    return [_at_least(item, 1) for item in text.split(",")]
+
+
 def threads(text: str) -> int:
     """A number of CPU threads, 1..256."""
     value = _whole(text)

@@ -2,8 +2,10 @@ import hashlib
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import data.datasets
 from data.calibration import sample_crops
@@ -122,6 +124,24 @@ def test_more_crops_per_image_begin_with_the_same(make_image):
     assert len({crop.numpy().tobytes() for crop in often}) == 9
 
 
+def test_reduced_images_give_every_second_crop(make_image):
+    path = make_image(width=41, height=38)
+    crops = sample_crops([path], num=1, crop=16, seed=3, crops_per_image=4, reductions=(1, 2))
+    image = load_image(path)
+    with Image.open(path) as picture:
+        half = torch.from_numpy(np.array(picture.crop((0, 0, 40, 38)).reduce(2))).permute(2, 0, 1) / 255  # Pillow's means
+
+    def near(crop):
+        windows = half.unfold(1, 16, 1).unfold(2, 16, 1) - crop[:, None, None]
+        return bool(windows.abs().amax(dim=(0, 3, 4)).le(1.01 / 255).any())  # a tie may be rounded up or to even
+
+    assert [contains(image, crop) for crop in crops] == [True, False, True, False]
+    assert [near(crop) for crop in crops] == [False, True, False, True]
+    assert torch.equal((crops * 255).round() / 255, crops)
+    # half of 38 pixels is less than 20
+    assert all(contains(image, crop) for crop in sample_crops([path], 1, 20, seed=3, crops_per_image=2, reductions=(1, 2)))
+
+
 def test_image_smaller_than_the_crop_is_reflected(make_image):
     path = make_image(width=10, height=9)
     crop = sample_crops([path], num=1, crop=32, seed=0)[0]
@@ -151,6 +171,9 @@ def test_impossible_calibration_is_refused(make_image):
         sample_crops([make_image()], num=0, crop=16)
     with pytest.raises(InputError):
         sample_crops([make_image()], num=1, crop=16, crops_per_image=0)
+    for reductions in ((), (1, 0)):
+        with pytest.raises(InputError, match="1 or more"):
+            sample_crops([make_image()], num=1, crop=16, reductions=reductions)
 
 
 def test_registry_file_is_json_with_a_way_to_each_data_set():
