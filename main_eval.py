@@ -30,6 +30,10 @@ def build_parser() -> ArgumentParser:
                        help="images: a folder or a data set's name (default: kodak where it is found through LICQ_DATA or the "
                             "cache, else photos, 3 photos that installed packages ship)")
     options.add_float_model(parser)
+    group = parser.add_argument_group("variable rate")
+    group.add_argument("--rate_factor", metavar="A", type=options.factors, default=[],
+                       help="gains of a variable-rate codec, one or more positive numbers separated by commas: rates between its "
+                            "qualities (default: the qualities)")
     options.add_machine(parser)
     group = parser.add_argument_group("run")
     group.add_argument("--no-float", dest="with_float", action="store_false",
@@ -96,6 +100,10 @@ def evaluate_all(args: argparse.Namespace, files: list[Path]) -> int:
     given = get_architecture(args.arch).name if args.arch else None  # a plug-in's file registers its codec here
     saved = [read_extra(file) for file in files]
     common = one_kind(files, saved) if files else None
+    if args.rate_factor and not (common and "rates" in common):
+        raise InputError("--rate_factor is for quantized variable-rate codecs; leave it out, or give one with --model")
+    if common and "rates" in common:
+        files, saved = rates_of_one(files[0], common, args)
     if common and common["arch"] not in list_models():
         raise InputError(f"{files[0]} needs the architecture {common['arch']!r}; name the Python file that registers it with --arch")
     if common and given not in (None, common["arch"]):
@@ -126,12 +134,16 @@ def evaluate_all(args: argparse.Namespace, files: list[Path]) -> int:
         source = floats.get(quality)
         if not args.quiet:
             print(f"{arch} quality {quality} ({index + 1} of {total})", file=sys.stderr)
-        quant = measure(QuantModel.load(files[index])) if files else None
+        codec = QuantModel.load(files[index]) if files else None
         network = source.load() if source else None
+        for model in (codec and codec.model, network):
+            if model is not None and "level" in extra:
+                model.set_level(extra["level"])
+        quant = measure(codec) if codec else None
         fp32 = measure(network) if network is not None else None
         coverage = coverage or extra.get("coverage")
         points.append(make_point(
-            quality=quality, lmbda=extra.get("lambda") or source.lmbda, metric=metric, fp32=fp32, quant=quant,
+            quality=round(quality, 3), lmbda=extra.get("lambda") or source.lmbda, metric=metric, fp32=fp32, quant=quant,
             calibration_seconds=extra.get("calibration_seconds"), peak_memory_mb=extra.get("peak_memory_mb"),
             model_bytes=files[index].stat().st_size if files else None,
             fp32_model_bytes=4 * sum(p.numel() for p in network.parameters()) if network is not None else None,
@@ -169,6 +181,35 @@ def read_extra(path: Path) -> dict:
     return extra
 
 
+def rates_of_one(file: Path, extra: dict, args: argparse.Namespace) -> tuple[list[Path], list[dict]]:
+    """A variable-rate codec's file once for each rate to measure, and what it says of itself at that rate.
+
+    Raises:
+        InputError: a quality for which it was not quantized.
+    """
+    from models.registry import get_architecture
+    from quant.model import QuantModel
+
+    lambdas = {int(quality): lmbda for quality, lmbda in extra["rates"].items()}
+    qualities = [] if args.rate_factor and args.quality is None else sorted(lambdas) if args.quality in (None, "all") else args.quality
+    codec = QuantModel.load(file).model
+    table = get_architecture(extra["arch"]).lambdas[extra["metric"]]
+    for quality in qualities:
+        if quality not in lambdas and not 1 <= quality <= codec.levels:
+            raise InputError(f"{file} has the qualities 1 to {codec.levels}, not {quality}; choose others with --quality")
+    levels = {quality: float(quality) for quality in qualities} | {level: level for level in map(codec.level_of, args.rate_factor)}
+    at = [extra | {"quality": quality, "level": level, "lambda": lambdas.get(quality) or interpolated(table, level)}
+          for quality, level in sorted(levels.items())]
+    return [file] * len(at), at
+
+
+def interpolated(table: dict[int, float], level: float) -> float:
+    """The lambda of a level between two, on the straight line of its logarithm."""
+    import numpy as np
+
+    return float(np.exp(np.interp(level, list(table), np.log(list(table.values())))))
+
+
 def one_kind(files: list[Path], saved: list[dict]) -> dict:
     """What the models of one curve have in common.
 
@@ -199,7 +240,7 @@ def find_floats(args: argparse.Namespace, saved: list[dict]) -> dict:
     named = args.checkpoint is not None or args.pretrained
     if not saved or named:
         arch = args.arch or (saved[0]["arch"] if saved else None)
-        qualities = args.quality if not saved else sorted(extra["quality"] for extra in saved)
+        qualities = args.quality if not saved else sorted({round(extra["quality"]) for extra in saved})
         found = find_float_models(arch, qualities, args.checkpoint, args.pretrained, args.metric, args.lmbda)
         models = {model.quality: model for model in found}
     else:
@@ -225,7 +266,7 @@ def _where(origin: dict, extra: dict) -> Path:
     if origin["origin"] == "embedded":
         from models.checkpoints import embedded_checkpoint
 
-        return embedded_checkpoint(extra["arch"], extra["quality"])
+        return embedded_checkpoint(extra["arch"], max(1, round(extra["quality"])))  # a rate between two qualities has both's
     return Path(origin["path"])
 
 

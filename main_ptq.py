@@ -102,7 +102,8 @@ def main(argv: list[str] | None = None) -> int:
 class Run:
     """Everything that was checked before the work starts; built by `prepare`.
 
-    models: FloatModels. multiple: sides of inputs are multiples of it. crops: (n, 3, crop, crop) in 0..1.
+    models: FloatModels. multiple: sides of inputs are multiples of it. crops: (n, 3, crop, crop) in 0..1, or with the planes of
+    `models.qvrf.VariableRate`.
     warnings: remarks for the user. started: monotonic seconds.
     """
 
@@ -116,6 +117,13 @@ class Run:
     folder: "RunFolder"
     warnings: list[str]
     started: float
+
+    @property
+    def is_variable(self) -> bool:
+        """One quantized codec serves all qualities."""
+        from models.registry import get_architecture
+
+        return get_architecture(self.models[0].arch).variable
 
     def say(self, text: str) -> None:
         if not self.args.quiet:
@@ -141,7 +149,10 @@ def prepare(args: argparse.Namespace) -> Run:
     crops, calibration, scarce = calibration_crops(args.calib, args.num_calib, args.crop, args.crops_per_image,
                                                    args.crop_reductions, args.seed, multiple, args.metric, dataset)
     for source in models:
-        source.load()
+        network = source.load()
+    if get_architecture(models[0].arch).variable:
+        crops = with_rates(network, crops, models, args.seed)
+        calibration["levels"] = [source.quality for source in models]
     settings = {"licq": __version__, "arch": models[0].arch, "metric": args.metric, "config": config.to_dict(),
                 "calibration": calibration,
                 "evaluation": {"dataset": dataset.name, "images": len(dataset), "sha256": images_digest(dataset.paths)}}
@@ -154,6 +165,18 @@ def prepare(args: argparse.Namespace) -> Run:
         idle = f"--unit {args.unit} has no effect: units are reconstructed in 0 steps each; give their number, e.g. --iters 20"
     return Run(args=args, config=config, device=device, models=models, multiple=multiple, dataset=dataset, crops=crops,
                folder=folder, warnings=[remark for remark in (remark, scarce, idle) if remark], started=time.monotonic())
+
+
+def with_rates(network: "nn.Module", crops: "Tensor", models: list["FloatModel"], seed: int) -> "Tensor":
+    """The crops of a variable-rate codec, each with the gain and the lambda of one of the qualities."""
+    import torch
+
+    from data.calibration import draw_levels
+
+    lambdas = {source.quality: source.lmbda for source in models}
+    levels = draw_levels(len(crops), list(lambdas), seed)
+    with torch.no_grad():
+        return network.with_planes(crops, torch.tensor(levels), torch.tensor([lambdas[level] for level in levels]))
 
 
 def build_config(args: argparse.Namespace) -> "PtqConfig":
@@ -174,7 +197,7 @@ def quantize_quality(run: Run, index: int) -> dict:
 
     source, args = run.models[index], run.args
     folder = run.folder.quality(source.quality, {"quality": source.quality, "lambda": source.lmbda,
-                                                 "checkpoint_sha256": source.sha256})
+                                                 "checkpoint_sha256": source.sha256}, shared=run.is_variable)
     complete = {"fp32", "quant"} | ({"baseline"} if args.baseline else set())
     done = complete <= folder.parts.keys()
     run.say(f"{source.arch} quality {source.quality} ({index + 1} of {len(run.models)})"
@@ -186,7 +209,7 @@ def quantize_quality(run: Run, index: int) -> dict:
 
     fp32 = folder.part("fp32", lambda: measure(load()))
     baseline = folder.part("baseline", lambda: measure(plain_baseline(load(), run))) if args.baseline else None
-    quant = folder.part("quant", lambda: _reconstruct(load(), run, source, folder, measure))
+    quant = folder.part("quant", lambda: _reconstruct(load(), run, index, folder, measure))
     folder.finish()
     return make_point(
         quality=source.quality, lmbda=source.lmbda, metric=args.metric, fp32=Report.from_dict(fp32),
@@ -216,18 +239,25 @@ BASELINE = ("maximum ranges, nearest rounding, per-channel weights, one scale pe
             "the same bits and calibration images")
 
 
-def _reconstruct(model: "nn.Module", run: Run, source: "FloatModel", folder: "QualityFolder",
+def _reconstruct(model: "nn.Module", run: Run, index: int, folder: "QualityFolder",
                  measure: Callable[["nn.Module"], dict]) -> dict:
-    """Quantize, measure, save: the finished part of result.json."""
+    """Quantize, measure, save: the finished part of result.json. A variable-rate codec is quantized with its first quality."""
+    from quant.model import QuantModel
     from reconstruction.api import quantize
     from support.files import sha256
 
-    args = run.args
+    args, source = run.args, run.models[index]
+    if run.is_variable and index:
+        first = run.folder.quality_parts(run.models[0].quality)["quant"]
+        codec = QuantModel.load(folder.model)
+        codec.model.set_level(source.quality)
+        return first | {"report": measure(codec)}
     codec = quantize(model, run.crops, run.config, lmbda=source.lmbda, metric=args.metric, device=run.device,
                      folder=folder.path, resume=args.resume, progress=not args.quiet)
     report = measure(codec)
+    rates = {"rates": {other.quality: other.lmbda for other in run.models}} if run.is_variable else {}
     codec.save(folder.model, {
-        "arch": source.arch, "quality": source.quality, "lambda": source.lmbda, "metric": args.metric,
+        **rates, "arch": source.arch, "quality": source.quality, "lambda": source.lmbda, "metric": args.metric,
         "preset": run.config.preset, "config": run.config.to_dict(), "calibration": run.folder.settings["calibration"],
         "checkpoint": {"origin": source.origin, "path": str(source.path.resolve()), "sha256": source.sha256,
                        "own_lambda": source.own_lambda},
@@ -265,7 +295,7 @@ def finish(run: Run, points: list[dict]) -> int:
     write_report(run.folder.path, report)
     print(render_summary(report))
     print(f"\nreport:  {run.folder.path / 'report.md'}, report.json, rd.png"
-          f"\nmodels:  {', '.join(str(run.folder.path / f'q{source.quality}' / 'model.safetensors') for source in run.models)}")
+          f"\nmodels:  {', '.join(dict.fromkeys(str(run.folder.model(source.quality, run.is_variable)) for source in run.models))}")
     for warning in run.warnings:
         print(f"note: {warning}")
     return 0

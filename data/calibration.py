@@ -66,6 +66,15 @@ def sample_crops(paths: Sequence[Path], num: int = 10, crop: int = 256, seed: in
     return torch.stack(crops)
 
 
+def draw_levels(count: int, levels: Sequence[int], seed: int = 0) -> list[int]:
+    """A level for each of `count` calibration crops of a variable-rate codec: all in turn, each round in another order."""
+    draw = random.Random(f"{seed} levels")
+    drawn: list[int] = []
+    while len(drawn) < count:
+        drawn += draw.sample(list(levels), len(levels))
+    return drawn[:count]
+
+
 def refuse_overlap(paths: Iterable[Path], exclude: Iterable[Path]) -> None:
     """Refuse calibration images whose file content (SHA-256) is that of an evaluation image, whatever their names.
 

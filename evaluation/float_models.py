@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
-from models.checkpoints import embedded_checkpoint, embedded_qualities, identify, load_checkpoint, read_checkpoint
+from models.checkpoints import embedded_checkpoint, embedded_qualities, identify, load_checkpoint, rates_of, read_checkpoint
 from models.registry import Architecture, get_architecture, list_models
 from support.errors import InputError
 from support.files import sha256
@@ -124,14 +124,22 @@ def _from_files(arch: str | None, qualities: Sequence[int] | None, checkpoint: s
         files = {quality: Path(checkpoint) for quality in qualities or sorted(architecture.official)}
     else:
         path = Path(checkpoint)
-        if qualities is not None and len(qualities) > 1:
-            raise InputError(f"--checkpoint {checkpoint} is one file for {len(qualities)} qualities; give one --quality, or "
-                             "put {quality} into the name")
         architecture = get_architecture(arch) if arch else _identify(path)
-        files = {qualities[0] if qualities else _quality_of(path, architecture, metric): path}
+        if architecture.variable:
+            files = {quality: path for quality in qualities or rates_of(path)}
+        else:
+            files = {_only(qualities, checkpoint) or _quality_of(path, architecture, metric): path}
     for quality in files:
         architecture.check_quality(quality)
     return architecture, files
+
+
+def _only(qualities: Sequence[int] | None, checkpoint: str) -> int | None:
+    """The one quality that was asked for, or None."""
+    if qualities is not None and len(qualities) > 1:
+        raise InputError(f"--checkpoint {checkpoint} is one file for {len(qualities)} qualities; give one --quality, or "
+                         "put {quality} into the name")
+    return qualities[0] if qualities else None
 
 
 def _matching(pattern: str) -> dict[int, Path]:

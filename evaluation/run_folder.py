@@ -3,7 +3,7 @@
     OUT/run.json                     the settings of the run
     OUT/q<quality>/partial.json      parts finished so far; gone when the quality is finished
     OUT/q<quality>/units/            the reconstruction's own state; gone likewise
-    OUT/q<quality>/model.safetensors the quantized codec
+    OUT/q<quality>/model.safetensors the quantized codec; of variable rate: OUT/model.safetensors, for all qualities
     OUT/q<quality>/result.json       settings and every part, when the quality is finished
     OUT/report.{json,md}, OUT/rd.png written last
 
@@ -46,16 +46,28 @@ class RunFolder:
         self.settings = _plain(settings)
         write_json(self.path / "run.json", {"settings": self.settings})
 
-    def quality(self, quality: int, settings: dict[str, Any]) -> "QualityFolder":
-        """The part of the folder that belongs to a quality; `settings` are its own, beside the run's."""
-        return QualityFolder(self.path / f"q{quality}", {**self.settings, **_plain(settings)}, self.resume)
+    def quality(self, quality: int, settings: dict[str, Any], shared: bool = False) -> "QualityFolder":
+        """The part of the folder that belongs to a quality; `settings` are its own, beside the run's.
+
+        With `shared` there is one quantized codec for all.
+        """
+        return QualityFolder(self.path / f"q{quality}", {**self.settings, **_plain(settings)}, self.resume, self.model(quality, shared))
+
+    def model(self, quality: int, shared: bool = False) -> Path:
+        """Where the quantized codec of a quality, or of all, is saved."""
+        return (self.path if shared else self.path / f"q{quality}") / "model.safetensors"
+
+    def quality_parts(self, quality: int) -> dict[str, Any]:
+        """The finished parts of a quality that this run has finished."""
+        return read_json(self.path / f"q{quality}" / "result.json")["parts"]
 
 
 class QualityFolder:
     """Finished parts of one quality, by name, as JSON."""
 
-    def __init__(self, path: Path, settings: dict[str, Any], resume: bool):
+    def __init__(self, path: Path, settings: dict[str, Any], resume: bool, model: Path):
         self.path = path
+        self.model = model  # where the quantized codec is saved
         self.settings = settings
         self.parts: dict[str, Any] = {}
         for name in ("result.json", "partial.json") if resume else ():
@@ -65,11 +77,6 @@ class QualityFolder:
         quant = self.parts.get("quant")
         if quant is not None and not (self.model.is_file() and sha256(self.model) == quant["model_sha256"]):
             del self.parts["quant"]  # the model was deleted or replaced: made again, from its units where they are left
-
-    @property
-    def model(self) -> Path:
-        """Where the quantized codec is saved."""
-        return self.path / "model.safetensors"
 
     def part(self, name: str, compute: Callable[[], Any]) -> Any:
         """The finished part of that name, or what `compute` gives now, kept from now on."""

@@ -23,7 +23,7 @@ CDF_STATE = ("_quantized_cdf", "_offset", "_cdf_length")
 _PACKED = "_cdf_steps"
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "network", "net")
 _LAMBDA_KEYS = ("lambda", "lmbda")
-_OLD_BOTTLENECK = re.compile(r"(.*\bentropy_bottleneck\.)_(matri|bias|factor)(?:x|es|ces|s)?\.?(\d+)")
+_OLD_BOTTLENECK = re.compile(r"(.*\b(?:entropy_bottleneck|factorized_entropy_func)\.)_(matri|bias|factor)(?:x|es|ces|s)?\.?(\d+)")
 
 
 @dataclass(frozen=True)

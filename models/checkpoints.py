@@ -20,6 +20,7 @@ __all__ = [
     "identify",
     "load_checkpoint",
     "load_model",
+    "rates_of",
     "read_checkpoint",
     "read_state_dict",
     "save_checkpoint",
@@ -54,7 +55,8 @@ def load_checkpoint(
 
     Args:
         arch: the architecture that it must be, or a plug-in's file; None: the one that the file states or looks like.
-        quality: that it must be; None: any. Checked by the file's own quality or lambda, else by its widths.
+        quality: that it must be; None: any. Checked by the file's own quality or lambda, else by its widths. A variable-rate
+            codec is set to it.
         lmbda: a lambda of the user's own; then the file's lambda is not compared with the quality's.
 
     Raises:
@@ -72,10 +74,14 @@ def load_checkpoint(
     if arch is not None and stated in list_models() and stated != arch:
         get_architecture(arch)
         raise InputError(f"{path} is a checkpoint of {stated}, not of {arch}: pass --arch {stated}")
-    architecture, kwargs, model = _network(path, content, arch or stated)
-    if quality is not None:
+    architecture, kwargs, model, state_dict = _network(Path(path), content, arch or stated)
+    if quality is not None and not architecture.variable:
         _check_quality(path, architecture, kwargs, content.metadata, quality, lmbda)
-    fill_network(model, content.state_dict, path)
+    fill_network(model, state_dict, path)
+    if quality is not None and architecture.variable:
+        if quality > model.levels and quality == int(quality):
+            raise InputError(f"{path} has {model.levels} rates; choose --quality from 1 to {model.levels}")
+        model.set_level(quality)
     return mark_architecture(model, architecture, kwargs).eval()
 
 
@@ -116,6 +122,9 @@ def save_checkpoint(
 
 def embedded_qualities(arch: str) -> list[int]:
     """The qualities for which the repository ships a checkpoint of this architecture."""
+    if get_architecture(arch).variable:
+        path = ZOO / f"{arch}.safetensors"
+        return rates_of(path) if path.is_file() else []
     pattern = re.compile(re.escape(arch) + r"-q(\d+)\.safetensors")
     found = (pattern.fullmatch(file.name) for file in ZOO.glob("*.safetensors"))
     return sorted(int(match[1]) for match in found if match)
@@ -127,15 +136,28 @@ def embedded_checkpoint(arch: str, quality: int) -> Path:
     Raises:
         InputError: there is none; the message lists those there are.
     """
-    get_architecture(arch).check_quality(quality)
-    path = ZOO / f"{arch}-q{quality}.safetensors"
-    if path.is_file():
+    architecture = get_architecture(arch)
+    architecture.check_quality(quality)
+    path = ZOO / (f"{arch}.safetensors" if architecture.variable else f"{arch}-q{quality}.safetensors")
+    if path.is_file() and not (architecture.variable and quality not in rates_of(path)):
         return path
     there = [f"{name} {', '.join(map(str, embedded_qualities(name)))}" for name in list_models() if embedded_qualities(name)]
     raise InputError(
         f"no embedded checkpoint of {arch} at quality {quality}; there are: {'; '.join(there) or 'none'}; "
         "choose one of these or give a file with --checkpoint"
     )
+
+
+def rates_of(path: Path) -> list[int]:
+    """The qualities of a variable-rate codec's file, 1 to the number of its gains.
+
+    Raises:
+        InputError: it is no such file.
+    """
+    gains = read_file(path).state_dict.get("Gain")
+    if gains is None:
+        raise InputError(f"{path} is no checkpoint of a variable-rate codec (it has no Gain); give another file with --checkpoint")
+    return list(range(1, gains.numel() + 1))
 
 
 def load_model(
@@ -172,16 +194,17 @@ def identify(state_dict: Mapping[str, Tensor]) -> str | None:
     """The registered architecture whose parameters have exactly these names and shapes; None if there is none."""
     for name in sorted(list_models(), key=lambda name: -_likeness(name, state_dict)):
         architecture = get_architecture(name)
-        kwargs = _sizes(architecture, state_dict)
-        if kwargs is not None and not _differences(architecture.factory(**kwargs), state_dict):
+        adapted = architecture.adapt(state_dict) if architecture.adapt is not None else state_dict
+        kwargs = _sizes(architecture, adapted)
+        if kwargs is not None and not _differences(architecture.factory(**kwargs), adapted):
             return name
     return None
 
 
 def _network(
-    path: str | Path, content: CheckpointFile, arch: str | None
-) -> tuple[Architecture, dict[str, Any], nn.Module]:
-    """The architecture, sizes and a fresh network that a checkpoint fits."""
+    path: Path, content: CheckpointFile, arch: str | None
+) -> tuple[Architecture, dict[str, Any], nn.Module, Mapping[str, Tensor]]:
+    """The architecture, sizes and a fresh network that a checkpoint fits, and its tensors as that network has them."""
     state_dict, metadata = content.state_dict, content.metadata
     arch = arch or identify(state_dict)
     if arch is None:
@@ -189,6 +212,9 @@ def _network(
         hint = f"; nearest is {likely}: pass --arch {likely} to see what differs" if _likeness(likely, state_dict) > 0.3 else ""
         raise InputError(f"{path} is a checkpoint of no known architecture ({', '.join(list_models())}){hint}")
     architecture = get_architecture(arch)
+    state_dict = _with_companions(path, state_dict, architecture)
+    if architecture.adapt is not None:
+        state_dict = architecture.adapt(state_dict)
     differences = ["its sizes cannot be told"]
     stated = [metadata["kwargs"]] if metadata.get("arch") == arch and isinstance(metadata.get("kwargs"), dict) else []
     for kwargs in (*stated, _sizes(architecture, state_dict)):
@@ -201,8 +227,8 @@ def _network(
             continue
         differences = _differences(model, state_dict)
         if not differences:
-            return architecture, architecture.complete(kwargs), model
-    other = identify(state_dict)
+            return architecture, architecture.complete(kwargs), model, state_dict
+    other = identify(content.state_dict)
     if other is not None:
         raise InputError(f"{path} is no checkpoint of {arch}; this looks like {other}: pass --arch {other}")
     raise InputError(
@@ -210,6 +236,16 @@ def _network(
         + (f", and {len(differences) - 1} more" if len(differences) > 1 else "")
         + "; give another file with --checkpoint or its architecture with --arch"
     )
+
+
+def _with_companions(path: Path, state_dict: Mapping[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
+    """The tensors, with those of a second file where a publication keeps a part of its network in one."""
+    whole = dict(state_dict)
+    for prefix, pattern in architecture.companions.items():
+        second = path.with_name(pattern.format(stem=path.stem, suffix=path.suffix))
+        if not any(name.startswith(prefix) for name in whole) and second.is_file():
+            whole.update({prefix + name: tensor for name, tensor in read_file(second).state_dict.items()})
+    return whole
 
 
 def _sizes(architecture: Architecture, state_dict: Mapping[str, Tensor]) -> dict[str, Any] | None:

@@ -32,6 +32,23 @@ class MultistageMaskedConv2d(nn.Conv2d):
         return F.conv2d(x, self.weight * self.mask, self.bias, self.stride, self.padding)
 
 
+class MaskedConv3d(nn.Conv3d):
+    """Convolution over (channel, row, column) that reads only what comes before a position in that order: PixelCNN's mask A.
+
+    The mask is applied to the weight at each forward; the parameter is left as it is. Names as in NLAIC's public code:
+    weight, bias, mask.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        taps = self.weight[0, 0].numel()
+        before = torch.arange(taps).reshape(self.kernel_size) < taps // 2
+        self.register_buffer("mask", before.to(self.weight.dtype).expand_as(self.weight).clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv3d(x, self.weight * self.mask, self.bias, self.stride, self.padding)
+
+
 class RoundAboutMeans(nn.Module):
     """round(x - means) + means with a straight-through gradient: the values that the decoder will have."""
 

@@ -28,7 +28,8 @@ LAMBDAS = {
     "ms-ssim": {1: 2.40, 2: 4.58, 3: 8.73, 4: 16.64, 5: 31.73, 6: 60.50, 7: 115.37, 8: 220.00},
 }
 
-_BUILT_IN = ("models.compressai_models", "models.tic", "models.lu2022")
+_BUILT_IN = ("models.compressai_models", "models.cheng2019", "models.chen2021", "models.qvrf", "models.tic",
+             "models.lu2022")
 _REGISTRY: dict[str, "Architecture"] = {}
 _PLUGINS: dict[Path, str] = {}  # files that have been run, and the name that each registered
 
@@ -46,6 +47,11 @@ class Architecture:
     lambdas:         metric ("mse", "ms-ssim") -> quality -> lambda.
     infer:           state_dict -> keyword arguments, from tensor shapes; it may raise KeyError when tensors are absent.
                      None: the sizes are looked for among `official` and `configurations`.
+    adapt:           state_dict of the publication's files -> the factory's, where names or contents differ; a state_dict that is
+                     the factory's stays as it is.
+    companions:      prefix -> name of a second file with the tensors under it, beside one that lacks them; {stem} and
+                     {suffix} are the first file's.
+    variable:        one network has every quality, as its `set_level(quality)` says (`models.qvrf.VariableRate`).
     zoo:             the name of the model in `compressai.zoo`, where it has one.
     loader:          for codecs whose weights are not a state_dict of their own: (path of --checkpoint, quality) -> the
                      network; one path serves every quality. It raises InputError.
@@ -60,6 +66,9 @@ class Architecture:
     multiple: int = 64
     lambdas: Mapping[str, Mapping[int, float]] = field(default_factory=lambda: LAMBDAS)
     infer: Callable[[Mapping[str, Tensor]], dict[str, Any]] | None = None
+    adapt: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None
+    companions: Mapping[str, str] = field(default_factory=dict)
+    variable: bool = False
     zoo: str | None = None
     loader: Callable[[Path, int | None], nn.Module] | None = None
 

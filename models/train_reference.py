@@ -52,12 +52,18 @@ def draw_batch(photos: list[np.ndarray], batch: int, crop: int, seed: int, step:
     return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float() / 255
 
 
-def rate_distortion(output: dict, x: Tensor, lmbda: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, bpp, mse on 0..255) of a batch."""
-    pixels = x.shape[0] * x.shape[2] * x.shape[3]
-    bpp = sum(-torch.log2(likelihoods).sum() for likelihoods in output["likelihoods"].values()) / pixels
-    mse = 255**2 * nn.functional.mse_loss(output["x_hat"], x)
-    return bpp + lmbda * mse, bpp, mse
+def rate_distortion(output: dict, x: Tensor, lmbda: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, bpp, mse on 0..255), means over a batch; lmbda: of all images, or (B,)."""
+    pixels = x.shape[2] * x.shape[3]
+    bpp = sum(-torch.log2(likelihoods).flatten(1).sum(1) for likelihoods in output["likelihoods"].values()) / pixels
+    mse = 255**2 * (output["x_hat"] - x).square().flatten(1).mean(1)
+    return (bpp + lmbda * mse).mean(), bpp.mean(), mse.mean()
+
+
+def draw_levels(levels: int, batch: int, seed: int, step: int) -> Tensor:
+    """(batch,): the levels of a batch for a variable-rate codec, spread over all; a function of seed and step."""
+    random = np.random.default_rng((seed, step, 1))
+    return torch.from_numpy(1 + (random.integers(levels) + levels * np.arange(batch) // batch) % levels)
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
@@ -68,8 +74,9 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
     return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * turn)))
 
 
-def train(model: nn.Module, photos: list[np.ndarray], args: argparse.Namespace, lmbda: float, state_path: Path) -> float:
-    """Train in place, resuming from `state_path` where it exists; gives the seconds spent, earlier runs included."""
+def train(model: nn.Module, photos: list[np.ndarray], args: argparse.Namespace, lmbda: float | list[float],
+          state_path: Path) -> float:
+    """Train in place (a variable-rate codec on the lambdas of its levels), resuming from `state_path` where it exists; gives the seconds spent, earlier runs included."""
     model.to(args.device).train()
     quantiles = [p for name, p in model.named_parameters() if name.endswith("quantiles")]
     weights = [p for name, p in model.named_parameters() if not name.endswith("quantiles")]
@@ -91,10 +98,15 @@ def train(model: nn.Module, photos: list[np.ndarray], args: argparse.Namespace, 
             group["lr"] = learning_rate(step, args.steps, args.lr, args.warmup)
         x = draw_batch(photos, args.batch, args.crop, args.seed, step).to(args.device)
         torch.manual_seed(args.seed * 1_000_003 + step)
+        batch, weight = x, lmbda
+        if isinstance(lmbda, list):
+            levels = draw_levels(len(lmbda), len(x), args.seed, step)
+            weight = torch.tensor(lmbda, device=x.device)[levels - 1]
+            batch = model.with_planes(x, levels, weight)
         with autocast:
-            output = model(x)
+            output = model(batch)
         output = {"x_hat": output["x_hat"].float(), "likelihoods": {k: v.float() for k, v in output["likelihoods"].items()}}
-        loss, bpp, mse = rate_distortion(output, x, lmbda)
+        loss, bpp, mse = rate_distortion(output, x, weight)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
@@ -124,7 +136,8 @@ def train(model: nn.Module, photos: list[np.ndarray], args: argparse.Namespace, 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m models.train_reference", description=__doc__.splitlines()[0])
     parser.add_argument("--arch", default="lu2022")
-    parser.add_argument("--quality", type=int, default=5, help="sets lambda (default: 5, lambda 0.025)")
+    parser.add_argument("--quality", type=int, default=5, help="sets lambda (default: 5, lambda 0.025); without effect on a "
+                                                                   "variable-rate codec, which is trained for all of its levels")
     parser.add_argument("--configuration", default="reference", help="a named size; 'official' for the published one")
     parser.add_argument("--data", type=Path, required=True, help="a folder of photos")
     parser.add_argument("--init", type=Path, help="a checkpoint to start from")
@@ -145,22 +158,22 @@ def main(argv: list[str] | None = None) -> None:
         torch.set_num_threads(args.threads)
 
     architecture = get_architecture(args.arch)
-    lmbda = architecture.lambda_for(args.quality)
     torch.manual_seed(args.seed)
     configuration = None if args.configuration == "official" else args.configuration
     model = create_model(args.arch, args.quality, configuration)
+    levels = range(1, model.levels + 1) if architecture.variable else [args.quality]
+    lambdas = [architecture.lambda_for(level) for level in levels]
     if args.init:
         model.load_state_dict(load_checkpoint(args.init, args.arch).state_dict())
     photos = read_photos(args.data, args.crop)
-    name = f"{args.arch}-q{args.quality}" if configuration else f"{args.arch}-official-q{args.quality}"
-    seconds = train(model, photos, args, lmbda, args.state / f"{name}.train.pt")
+    name = args.arch + ("" if configuration else "-official") + ("" if architecture.variable else f"-q{args.quality}")
+    seconds = train(model, photos, args, lambdas if architecture.variable else lambdas[0], args.state / f"{name}.train.pt")
     model.cpu().eval()
     model.update(force=True)
     metadata = {
         "arch": args.arch,
         "kwargs": dict(architecture.sizes(args.quality, configuration)),
-        "quality": args.quality,
-        "lambda": lmbda,
+        **({"lambdas": lambdas} if architecture.variable else {"quality": args.quality, "lambda": lambdas[0]}),
         "metric": "mse",
         "steps": args.steps,
         "batch": args.batch,

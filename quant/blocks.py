@@ -5,6 +5,7 @@ from typing import Any
 from compressai.layers import AttentionBlock, ResidualBlock, ResidualBlockUpsample, ResidualBlockWithStride
 from torch import nn
 
+from models.chen2021 import NonLocalBlock, ResBlock
 from models.lu2022 import NSABlock
 from models.swin import SwinTransformerBlock
 from quant.runtime import Runtime
@@ -18,7 +19,8 @@ def register_block(*types: type[nn.Module]) -> None:
 
 
 register_block(
-    ResidualBlock, ResidualBlockWithStride, ResidualBlockUpsample, AttentionBlock, NSABlock, SwinTransformerBlock
+    ResidualBlock, ResidualBlockWithStride, ResidualBlockUpsample, AttentionBlock, NSABlock, SwinTransformerBlock,
+    ResBlock, NonLocalBlock,
 )
 
 

@@ -138,3 +138,24 @@ class QuantGaussianConditional(QuantModule):
         means = None if means is None else self.grid(means)
         symbols, y_hat = symbols_and_values(self.grid(y), means, self.unit)
         return y_hat, self._likelihood_of(symbols, to_real(self.grid(scales)))
+
+
+class QuantGaussianMixture(QuantGaussianConditional):
+    """GaussianMixtureConditional (Cheng 2020): y_hat, scales, means and weights from integers, the likelihood of the symbols."""
+
+    kind = "gaussian_mixture"
+
+    def forward(self, inputs, scales, means, weights, training=None):
+        return QuantModule.forward(self, inputs, scales, means, weights)
+
+    def _likelihood_of(self, y_hat: Tensor, scales: Tensor, means: Tensor, weights: Tensor) -> Tensor:
+        likelihood = self.module._likelihood(y_hat, scales, means, weights)
+        return self.module.likelihood_lower_bound(likelihood) if self.module.use_likelihood_bound else likelihood
+
+    def real(self, y: Tensor, scales: Tensor, means: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        y_hat = rounded(y, None)[1]
+        return y_hat, self._likelihood_of(y_hat, scales, means, weights)
+
+    def integer(self, y: QTensor, scales: QTensor, means: QTensor, weights: QTensor) -> tuple[QTensor, Tensor]:
+        y_hat = symbols_and_values(self.grid(y), None, self.unit)[1]
+        return y_hat, self._likelihood_of(y_hat.real(), *(to_real(self.grid(part)) for part in (scales, means, weights)))

@@ -255,6 +255,8 @@ def softmax_table() -> Tensor:
     return entries[: int((entries > 0).sum()) + 1].to(torch.float32)
 
 
+_FLOAT32_KEYS = 4096  # of 2^12 each
+
 MASKED = -(2.0**22)
 """Offset of a masked key: so far below every other that the table gives 0."""
 
@@ -289,7 +291,8 @@ def fixed_softmax(
 
         e = table[max q - q],  S = sum e,  m = round(2^k / S) with 2^11 < m <= 2^12,  p = round(e m / 2^(k - 16))
 
-    Every intermediate is at most 2^24, so float32 is exact: e <= 2^12, S <= K 2^12 with up to 4096 keys, e m <= 2^24.
+    Every intermediate is at most 2^24, so float32 is exact: e <= 2^12, S <= K 2^12 with up to 4096 keys (with more it is
+    taken in float64), e m <= 2^24.
     The reciprocal's 12 bits are a relative error of 2^-12 for a whole row, the table's entries one of 2^-13 for the
     largest key; a key below 2^-13 of the largest gets 0. `integer_softmax` is the finer, slower variant.
     """
@@ -299,7 +302,8 @@ def fixed_softmax(
         index = (part.amax(dim, keepdim=True) - part).clamp_(max=last).to(torch.int32)
         # on a CPU index_select is several times faster than table[index]
         weight = table.index_select(0, index.flatten()).view(index.shape)
-        total = weight.sum(dim, keepdim=True).clamp_(min=1)
+        many = weight.shape[dim] > _FLOAT32_KEYS
+        total = weight.sum(dim, keepdim=True, dtype=torch.float64 if many else None).clamp_(min=1)
         _, exponent = torch.frexp(total)  # total in [2^(exponent-1), 2^exponent)
         k = (exponent + (_EXP_BITS - 1)).double()
         reciprocal = divide_round(power_of_two(k), total.double()).float()

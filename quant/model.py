@@ -49,8 +49,15 @@ class QuantModel(nn.Module):
     def forward(self, x: Tensor) -> dict:
         """x: (B, 3, H, W) in 0..1, 8-bit samples -> {"x_hat", "likelihoods"} as plain tensors.
 
-        A frozen model gives x_hat as 8-bit samples / 255, rounded and clipped by the integer program.
+        A frozen model gives x_hat as 8-bit samples / 255, rounded and clipped by the integer program. A variable-rate codec
+        also takes (B, 5, H, W), each image with its own gain; see `models.qvrf.VariableRate`.
         """
+        if x.shape[1] > 3:
+            before, self.model.rate = self.model.rate, x[:, 3:4, :1, :1].detach()
+            try:
+                return self(x[:, :3])
+            finally:
+                self.model.rate = before
         runtime = self.runtime
         runtime.begin()
         if runtime.observing:

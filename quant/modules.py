@@ -426,6 +426,20 @@ class QuantConv2d(QuantMAC):
         return F.conv2d(x, weight, None, module.stride, module.padding, module.dilation, module.groups)
 
 
+class QuantConv3d(QuantConv2d):
+    """Conv3d, also with a mask (MaskedConv3d)."""
+
+    kind = "conv3d"
+
+    def real(self, x: Tensor) -> Tensor:
+        module = self.module
+        return F.conv3d(x, self.float_weight(), module.bias, module.stride, module.padding, module.dilation, module.groups)
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        module = self.module
+        return F.conv3d(x, weight, None, module.stride, module.padding, module.dilation, module.groups)
+
+
 class QuantConvTranspose2d(QuantMAC):
     """ConvTranspose2d; its weight is (inputs, outputs / groups, kh, kw)."""
 

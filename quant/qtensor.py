@@ -382,6 +382,9 @@ def _mul(runtime, function, args, kwargs):
         if b == 0:
             return a.like(torch.zeros_like(a.q), a.scale)
         return a.like(a.q if b > 0 else -a.q, a.scale * abs(float(b)))
+    if isinstance(b, Tensor) and not b.requires_grad and b.ndim == a.ndim and b.numel() == b.shape[0] and bool((b > 0).all()):
+        # one factor an image, a variable-rate codec's gain: it goes into the scale
+        return a.moved(a.q, a.full_scale() * b.double()) if a.is_integer else a.moved(a.q * b, None)
     if isinstance(b, Tensor) and not b.requires_grad and bool(((b == 0) | (b == 1)).all()):
         return a.moved(a.q * b, a.scale)
     return runtime.function("mul", {}, (a, b))

@@ -3,17 +3,17 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from compressai.entropy_models import EntropyBottleneck, GaussianConditional
+from compressai.entropy_models import EntropyBottleneck, GaussianConditional, GaussianMixtureConditional
 from compressai.layers import GDN, GDN1, MaskedConv2d
 from torch import nn
 
 from models.attention import MaskedSoftmax
-from models.layers import MultistageMaskedConv2d, RoundAboutMeans
+from models.layers import MaskedConv3d, MultistageMaskedConv2d, RoundAboutMeans
 from quant.blocks import BLOCKS, QuantBlock
-from quant.boundaries import QuantEntropyBottleneck, QuantGaussianConditional, QuantRound
+from quant.boundaries import QuantEntropyBottleneck, QuantGaussianConditional, QuantGaussianMixture, QuantRound
 from quant.config import QuantConfig
 from quant.functions import QuantSoftmax
-from quant.modules import QuantConv2d, QuantConvTranspose2d, QuantLinear, QuantModule
+from quant.modules import QuantConv2d, QuantConv3d, QuantConvTranspose2d, QuantLinear, QuantModule
 from quant.norms import QuantGDN, QuantLayerNorm
 from quant.runtime import Runtime
 
@@ -23,6 +23,8 @@ REPLACEMENTS: dict[type[nn.Module], Replacement] = {
     nn.Conv2d: QuantConv2d,
     MaskedConv2d: QuantConv2d,
     MultistageMaskedConv2d: QuantConv2d,
+    nn.Conv3d: QuantConv3d,
+    MaskedConv3d: QuantConv3d,
     nn.ConvTranspose2d: QuantConvTranspose2d,
     nn.Linear: QuantLinear,
     GDN: QuantGDN,
@@ -31,6 +33,7 @@ REPLACEMENTS: dict[type[nn.Module], Replacement] = {
     MaskedSoftmax: lambda module, config: QuantSoftmax(config),
     EntropyBottleneck: QuantEntropyBottleneck,
     GaussianConditional: QuantGaussianConditional,
+    GaussianMixtureConditional: QuantGaussianMixture,
     RoundAboutMeans: QuantRound,
 }
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from models.qvrf import VariableRate
 from quant.model import QuantModel
 from quant.rounding import ROUNDINGS
 from reconstruction.balance import balance_scales
@@ -41,7 +42,8 @@ def quantize(
     Args:
         model: float codec; its forward maps (B, 3, H, W) in 0..1 to {"x_hat", "likelihoods"}. It is not changed.
         images: calibration crops (n, 3, H, W) in 0..1, 8-bit samples; see `data.calibration.sample_crops`. The first
-            `config.reconstruction.measured` are those that J is measured on.
+            `config.reconstruction.measured` are those that J is measured on. For a variable-rate codec (n, 5, H, W), with the
+            gain and the lambda of each crop (`models.qvrf.VariableRate.with_planes`): crops of all rates make one codec.
         config: the method; default the preset "licq".
         lmbda: weight of the distortion in J = R + lambda * D that the codec was trained with.
         metric: "mse" (D = 255^2 * mse) or "ms-ssim" (D = 1 - MS-SSIM).
@@ -60,8 +62,9 @@ def quantize(
         InputError: images of a wrong shape, a lambda that is not positive, a folder of another calibration.
     """
     config = config or PtqConfig.from_preset()
-    if images.ndim != 4 or images.shape[1] != 3 or not len(images):
-        raise InputError(f"calibration images of shape {tuple(images.shape)}; (n, 3, H, W) is needed")
+    channels = 5 if isinstance(model, VariableRate) else 3
+    if images.ndim != 4 or images.shape[1] != channels or not len(images):
+        raise InputError(f"calibration images of shape {tuple(images.shape)}; (n, {channels}, H, W) is needed")
     objective = Objective(lmbda, metric)
     if device is None:
         parameter = next(model.parameters(), None)

@@ -8,6 +8,7 @@ inputs of neighbouring positions of an image are alike, which leaves much that c
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -119,37 +120,37 @@ class Phase:
     """Taps of a kernel that meet the same output positions: all of them, or with a transposed convolution those of one
     residue of its stride, so that no two phases have a product in common.
 
-    taps: of rows and of columns. first, step: the output rows and columns that they meet, first + k step.
+    taps: along each axis of the kernel. first, step: the output positions that they meet on each axis, first + k step.
     """
 
-    taps: tuple[Tensor, Tensor]
-    first: tuple[int, int]
-    step: tuple[int, int]
+    taps: tuple[Tensor, ...] = ()
+    first: tuple[int, ...] = ()
+    step: tuple[int, ...] = ()
 
     def weights(self, node: QuantMAC) -> Tensor:
         """Which columns of the layer's flattened canonical weights these are."""
         if isinstance(node, QuantLinear):
             return torch.arange(node.module.in_features)
-        rows, columns = node.module.kernel_size
-        inside = (self.taps[0][:, None] * columns + self.taps[1]).flatten()
-        inputs = node.float_weight().shape[1]
-        return (torch.arange(inputs)[:, None] * rows * columns + inside).flatten()
+        weights = torch.arange(node.float_weight().shape[1])
+        for size, taps in zip(node.module.kernel_size, self.taps):
+            weights = weights[..., None] * size + taps
+        return weights.flatten()
 
 
 def phases(node: QuantMAC) -> list[Phase]:
     """The phases of a layer. A linear layer has one without taps."""
     m = node.module
     if isinstance(node, QuantLinear):
-        return [Phase((torch.zeros(1), torch.zeros(1)), (0, 0), (1, 1))]
-    taps = [torch.arange(size) for size in m.kernel_size]
+        return [Phase()]
+    taps = tuple(torch.arange(size) for size in m.kernel_size)
     if not isinstance(node, QuantConvTranspose2d):
-        return [Phase((taps[0], taps[1]), (0, 0), (1, 1))]
+        return [Phase(taps, (0,) * len(taps), (1,) * len(taps))]
     found = []
-    for residues in itertools.product(range(m.stride[0]), range(m.stride[1])):
+    for residues in itertools.product(*map(range, m.stride)):
         meet = [t[t * d % s == r] for t, d, s, r in zip(taps, m.dilation, m.stride, residues)]
-        first = [(r - p) % s for r, p, s in zip(residues, m.padding, m.stride)]
+        first = tuple((r - p) % s for r, p, s in zip(residues, m.padding, m.stride))
         if all(map(len, meet)):
-            found.append(Phase((meet[0], meet[1]), (first[0], first[1]), tuple(m.stride)))
+            found.append(Phase(tuple(meet), first, tuple(m.stride)))
     return found
 
 
@@ -174,11 +175,11 @@ class _Moment:
             return
         size = output_size(self.node, whole)
         for number, phase in enumerate(self.phases):
-            height, width = (len(range(f, n, s)) for f, n, s in zip(phase.first, size, phase.step))
+            lengths = [len(range(f, n, s)) for f, n, s in zip(phase.first, size, phase.step)]
             for image in whole.split(1):
-                chosen = self._some(height * width, self.most[number])
-                at = [place * s + f for place, s, f in zip((chosen // width, chosen % width), phase.step, phase.first)]
-                self._add(number, columns(self.node, image[0], phase, at[0], at[1]))
+                chosen = torch.unravel_index(self._some(math.prod(lengths), self.most[number]), lengths)
+                at = [place * s + f for place, s, f in zip(chosen, phase.step, phase.first)]
+                self._add(number, columns(self.node, image[0], phase, at))
 
     def _some(self, count: int, most: int) -> Tensor:
         if count <= most:
@@ -190,20 +191,20 @@ class _Moment:
         self.counts[number] += found.shape[1]
 
 
-def output_size(node: QuantMAC, x: Tensor) -> tuple[int, int]:
-    """Height and width of a convolution's output."""
+def output_size(node: QuantMAC, x: Tensor) -> tuple[int, ...]:
+    """Lengths of a convolution's output along the axes of its kernel."""
     m = node.module
     size = []
-    for axis, length in enumerate(x.shape[-2:]):
+    for axis, length in enumerate(x.shape[-len(m.kernel_size):]):
         reach = m.dilation[axis] * (m.kernel_size[axis] - 1)
         if isinstance(node, QuantConvTranspose2d):
             size.append((length - 1) * m.stride[axis] - 2 * m.padding[axis] + reach + m.output_padding[axis] + 1)
         else:
             size.append((length + sum(_padding(m, axis)) - reach - 1) // m.stride[axis] + 1)
-    return size[0], size[1]
+    return tuple(size)
 
 
-def _padding(module: nn.Conv2d, axis: int) -> tuple[int, int]:
+def _padding(module: nn.Conv2d | nn.Conv3d, axis: int) -> tuple[int, int]:
     """Zeros before and after the input. "same" has one more behind where their number is odd."""
     if module.padding == "valid":
         return 0, 0
@@ -213,29 +214,29 @@ def _padding(module: nn.Conv2d, axis: int) -> tuple[int, int]:
     return module.padding[axis], module.padding[axis]
 
 
-def columns(node: QuantMAC, x: Tensor, phase: Phase, rows: Tensor, cols: Tensor) -> Tensor:
-    """What a phase's weights are multiplied with at output positions (rows, cols), which must be the phase's.
+def columns(node: QuantMAC, x: Tensor, phase: Phase, at: Sequence[Tensor]) -> Tensor:
+    """What a phase's weights are multiplied with at n output positions, which must be the phase's.
 
     Args:
-        x: (inputs, H, W).
-        rows, cols: (n,).
+        x: (inputs, H, W), with as many axes more as the kernel has.
+        at: the positions along each axis, (n,) each.
 
     Returns:
         (inputs * taps of the phase, n), in the order of `Phase.weights`.
     """
     m = node.module
-    places, inside = [], []
-    for axis, outputs in enumerate((rows, cols)):
+    index, inside = torch.zeros(len(at[0]), dtype=torch.long), torch.ones(len(at[0]), dtype=torch.bool)  # (taps ..., n)
+    for axis, outputs in enumerate(at):
         moved = (phase.taps[axis] * m.dilation[axis])[:, None]
         if isinstance(node, QuantConvTranspose2d):
             place = (outputs + m.padding[axis] - moved) // m.stride[axis]
         else:
             place = outputs * m.stride[axis] - _padding(m, axis)[0] + moved
-        inside.append((place >= 0) & (place < x.shape[axis + 1]))
-        places.append(place.clamp(0, x.shape[axis + 1] - 1))
-    index = (places[0][:, None] * x.shape[2] + places[1][None]).to(x.device)  # (taps of rows, taps of columns, n)
-    found = x.flatten(1)[:, index] * (inside[0][:, None] & inside[1][None]).to(x)
-    return found.reshape(-1, len(rows))
+        length = x.shape[axis + 1]
+        inside = inside[..., None, :] & (place >= 0) & (place < length)
+        index = index[..., None, :] * length + place.clamp(0, length - 1)
+    found = x.flatten(1)[:, index.to(x.device)] * inside.to(x)
+    return found.reshape(-1, len(at[0]))
 
 
 def _start_rounding(node: QuantMAC, moment: _Moment) -> None:

@@ -16,8 +16,10 @@ def rate(output: dict, x: Tensor) -> Tensor:
 class Objective:
     """J of each image.
 
+    Images (B, 5, H, W) of a variable-rate codec bring their own lambda in the fifth channel (`models.qvrf.VariableRate`).
+
     Args:
-        lmbda: weight of the distortion.
+        lmbda: weight of the distortion, of images that do not bring their own.
         metric: "mse": D = 255^2 * mse with samples in 0..1; "ms-ssim": D = 1 - MS-SSIM.
     """
 
@@ -34,9 +36,12 @@ class Objective:
 
     def unclipped_distortion(self, x_hat: Tensor, x: Tensor) -> Tensor:
         """lambda * D of each image, (B,), for x_hat as it is."""
+        lmbda = self.lmbda
+        if x.shape[1] > 3:
+            x, lmbda = x[:, :3], x[:, 4, 0, 0].detach()
         if self.metric == "mse":
-            return self.lmbda * 255**2 * (x_hat - x).square().flatten(1).mean(1)
-        return self.lmbda * (1 - ms_ssim(x_hat, x, data_range=1.0, size_average=False))
+            return lmbda * 255**2 * (x_hat - x).square().flatten(1).mean(1)
+        return lmbda * (1 - ms_ssim(x_hat, x, data_range=1.0, size_average=False))
 
     def __call__(self, output: dict, x: Tensor) -> Tensor:
         """J of each image, (B,). output: {"x_hat", "likelihoods"} of a codec; x: (B, 3, H, W) in 0..1."""

@@ -56,6 +56,15 @@ def seed(text: str) -> int:
 
 def lambdas(text: str) -> list[float]:
     """One or more positive numbers, separated by commas."""
+    return _positive_numbers(text, 0.0067)
+
+
+def factors(text: str) -> list[float]:
+    """One or more positive numbers, separated by commas."""
+    return _positive_numbers(text, 1.5)
+
+
+def _positive_numbers(text: str, example: float) -> list[float]:
     values = []
     for item in text.split(","):
         try:
@@ -63,7 +72,7 @@ def lambdas(text: str) -> list[float]:
         except ValueError:
             value = math.nan
         if not (math.isfinite(value) and value > 0):
-            raise argparse.ArgumentTypeError(f"{item.strip() or text!r} is not a positive number; give one such as 0.0067")
+            raise argparse.ArgumentTypeError(f"{item.strip() or text!r} is not a positive number; give one such as {example}")
         values.append(value)
     return values
 
@@ -126,8 +135,9 @@ def existing_or_pattern(text: str) -> str:
 def add_float_model(parser: argparse.ArgumentParser) -> None:
     """--arch --quality --checkpoint --pretrained --lambda --metric: which float codecs."""
     group = parser.add_argument_group("float codec")
-    group.add_argument("--arch", metavar="NAME", help="architecture: lu2022, tic, balle2018, minnen2018, minnen2018-mean, cheng2020, "
-                       "cheng2020-anchor, or the path of a Python file that registers one, as examples/bls2017.py does (default: what the file of --checkpoint is, else lu2022)")
+    group.add_argument("--arch", metavar="NAME", help="architecture: lu2022, tic, balle2018, minnen2018, minnen2018-mean, cheng2019, "
+                       "cheng2020, cheng2020-anchor, chen2021, or the path of a Python file that registers one, as examples/bls2017.py "
+                       "does (default: what the file of --checkpoint is, else lu2022)")
     group.add_argument("--quality", metavar="Q", nargs="+", type=qualities,
                        help="rate points, 1 (smallest files) to 8: numbers separated by commas or spaces, or `all` "
                             "(default: all that there are)")

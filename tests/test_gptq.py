@@ -8,7 +8,7 @@ from torch import nn
 
 from quant.config import QuantConfig
 from quant.model import QuantModel
-from quant.modules import QuantConv2d, QuantConvTranspose2d
+from quant.modules import QuantConv2d, QuantConv3d, QuantConvTranspose2d
 from reconstruction import api
 from reconstruction.config import PtqConfig
 from reconstruction.gptq import columns, compensate_rounding, gptq, output_size, phases, turned
@@ -26,25 +26,30 @@ LAYERS = [
     nn.ConvTranspose2d(2, 3, 3, stride=1, padding=1, dilation=2),
     nn.ConvTranspose2d(2, 3, 9, stride=4, padding=4, output_padding=3),
     nn.ConvTranspose2d(2, 3, 2, stride=3, padding=0),
+    nn.Conv3d(2, 3, (3, 2, 4), stride=(1, 2, 1), padding=(1, 0, 2)),
 ]
+
+
+def node_of(layer):
+    kinds = {nn.Conv2d: QuantConv2d, nn.Conv3d: QuantConv3d, nn.ConvTranspose2d: QuantConvTranspose2d}
+    return kinds[type(layer)](layer, QuantConfig())
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
 def test_columns_times_weights_are_the_layer(layer):
-    node = (QuantConvTranspose2d if isinstance(layer, nn.ConvTranspose2d) else QuantConv2d)(layer, QuantConfig())
+    node = node_of(layer)
     draw = torch.Generator().manual_seed(0)
-    x = torch.randint(-9, 10, (2, layer.in_channels, 7, 9), generator=draw).double()
+    x = torch.randint(-9, 10, (2, layer.in_channels) + (5, 7, 9)[-len(layer.kernel_size):], generator=draw).double()
     weight = torch.randint(-9, 10, node.float_weight().shape, generator=draw).double()
     whole = node.product(x, weight)
-    assert output_size(node, x) == whole.shape[-2:]
+    assert output_size(node, x) == whole.shape[2:]
     ours = torch.full_like(whole, torch.nan)
     flat, seen = weight.flatten(1), []
     for phase in phases(node):
-        rows, cols = (torch.arange(f, n, s) for f, n, s in zip(phase.first, whole.shape[-2:], phase.step))
-        rows, cols = rows.repeat_interleave(len(cols)), cols.repeat(len(rows))
+        at = torch.cartesian_prod(*(torch.arange(f, n, s) for f, n, s in zip(phase.first, whole.shape[2:], phase.step))).T
         seen += phase.weights(node).tolist()
         for image in range(2):
-            ours[image, :, rows, cols] = flat[:, phase.weights(node)] @ columns(node, x[image], phase, rows, cols)
+            ours[(image, slice(None), *at)] = flat[:, phase.weights(node)] @ columns(node, x[image], phase, at)
     assert sorted(seen) == list(range(flat.shape[1]))
     untouched = torch.isnan(ours)  # output rows that no tap meets, where the stride is larger than the kernel
     assert torch.equal(ours[~untouched], whole[~untouched]) and not whole[untouched].any()
@@ -53,9 +58,10 @@ def test_columns_times_weights_are_the_layer(layer):
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
 def test_largest_sum_is_the_product_with_ones(layer):
     """Of an input of ones, away from the border: what an output position can sum up at most."""
-    node = (QuantConvTranspose2d if isinstance(layer, nn.ConvTranspose2d) else QuantConv2d)(layer, QuantConfig())
+    node = node_of(layer)
     products = torch.rand(node.float_weight().shape, generator=torch.Generator().manual_seed(0)).double()
-    sums = node.product(torch.ones(1, layer.in_channels, 24, 24, dtype=torch.float64), products).amax((0, 2, 3))
+    ones = torch.ones(1, layer.in_channels, *[24] * len(layer.kernel_size), dtype=torch.float64)
+    sums = node.product(ones, products).transpose(0, 1).flatten(1).amax(1)
     torch.testing.assert_close(node.largest_sum(products), sums)
 
 

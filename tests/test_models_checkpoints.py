@@ -22,7 +22,7 @@ from models.checkpoints import (
     save_checkpoint,
     sha256_file,
 )
-from models.registry import create_model, list_models, register_model
+from models.registry import create_model, get_architecture, list_models, register_model
 from support.errors import InputError
 
 
@@ -133,13 +133,16 @@ def test_rename_key(key, expected):
 def test_saved_reference_networks_load_with_the_same_outputs(name, tmp_path):
     tiny = {"tic": {"N": 4, "M": 4, "depths": (2,) * 5, "num_heads": (2,) * 5, "causal_heads": 2}}
     tiny["lu2022"] = {"N": 8, "M": 16, "depths": (1,) * 6, "num_heads": (2,) * 6}
+    tiny |= {"chen2021": {"M": 8, "N2": 6}, "qvrf-cheng2020": {"N": 8}}
     sizes = tiny.get(name, {"N": 8, "M": 12} if name[:3] != "che" else {"N": 8})
     torch.manual_seed(0)
     saved = create_model(name, **sizes).eval()
     saved.update()
     path = tmp_path / "m.safetensors"
-    save_checkpoint(saved, path, {"arch": name, "quality": 3, "lambda": 0.0067, "metric": "mse"}, dtype=torch.float32)
-    assert read_checkpoint(path).metadata["kwargs"]["N"] == sizes["N"]
+    lmbda = get_architecture(name).lambda_for(3)
+    save_checkpoint(saved, path, {"arch": name, "quality": 3, "lambda": lmbda, "metric": "mse"}, dtype=torch.float32)
+    stated = get_architecture(name).complete(read_checkpoint(path).metadata["kwargs"])
+    assert {key: stated[key] for key in sizes} == sizes
     loaded = load_checkpoint(path, quality=3)
     assert type(loaded) is type(saved)
     before, after = saved.state_dict(), loaded.state_dict()

@@ -11,6 +11,7 @@ import math
 
 import pytest
 import torch
+from formula import image_by_formula
 from torch import Tensor, nn
 
 from models.attention import TILE, NeighborhoodAttention
@@ -38,13 +39,6 @@ def fill_by_formula(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def wave_image(height: int, width: int) -> Tensor:
-    """(1, 3, height, width) in 0..1, from a formula."""
-    index = torch.arange(3 * height * width, dtype=torch.float64)
-    smooth = torch.sin(0.013 * index) + torch.sin(0.00031 * index**1.1)
-    return (0.5 + 0.25 * smooth).float().reshape(1, 3, height, width)
-
-
 def wave_map(*shape: int) -> Tensor:
     return torch.sin(0.7 * torch.arange(math.prod(shape), dtype=torch.float64)).float().reshape(shape)
 
@@ -56,7 +50,7 @@ def narrow() -> TinyLIC:
 
 
 def test_outputs_equal_the_public_code(narrow):
-    x = wave_image(128, 192)
+    x = image_by_formula(128, 192)
     outputs = {}
     for name in ("g_a6", "g_a7", "h_a3"):
         getattr(narrow, name).register_forward_hook(lambda _, __, out, name=name: outputs.__setitem__(name, out))
@@ -124,7 +118,7 @@ def test_sizes_are_read_off_the_shapes():
 
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (64, 192)])
 def test_every_multiple_of_64_works(height, width):
-    x = wave_image(height, width)
+    x = image_by_formula(height, width)
     with torch.no_grad():
         out = fill_by_formula(TinyLIC(**TINY))(x)
     assert out["x_hat"].shape == x.shape
@@ -134,7 +128,7 @@ def test_every_multiple_of_64_works(height, width):
 
 def test_gradient_reaches_every_parameter():
     model = fill_by_formula(TinyLIC(**TINY)).train()
-    out = model(wave_image(64, 64))
+    out = model(image_by_formula(64, 64))
     loss = out["x_hat"].square().mean() - sum(values.log().mean() for values in out["likelihoods"].values())
     (loss + model.aux_loss()).backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []

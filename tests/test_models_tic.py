@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from torch import Tensor, nn
+from formula import fill_by_formula, image_by_formula
 
 from models.registry import create_model
 from models.swin import (
@@ -23,34 +23,6 @@ from models.tic import TIC, infer_sizes
 TINY = {"N": 4, "M": 4, "depths": (2, 2, 2, 2, 2), "num_heads": (2, 2, 2, 2, 2), "causal_heads": 2}
 
 
-def fill_by_formula(model: nn.Module) -> nn.Module:
-    """Every parameter from a sine of its indices: the same weights on every machine and PyTorch version."""
-    for order, (name, parameter) in enumerate(sorted(model.named_parameters())):
-        if name.endswith("quantiles"):
-            continue
-        wave = torch.sin(1.7 * torch.arange(parameter.numel(), dtype=torch.float64) + order).reshape(parameter.shape)
-        fan_in = parameter.numel() / parameter.shape[0]
-        if ".norm" in name:
-            wave = wave * 0.2 + (1 if name.endswith("weight") else 0)
-        elif parameter.dim() > 1 and "entropy_bottleneck" not in name:
-            wave = wave * (2 / fan_in) ** 0.5
-        else:
-            wave = wave * 0.5
-        with torch.no_grad():
-            parameter.copy_(wave)
-    return model.eval()
-
-
-def test_image(height: int, width: int) -> Tensor:
-    """(1, 3, height, width) in 0..1, from a formula."""
-    index = torch.arange(3 * height * width, dtype=torch.float64)
-    smooth = torch.sin(0.013 * index) + torch.sin(0.00031 * index**1.1)
-    return (0.5 + 0.25 * smooth).float().reshape(1, 3, height, width)
-
-
-test_image.__test__ = False
-
-
 @pytest.fixture(scope="module")
 def narrow() -> TIC:
     """Official depths and windows at 16 channels, weights by formula."""
@@ -58,7 +30,7 @@ def narrow() -> TIC:
 
 
 def test_outputs_equal_the_public_code(narrow):
-    x = test_image(128, 256)
+    x = image_by_formula(128, 256)
     with torch.no_grad():
         y = narrow.g_a(x)
         z = narrow.h_a(y)
@@ -113,7 +85,7 @@ def test_sizes_are_read_off_the_shapes():
 
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (64, 192), (192, 320)])
 def test_every_multiple_of_64_works(height, width):
-    x = test_image(height, width)
+    x = image_by_formula(height, width)
     with torch.no_grad():
         out = fill_by_formula(TIC(**TINY))(x)
     assert out["x_hat"].shape == x.shape
@@ -201,7 +173,7 @@ def test_context_model_sees_only_decoded_symbols():
 
 def test_gradient_reaches_every_parameter():
     model = TIC(**TINY).train()
-    out = model(test_image(64, 64))
+    out = model(image_by_formula(64, 64))
     loss = out["x_hat"].square().mean() - sum(values.log().mean() for values in out["likelihoods"].values())
     (loss + model.aux_loss()).backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []

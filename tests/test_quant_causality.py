@@ -8,6 +8,7 @@ are replaced by constants.
 
 import pytest
 import torch
+from compressai.entropy_models import EntropyBottleneck
 from tiny_codecs import tiny_codec
 from torch import Tensor
 
@@ -19,7 +20,7 @@ from quant.rounding import ROUNDINGS
 
 HEIGHT, WIDTH = 6, 7
 # cheng2020 has the context model of its anchor; building it takes longer
-CONTEXT_MODELS = ["minnen2018", "cheng2020-anchor", pytest.param("cheng2020", marks=pytest.mark.slow), "lu2022", "tic"]
+CONTEXT_MODELS = ["minnen2018", "cheng2020-anchor", "cheng2019", pytest.param("cheng2020", marks=pytest.mark.slow), "lu2022", "tic", "chen2021"]
 
 
 class Injected:
@@ -32,16 +33,22 @@ class Injected:
         self.quantized = QuantModel(source, config)
         draw = torch.Generator().manual_seed(seed)
         self.y = 4 * torch.randn(1, self.channels, HEIGHT, WIDTH, generator=draw)
-        self.z = torch.randn(1, source.entropy_bottleneck.channels, 2, 2, generator=draw)
+        bottleneck = next(module for module in source.modules() if isinstance(module, EntropyBottleneck))
+        self.z = torch.randn(1, bottleneck.channels, 2, 2, generator=draw)
         self.params = torch.randn(1, 2 * self.channels, HEIGHT, WIDTH, generator=draw)
         model = self.quantized.model
         # into the instance's own dictionary, where they hide the submodules and methods of these names
-        for method, replacement in {
+        transforms = {
             "g_a": lambda image: self._tensor(self.y, image),
             "h_a": lambda y: self._tensor(self.z.expand(y.shape[0], -1, -1, -1), y),
             "h_s": lambda z_hat: self._tensor(self.params.expand(z_hat.shape[0], -1, -1, -1), z_hat),
             "g_s": lambda y_hat: y_hat[:, :3],
-        }.items():
+        }
+        if name == "chen2021":
+            g_a, h_a, h_s, g_s = transforms.values()
+            transforms = {
+                "encoder": lambda image: (g_a(image), h_a(g_a(image))), "hyper_dec": h_s, "p": lambda params: params, "decoder": g_s}
+        for method, replacement in transforms.items():
             object.__setattr__(model, method, replacement)
         self._seen: list[Tensor] = []
         model.gaussian_conditional.register_forward_pre_hook(self._record, with_kwargs=True)
@@ -55,8 +62,8 @@ class Injected:
         return like.like(torch.round(values / scale).float(), scale)
 
     def _record(self, module, args, kwargs) -> None:
-        means = kwargs.get("means", args[2] if len(args) > 2 else None)
-        self._seen.append(torch.stack([args[1].real(), means.real()], 1))
+        predicted = [*args[1:], *(kwargs[key] for key in ("means",) if key in kwargs)]  # (B, k M, H, W) each
+        self._seen.append(torch.cat([part.real().unflatten(1, (-1, self.channels)) for part in predicted], 1))
 
     def learn_noise(self, seed: int) -> None:
         """Move everything that reconstruction may learn, as if it had learned."""
@@ -69,7 +76,7 @@ class Injected:
 
     @torch.no_grad()
     def predictions(self, y: Tensor) -> Tensor:
-        """(B, 2, M, H, W): scales and means."""
+        """(B, 2, M, H, W): scales and means; of a mixture nine, with the weights."""
         plain, self.y, self._seen = self.y, y, []
         self.quantized(torch.zeros(y.shape[0], 3, 8, 8))
         self.y = plain
@@ -106,6 +113,8 @@ class Injected:
 def decoding_steps(name: str, channels: int) -> Tensor:
     """(M, H, W): the step in which the decoder gets each symbol."""
     raster = torch.arange(HEIGHT * WIDTH).reshape(1, HEIGHT, WIDTH).expand(channels, -1, -1)
+    if name == "chen2021":  # channel by channel
+        return raster + HEIGHT * WIDTH * torch.arange(channels)[:, None, None]
     if name != "lu2022":
         return raster
     row, column = torch.arange(HEIGHT)[:, None] % 2, torch.arange(WIDTH)[None, :] % 2

@@ -12,6 +12,11 @@ SIZES = {
     "minnen2018": {"N": 6, "M": 8},
     "cheng2020-anchor": {"N": 6},
     "cheng2020": {"N": 6},
+    "cheng2019": {"N": 6},
+    "chen2021": {"M": 8, "N2": 6},
+    "qvrf-balle2018": {"N": 6, "M": 8},
+    "qvrf-minnen2018": {"N": 6, "M": 8},
+    "qvrf-cheng2020": {"N": 6},
     "lu2022": {"N": 8, "M": 16, "depths": (1, 1, 1, 1, 1, 1), "num_heads": (2, 2, 2, 2, 2, 2)},
     "tic": {**_SWIN, "causal_heads": 2},
 }
@@ -21,14 +26,14 @@ def tiny_codec(name: str, seed: int = 0) -> nn.Module:
     """An untrained codec with weights and biases under which latents spread over a few units."""
     torch.manual_seed(seed)
     model = create_model(name, **SIZES[name])
-    gain = {"balle2018": 3.0, "minnen2018-mean": 3.0, "minnen2018": 3.0, "lu2022": 0.4, "tic": 0.4}.get(name, 1.0)
+    gain = {"balle2018": 3.0, "minnen2018-mean": 3.0, "minnen2018": 3.0, "lu2022": 0.4, "tic": 0.4, "chen2021": 0.7}.get(name.removeprefix("qvrf-"), 1.0)
     draw = torch.Generator().manual_seed(seed)
     for key, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=draw)
         with torch.no_grad():
             if key.endswith("quantiles"):
                 parameter[:, 0, 1] += 0.3
-            elif "entropy_bottleneck" in key or key.endswith(("beta", "gamma")):
+            elif "entropy_bottleneck" in key or "entropy_func" in key or key.endswith(("beta", "gamma", "Gain")):
                 continue
             elif ".norm" in key:
                 parameter.add_(0.2 * noise)
