@@ -1,6 +1,6 @@
 """CompressAI's pretrained models: downloaded once, and never used without their hash being checked.
 
-The table of addresses is `compressai.zoo.image.model_urls`; the last eight characters of a file's name are the first of
+The tables of addresses are `compressai.zoo.image.model_urls` and `image_vbr.model_urls`; the last eight characters of a file's name are the first of
 its SHA-256, by PyTorch Hub's convention.
 """
 
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from compressai.zoo import image as zoo_image
+from compressai.zoo import image_vbr as zoo_image_vbr
 
 from models.checkpoint_files import sha256_file
 from models.registry import get_architecture, list_models
@@ -40,6 +41,9 @@ def pretrained_url(arch: str, quality: int, metric: str = "mse") -> str:
     """
     architecture = get_architecture(arch)
     table = zoo_image.model_urls.get(architecture.zoo, {})
+    if architecture.variable and architecture.zoo:  # one file for all qualities
+        published = zoo_image_vbr.model_urls[architecture.zoo]
+        table = {metric: dict.fromkeys(architecture.official, url) for metric, url in published.items()}
     if not table:
         have = [name for name in list_models() if get_architecture(name).zoo]
         raise InputError(f"there is no pretrained {arch}, only {', '.join(have)}; give a file with --checkpoint")

@@ -31,11 +31,8 @@ class VariableRate:
     def _init_rate(self, levels: int) -> None:
         lambdas = torch.tensor(LEVEL_LAMBDAS[:levels], dtype=torch.float64)
         self.Gain = nn.Parameter((lambdas / lambdas[0]).sqrt().float())
+        self.levels = levels
         self.rate = torch.ones(1, 1, 1, 1)
-
-    @property
-    def levels(self) -> int:
-        return self.Gain.numel()
 
     def gain(self, level: float) -> float:
         """The gain of a level; between two levels on the straight line of its logarithm."""
@@ -63,7 +60,7 @@ class VariableRate:
     def _image_and_gain(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if x.shape[1] > 3:
             return x[:, :3], x[:, 3:4, :1, :1]
-        return x, self.rate.to(x.device)
+        return x, self.rate.to(x.device, x.dtype)
 
 
 def _interpolate(at: float, xs: Sequence[float], ys: Sequence[float]) -> float:

@@ -28,8 +28,8 @@ LAMBDAS = {
     "ms-ssim": {1: 2.40, 2: 4.58, 3: 8.73, 4: 16.64, 5: 31.73, 6: 60.50, 7: 115.37, 8: 220.00},
 }
 
-_BUILT_IN = ("models.compressai_models", "models.cheng2019", "models.chen2021", "models.qvrf", "models.tic",
-             "models.lu2022")
+_BUILT_IN = ("models.compressai_models", "models.cheng2019", "models.chen2021", "models.qvrf", "models.vbr",
+             "models.tic", "models.lu2022")
 _REGISTRY: dict[str, "Architecture"] = {}
 _PLUGINS: dict[Path, str] = {}  # files that have been run, and the name that each registered
 

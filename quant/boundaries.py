@@ -4,12 +4,15 @@ y, z, means and scales come straight from their accumulators onto a grid of 2^-f
 are estimates in float, for the rate: no symbol and no pixel depends on them.
 """
 
+from typing import Any
+
 import torch
 from compressai.entropy_models import EntropyBottleneck, GaussianConditional
 from torch import Tensor, nn
 
+from models.vbr import OffsetNet, VariableBottleneck
 from quant.config import QuantConfig
-from quant.fixedpoint import requantize_ste, round_ste
+from quant.fixedpoint import requantize_ste, round_half_away, round_ste
 from quant.grid import Grid
 from quant.modules import QuantModule
 from quant.qtensor import QTensor, to_real
@@ -64,7 +67,7 @@ class QuantEntropyBottleneck(QuantModule):
     kind = "entropy_bottleneck"
     gives_latents = True
 
-    def __init__(self, module: EntropyBottleneck, config: QuantConfig):
+    def __init__(self, module: EntropyBottleneck | VariableBottleneck, config: QuantConfig):
         super().__init__(config)
         self.module = module
         self.unit = 2.0**-config.boundary_bits
@@ -159,3 +162,80 @@ class QuantGaussianMixture(QuantGaussianConditional):
     def integer(self, y: QTensor, scales: QTensor, means: QTensor, weights: QTensor) -> tuple[QTensor, Tensor]:
         y_hat = symbols_and_values(self.grid(y), None, self.unit)[1]
         return y_hat, self._likelihood_of(y_hat.real(), *(to_real(self.grid(part)) for part in (scales, means, weights)))
+
+
+class QuantOffsets(QuantModule):
+    """`models.vbr.OffsetNet`: y_hat with offsets from a table over the scale, one for each gain."""
+
+    kind = "offsets"
+    gives_latents = True
+
+    def __init__(self, module: OffsetNet, config: QuantConfig):
+        super().__init__(config)
+        self.module = module
+        self.unit = 2.0**-config.boundary_bits
+        self.grid = boundary_grid(config)
+        self.scale_grid = Grid(config.table_bits, config.frac_bits, headroom=1.25, symmetry="one_sided")
+        self._tables: dict[float, Tensor] = {}
+
+    def wraps(self, index: int) -> bool:
+        return index != 2
+
+    def forward(self, y, scales, means, gain):
+        return super().forward(y, scales, gain, means)
+
+    def real(self, y: Tensor, scales: Tensor, gain: Tensor, means: Tensor | None) -> Tensor:
+        return self.module(y, scales, means, gain)
+
+    def observe(self, inputs: tuple, output: Any) -> None:
+        _, scales, gain, _ = inputs
+        self.scale_grid.observe(scales.real() * gain)
+
+    def table(self, gain: float) -> Tensor:
+        """The offset of every whole number of the scale's grid, in units of the boundary."""
+        if gain not in self._tables:
+            step, low, high = self.scale_grid.parameters_of_grid()
+            scales = torch.arange(int(low), int(high) + 1, device=step.device) * step.detach()
+            offsets = self.module.offsets(scales, torch.as_tensor(gain, dtype=torch.float64, device=step.device)).detach()
+            self._tables[gain] = round_half_away(offsets / self.unit).float()
+        return self._tables[gain]
+
+    def integer(self, y: QTensor, scales: QTensor, gain: Tensor, means: QTensor | None) -> QTensor:
+        y, mean = self.grid(y), 0.0 if means is None else self.grid(means).q
+        gain = gain.double()
+        symbols = requantize_ste(y.q - mean, gain * self.unit)
+        index = self.scale_grid(scales * gain)
+        with torch.no_grad():
+            places = (index.q - self.scale_grid.parameters_of_grid()[1]).long()
+            tables = [self.table(float(value)) for value in gain.flatten()]
+            offsets = torch.cat([table[part] for table, part in zip(tables, places.split(1))]) if len(tables) > 1 else tables[0][places]
+            offsets = torch.where(symbols == 0, 0.0, offsets) * symbols.sign()
+        values = requantize_ste(symbols / self.unit + offsets, 1 / gain)
+        return QTensor(values + mean, y.scale, y.runtime, latent=True)
+
+    def freeze(self) -> None:
+        super().freeze()
+        self._tables = {}
+
+    def thaw(self) -> None:
+        super().thaw()
+        self._tables = {}
+
+
+class QuantVariableBottleneck(QuantEntropyBottleneck):
+    """`models.vbr.VariableBottleneck`: z_hat in steps of each image's own size."""
+
+    def forward(self, z, step):
+        return QuantModule.forward(self, z, step=step)
+
+    def real(self, z: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+        medians = self._medians_for(z)
+        z_hat = rounded((z - medians) / step, None)[1] * step + medians
+        return z_hat, self.module.step_likelihood(z_hat, step)
+
+    def integer(self, z: QTensor, step: Tensor) -> tuple[QTensor, Tensor]:
+        z, step = self.grid(z), step.double()
+        medians = round_ste(self._medians_for(z.q) / self.unit)
+        symbols = requantize_ste(z.q - medians, self.unit / step)
+        z_hat = QTensor(requantize_ste(symbols, step / self.unit) + medians, z.scale, z.runtime, latent=True)
+        return z_hat, self.module.step_likelihood(z_hat.real(), step.float())

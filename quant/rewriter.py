@@ -9,8 +9,16 @@ from torch import nn
 
 from models.attention import MaskedSoftmax
 from models.layers import MaskedConv3d, MultistageMaskedConv2d, RoundAboutMeans
+from models.vbr import OffsetNet, RateFunction, VariableBottleneck
 from quant.blocks import BLOCKS, QuantBlock
-from quant.boundaries import QuantEntropyBottleneck, QuantGaussianConditional, QuantGaussianMixture, QuantRound
+from quant.boundaries import (
+    QuantEntropyBottleneck,
+    QuantGaussianConditional,
+    QuantGaussianMixture,
+    QuantOffsets,
+    QuantRound,
+    QuantVariableBottleneck,
+)
 from quant.config import QuantConfig
 from quant.functions import QuantSoftmax
 from quant.modules import QuantConv2d, QuantConv3d, QuantConvTranspose2d, QuantLinear, QuantModule
@@ -35,6 +43,8 @@ REPLACEMENTS: dict[type[nn.Module], Replacement] = {
     GaussianConditional: QuantGaussianConditional,
     GaussianMixtureConditional: QuantGaussianMixture,
     RoundAboutMeans: QuantRound,
+    OffsetNet: QuantOffsets,
+    VariableBottleneck: QuantVariableBottleneck,
 }
 
 
@@ -80,6 +90,8 @@ def rewrite(model: nn.Module, config: QuantConfig, runtime: Runtime) -> Rewrite:
 def _rewrite_children(parent: nn.Module, path: str, config: QuantConfig, runtime: Runtime, done: Rewrite) -> None:
     for key, module in list(parent.named_children()):
         name = f"{path}.{key}".lstrip(".")
+        if isinstance(module, RateFunction):
+            continue
         make, reason = replacement_for(module), unsupported(module)
         if make is not None and reason is None:
             node = make(module, config)

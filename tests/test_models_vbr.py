@@ -1,0 +1,127 @@
+"""CompressAI's variable-rate codecs: ours against its own forward at every level, on equal weights."""
+
+import compressai.zoo.image_vbr as zoo
+import pytest
+import torch
+from compressai.models import JointAutoregressiveHierarchicalPriorsVbr, MeanScaleHyperpriorVbr, ScaleHyperpriorVbr
+from formula import fill_by_formula, image_by_formula
+
+from models.checkpoints import identify, load_checkpoint, save_checkpoint
+from models.registry import create_model, get_architecture
+
+N, M = 6, 8
+CLASSES = {"balle2018-vbr": ScaleHyperpriorVbr, "minnen2018-mean-vbr": MeanScaleHyperpriorVbr}
+
+
+def filled(model):
+    """By formula, but for gains; the symbols of y are spread, so that offsets matter."""
+    gains = model.Gain.detach().clone()
+    fill_by_formula(model).Gain.data = gains
+    with torch.no_grad():
+        model.g_a[6].weight.mul_(12)
+        for parameter in model.QuantABCD.parameters():
+            parameter.mul_(0.4)
+    return model
+
+
+@pytest.mark.parametrize("step_of_z", [False, True])
+@pytest.mark.parametrize("name", CLASSES)
+def test_outputs_equal_compressais_at_every_level(name, step_of_z, monkeypatch):
+    theirs = filled(CLASSES[name](N, M, vr_entbttlnck=step_of_z))
+    ours = create_model(name, N=N, M=M, vr_entbttlnck=step_of_z).eval()
+    assert ours.Gain.tolist() == pytest.approx(CLASSES[name](N, M).Gain.tolist(), abs=1e-4)
+    ours.load_state_dict(theirs.state_dict())
+    if step_of_z:  # its forward hands the step over in the place of stop_gradient; the coder does not
+        right = theirs.entropy_bottleneck._likelihood_variable
+        monkeypatch.setattr(theirs.entropy_bottleneck, "_likelihood_variable", lambda inputs, qs: right(inputs, qs=qs))
+    x = image_by_formula(64, 128)
+    moved = 0.0
+    for level in range(1, 9):
+        ours.set_level(level)
+        with torch.no_grad():
+            out, expected = ours(x), theirs(x, stage=2, s=level - 1)
+            y_hat = ours.QuantABCD(*_latents(ours, x))
+        torch.testing.assert_close(out["x_hat"], expected["x_hat"], rtol=1e-4, atol=1e-5)
+        for key in "yz":
+            torch.testing.assert_close(out["likelihoods"][key], expected["likelihoods"][key], rtol=1e-4, atol=1e-6)
+        moved = max(moved, float((y_hat * ours.rate - (y_hat * ours.rate).round()).abs().max()))
+    assert moved > 0.01  # the offsets are at work
+
+
+def _latents(model, x):
+    y = model.g_a(x)
+    z_hat, _ = model._code_z(model.h_a(y.abs() if "Balle" in type(model).__name__ else y), model.rate)
+    scales, *means = model.h_s(z_hat).chunk(2, 1) if "Mean" in type(model).__name__ else (model.h_s(z_hat),)
+    return y, scales, means[0] if means else None, model.rate
+
+
+def test_without_context_the_autoregressive_codec_equals_compressais():
+    """With a context model its forward is serial, and the context is the y_hat it has just made."""
+    theirs = filled(JointAutoregressiveHierarchicalPriorsVbr(N, M))
+    theirs.context_prediction.weight.data.zero_()
+    ours = create_model("minnen2018-vbr", N=N, M=M).eval()
+    ours.load_state_dict(theirs.state_dict())
+    x = image_by_formula(64, 128)
+    for level in (1, 4, 8):
+        ours.set_level(level)
+        with torch.no_grad():
+            out, expected = ours(x), theirs(x, stage=2, s=level - 1)
+        torch.testing.assert_close(out["x_hat"], expected["x_hat"], rtol=1e-4, atol=1e-5)
+        for key in "yz":
+            torch.testing.assert_close(out["likelihoods"][key], expected["likelihoods"][key], rtol=1e-4, atol=1e-6)
+
+
+def test_context_of_the_autoregressive_codec_is_the_rounded_latent():
+    model = filled(create_model("minnen2018-vbr", N=N, M=M))
+    model.set_level(5)
+    x = image_by_formula(64, 64)
+    seen = []
+    model.context_prediction.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(x)
+        y = model.g_a(x)
+    torch.testing.assert_close(seen[0], (y * model.rate).round() / model.rate)
+
+
+@pytest.mark.parametrize("name", [*CLASSES, "minnen2018-vbr"])
+def test_official_files_load(name, tmp_path):
+    """As CompressAI's class writes them, in a file as its zoo's: names of the bottleneck included."""
+    kinds = {**CLASSES, "minnen2018-vbr": JointAutoregressiveHierarchicalPriorsVbr}
+    theirs = filled(kinds[name](N, M) if name == "minnen2018-vbr" else kinds[name](N, M, vr_entbttlnck=True))
+    path = tmp_path / "model-12345678.pth.tar"
+    torch.save(theirs.state_dict(), path)
+    loaded = load_checkpoint(path, quality=3)
+    assert identify(theirs.state_dict()) == name and loaded.rate.item() == pytest.approx(theirs.Gain[2].item())
+    for key, parameter in theirs.named_parameters():
+        assert torch.equal(parameter, loaded.get_parameter(key)), key
+    save_checkpoint(loaded, tmp_path / "own.safetensors", {"arch": name}, torch.float32)
+    again = load_checkpoint(tmp_path / "own.safetensors", name, 3)
+    with torch.no_grad():
+        assert torch.equal(again(image_by_formula(64, 64))["x_hat"], loaded(image_by_formula(64, 64))["x_hat"])
+
+
+def test_each_image_has_its_own_gain():
+    model = filled(create_model("minnen2018-mean-vbr", N=N, M=M)).double()
+    x = torch.cat([image_by_formula(64, 64), image_by_formula(64, 64).flip(-1)]).double()
+    with torch.no_grad():
+        together = model(model.with_planes(x, torch.tensor([8, 2]), torch.ones(2)))
+        for index, level in enumerate((8, 2)):
+            model.set_level(level)
+            alone = model(x[index : index + 1])
+            torch.testing.assert_close(together["x_hat"][index : index + 1], alone["x_hat"], rtol=1e-5, atol=1e-6)
+            for key in "yz":
+                torch.testing.assert_close(together["likelihoods"][key][index : index + 1], alone["likelihoods"][key])
+
+
+def test_training_reaches_every_parameter_but_the_gains():
+    model = filled(create_model("minnen2018-mean-vbr", N=N, M=M)).train()
+    torch.manual_seed(0)
+    out = model(image_by_formula(64, 64))
+    (out["x_hat"].square().mean() - sum(p.log().mean() for p in out["likelihoods"].values())).backward()
+    without = {name for name, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.any()}
+    assert without <= {"Gain", "entropy_bottleneck.quantiles", *(n for n in without if n.startswith(("gayn", "QuantABCD")))}
+
+
+def test_every_published_architecture_is_here():
+    zoos = {get_architecture(name).zoo: name for name in (*CLASSES, "minnen2018-vbr")}
+    assert set(zoos) == set(zoo.model_urls)
