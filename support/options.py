@@ -136,7 +136,8 @@ def add_float_model(parser: argparse.ArgumentParser) -> None:
     """--arch --quality --checkpoint --pretrained --lambda --metric: which float codecs."""
     group = parser.add_argument_group("float codec")
     group.add_argument("--arch", metavar="NAME", help="architecture: lu2022, tic, balle2018, minnen2018, minnen2018-mean, cheng2019, "
-                       "cheng2020, cheng2020-anchor, chen2021, or the path of a Python file that registers one, as examples/bls2017.py "
+                       "cheng2020, cheng2020-anchor, chen2021; of variable rate: qvrf-balle2018, qvrf-minnen2018, qvrf-cheng2020, "
+                       "balle2018-vbr, minnen2018-mean-vbr, minnen2018-vbr; or the path of a Python file that registers one, as examples/bls2017.py "
                        "does (default: what the file of --checkpoint is, else lu2022)")
     group.add_argument("--quality", metavar="Q", nargs="+", type=qualities,
                        help="rate points, 1 (smallest files) to 8: numbers separated by commas or spaces, or `all` "
