@@ -13,11 +13,15 @@ from quant.modules import QuantMAC, QuantModule
 from quant.qtensor import QTensor
 
 
+SQUARED_BITS = 12
+"""The most bits of a number that is squared: with more, beta at the accumulator's scale would leave gamma a few codes of int32."""
+
+
 class QuantGDN(QuantMAC):
     """GDN, IGDN (Balle 2016) and GDN1: x / sqrt(beta + gamma x^2), x * sqrt(...), x / (beta + gamma |x|), x * (...).
 
-    gamma is an ordinary 1x1 multiply-accumulate layer whose input is |x| in a_bits, squared where the formula says so
-    (16 bits: two 8-bit products in an int8 kernel); the root and the division are integer algorithms; x itself stays in
+    gamma is an ordinary 1x1 multiply-accumulate layer whose input is |x| in a_bits, squared where the formula says so, then in
+    at most `SQUARED_BITS` (a square of 8 bits has 16: two 8-bit products in an int8 kernel); the root and the division are integer algorithms; x itself stays in
     carrier bits.
     """
 
@@ -26,6 +30,8 @@ class QuantGDN(QuantMAC):
     def __init__(self, module: nn.Module, config: QuantConfig):
         self.power = 1 if isinstance(module, GDN1) else 2
         super().__init__(module, config)
+        if self.power == 2 and config.a_bits != FLOAT_BITS:
+            self.input_grid.bits = min(config.a_bits, SQUARED_BITS)
         bits, frac_bits = config.carrier_bits, config.frac_bits
         headroom = config.headroom if bits > 8 else 1.0
         self.x_grid = Grid(bits, frac_bits, 1, headroom=headroom, symmetry="symmetric")

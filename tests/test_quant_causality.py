@@ -63,7 +63,9 @@ class Injected:
 
     def _record(self, module, args, kwargs) -> None:
         predicted = [*args[1:], *(kwargs[key] for key in ("means",) if key in kwargs)]  # (B, k M, H, W) each
-        self._seen.append(torch.cat([part.real().unflatten(1, (-1, self.channels)) for part in predicted], 1))
+        # a mixture's hold several numbers for each symbol; lu2022 asks slice by slice
+        components = 3 if len(predicted) == 3 else 1
+        self._seen.append(torch.cat([part.real().unflatten(1, (components, -1)) for part in predicted], 1))
 
     def learn_noise(self, seed: int) -> None:
         """Move everything that reconstruction may learn, as if it had learned."""

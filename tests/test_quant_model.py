@@ -171,13 +171,10 @@ def test_images_of_other_sizes_than_in_calibration_work(name, size):
     assert all(bool(torch.isfinite(value).all()) for value in out.values())
 
 
-GDN_FLOOR = "int32 beta: squares of 16-bit inputs leave gamma a few codes (balle2018: +36% rate)"
-
-
 @pytest.mark.parametrize(
     ("name", "bits"),
     [
-        pytest.param("balle2018", 16, marks=pytest.mark.xfail(reason=GDN_FLOOR, strict=True)),
+        ("balle2018", 16),
         ("balle2018", 12),
         ("minnen2018", 12),
         pytest.param("lu2022", 16, marks=pytest.mark.slow),
