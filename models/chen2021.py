@@ -211,7 +211,7 @@ class Context(nn.Module):
     title="End-to-End Learnt Image Compression via Non-Local Attention Optimization and Improved Context Modeling",
     paper="arXiv 1910.06244",
     official={quality: {"M": 192, "N2": 128} if quality < 7 else {"M": 256, "N2": 192} for quality in range(1, 9)},
-    configurations={"reference": {"M": 64, "N2": 48}},
+    configurations={"reference": {"M": 32, "N2": 24}},
     lambdas={
         "mse": {quality: name / 255**2 for quality, name in enumerate(_MSE_NAMES, 1)},
         "ms-ssim": {quality: float(name) for quality, name in enumerate(_MS_SSIM_NAMES, 1)},

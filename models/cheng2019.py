@@ -37,7 +37,7 @@ def _upsample_unit(channels: int) -> ResidualBlockUpsample:
     title="Deep Residual Learning for Image Compression",
     paper="arXiv 1906.09731",
     official={quality: {"N": 128 if quality < 4 else 192} for quality in range(1, 9)},
-    configurations={"reference": {"N": 48}},
+    configurations={"reference": {"N": 40}},
     infer=infer_sizes,
 )
 class Cheng2019(JointAutoregressiveHierarchicalPriors):

@@ -35,7 +35,7 @@ register_model(
     title="Variational Image Compression with a Scale Hyperprior",
     paper="arXiv 1802.01436",
     official=_sizes({"N": 128, "M": 192}, {"N": 192, "M": 320}, first_wide=6, last=8),
-    configurations={"reference": {"N": 80, "M": 112}},
+    configurations={"reference": {"N": 56, "M": 80}},
     infer=infer_n_m,
     zoo="bmshj2018-hyperprior",
 )
@@ -46,7 +46,7 @@ register_model(
     title="Joint Autoregressive and Hierarchical Priors for Learned Image Compression",
     paper="arXiv 1809.02736",
     official=_sizes({"N": 192, "M": 192}, {"N": 192, "M": 320}, first_wide=5, last=8),
-    configurations={"reference": {"N": 96, "M": 128}},
+    configurations={"reference": {"N": 48, "M": 56}},
     infer=infer_n_m,
     zoo="mbt2018",
 )
@@ -57,7 +57,7 @@ register_model(
     title="Joint Autoregressive and Hierarchical Priors for Learned Image Compression (without context model)",
     paper="arXiv 1809.02736",
     official=_sizes({"N": 128, "M": 192}, {"N": 192, "M": 320}, first_wide=5, last=8),
-    configurations={"reference": {"N": 72, "M": 96}},
+    configurations={"reference": {"N": 48, "M": 64}},
     infer=infer_n_m,
     zoo="mbt2018-mean",
 )
@@ -70,7 +70,7 @@ register_model(
     title=_CHENG_TITLE,
     paper="arXiv 2001.01568",
     official=_sizes({"N": 128}, {"N": 192}, first_wide=4, last=6),
-    configurations={"reference": {"N": 48}},
+    configurations={"reference": {"N": 36}},
     infer=infer_n,
     zoo="cheng2020-attn",
 )
@@ -81,7 +81,7 @@ register_model(
     title=f"{_CHENG_TITLE} (without attention)",
     paper="arXiv 2001.01568",
     official=_sizes({"N": 128}, {"N": 192}, first_wide=4, last=6),
-    configurations={"reference": {"N": 48}},
+    configurations={"reference": {"N": 36}},
     infer=infer_n,
     zoo="cheng2020-anchor",
 )

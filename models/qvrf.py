@@ -105,7 +105,7 @@ _LEVELS = range(1, len(LEVEL_LAMBDAS) + 1)
 @register_model(
     "qvrf-balle2018",
     official={level: {"N": 192, "M": 320} for level in _LEVELS},
-    configurations={"reference": {"N": 80, "M": 112}},
+    configurations={"reference": {"N": 56, "M": 80}},
     infer=_infer(infer_n_m),
     **_FACTS,
 )
@@ -133,7 +133,7 @@ class QVRFBalle2018(VariableRate, ScaleHyperprior):
 @register_model(
     "qvrf-minnen2018",
     official={level: {"N": 192, "M": 320} for level in _LEVELS},
-    configurations={"reference": {"N": 96, "M": 128}},
+    configurations={"reference": {"N": 56, "M": 64}},
     infer=_infer(infer_n_m),
     **_FACTS,
 )
@@ -148,7 +148,7 @@ class QVRFMinnen2018(_AutoregressiveQVRF, JointAutoregressiveHierarchicalPriors)
 @register_model(
     "qvrf-cheng2020",
     official={level: {"N": 192} for level in _LEVELS},
-    configurations={"reference": {"N": 48}},
+    configurations={"reference": {"N": 36}},
     infer=_infer(infer_n),
     **_FACTS,
 )

@@ -60,7 +60,7 @@ def rate_distortion(output: dict, x: Tensor, lmbda: float | Tensor) -> tuple[Ten
     return (bpp + lmbda * mse).mean(), bpp.mean(), mse.mean()
 
 
-def draw_levels(levels: int, batch: int, seed: int, step: int) -> Tensor:
+def spread_levels(levels: int, batch: int, seed: int, step: int) -> Tensor:
     """(batch,): the levels of a batch for a variable-rate codec, spread over all; a function of seed and step."""
     random = np.random.default_rng((seed, step, 1))
     return torch.from_numpy(1 + (random.integers(levels) + levels * np.arange(batch) // batch) % levels)
@@ -100,7 +100,7 @@ def train(model: nn.Module, photos: list[np.ndarray], args: argparse.Namespace, 
         torch.manual_seed(args.seed * 1_000_003 + step)
         batch, weight = x, lmbda
         if isinstance(lmbda, list):
-            levels = draw_levels(len(lmbda), len(x), args.seed, step)
+            levels = spread_levels(len(lmbda), len(x), args.seed, step)
             weight = torch.tensor(lmbda, device=x.device)[levels - 1]
             batch = model.with_planes(x, levels, weight)
         with autocast:
@@ -115,7 +115,8 @@ def train(model: nn.Module, photos: list[np.ndarray], args: argparse.Namespace, 
         model.aux_loss().backward()
         auxiliary.step()
         for name, value in (("loss", loss), ("bpp", bpp), ("psnr", 10 * torch.log10(255**2 / mse))):
-            averages[name] = 0.98 * averages.get(name, float(value)) + 0.02 * float(value)
+            now = float(value.detach())
+            averages[name] = 0.98 * averages.get(name, now) + 0.02 * now
         bar.set_postfix({name: f"{value:.3f}" for name, value in averages.items()}, refresh=False)
         seconds = spent_before + time.monotonic() - started
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:

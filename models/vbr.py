@@ -143,7 +143,7 @@ _FACTS = {
 }
 
 
-@register_model("balle2018-vbr", configurations={"reference": {"N": 80, "M": 112}}, zoo="bmshj2018-hyperprior-vbr", **_FACTS)
+@register_model("balle2018-vbr", configurations={"reference": {"N": 56, "M": 80}}, zoo="bmshj2018-hyperprior-vbr", **_FACTS)
 class Balle2018Vbr(_Vbr, ScaleHyperpriorVbr):
     """Scale hyperprior.
 
@@ -166,7 +166,7 @@ class Balle2018Vbr(_Vbr, ScaleHyperpriorVbr):
         return {"x_hat": self.g_s(y_hat), "likelihoods": {"y": y_likelihoods, "z": z_likelihoods}}
 
 
-@register_model("minnen2018-mean-vbr", configurations={"reference": {"N": 72, "M": 96}}, zoo="mbt2018-mean-vbr", **_FACTS)
+@register_model("minnen2018-mean-vbr", configurations={"reference": {"N": 48, "M": 64}}, zoo="mbt2018-mean-vbr", **_FACTS)
 class Minnen2018MeanVbr(_Vbr, MeanScaleHyperpriorVbr):
     """Mean and scale hyperprior; arguments as `Balle2018Vbr`'s."""
 
@@ -188,7 +188,7 @@ def _infer_autoregressive(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
     return {**infer_n_m(state_dict), "levels": state_dict["Gain"].shape[0]}
 
 
-@register_model("minnen2018-vbr", configurations={"reference": {"N": 96, "M": 128}}, zoo="mbt2018-vbr",
+@register_model("minnen2018-vbr", configurations={"reference": {"N": 56, "M": 64}}, zoo="mbt2018-vbr",
                 **{**_FACTS, "infer": _infer_autoregressive})
 class Minnen2018Vbr(_Vbr, JointAutoregressiveHierarchicalPriorsVbr):
     """Joint autoregressive and hierarchical priors; N, M, levels as `Balle2018Vbr`'s.

@@ -13,7 +13,7 @@ from formula import fill_by_formula, image_by_formula
 from models.checkpoints import identify, load_checkpoint, save_checkpoint
 from models.qvrf import LEVEL_LAMBDAS, QVRFBalle2018, QVRFCheng2020, QVRFMinnen2018
 from models.registry import create_model, get_architecture
-from models.train_reference import draw_levels, rate_distortion
+from models.train_reference import spread_levels, rate_distortion
 from support.errors import InputError
 
 PUBLISHED = [1.0000, 1.3944, 1.9293, 2.6874, 3.7268, 5.1801, 7.1957, 10.0000]
@@ -93,9 +93,9 @@ def test_images_bring_their_own_gains():
 
 
 def test_training_weighs_each_image_with_its_lambda():
-    levels = draw_levels(8, 8, seed=0, step=5)
-    assert sorted(levels.tolist()) == list(range(1, 9)) and torch.equal(levels, draw_levels(8, 8, 0, 5))
-    assert set(draw_levels(8, 2, 0, 5).tolist()) <= set(range(1, 9))
+    levels = spread_levels(8, 8, seed=0, step=5)
+    assert sorted(levels.tolist()) == list(range(1, 9)) and torch.equal(levels, spread_levels(8, 8, 0, 5))
+    assert set(spread_levels(8, 2, 0, 5).tolist()) <= set(range(1, 9))
     x = torch.rand(2, 3, 8, 8)
     out = {"x_hat": x + torch.tensor([0.1, 0.2]).reshape(2, 1, 1, 1), "likelihoods": {"y": torch.full((2, 4, 2, 2), 0.5)}}
     loss, bpp, mse = rate_distortion(out, x, torch.tensor([0.01, 0.02]))

@@ -1,0 +1,49 @@
+"""The training of reference checkpoints: what it writes, and that a killed run resumed is the run that was not."""
+
+import pytest
+import torch
+
+import models.train_reference as training
+from models.checkpoints import load_checkpoint, read_checkpoint
+from models.registry import LAMBDAS
+
+
+@pytest.fixture
+def photos(tmp_path, make_image):
+    for seed in range(3):
+        make_image(f"{seed}.png", 80, 72, seed, tmp_path / "photos")
+    return tmp_path / "photos"
+
+
+def train(folder, photos, name, steps, **more):
+    flags = {"arch": name, "data": photos, "steps": steps, "batch": 2, "crop": 64, "device": "cpu", "warmup": 2, "save_every": 1,
+             "state": folder / "state", "out": folder / "out", "threads": 1, **more}  # fmt: skip
+    training.main(sum(([f"--{key}", str(value)] for key, value in flags.items()), []))
+
+
+@pytest.mark.parametrize("name", ["balle2018", "qvrf-balle2018"])
+def test_stopped_and_resumed_gives_the_same_checkpoint(name, photos, tmp_path, monkeypatch):
+    train(tmp_path / "whole", photos, name, 4, quality=3)
+    original = training.draw_batch
+
+    def stop_at_the_third(photos, batch, crop, seed, step):
+        if step == 2:
+            raise KeyboardInterrupt
+        return original(photos, batch, crop, seed, step)
+
+    monkeypatch.setattr(training, "draw_batch", stop_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "parts", photos, name, 4, quality=3)
+    monkeypatch.setattr(training, "draw_batch", original)
+    train(tmp_path / "parts", photos, name, 4, quality=3)
+    file = f"{name}.safetensors" if "qvrf" in name else f"{name}-q3.safetensors"
+    whole, parts = (read_checkpoint(tmp_path / folder / "out" / file) for folder in ("whole", "parts"))
+    assert all(torch.equal(tensor, parts.state_dict[key]) for key, tensor in whole.state_dict.items())
+    stated = whole.metadata
+    assert stated["steps"] == 4 and stated["photos"] == 3
+    if "qvrf" in name:
+        assert stated["lambdas"] == pytest.approx(list(LAMBDAS["mse"].values())) and "quality" not in stated
+    else:
+        assert (stated["quality"], stated["lambda"]) == (3, 0.0067)
+    model = load_checkpoint(tmp_path / "whole" / "out" / file, name, 3)
+    assert model.entropy_bottleneck._quantized_cdf.numel()
