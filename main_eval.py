@@ -85,7 +85,7 @@ def find_models(words: list[str], qualities: list[int] | str | None) -> list[Pat
 
 def evaluate_all(args: argparse.Namespace, files: list[Path]) -> int:
     """Everything is looked at first, then measured, then written."""
-    from evaluation.anchors import anchor_curve
+    from evaluation.anchors import anchors_of
     from evaluation.evaluate import evaluate
     from evaluation.inputs import evaluation_set, pick_device
     from evaluation.presentation import coverage_lines, render_summary
@@ -153,7 +153,7 @@ def evaluate_all(args: argparse.Namespace, files: list[Path]) -> int:
         arch=arch, preset=settings["preset"], loss=settings["reconstruction"].get("loss"),
         unit=settings["reconstruction"].get("unit"), w_bits=settings["quant"].get("w_bits"), a_bits=settings["quant"].get("a_bits"),
         dataset=dataset.name, images=len(dataset), points=points, warnings=warnings, metric=metric,
-        anchors={"JPEG": anchor_curve(dataset.paths, with_ms_ssim=True, progress=not args.quiet)},
+        anchors=anchors_of(arch, dataset, metric, webp=not files, progress=not args.quiet),
         config={**settings["quant"], **settings["reconstruction"], "metric": metric, "device": str(device)}
         | ({"calibration": common["calibration"]} if common else {}),
         **({"kept_in_float": coverage_lines(coverage), "left_alone": coverage["left_alone"]} if coverage else {}))

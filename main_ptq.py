@@ -278,7 +278,7 @@ def _time_left(run: Run, index: int) -> str:
 
 def finish(run: Run, points: list[dict]) -> int:
     """The report, and its essence on standard output."""
-    from evaluation.anchors import anchor_curve
+    from evaluation.anchors import anchors_of
     from evaluation.presentation import coverage_lines, render_summary
     from evaluation.report import build_report, write_report
 
@@ -287,7 +287,7 @@ def finish(run: Run, points: list[dict]) -> int:
     report = build_report(
         arch=run.models[0].arch, preset=config.preset, loss=config.reconstruction.loss, unit=config.reconstruction.unit,
         w_bits=config.quant.w_bits, a_bits=config.quant.a_bits, dataset=run.dataset.name, images=len(run.dataset), points=points,
-        anchors={"JPEG": anchor_curve(run.dataset.paths, with_ms_ssim=True, progress=not args.quiet)}, warnings=run.warnings,
+        anchors=anchors_of(run.models[0].arch, run.dataset, args.metric, progress=not args.quiet), warnings=run.warnings,
         baseline=BASELINE if args.baseline else None, metric=args.metric,
         config={**config.quant.to_dict(), **config.reconstruction.to_dict(), "metric": args.metric,
                 "calibration": run.folder.settings["calibration"], "device": str(run.device)},

@@ -23,11 +23,12 @@ setup(
         "models": ["zoo/*.safetensors", "zoo/README.md"],
         "reconstruction": ["presets/*.yaml"],
         "data": ["*.json"],
+        "evaluation": ["*.json"],
     },
     install_requires=[
         "torch>=2.4",
         "torchvision",
-        "compressai>=1.2.6",
+        "compressai>=1.2.8",
         "timm>=1.0",
         "numpy",
         "scipy",

@@ -1,6 +1,7 @@
-"""R-D curves of classical codecs, from the bytes that Pillow writes."""
+"""R-D curves to compare with: classical codecs, from the bytes that Pillow writes, and what others published."""
 
 import io
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image, features
 
+from data.datasets import Dataset
 from data.images import load_pixels
 from evaluation.metrics import ms_ssim, psnr
 from support.errors import InputError
@@ -52,6 +54,32 @@ def anchor_curve(paths: Sequence[Path], codec: str = "jpeg", qualities: Sequence
                                    np.nan if similarity is None else similarity)
     return [{"quality": int(quality), "bpp": float(row[:, 0].mean()), "psnr": float(row[:, 1].mean()),
              "ms_ssim": _mean_of_known(row[:, 2])} for quality, row in zip(qualities, points)]
+
+
+PUBLISHED = Path(__file__).parent / "published.json"
+_IMAGES = {"kodak": 24}  # of the data sets that the published curves are of
+
+
+def published_curve(arch: str, dataset: Dataset, metric: str = "mse") -> list[dict] | None:
+    """The R-D points that were published for the official models of an architecture, from real bitstreams; None where
+    published.json, which names the source of each, has none for this data set and training metric.
+
+    Returns:
+        [{"bpp", "psnr", "ms_ssim"}] by rising rate.
+    """
+    entry = json.loads(PUBLISHED.read_text(encoding="utf-8")).get(arch)
+    if entry is None or (entry["dataset"], entry["metric"]) != (dataset.name, metric) or len(dataset) != _IMAGES[dataset.name]:
+        return None
+    return [{"bpp": bpp, "psnr": psnr, "ms_ssim": ms_ssim} for bpp, psnr, ms_ssim in zip(entry["bpp"], entry["psnr"], entry["ms_ssim"])]
+
+
+def anchors_of(arch: str, dataset: Dataset, metric: str = "mse", webp: bool = False, progress: bool = False) -> dict[str, list[dict]]:
+    """The curves of a report, by name: JPEG, WebP if wanted, and what was published for the architecture."""
+    curves = {"JPEG": anchor_curve(dataset.paths, with_ms_ssim=True, progress=progress)}
+    if webp:
+        curves["WebP"] = anchor_curve(dataset.paths, "webp", with_ms_ssim=True, progress=progress)
+    published = published_curve(arch, dataset, metric)
+    return curves | ({f"published {arch}": published} if published else {})
 
 
 def _mean_of_known(values: np.ndarray) -> float | None:
