@@ -407,6 +407,7 @@ class QuantConv2d(QuantMAC):
     """Conv2d, also with a mask (MaskedConv2d, MultistageMaskedConv2d) and with groups."""
 
     kind = "conv"
+    convolve = staticmethod(F.conv2d)
 
     @property
     def groups(self) -> int:
@@ -418,26 +419,19 @@ class QuantConv2d(QuantMAC):
 
     def real(self, x: Tensor) -> Tensor:
         # the mask is applied to the weight, not written into the parameter as CompressAI's layer does
-        module = self.module
-        return F.conv2d(x, self.float_weight(), module.bias, module.stride, module.padding, module.dilation, module.groups)
+        m = self.module
+        return self.convolve(x, self.float_weight(), m.bias, m.stride, m.padding, m.dilation, m.groups)
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
-        module = self.module
-        return F.conv2d(x, weight, None, module.stride, module.padding, module.dilation, module.groups)
+        m = self.module
+        return self.convolve(x, weight, None, m.stride, m.padding, m.dilation, m.groups)
 
 
 class QuantConv3d(QuantConv2d):
     """Conv3d, also with a mask (MaskedConv3d)."""
 
     kind = "conv3d"
-
-    def real(self, x: Tensor) -> Tensor:
-        module = self.module
-        return F.conv3d(x, self.float_weight(), module.bias, module.stride, module.padding, module.dilation, module.groups)
-
-    def product(self, x: Tensor, weight: Tensor) -> Tensor:
-        module = self.module
-        return F.conv3d(x, weight, None, module.stride, module.padding, module.dilation, module.groups)
+    convolve = staticmethod(F.conv3d)
 
 
 class QuantConvTranspose2d(QuantMAC):
