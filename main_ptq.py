@@ -8,7 +8,7 @@ import functools
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from support import options
@@ -103,7 +103,7 @@ class Run:
     """Everything that was checked before the work starts; built by `prepare`.
 
     models: FloatModels. multiple: sides of inputs are multiples of it. crops: (n, 3, crop, crop) in 0..1, or with the planes of
-    `models.qvrf.VariableRate`.
+    `models.qvrf.VariableRate`. shared: what several qualities of a variable-rate codec use.
     warnings: remarks for the user. started: monotonic seconds.
     """
 
@@ -117,6 +117,7 @@ class Run:
     folder: "RunFolder"
     warnings: list[str]
     started: float
+    shared: dict = field(default_factory=dict)
 
     @property
     def is_variable(self) -> bool:
@@ -208,7 +209,7 @@ def quantize_quality(run: Run, index: int) -> dict:
         return evaluate(model, run.dataset, pad=run.multiple, device=run.device, progress=not args.quiet).to_dict()
 
     fp32 = folder.part("fp32", lambda: measure(load()))
-    baseline = folder.part("baseline", lambda: measure(plain_baseline(load(), run))) if args.baseline else None
+    baseline = folder.part("baseline", lambda: measure(plain_baseline(load(), run, source.quality))) if args.baseline else None
     quant = folder.part("quant", lambda: _reconstruct(load(), run, index, folder, measure))
     folder.finish()
     return make_point(
@@ -220,8 +221,20 @@ def quantize_quality(run: Run, index: int) -> dict:
         history=quant["history"], coverage=quant["coverage"])
 
 
-def plain_baseline(model: "nn.Module", run: Run) -> "QuantModel":
-    """The same bits with maximum ranges, nearest rounding, one scale per activation tensor, nothing learned."""
+def plain_baseline(model: "nn.Module", run: Run, quality: int) -> "QuantModel":
+    """The same bits with maximum ranges, nearest rounding, one scale per activation tensor, nothing learned.
+
+    Of a variable-rate codec there is one for all qualities, as of the other.
+    """
+    if not run.is_variable:
+        return _plain(model, run)
+    if "plain" not in run.shared:
+        run.shared["plain"] = _plain(model, run)
+    run.shared["plain"].model.set_level(quality)
+    return run.shared["plain"]
+
+
+def _plain(model: "nn.Module", run: Run) -> "QuantModel":
     from quant.config import QuantConfig
     from quant.model import QuantModel
 

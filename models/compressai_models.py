@@ -46,7 +46,7 @@ register_model(
     title="Joint Autoregressive and Hierarchical Priors for Learned Image Compression",
     paper="arXiv 1809.02736",
     official=_sizes({"N": 192, "M": 192}, {"N": 192, "M": 320}, first_wide=5, last=8),
-    configurations={"reference": {"N": 48, "M": 56}},
+    configurations={"reference": {"N": 48, "M": 64}},
     infer=infer_n_m,
     zoo="mbt2018",
 )

@@ -57,6 +57,16 @@ class VariableRate:
         facts = torch.stack((self.Gain.abs()[levels - 1], lambdas.to(x)), 1)
         return torch.cat((x, facts[:, :, None, None].expand(-1, -1, *x.shape[2:])), 1)
 
+    def compress(self, *_: Any, **__: Any) -> Any:
+        """CompressAI's own would code at another gain than this class's forward.
+
+        Raises:
+            NotImplementedError: always; so does `decompress`.
+        """
+        raise NotImplementedError("no bitstreams of variable-rate codecs yet; rates are estimated from likelihoods")
+
+    decompress = compress
+
     def _image_and_gain(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if x.shape[1] > 3:
             return x[:, :3], x[:, 3:4, :1, :1]
@@ -133,7 +143,7 @@ class QVRFBalle2018(VariableRate, ScaleHyperprior):
 @register_model(
     "qvrf-minnen2018",
     official={level: {"N": 192, "M": 320} for level in _LEVELS},
-    configurations={"reference": {"N": 56, "M": 64}},
+    configurations={"reference": {"N": 48, "M": 64}},
     infer=_infer(infer_n_m),
     **_FACTS,
 )

@@ -48,7 +48,9 @@ def infer_sizes(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
     paper="arXiv 2111.06707",
     official={quality: {"N": 128, "M": 192} for quality in range(1, 9)},
     configurations={
-        "reference": {"N": 48, "M": 64, "depths": (2, 2, 2, 2, 2), "num_heads": (4, 4, 8, 8, 8)},
+        "reference": {
+            "N": 48, "M": 64, "depths": (1, 2, 2, 1, 1), "num_heads": (2, 2, 4, 4, 4), "mlp_ratio": 2.0, "causal_heads": 4,
+        },
     },
     infer=infer_sizes,
 )

@@ -40,10 +40,9 @@ def rounded(x: Tensor, means: Tensor | None) -> tuple[Tensor, Tensor]:
     return symbols, symbols if means is None else symbols + means
 
 
-class QuantRound(QuantModule):
-    """round(x - means) + means: the values that the decoder will have."""
+class QuantBoundary(QuantModule):
+    """A place where a latent is rounded; its inputs come onto the grid of the boundaries, whose step is `unit`."""
 
-    kind = "round"
     gives_latents = True
 
     def __init__(self, module: nn.Module | None, config: QuantConfig):
@@ -51,6 +50,12 @@ class QuantRound(QuantModule):
         self.module = module
         self.unit = 2.0**-config.boundary_bits
         self.grid = boundary_grid(config)
+
+
+class QuantRound(QuantBoundary):
+    """round(x - means) + means: the values that the decoder will have."""
+
+    kind = "round"
 
     def real(self, x: Tensor, means: Tensor | None = None) -> Tensor:
         return rounded(x, means)[1]
@@ -61,17 +66,10 @@ class QuantRound(QuantModule):
         return symbols_and_values(self.grid(x), None if means is None else self.grid(means), self.unit)[1]
 
 
-class QuantEntropyBottleneck(QuantModule):
+class QuantEntropyBottleneck(QuantBoundary):
     """EntropyBottleneck (Balle 2018): z_hat from integers, its likelihood under the learned factorized density."""
 
     kind = "entropy_bottleneck"
-    gives_latents = True
-
-    def __init__(self, module: EntropyBottleneck | VariableBottleneck, config: QuantConfig):
-        super().__init__(config)
-        self.module = module
-        self.unit = 2.0**-config.boundary_bits
-        self.grid = boundary_grid(config)
 
     def forward(self, x, training=None):
         return super().forward(x)
@@ -100,17 +98,13 @@ class QuantEntropyBottleneck(QuantModule):
         return z_hat, self._likelihood_of(z_hat.real())
 
 
-class QuantGaussianConditional(QuantModule):
+class QuantGaussianConditional(QuantBoundary):
     """GaussianConditional (Balle 2018, Minnen 2018): y_hat and scales from integers, the likelihood of the symbols."""
 
     kind = "gaussian_conditional"
-    gives_latents = True
 
     def __init__(self, module: GaussianConditional, config: QuantConfig):
-        super().__init__(config)
-        self.module = module
-        self.unit = 2.0**-config.boundary_bits
-        self.grid = boundary_grid(config)
+        super().__init__(module, config)
         self.rounding = QuantRound(None, config)
 
     def bind(self, runtime, name: str) -> None:
@@ -164,17 +158,16 @@ class QuantGaussianMixture(QuantGaussianConditional):
         return y_hat, self._likelihood_of(y_hat.real(), *(to_real(self.grid(part)) for part in (scales, means, weights)))
 
 
-class QuantOffsets(QuantModule):
-    """`models.vbr.OffsetNet`: y_hat with offsets from a table over the scale, one for each gain."""
+class QuantOffsets(QuantBoundary):
+    """`models.vbr.OffsetNet`: y_hat with offsets from a table over the scale, one for each gain.
+
+    A table is made in float64 when its gain is first met; it is not in the model's file yet.
+    """
 
     kind = "offsets"
-    gives_latents = True
 
     def __init__(self, module: OffsetNet, config: QuantConfig):
-        super().__init__(config)
-        self.module = module
-        self.unit = 2.0**-config.boundary_bits
-        self.grid = boundary_grid(config)
+        super().__init__(module, config)
         self.scale_grid = Grid(config.table_bits, config.frac_bits, headroom=1.25, symmetry="one_sided")
         self._tables: dict[float, Tensor] = {}
 

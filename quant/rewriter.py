@@ -91,6 +91,7 @@ def _rewrite_children(parent: nn.Module, path: str, config: QuantConfig, runtime
     for key, module in list(parent.named_children()):
         name = f"{path}.{key}".lstrip(".")
         if isinstance(module, RateFunction):
+            done.left_alone[name] = "its input is the rate alone: computed in float, a constant of each rate"
             continue
         make, reason = replacement_for(module), unsupported(module)
         if make is not None and reason is None:

@@ -13,7 +13,7 @@ from formula import fill_by_formula, image_by_formula
 from models.checkpoints import identify, load_checkpoint, save_checkpoint
 from models.qvrf import LEVEL_LAMBDAS, QVRFBalle2018, QVRFCheng2020, QVRFMinnen2018
 from models.registry import create_model, get_architecture
-from models.train_reference import spread_levels, rate_distortion
+from models.train_reference import rate_distortion, spread_levels
 from support.errors import InputError
 
 PUBLISHED = [1.0000, 1.3944, 1.9293, 2.6874, 3.7268, 5.1801, 7.1957, 10.0000]

@@ -38,9 +38,11 @@ def outcome(codec, x):
 def test_every_rate_of_one_quantized_codec_is_near_the_float_codecs(name):
     model = tiny_codec(name)
     x = images(8)
-    # of so wide a range of rates eight bits are too few for codecs with random weights
-    codec = QuantModel(model, QuantConfig(w_bits=12, a_bits=12))
-    codec.observe(rated(model, x, list(range(1, 9))).split(2))
+    # 16 bits everywhere, so that what is left is a symbol at a tie here and there, and what its context makes of it
+    codec = QuantModel(model, QuantConfig(w_bits=16, a_bits=16, latent_bits=16))
+    for level in (*range(1, 9), 4.5):
+        codec.model.set_level(level)
+        codec.observe([x[:2]])
     codec.freeze()
     rates = []
     for level in (1, 4.5, 8):
@@ -48,8 +50,8 @@ def test_every_rate_of_one_quantized_codec_is_near_the_float_codecs(name):
             network.set_level(level)
         real, whole = outcome(model, x[:2]), outcome(codec, x[:2])
         bits = [sum(float(-part.log2().sum()) for part in out[1:]) for out in (real, whole)]
-        assert bits[1] == pytest.approx(bits[0], rel=0.05)
-        assert float((real[0].clamp(0, 1) - whole[0]).square().mean()) < 0.02 * float(real[0].var()) + 1e-4
+        assert bits[1] == pytest.approx(bits[0], rel=0.005)
+        assert float((real[0].clamp(0, 1) - whole[0]).square().mean()) < 0.003 * float(real[0].var())
         rates.append(bits[1])
     assert rates == sorted(rates) and rates[2] > 1.2 * rates[0]
     assert not codec.coverage()["kept_in_float"]
