@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from models.checkpoints import load_checkpoint, save_checkpoint
+from models.narrow import narrow
 from models.registry import create_model, get_architecture
 from support.cli import main_guard
 from support.errors import InputError
@@ -65,6 +66,26 @@ def spread_levels(levels: int, batch: int, seed: int, step: int) -> Tensor:
     """(batch,): the levels of a batch for a variable-rate codec, spread over all; a function of seed and step."""
     random = np.random.default_rng((seed, step, 1))
     return torch.from_numpy(1 + (random.integers(levels) + levels * np.arange(batch) // batch) % levels)
+
+
+def start_from(model: nn.Module, source: nn.Module, batches: list[Tensor]) -> None:
+    """Give `model` the weights of a trained codec; what the codec lacks keeps its initial values, which are named.
+
+    batches: (B, 3, H, W) in 0..1, for the statistics where the codec is wider than the model.
+    """
+    own, given = dict(model.named_parameters()), dict(source.named_parameters())
+    common = own.keys() & given.keys()
+    if not common:
+        raise InputError("--init: the checkpoint's codec has no layer in common with --arch; start from another")
+    if any(own[name].shape != given[name].shape for name in common):
+        common = narrow(source, model, batches)
+    else:
+        with torch.no_grad():
+            for name in common:
+                own[name].copy_(given[name])
+    lacking = sorted({name.rpartition(".")[0] or name for name in own.keys() - common})
+    if lacking:
+        print(f"not in --init, trained from the start: {', '.join(lacking)}")
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
@@ -145,7 +166,8 @@ def main(argv: list[str] | None = None) -> None:
                                                                    "variable-rate codec, which is trained for all of its levels")
     parser.add_argument("--configuration", default="reference", help="a named size; 'official' for the published one")
     parser.add_argument("--data", type=Path, required=True, help="a folder of photos")
-    parser.add_argument("--init", type=Path, help="a checkpoint to start from")
+    parser.add_argument("--init", type=Path, help="a checkpoint to start from: of this architecture, of one "
+                        "that shares layers with it, or of a wider one, which is narrowed")
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--crop", type=int, default=192)
@@ -168,11 +190,12 @@ def main(argv: list[str] | None = None) -> None:
     model = create_model(args.arch, args.quality, configuration)
     levels = range(1, model.levels + 1) if architecture.variable else [args.quality]
     lambdas = [architecture.lambda_for(level) for level in levels]
-    if args.init:
-        model.load_state_dict(load_checkpoint(args.init, args.arch).state_dict())
     photos = read_photos(args.data, args.crop)
     name = args.arch + ("" if configuration else "-official") + ("" if architecture.variable else f"-q{args.quality}")
-    seconds = train(model, photos, args, lambdas if architecture.variable else lambdas[0], args.state / f"{name}.train.pt")
+    state_path = args.state / f"{name}.train.pt"
+    if args.init and not state_path.exists():
+        start_from(model, load_checkpoint(args.init), [draw_batch(photos, 4, args.crop, args.seed, -1 - i) for i in range(12)])
+    seconds = train(model, photos, args, lambdas if architecture.variable else lambdas[0], state_path)
     model.cpu().eval()
     model.update(force=True)
     metadata = {
