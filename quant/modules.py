@@ -60,6 +60,8 @@ class QuantModule(nn.Module):
     def _run(self, inputs: tuple, kwargs: dict):
         runtime = self.runtime
         inputs = tuple(QTensor(x, None, runtime) if isinstance(x, Tensor) and self.wraps(i) else x for i, x in enumerate(inputs))
+        if runtime.tracer is not None:
+            return runtime.tracer.run(self, inputs, kwargs)
         if self.quantized:
             return self.integer(*inputs, **kwargs)
         output = self.real(*(x.real() if isinstance(x, QTensor) else x for x in inputs), **kwargs)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from quant.config import QuantConfig
 from quant.qtensor import QTensor, function_name, to_real
+from support.errors import InputError
 
 
 Call = tuple[str, int]  # a node or block by name, and which of its calls in one forward
@@ -33,6 +34,7 @@ class Runtime:
         self.functions = nn.ModuleDict()  # nodes of functions, by name with "/" for "."
         self.kept_in_float: Counter[tuple[str, str]] = Counter()  # (function, module it stands in) -> calls seen
         self.observing = False
+        self.tracer: Any = None  # where the forward is written down as a program: see integer/lowering.py
         self._path: list[str] = [""]
         self._counts: list[Counter[str]] = [Counter()]
         self._calls: Counter[str] = Counter()
@@ -174,6 +176,9 @@ class Runtime:
 
     def in_float(self, function: Callable, args: tuple, kwargs: dict) -> Any:
         """A function with no integer algorithm here: it runs on real numbers, and the report says so."""
+        if self.tracer is not None:
+            where = self.path or "the codec's own forward"
+            raise InputError(f"{function_name(function)} in {where} has no integer form, so the model cannot be lowered")
         self.kept_in_float[(function_name(function), self.path or "the codec's own forward")] += 1
         return self.wrap(function(*to_real(args), **to_real(kwargs)))
 
