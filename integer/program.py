@@ -14,6 +14,7 @@ kinds
     leaky            x, or round_half_away(x * mantissa * 2^-shift) where x is negative
     table            `table`[x - first]
     softmax, layer_norm, gdn       see `quant.integer_functions`
+    attention        matmul, rescale, softmax, rescale, matmul at once (`steps`); made by `integer.passes`
     layout           a PyTorch function that moves numbers and computes none: `name`, `arguments`
     neg, abs, relu, clamp, mask, square, sum
 """

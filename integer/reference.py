@@ -146,6 +146,12 @@ def _gdn(operation: Operation, x: Tensor, norm: Tensor) -> Tensor:
     return torch.minimum(torch.maximum(out, low.double()), high.double())
 
 
+def _attention(operation: Operation, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    products, scores, softmax, weights, output = operation.facts["steps"]
+    p = _softmax(softmax, _rescale(scores, _matmul(products, q, k).to(torch.int64)))
+    return _matmul(output, _rescale(weights, p), v)
+
+
 def _layout(operation: Operation, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
     facts = operation.facts
     as_float = facts["name"] in _IN_FLOAT or (facts["name"] == "pad" and facts["options"].get("mode", "constant") != "constant")
@@ -189,6 +195,7 @@ MEANING: dict[str, Callable] = {
     "leaky": _leaky,
     "table": _table,
     "softmax": _softmax,
+    "attention": _attention,
     "layer_norm": _layer_norm,
     "gdn": _gdn,
     "layout": _layout,

@@ -194,7 +194,8 @@ def main(argv: list[str] | None = None) -> None:
     name = args.arch + ("" if configuration else "-official") + ("" if architecture.variable else f"-q{args.quality}")
     state_path = args.state / f"{name}.train.pt"
     if args.init and not state_path.exists():
-        start_from(model, load_checkpoint(args.init), [draw_batch(photos, 4, args.crop, args.seed, -1 - i) for i in range(12)])
+        others = range(args.steps, args.steps + 12)  # crops that training will not see
+        start_from(model, load_checkpoint(args.init), [draw_batch(photos, 4, args.crop, args.seed, step) for step in others])
     seconds = train(model, photos, args, lambdas if architecture.variable else lambdas[0], state_path)
     model.cpu().eval()
     model.update(force=True)

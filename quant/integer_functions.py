@@ -144,6 +144,12 @@ def integer_softmax(
 # -------------------------------------------------------------------------------------------------- layer norm
 
 
+def layer_norm_constants(count: int, eps_q: float) -> Tensor:
+    """count^2 eps_q in units of 2^-2k, rounded, for k = 0 .. 26; float64."""
+    eps = count**2 * eps_q
+    return torch.tensor([math.floor(min(eps * 4.0**k + 0.5, 2.0**52)) for k in range(27)], dtype=torch.float64)
+
+
 def integer_layer_norm(q: Tensor, eps_q: float, dim: int = -1) -> Tensor:
     """(q - mean) / sqrt(var + eps_q) along `dim`, without affine, as whole numbers in units of 2^-12; float64.
 
@@ -169,15 +175,13 @@ def integer_layer_norm(q: Tensor, eps_q: float, dim: int = -1) -> Tensor:
         raise ValueError(f"integer layer norm takes 1 to 1024 values a row, not {count}")
     if not 0 <= eps_q <= 2**30:
         raise ValueError(f"eps_q must be from 0 to 2^30, not {eps_q}")
-    eps = count**2 * eps_q
-    shifted = [math.floor(min(eps * 4.0**i + 0.5, 2.0**52)) for i in range(27)]
-    eps_shifted = torch.tensor(shifted, dtype=torch.float64).to(q.device)
+    eps_shifted = layer_norm_constants(count, eps_q).to(q.device)
     out = torch.empty(q.shape, dtype=torch.float64, device=q.device)
     for rows, into in pieces(q.movedim(dim, -1), out.movedim(dim, -1)):
         rows = rows.to(torch.float64, copy=True)
         total = rows.sum(-1, keepdim=True)
         spread = (rows * rows).sum(-1, keepdim=True) * count - total * total
-        k = (52 - _bit_length(spread + math.ceil(eps))) // 2
+        k = (52 - _bit_length(spread + math.ceil(count**2 * eps_q))) // 2
         variance = spread * power_of_two(2 * k) + eps_shifted[k]
         # min: rounding eps up must not reach 2^52, where isqrt's range ends.
         root = isqrt(variance.clamp(1, 2.0**52 - 1))

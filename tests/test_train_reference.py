@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import models.train_reference as training
-from models.checkpoints import load_checkpoint, read_checkpoint
-from models.registry import LAMBDAS
+from models.checkpoints import load_checkpoint, read_checkpoint, save_checkpoint
+from models.registry import LAMBDAS, create_model
 
 
 @pytest.fixture
@@ -47,3 +47,12 @@ def test_stopped_and_resumed_gives_the_same_checkpoint(name, photos, tmp_path, m
         assert (stated["quality"], stated["lambda"]) == (3, 0.0067)
     model = load_checkpoint(tmp_path / "whole" / "out" / file, name, 3)
     assert model.entropy_bottleneck._quantized_cdf.numel()
+
+
+def test_starts_from_a_wider_codec_and_from_one_that_shares_layers(photos, tmp_path, capsys):
+    wide = tmp_path / "wide.safetensors"
+    save_checkpoint(create_model("balle2018", N=60, M=84), wide, {"arch": "balle2018", "kwargs": {"N": 60, "M": 84}})
+    train(tmp_path, photos, "balle2018", 1, quality=3, init=wide)
+    train(tmp_path, photos, "qvrf-balle2018", 1, init=tmp_path / "out" / "balle2018-q3.safetensors")
+    assert "trained from the start: Gain" in capsys.readouterr().out
+    assert read_checkpoint(tmp_path / "out" / "qvrf-balle2018.safetensors").metadata["init"] == "balle2018-q3.safetensors"

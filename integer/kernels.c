@@ -1,0 +1,709 @@
+/* Integer kernels for the CPU: products into int32 accumulators, and what happens to a tile of accumulators while it is in the
+ * cache. Every result equals `integer/reference.py` to the bit on every machine: sums of products are int32 arithmetic without
+ * saturation, whose ranges the program proves, and the floating-point steps are single exact or correctly rounded IEEE operations
+ * (compiled without contraction and without reassociation).
+ *
+ * Plain C called through ctypes; no Python header is needed to build it.
+ */
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#ifdef _OPENMP
+#include <omp.h>
+#else
+static int omp_get_thread_num(void) { return 0; }
+#endif
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define X86 1
+#include <immintrin.h>
+#define CLONES __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
+#define AVX2 __attribute__((target("avx2")))
+#else
+#define X86 0
+#define CLONES
+#endif
+
+/* --------------------------------------------------------------------------------------------------------- tensors */
+
+enum { S8, U8, S16, S32 };
+static const int SIZE[] = {1, 1, 2, 4};
+
+typedef struct {
+    char *data;      /* (pixels, channels), channels contiguous */
+    int32_t type;
+    int32_t offset;  /* a stored number is the number plus this */
+} Array;
+
+/* ---------------------------------------------------------------------------------- elementwise steps on a tile's numbers */
+
+enum { LOAD, STORE, RESCALE, ADD, PRODUCT, NEG, ABS, SQUARE, CLAMP, LEAKY, TABLE, GDN, ADDC };
+
+typedef struct {
+    int32_t op, dst, a, b;  /* registers; LOAD and STORE: b is the array */
+    int32_t period;         /* length of the parameter arrays, a multiple of the channels, or 1 */
+    int32_t first, last;    /* TABLE: of the first entry, number of entries - 1; GDN: inverse, algorithm */
+    int32_t pad;
+    const double *multiplier;
+    const int32_t *low, *high, *factor;
+    const int32_t *table;   /* TABLE; GDN: shift */
+} Step;
+
+#define BELOW_HALF 0.49999999999999994
+
+static inline double clip(double x, double low, double high) { return x < low ? low : x > high ? high : x; }
+
+/* round_half_away of a double; what does not fit int32 must have been clipped before */
+static inline int32_t rounded(double p) { return (int32_t)(p + copysign(BELOW_HALF, p)); }
+
+#if X86
+/* round_half_away(x * m) clipped, four numbers */
+AVX2 static inline __m128i rescale4(__m128i x, __m256d m, __m256d low, __m256d high) {
+    __m256d p = _mm256_mul_pd(_mm256_cvtepi32_pd(x), m);
+    p = _mm256_min_pd(_mm256_max_pd(p, low), high);
+    const __m256d half = _mm256_or_pd(_mm256_and_pd(p, _mm256_set1_pd(-0.0)), _mm256_set1_pd(BELOW_HALF));
+    return _mm256_cvttpd_epi32(_mm256_add_pd(p, half));
+}
+
+/* the first count - count % 4 numbers; low and high: of channels, or with `alike` the same for all */
+AVX2 static int rescale_avx2(int32_t *out, const int32_t *x, int count, const double *m, int m_alike, const int32_t *low,
+                             const int32_t *high, int alike) {
+    int i = 0;
+    const __m256d m0 = _mm256_set1_pd(m[0]), l0 = _mm256_set1_pd(low[0]), h0 = _mm256_set1_pd(high[0]);
+    if (m_alike)
+        for (; i + 4 <= count; i += 4)
+            _mm_storeu_si128((__m128i *)(out + i), rescale4(_mm_loadu_si128((const __m128i *)(x + i)), m0, l0, h0));
+    else if (alike)
+        for (; i + 4 <= count; i += 4)
+            _mm_storeu_si128((__m128i *)(out + i), rescale4(_mm_loadu_si128((const __m128i *)(x + i)), _mm256_loadu_pd(m + i), l0, h0));
+    else
+        for (; i + 4 <= count; i += 4) {
+            const __m256d l = _mm256_cvtepi32_pd(_mm_loadu_si128((const __m128i *)(low + i)));
+            const __m256d h = _mm256_cvtepi32_pd(_mm_loadu_si128((const __m128i *)(high + i)));
+            _mm_storeu_si128((__m128i *)(out + i), rescale4(_mm_loadu_si128((const __m128i *)(x + i)), _mm256_loadu_pd(m + i), l, h));
+        }
+    return i;
+}
+#endif
+
+/* s->first: the limits are the same for all channels */
+CLONES static void rescale(int32_t *out, const int32_t *x, int n, const Step *s) {
+    const double *m = s->multiplier;
+    const int32_t *low = s->low, *high = s->high, *factor = s->factor;
+    const int one = s->period == 1, period = one ? n : s->period;
+    for (int start = 0; start < n; start += period) {
+        const int count = n - start < period ? n - start : period;
+        const int32_t *from = x + start;
+        int32_t *to = out + start;
+        int i = 0;
+#if X86
+        if (__builtin_cpu_supports("avx2")) i = rescale_avx2(to, from, count, m, one, low, high, s->first);
+#endif
+        if (one) for (; i < count; i++) to[i] = rounded(clip(from[i] * m[0], low[0], high[0]));
+        else for (; i < count; i++) to[i] = rounded(clip(from[i] * m[i], low[i], high[i]));
+        if (factor) for (i = 0; i < count; i++) to[i] *= factor[one ? 0 : i];
+    }
+}
+
+/* floor(sqrt(n)) of a whole number below 2^52 */
+static inline double whole_root(double n) {
+    double root = floor(sqrt(n));
+    root -= root * root > n ? 1.0 : 0.0;
+    root += (root + 1) * (root + 1) <= n ? 1.0 : 0.0;
+    return root;
+}
+
+static inline int64_t bits_of(double x) { int64_t bits; memcpy(&bits, &x, 8); return bits; }
+static inline double power_of_two(int64_t exponent) { int64_t bits = (exponent + 1023) << 52; double x; memcpy(&x, &bits, 8); return x; }
+/* bits of a whole number > 0 */
+static inline int64_t length_of(double x) { return (bits_of(x) >> 52) - 1022; }
+static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+static inline double half_away(double x) { return copysign(floor(fabs(x) + BELOW_HALF), x); }
+
+/* `quant.integer_functions._gdn_piece`, one number */
+static inline double gdn_number(double x, double norm, double mantissa, int64_t shift, int inverse, int with_root) {
+    int64_t k;
+    double divisor;
+    norm = norm < 1 ? 1 : norm;
+    if (with_root) {
+        k = (52 - length_of(norm)) >> 1;
+        divisor = whole_root(norm * power_of_two(2 * k));
+    } else {
+        k = 26 - length_of(norm);
+        divisor = half_away(norm * power_of_two(k));
+    }
+    if (inverse) {
+        const double factor = half_away(divisor * mantissa * power_of_two(-11));
+        return half_away(x * factor * power_of_two(larger(-1022, smaller(1023, 11 - k - shift))));
+    }
+    const double dividend = fabs(x) * mantissa;
+    const int64_t exponent = k - shift;
+    const int64_t length = dividend > 0 ? length_of(dividend) : 0;
+    const double a = dividend * power_of_two(smaller(larger(exponent, 0), 52 - length));
+    const double b = divisor * power_of_two(smaller(larger(-exponent, 0), 25));
+    double quotient = floor(a / b + 0.5);
+    const double twice_rest = (a - quotient * b) * 2;
+    quotient += twice_rest >= b ? 1.0 : 0.0;
+    quotient -= twice_rest < -b ? 1.0 : 0.0;
+    return copysign(quotient, x);
+}
+
+#if X86
+AVX2 static inline __m256i larger4(__m256i a, __m256i b) { return _mm256_blendv_epi8(b, a, _mm256_cmpgt_epi64(a, b)); }
+AVX2 static inline __m256i smaller4(__m256i a, __m256i b) { return _mm256_blendv_epi8(a, b, _mm256_cmpgt_epi64(a, b)); }
+AVX2 static inline __m256d two_to4(__m256i exponent) {
+    return _mm256_castsi256_pd(_mm256_slli_epi64(_mm256_add_epi64(exponent, _mm256_set1_epi64x(1023)), 52));
+}
+AVX2 static inline __m256i length4(__m256d x) {
+    return _mm256_sub_epi64(_mm256_srli_epi64(_mm256_castpd_si256(x), 52), _mm256_set1_epi64x(1022));
+}
+/* floor(x + 1/2) for x >= 0 with halves away from zero */
+AVX2 static inline __m256d half_away4(__m256d x) { return _mm256_floor_pd(_mm256_add_pd(x, _mm256_set1_pd(BELOW_HALF))); }
+AVX2 static inline __m256d one_where4(__m256d mask) { return _mm256_and_pd(mask, _mm256_set1_pd(1.0)); }
+
+/* `gdn_number` for GDN with a root, four numbers; mantissa, shift, low, high of their channels */
+AVX2 static inline __m128i gdn4(__m128i x, __m128i norms, __m256d mantissa, __m256i shift, __m256d low, __m256d high, int inverse) {
+    const __m256d sign = _mm256_set1_pd(-0.0), one = _mm256_set1_pd(1.0);
+    const __m256d number = _mm256_cvtepi32_pd(x), size = _mm256_andnot_pd(sign, number);
+    const __m256d norm = _mm256_max_pd(_mm256_cvtepi32_pd(norms), one);
+    const __m256i k = _mm256_srli_epi64(_mm256_sub_epi64(_mm256_set1_epi64x(52), length4(norm)), 1);
+    const __m256d square = _mm256_mul_pd(norm, two_to4(_mm256_add_epi64(k, k)));
+    __m256d root = _mm256_floor_pd(_mm256_sqrt_pd(square));
+    root = _mm256_sub_pd(root, one_where4(_mm256_cmp_pd(_mm256_mul_pd(root, root), square, _CMP_GT_OQ)));
+    const __m256d next = _mm256_add_pd(root, one);
+    root = _mm256_add_pd(root, one_where4(_mm256_cmp_pd(_mm256_mul_pd(next, next), square, _CMP_LE_OQ)));
+    __m256d result;
+    if (inverse) {
+        const __m256d factor = half_away4(_mm256_mul_pd(_mm256_mul_pd(root, mantissa), _mm256_set1_pd(0x1p-11)));
+        __m256i exponent = _mm256_sub_epi64(_mm256_sub_epi64(_mm256_set1_epi64x(11), k), shift);
+        exponent = larger4(_mm256_set1_epi64x(-1022), smaller4(_mm256_set1_epi64x(1023), exponent));
+        result = half_away4(_mm256_mul_pd(_mm256_mul_pd(size, factor), two_to4(exponent)));
+    } else {
+        const __m256d dividend = _mm256_mul_pd(size, mantissa);
+        const __m256i exponent = _mm256_sub_epi64(k, shift), zero = _mm256_setzero_si256();
+        const __m256i room = _mm256_sub_epi64(_mm256_set1_epi64x(52), length4(dividend));
+        const __m256d a = _mm256_mul_pd(dividend, two_to4(smaller4(larger4(exponent, zero), room)));
+        const __m256i down = smaller4(larger4(_mm256_sub_epi64(zero, exponent), zero), _mm256_set1_epi64x(25));
+        const __m256d b = _mm256_mul_pd(root, two_to4(down));
+        __m256d quotient = _mm256_floor_pd(_mm256_add_pd(_mm256_div_pd(a, b), _mm256_set1_pd(0.5)));
+        __m256d rest = _mm256_sub_pd(a, _mm256_mul_pd(quotient, b));
+        rest = _mm256_add_pd(rest, rest);
+        quotient = _mm256_add_pd(quotient, one_where4(_mm256_cmp_pd(rest, b, _CMP_GE_OQ)));
+        quotient = _mm256_sub_pd(quotient, one_where4(_mm256_cmp_pd(rest, _mm256_xor_pd(b, sign), _CMP_LT_OQ)));
+        result = quotient;
+    }
+    result = _mm256_or_pd(result, _mm256_and_pd(number, sign));
+    return _mm256_cvtpd_epi32(_mm256_min_pd(_mm256_max_pd(result, low), high));
+}
+
+AVX2 static void gdn_avx2(int32_t *restrict out, const int32_t *restrict x, const int32_t *restrict norm, int n, const Step *s) {
+    for (int start = 0; start < n; start += s->period) {
+        const int count = n - start < s->period ? n - start : s->period;
+        int i = 0;
+        for (; i + 4 <= count; i += 4) {
+            const __m256i shift = _mm256_cvtepi32_epi64(_mm_loadu_si128((const __m128i *)(s->table + i)));
+            const __m256d low = _mm256_cvtepi32_pd(_mm_loadu_si128((const __m128i *)(s->low + i)));
+            const __m256d high = _mm256_cvtepi32_pd(_mm_loadu_si128((const __m128i *)(s->high + i)));
+            const __m128i q = gdn4(_mm_loadu_si128((const __m128i *)(x + start + i)), _mm_loadu_si128((const __m128i *)(norm + start + i)),
+                                   _mm256_loadu_pd(s->multiplier + i), shift, low, high, s->first);
+            _mm_storeu_si128((__m128i *)(out + start + i), q);
+        }
+        for (; i < count; i++) {
+            const double q = gdn_number(x[start + i], norm[start + i], s->multiplier[i], s->table[i], s->first, s->last);
+            out[start + i] = (int32_t)clip(q, s->low[i], s->high[i]);
+        }
+    }
+}
+#endif
+
+CLONES static void gdn(int32_t *restrict out, const int32_t *restrict x, const int32_t *restrict norm, int n, const Step *s) {
+    for (int start = 0; start < n; start += s->period) {
+        const int count = n - start < s->period ? n - start : s->period;
+        for (int i = 0; i < count; i++) {
+            const double q = gdn_number(x[start + i], norm[start + i], s->multiplier[i], s->table[i], s->first, s->last);
+            out[start + i] = (int32_t)clip(q, s->low[i], s->high[i]);
+        }
+    }
+}
+
+CLONES static void simple(const Step *s, int32_t *restrict out, const int32_t *restrict a, const int32_t *restrict b, int n) {
+    const int period = s->period;
+    switch (s->op) {
+    case ADD: {
+        const int32_t low = s->low[0], high = s->high[0];
+        for (int i = 0; i < n; i++) { const int32_t v = a[i] + b[i]; out[i] = v < low ? low : v > high ? high : v; }
+        break;
+    }
+    case ADDC: {
+        const int32_t low = s->low[0], high = s->high[0];
+        for (int start = 0; start < n; start += period)
+            for (int i = 0; i < period && start + i < n; i++) {
+                const int32_t v = a[start + i] + s->table[i];
+                out[start + i] = v < low ? low : v > high ? high : v;
+            }
+        break;
+    }
+    case PRODUCT: for (int i = 0; i < n; i++) out[i] = a[i] * b[i]; break;
+    case NEG: for (int i = 0; i < n; i++) out[i] = -a[i]; break;
+    case ABS: for (int i = 0; i < n; i++) out[i] = a[i] < 0 ? -a[i] : a[i]; break;
+    case SQUARE: for (int i = 0; i < n; i++) out[i] = a[i] * a[i]; break;
+    case CLAMP:
+        for (int start = 0; start < n; start += period)
+            for (int i = 0; i < period && start + i < n; i++) {
+                const int32_t v = a[start + i];
+                out[start + i] = v < s->low[i] ? s->low[i] : v > s->high[i] ? s->high[i] : v;
+            }
+        break;
+    case LEAKY: {
+        const double m = s->multiplier[0];
+        for (int i = 0; i < n; i++) { const int32_t r = rounded(a[i] * m); out[i] = a[i] < 0 ? r : a[i]; }
+        break;
+    }
+    case TABLE:
+        for (int i = 0; i < n; i++) {
+            int32_t place = a[i] - s->first;
+            place = place < 0 ? 0 : place > s->last ? s->last : place;
+            out[i] = s->table[place];
+        }
+        break;
+    }
+}
+
+static void load(int32_t *restrict out, const Array *array, int64_t pixel, int64_t step, int pixels, int channels) {
+    for (int p = 0; p < pixels; p++, pixel += step) {
+        const int64_t start = pixel * channels;
+        const int32_t offset = array->offset;
+        int32_t *to = out + (int64_t)p * channels;
+        switch (array->type) {
+        case S8: { const int8_t *x = (const int8_t *)array->data + start; for (int c = 0; c < channels; c++) to[c] = x[c] - offset; break; }
+        case U8: { const uint8_t *x = (const uint8_t *)array->data + start; for (int c = 0; c < channels; c++) to[c] = x[c] - offset; break; }
+        case S16: { const int16_t *x = (const int16_t *)array->data + start; for (int c = 0; c < channels; c++) to[c] = x[c] - offset; break; }
+        case S32: { const int32_t *x = (const int32_t *)array->data + start; for (int c = 0; c < channels; c++) to[c] = x[c] - offset; break; }
+        }
+    }
+}
+
+static void store(const int32_t *restrict x, const Array *array, int64_t pixel, int64_t step, int pixels, int channels) {
+    for (int p = 0; p < pixels; p++, pixel += step) {
+        const int64_t start = pixel * channels;
+        const int32_t offset = array->offset;
+        const int32_t *from = x + (int64_t)p * channels;
+        switch (array->type) {
+        case S8: { int8_t *to = (int8_t *)array->data + start; for (int c = 0; c < channels; c++) to[c] = (int8_t)(from[c] + offset); break; }
+        case U8: { uint8_t *to = (uint8_t *)array->data + start; for (int c = 0; c < channels; c++) to[c] = (uint8_t)(from[c] + offset); break; }
+        case S16: { int16_t *to = (int16_t *)array->data + start; for (int c = 0; c < channels; c++) to[c] = (int16_t)(from[c] + offset); break; }
+        case S32: { int32_t *to = (int32_t *)array->data + start; for (int c = 0; c < channels; c++) to[c] = from[c] + offset; break; }
+        }
+    }
+}
+
+/* registers: `count` of `size` numbers each, one after another */
+static void steps_on_tile(const Step *steps, int count, const Array *arrays, int32_t *registers, int64_t size, int64_t pixel, int64_t step,
+                          int pixels, int channels) {
+    const int n = pixels * channels;
+    for (const Step *s = steps; s < steps + count; s++) {
+        int32_t *out = registers + s->dst * size;
+        const int32_t *a = registers + s->a * size, *b = registers + s->b * size;
+        switch (s->op) {
+        case LOAD: load(out, &arrays[s->b], pixel, step, pixels, channels); break;
+        case STORE: store(a, &arrays[s->b], pixel, step, pixels, channels); break;
+        case RESCALE: rescale(out, a, n, s); break;
+        case GDN:
+#if X86
+            if (s->last && __builtin_cpu_supports("avx2")) { gdn_avx2(out, a, b, n, s); break; }
+#endif
+            gdn(out, a, b, n, s);
+            break;
+        default: simple(s, out, a, b, n);
+        }
+    }
+}
+
+/* -------------------------------------------------------------------------------------------------------- products */
+
+typedef struct {
+    const char *x;         /* (batch, height, width, inputs) */
+    const char *weights;   /* see `pack` in integer/fast.py */
+    const int32_t *bias;   /* of whole blocks of outputs, corrections for offsets of x included */
+    const char *border;    /* what stands outside the image: `inputs` numbers */
+    const int32_t *taps;   /* (count, 2): row and column that a tap reads, from (row * stride, column * stride) on */
+    int32_t type;          /* of x: U8 or S16 */
+    int32_t batch, height, width, inputs;
+    int32_t count;         /* of taps */
+    int32_t rows, columns; /* of outputs, before they are spread */
+    int32_t stride_rows, stride_columns;
+    int32_t outputs;
+    int32_t spread, first_row, first_column; /* output (i, j) stands at row i * spread + first_row ... */
+    int32_t all_columns, all_rows;           /* of the spread output */
+    int32_t threads;
+} Product;
+
+#define BLOCK 16  /* outputs that a microkernel makes at a time */
+#define GROUP 6   /* pixels */
+
+/* acc[p][0..15] = bias + sum over taps and inputs; x[tap * GROUP + p]: where pixel p's inputs of a tap begin */
+typedef void Micro(const char *const *x, int taps, int inputs, const char *weights, const int32_t *bias, int32_t *acc, int64_t row);
+
+static void micro_s16(const char *const *x, int taps, int inputs, const char *weights, const int32_t *bias, int32_t *acc, int64_t row) {
+    const int16_t *w = (const int16_t *)weights;
+    for (int p = 0; p < GROUP; p++) memcpy(acc + p * row, bias, BLOCK * 4);
+    for (int tap = 0; tap < taps; tap++, x += GROUP)
+        for (int i = 0; i < inputs; i += 2, w += 2 * BLOCK)
+            for (int p = 0; p < GROUP; p++) {
+                const int16_t *from = (const int16_t *)x[p] + i;
+                const int32_t first = from[0], second = from[1];
+                for (int o = 0; o < BLOCK; o++) acc[p * row + o] += first * w[2 * o] + second * w[2 * o + 1];
+            }
+}
+
+static void micro_u8(const char *const *x, int taps, int inputs, const char *weights, const int32_t *bias, int32_t *acc, int64_t row) {
+    const int8_t *w = (const int8_t *)weights;
+    for (int p = 0; p < GROUP; p++) memcpy(acc + p * row, bias, BLOCK * 4);
+    for (int tap = 0; tap < taps; tap++, x += GROUP)
+        for (int i = 0; i < inputs; i += 4, w += 4 * BLOCK)
+            for (int p = 0; p < GROUP; p++) {
+                const uint8_t *from = (const uint8_t *)x[p] + i;
+                for (int o = 0; o < BLOCK; o++)
+                    for (int j = 0; j < 4; j++) acc[p * row + o] += (int32_t)from[j] * w[4 * o + j];
+            }
+}
+
+#if X86
+static inline int32_t four_bytes(const char *p) { int32_t v; memcpy(&v, p, 4); return v; }
+
+__attribute__((target("avx2"))) static void micro_s16_avx2(const char *const *x, int taps, int inputs, const char *weights,
+                                                           const int32_t *bias, int32_t *acc, int64_t row) {
+    __m256i sums[GROUP][2];
+    for (int p = 0; p < GROUP; p++)
+        for (int h = 0; h < 2; h++) sums[p][h] = _mm256_loadu_si256((const __m256i *)bias + h);
+    for (int tap = 0; tap < taps; tap++, x += GROUP) {
+        const char *from[GROUP];
+        for (int p = 0; p < GROUP; p++) from[p] = x[p];
+        for (int i = 0; i < inputs; i += 2, weights += 4 * BLOCK) {
+            const __m256i w0 = _mm256_loadu_si256((const __m256i *)weights), w1 = _mm256_loadu_si256((const __m256i *)weights + 1);
+#pragma GCC unroll 6
+            for (int p = 0; p < GROUP; p++) {
+                const __m256i pair = _mm256_set1_epi32(four_bytes(from[p] + 2 * i));
+                sums[p][0] = _mm256_add_epi32(sums[p][0], _mm256_madd_epi16(pair, w0));
+                sums[p][1] = _mm256_add_epi32(sums[p][1], _mm256_madd_epi16(pair, w1));
+            }
+        }
+    }
+    for (int p = 0; p < GROUP; p++)
+        for (int h = 0; h < 2; h++) _mm256_storeu_si256((__m256i *)(acc + p * row) + h, sums[p][h]);
+}
+
+__attribute__((target("avx512f,avx512bw,avx512vl"))) static void micro_s16_avx512(const char *const *x, int taps, int inputs,
+                                                                                 const char *weights, const int32_t *bias, int32_t *acc,
+                                                                                 int64_t row) {
+    __m512i sums[GROUP];
+    for (int p = 0; p < GROUP; p++) sums[p] = _mm512_loadu_si512(bias);
+    for (int tap = 0; tap < taps; tap++, x += GROUP)
+        for (int i = 0; i < inputs; i += 2, weights += 4 * BLOCK) {
+            const __m512i w = _mm512_loadu_si512(weights);
+#pragma GCC unroll 6
+            for (int p = 0; p < GROUP; p++)
+                sums[p] = _mm512_add_epi32(sums[p], _mm512_madd_epi16(_mm512_set1_epi32(four_bytes(x[p] + 2 * i)), w));
+        }
+    for (int p = 0; p < GROUP; p++) _mm512_storeu_si512(acc + p * row, sums[p]);
+}
+
+__attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni"))) static void micro_u8_vnni(const char *const *x, int taps, int inputs,
+                                                                                         const char *weights, const int32_t *bias,
+                                                                                         int32_t *acc, int64_t row) {
+    __m512i sums[GROUP];
+    for (int p = 0; p < GROUP; p++) sums[p] = _mm512_loadu_si512(bias);
+    for (int tap = 0; tap < taps; tap++, x += GROUP)
+        for (int i = 0; i < inputs; i += 4, weights += 4 * BLOCK) {
+            const __m512i w = _mm512_loadu_si512(weights);
+#pragma GCC unroll 6
+            for (int p = 0; p < GROUP; p++) sums[p] = _mm512_dpbusd_epi32(sums[p], _mm512_set1_epi32(four_bytes(x[p] + i)), w);
+        }
+    for (int p = 0; p < GROUP; p++) _mm512_storeu_si512(acc + p * row, sums[p]);
+}
+#endif
+
+/* whether 8-bit products run on 8-bit instructions here: then inputs are best stored as U8, else as S16 */
+int has_vnni(void) {
+#if X86
+    return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+#else
+    return 0;
+#endif
+}
+
+static Micro *micro_for(int type) {
+#if X86
+    if (type == U8 && has_vnni()) return micro_u8_vnni;
+    if (type == S16 && __builtin_cpu_supports("avx512bw")) return micro_s16_avx512;
+    if (type == S16 && __builtin_cpu_supports("avx2")) return micro_s16_avx2;
+#endif
+    return type == U8 ? micro_u8 : micro_s16;
+}
+
+/* The products of a layer, each tile followed by `steps`, whose register 0 holds the accumulators. Gives 1 where memory ran out. */
+int products(const Product *job, const Step *steps, int step_count, const Array *arrays, int register_count) {
+    Micro *micro = micro_for(job->type);
+    const int outputs = job->outputs, blocks = (outputs + BLOCK - 1) / BLOCK;
+    const int64_t row = (int64_t)blocks * BLOCK;
+    int tile = (int)(3072 / row) / GROUP * GROUP;
+    if (tile < GROUP) tile = GROUP;
+    if (tile > job->columns + GROUP - 1) tile = (job->columns + GROUP - 1) / GROUP * GROUP;
+    const int size = SIZE[job->type], pack = 4 / size;
+    const int groups = (job->inputs + pack - 1) / pack;
+    const int64_t block_bytes = (int64_t)job->count * groups * 4 * BLOCK;
+    const int64_t lines = (int64_t)job->batch * job->rows;
+    const int64_t register_size = tile * row;
+    int failed = 0;
+#pragma omp parallel num_threads(job->threads)
+    {
+        int32_t *registers = malloc(sizeof(int32_t) * register_size * (register_count + 1));
+        const char **places = malloc(sizeof(char *) * job->count * tile);
+        if (!registers || !places) failed = 1;
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t line = 0; line < lines; line++) {
+            if (failed) continue;
+            const int64_t image = line / job->rows;
+            const int i = (int)(line % job->rows);
+            int32_t *acc = row == outputs ? registers : registers + register_count * register_size;
+            for (int j = 0; j < job->columns; j += tile) {
+                const int pixels = job->columns - j < tile ? job->columns - j : tile;
+                const int padded = (pixels + GROUP - 1) / GROUP * GROUP;
+                for (int g = 0; g < padded; g += GROUP)
+                    for (int tap = 0; tap < job->count; tap++)
+                        for (int p = 0; p < GROUP; p++) {
+                            const int place = g + p < pixels ? g + p : pixels - 1;
+                            const int y = i * job->stride_rows + job->taps[2 * tap];
+                            const int x = (j + place) * job->stride_columns + job->taps[2 * tap + 1];
+                            const int inside = y >= 0 && y < job->height && x >= 0 && x < job->width;
+                            places[(g / GROUP * job->count + tap) * GROUP + p] =
+                                inside ? job->x + ((image * job->height + y) * job->width + x) * job->inputs * size : job->border;
+                        }
+                for (int block = 0; block < blocks; block++)
+                    for (int g = 0; g < padded; g += GROUP)
+                        micro(places + (int64_t)g * job->count, job->count, job->inputs, job->weights + block * block_bytes,
+                              job->bias + block * BLOCK, acc + g * row + block * BLOCK, row);
+                if (row != outputs)
+                    for (int p = 0; p < pixels; p++) memcpy(registers + (int64_t)p * outputs, acc + p * row, sizeof(int32_t) * outputs);
+                const int64_t pixel = (image * job->all_rows + (int64_t)i * job->spread + job->first_row) * job->all_columns +
+                                      (int64_t)j * job->spread + job->first_column;
+                steps_on_tile(steps, step_count, arrays, registers, register_size, pixel, job->spread, pixels, outputs);
+            }
+        }
+        free(registers);
+        free(places);
+    }
+    return failed;
+}
+
+/* Steps on arrays alone, (pixels, channels). */
+int elementwise(int64_t pixels, int channels, const Step *steps, int step_count, const Array *arrays, int register_count, int threads) {
+    int tile = 3072 / channels;
+    if (tile < 1) tile = 1;
+    const int64_t register_size = (int64_t)tile * channels, tiles = (pixels + tile - 1) / tile;
+    int failed = 0;
+#pragma omp parallel num_threads(threads)
+    {
+        int32_t *registers = malloc(sizeof(int32_t) * register_size * register_count);
+        if (!registers) failed = 1;
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < tiles; t++) {
+            if (failed) continue;
+            const int count = (int)(pixels - t * tile < tile ? pixels - t * tile : tile);
+            steps_on_tile(steps, step_count, arrays, registers, register_size, t * tile, 1, count, channels);
+        }
+        free(registers);
+    }
+    return failed;
+}
+
+/* ---------------------------------------------------------------------------------------------------------- layer norm */
+
+typedef struct {
+    const int16_t *x;          /* (rows, count) */
+    const double *eps;         /* C^2 eps_q shifted by 2k, for k = 0..26 */
+    const double *multiplier;  /* (count,), magnitude of the gain */
+    const double *sign, *offset, *low, *high;
+    int64_t rows;
+    double eps_ceiling;        /* ceil(C^2 eps_q) */
+    int32_t count, threads;
+    Array out;
+} LayerNorm;
+
+#define LAYER_NORM_NUDGE (1 + 0x1p-46)
+
+CLONES static void norm_row(const int16_t *restrict x, int32_t *restrict out, const LayerNorm *job) {
+    const int n = job->count;
+    int64_t sum = 0, squares = 0;
+    for (int i = 0; i < n; i++) sum += x[i];
+    for (int i = 0; i < n; i++) squares += (int64_t)((int32_t)x[i] * x[i]);
+    const double total = (double)sum, spread = (double)(squares * n - sum * sum);
+    const double ceiling = spread + job->eps_ceiling;
+    const int64_t k = (52 - (ceiling > 0 ? length_of(ceiling) : 0)) / 2;
+    double variance = spread * power_of_two(2 * k) + job->eps[k];
+    variance = clip(variance, 1, 0x1p52 - 1);
+    const double factor = power_of_two(k + 12) / whole_root(variance) * LAYER_NORM_NUDGE;
+    for (int i = 0; i < n; i++) {
+        const double normalized = rint((x[i] * (double)n - total) * factor);
+        const double scaled = half_away(normalized * job->multiplier[i]) * job->sign[i] + job->offset[i];
+        out[i] = (int32_t)clip(scaled, job->low[i], job->high[i]);
+    }
+}
+
+int layer_norm(const LayerNorm *job) {
+    int failed = 0;
+#pragma omp parallel num_threads(job->threads)
+    {
+        int32_t *row = malloc(sizeof(int32_t) * job->count);
+        if (!row) failed = 1;
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < job->rows; r++) {
+            if (failed) continue;
+            norm_row(job->x + r * job->count, row, job);
+            store(row, &job->out, r, 1, 1, job->count);
+        }
+        free(row);
+    }
+    return failed;
+}
+
+/* ----------------------------------------------------------------------------------------------------------- attention */
+
+typedef struct {
+    const int16_t *q, *k, *v;     /* (batch, heads, queries, inner), (batch, heads, keys, inner), (batch, heads, keys, width) */
+    int32_t *out;                 /* (batch, heads, queries, width) */
+    const double *score_scale;    /* (heads,), to steps of 1/256 nat */
+    const double *weight_scale;   /* (heads,), from probabilities to what multiplies v */
+    const int32_t *offset;        /* (kinds, heads, queries, keys) or null */
+    const uint8_t *blank;         /* (kinds, heads, queries): rows without a key; or null */
+    const int32_t *kind;          /* (batch,), or null: kind 0 */
+    const float *table;           /* 2^12 exp(-i / 256) */
+    int64_t batch;
+    int32_t heads, queries, keys, inner, width, last, score_low, score_high, weight_low, weight_high, threads;
+} Attention;
+
+enum { QUERIES = 16 };
+
+/* out[t][0..n) = sum over pairs of a[t][pair] b[pair][0..n), both held as pairs of int16; n a multiple of 8 */
+CLONES static void pair_products(const int16_t *restrict a, const int16_t *restrict b, int32_t *restrict out, int rows, int pairs, int n) {
+    for (int t = 0; t < rows; t++) {
+        int32_t *to = out + (int64_t)t * n;
+        memset(to, 0, sizeof(int32_t) * n);
+        for (int p = 0; p < pairs; p++) {
+            const int32_t first = a[(int64_t)t * 2 * pairs + 2 * p], second = a[(int64_t)t * 2 * pairs + 2 * p + 1];
+            const int16_t *from = b + (int64_t)p * 2 * n;
+            for (int i = 0; i < n; i++) to[i] += first * from[2 * i] + second * from[2 * i + 1];
+        }
+    }
+}
+
+#if X86
+AVX2 static void pair_products_avx2(const int16_t *restrict a, const int16_t *restrict b, int32_t *restrict out, int rows, int pairs, int n) {
+    for (int t = 0; t < rows; t += 4) {
+        const int many = rows - t < 4 ? rows - t : 4;
+        const int16_t *from[4];
+        for (int r = 0; r < 4; r++) from[r] = a + (int64_t)(t + (r < many ? r : 0)) * 2 * pairs;
+        for (int i = 0; i < n; i += 8) {
+            __m256i sums[4] = {_mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256()};
+            for (int p = 0; p < pairs; p++) {
+                const __m256i w = _mm256_loadu_si256((const __m256i *)(b + ((int64_t)p * n + i) * 2));
+#pragma GCC unroll 4
+                for (int r = 0; r < 4; r++)
+                    sums[r] = _mm256_add_epi32(sums[r], _mm256_madd_epi16(_mm256_set1_epi32(four_bytes((const char *)(from[r] + 2 * p))), w));
+            }
+            for (int r = 0; r < many; r++) _mm256_storeu_si256((__m256i *)(out + (int64_t)(t + r) * n + i), sums[r]);
+        }
+    }
+}
+#endif
+
+static void multiply_pairs(const int16_t *a, const int16_t *b, int32_t *out, int rows, int pairs, int n) {
+#if X86
+    if (__builtin_cpu_supports("avx2")) { pair_products_avx2(a, b, out, rows, pairs, n); return; }
+#endif
+    pair_products(a, b, out, rows, pairs, n);
+}
+
+/* `quant.integer_functions.fixed_softmax` of one row, times a scale, as int16 */
+CLONES static void softmax_row(int32_t *restrict score, const int32_t *restrict offset, int keys, const float *table, int last, double scale,
+                               int low, int high, int16_t *restrict out, float *restrict weight) {
+    int32_t top = INT32_MIN;
+    if (offset) for (int i = 0; i < keys; i++) score[i] += offset[i];
+    for (int i = 0; i < keys; i++) top = score[i] > top ? score[i] : top;
+    for (int i = 0; i < keys; i++) { const int32_t below = top - score[i]; score[i] = below > last ? last : below; }
+    for (int i = 0; i < keys; i++) weight[i] = table[score[i]];
+    double total = 0;
+    if (keys <= 4096) {
+        int32_t whole = 0;
+        for (int i = 0; i < keys; i++) whole += (int32_t)weight[i];
+        total = whole;
+    } else for (int i = 0; i < keys; i++) total += weight[i];
+    total = total < 1 ? 1 : total;
+    const int64_t k = length_of(total) + 11;
+    const double a = power_of_two(k);
+    double quotient = floor(a / total + 0.5);
+    const double rest = (a - quotient * total) * 2;
+    quotient += rest >= total ? 1.0 : 0.0;
+    quotient -= rest < -total ? 1.0 : 0.0;
+    const float factor = (float)quotient * (float)power_of_two(16 - k);
+    for (int i = 0; i < keys; i++) {
+        const float p = floorf(weight[i] * factor + 0.49999997f);
+        out[i] = (int16_t)rounded(clip(p * scale, low, high));
+    }
+}
+
+int attention(const Attention *job) {
+    const int keys = job->keys, inner = job->inner, width = job->width;
+    const int keys8 = (keys + 7) / 8 * 8, width8 = (width + 7) / 8 * 8, inner2 = (inner + 1) / 2, keys2 = (keys + 1) / 2;
+    const int64_t lines = job->batch * job->heads;
+    int failed = 0;
+#pragma omp parallel num_threads(job->threads)
+    {
+        int16_t *packed_k = calloc((size_t)inner2 * 2 * keys8, 2), *packed_v = calloc((size_t)keys2 * 2 * width8, 2);
+        int16_t *rows = calloc((size_t)QUERIES * 2 * inner2, 2), *weights = calloc((size_t)QUERIES * 2 * keys2, 2);
+        int32_t *scores = malloc(sizeof(int32_t) * QUERIES * keys8), *results = malloc(sizeof(int32_t) * QUERIES * width8);
+        float *row = malloc(sizeof(float) * keys8);
+        if (!packed_k || !packed_v || !rows || !weights || !scores || !results || !row) failed = 1;
+#pragma omp for schedule(static)
+        for (int64_t line = 0; line < lines; line++) {
+            if (failed) continue;
+            const int head = (int)(line % job->heads);
+            const int64_t kind = job->kind ? job->kind[line / job->heads] : 0;
+            const int16_t *k = job->k + line * keys * inner, *v = job->v + line * keys * width;
+            for (int i = 0; i < keys; i++)
+                for (int c = 0; c < inner; c++) packed_k[((int64_t)(c / 2) * keys8 + i) * 2 + c % 2] = k[(int64_t)i * inner + c];
+            for (int i = 0; i < keys; i++)
+                for (int c = 0; c < width; c++) packed_v[((int64_t)(i / 2) * width8 + c) * 2 + i % 2] = v[(int64_t)i * width + c];
+            const double score_scale = job->score_scale[head], weight_scale = job->weight_scale[head];
+            for (int t = 0; t < job->queries; t += QUERIES) {
+                const int many = job->queries - t < QUERIES ? job->queries - t : QUERIES;
+                for (int r = 0; r < many; r++)
+                    memcpy(rows + (int64_t)r * 2 * inner2, job->q + (line * job->queries + t + r) * inner, sizeof(int16_t) * inner);
+                multiply_pairs(rows, packed_k, scores, many, inner2, keys8);
+                for (int r = 0; r < many; r++) {
+                    int32_t *score = scores + (int64_t)r * keys8;
+                    const int64_t place = (kind * job->heads + head) * job->queries + t + r;
+                    int i = 0;
+#if X86
+                    if (__builtin_cpu_supports("avx2")) i = rescale_avx2(score, score, keys, &score_scale, 1, &job->score_low, &job->score_high, 1);
+#endif
+                    for (; i < keys; i++) score[i] = rounded(clip(score[i] * score_scale, job->score_low, job->score_high));
+                    int16_t *weight = weights + (int64_t)r * 2 * keys2;
+                    if (job->blank && job->blank[place]) { memset(weight, 0, sizeof(int16_t) * keys); continue; }
+                    softmax_row(score, job->offset ? job->offset + place * keys : 0, keys, job->table, job->last, weight_scale, job->weight_low,
+                                job->weight_high, weight, row);
+                }
+                multiply_pairs(weights, packed_v, results, many, keys2, width8);
+                for (int r = 0; r < many; r++)
+                    memcpy(job->out + (line * job->queries + t + r) * width, results + (int64_t)r * width8, sizeof(int32_t) * width);
+            }
+        }
+        free(packed_k); free(packed_v); free(rows); free(weights); free(scores); free(results); free(row);
+    }
+    return failed;
+}
