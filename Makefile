@@ -13,10 +13,10 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 env: $(STAMP)
 
 # The project is installed editable. `venv` needs ensurepip, which some distributions ship apart: uv does without it.
-$(STAMP): setup.py pyproject.toml
+$(STAMP): setup.py pyproject.toml integer/kernels.c
 	@if command -v uv >/dev/null 2>&1; then \
 	    { [ -x $(BIN)/python ] || uv venv --quiet --python $(PYTHON) $(VENV); } && \
-	    uv pip install --quiet --python $(BIN)/python --editable '.[test]'; \
+	    uv pip install --quiet --python $(BIN)/python --reinstall-package licq --refresh-package licq --editable '.[test]'; \
 	else \
 	    { [ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV) || \
 	      { echo "error: $(PYTHON) -m venv failed; install python3-venv or uv" >&2; rm -rf $(VENV); exit 2; }; } && \

@@ -1,12 +1,28 @@
 import re
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).resolve().parent
 README = HERE / "README.md"
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "support" / "version.py").read_text()).group(1)
 PACKAGES = ["support", "models", "quant", "reconstruction", "integer", "codec", "data", "evaluation"]
+
+# Neither contraction nor reassociation: the kernels' floating-point steps are exact one by one.
+EXACT = ["-O3", "-std=gnu11", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+
+
+class BuildKernels(build_ext):
+    """The C kernels with threads, else without, else not at all: then the reference runs, slower and with the same bits."""
+
+    def build_extension(self, ext: Extension) -> None:
+        try:
+            super().build_extension(ext)
+        except Exception:
+            ext.extra_compile_args, ext.extra_link_args = EXACT, []
+            super().build_extension(ext)
+
 
 setup(
     name="licq",
@@ -25,6 +41,12 @@ setup(
         "data": ["*.json"],
         "evaluation": ["*.json"],
     },
+    # no Python module: a library that integer/fast.py calls
+    ext_modules=[
+        Extension("integer._kernels", ["integer/kernels.c"], libraries=["m"], extra_compile_args=[*EXACT, "-fopenmp"],
+                  extra_link_args=["-fopenmp"], optional=True),
+    ],
+    cmdclass={"build_ext": BuildKernels},
     install_requires=[
         "torch>=2.4",
         "torchvision",

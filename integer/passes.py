@@ -194,10 +194,8 @@ def _parameters_before(operation: Operation, layouts: list[Operation], shape: tu
     for layout in layouts:
         arguments = [came_from if isinstance(part, Input) else part for part in layout.facts["arguments"]]
         came_from = layout_function(layout.facts["name"])(*arguments, **layout.facts["options"])
-    found = {name: _along(came_from, part, shape[dim]) for name, part in varying.items()}
-    if any(part is None for part in found.values()):
-        return None
-    return {**facts, **before, **{name: part.reshape(view) for name, part in found.items()}}
+    found = _along(came_from, varying, shape[dim])
+    return None if found is None else {**facts, **before, **{name: part.reshape(view) for name, part in found.items()}}
 
 
 def with_attention(program: Program) -> Program:
@@ -232,19 +230,25 @@ def with_attention(program: Program) -> Program:
     return _with(program, operations)
 
 
-def _along(came_from: Tensor, parameter: Tensor, size: int) -> Tensor | None:
-    """(size,): the parameter by place. It broadcasts to `came_from`, which holds places + 1, or 0; None where values clash."""
-    full = parameter.reshape((1,) * (came_from.ndim - parameter.ndim) + parameter.shape)
-    sample = came_from[tuple(slice(None) if n > 1 else slice(0, 1) for n in full.shape)]
-    # enough to look at, where places vary only as the parameter does
-    if bool(((came_from == sample) | (came_from == 0)).all()) and bool((sample > 0).all()):
-        places, values = sample.flatten().long(), full.flatten()
-    else:
-        places, values = came_from.flatten().long(), full.expand_as(came_from).flatten()
+def _along(came_from: Tensor, parameters: dict[str, Tensor], size: int) -> dict[str, Tensor] | None:
+    """Each parameter by place, (size,). They broadcast to `came_from`, which holds places + 1, or 0; None where values clash."""
+    full = {name: part.reshape((1,) * (came_from.ndim - part.ndim) + part.shape) for name, part in parameters.items()}
+    varies = [any(part.shape[d] > 1 for part in full.values()) for d in range(came_from.ndim)]
+    sample = came_from[tuple(slice(None) if yes else slice(0, 1) for yes in varies)]
+    # the sample is enough, where places vary only as the parameters do
+    if not (bool((sample > 0).all()) and bool(((came_from == sample) | (came_from == 0)).all())):
+        sample = came_from
+    places = sample.flatten().long()
     inside = places > 0
-    places, values = places[inside] - 1, values[inside]
-    if not len(places):
-        return None
-    result = values[:1].expand(size).clone()  # also for places that nothing reads
-    result[places] = values
-    return result if torch.equal(result[places], values) else None
+    places = places[inside] - 1
+    found = {}
+    for name, part in full.items():
+        values = part.expand_as(sample).flatten()[inside]
+        if not len(values):
+            return None
+        result = values[:1].expand(size).clone()  # also for places that nothing reads
+        result[places] = values
+        if not torch.equal(result[places], values):
+            return None
+        found[name] = result
+    return found

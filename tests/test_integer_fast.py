@@ -1,0 +1,172 @@
+"""The compiled kernels give the reference's numbers, and the passes leave every result as it is."""
+
+import pytest
+import torch
+
+from integer.fast import FastProgram, Group, library, pack
+from integer.lowering import lower
+from integer.passes import optimize
+from integer.program import Operation, Program, Range
+from integer.reference import run
+from models.registry import list_models
+from quant.fixedpoint import quantize_multiplier
+from test_integer_lowering import frozen
+from tiny_codecs import images
+
+needs_kernels = pytest.mark.skipif(library() is None, reason="the package was installed without a C compiler")
+
+
+def pixels(count=1, height=64, width=64, seed=5):
+    return {"pixels": (images(count, height, width, seed) * 255).round().to(torch.uint8)}
+
+
+def assert_same(program, fast, inputs):
+    expected = run(program, inputs, keep=True)
+    for number, tensor in fast(inputs, keep=True).items():
+        assert torch.equal(tensor, expected[number].to(torch.int64)), fast.program.producers()[number]
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", list_models())
+def test_kernels_and_passes_give_the_references_numbers(name):
+    whole = lower(frozen(name), 64, 64)
+    program = optimize(whole)
+    inputs = pixels()
+    before, after = run(whole, inputs, keep=True), run(program, inputs, keep=True)
+    for boundary in program.boundaries:
+        assert torch.equal(before[boundary.symbols], after[boundary.symbols]) and torch.equal(before[boundary.decoded], after[boundary.decoded])
+    assert torch.equal(before[whole.outputs["pixels"]], after[program.outputs["pixels"]])
+    for made in (program, whole):
+        assert_same(made, FastProgram(made), inputs)
+
+
+@needs_kernels
+@pytest.mark.parametrize("config", [{"w_bits": 4, "a_bits": 4}, {"strict_int8": True}, {"w_bits": 16, "a_bits": 16}, {"a_granularity": "tensor"},
+                                    {"latent_bits": 8}, {"split": True}], ids=str)  # fmt: skip
+@pytest.mark.parametrize("name", ["minnen2018", "lu2022"])
+def test_every_setting_of_the_quantizer(name, config):
+    program = optimize(lower(frozen(name, **config), 64, 64))
+    assert_same(program, FastProgram(program), pixels())
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", ["cheng2020", "tic"])
+def test_batches_sizes_and_threads(name):
+    codec = frozen(name)
+    program = optimize(lower(codec, 64, 192, batch=2))
+    for threads in (1, 2, 3):
+        assert_same(program, FastProgram(program, threads), pixels(2, 64, 192))
+
+
+def test_nothing_of_a_codec_but_layouts_is_left_to_the_reference():
+    for name, others in (("minnen2018", {"neg", "input"}), ("cheng2020", {"neg", "input"})):
+        program = optimize(lower(frozen(name), 64, 64))
+        fast = FastProgram(program) if library() is not None else pytest.skip("no compiled kernels")
+        assert {entry.kind for entry in fast.plan if not isinstance(entry, Group)} <= {"layout", *others}
+
+
+# ---------------------------------------------------------------------------------------------------- single operations
+
+
+class Builder:
+    """A program written by hand."""
+
+    def __init__(self):
+        self.program = Program()
+
+    def add(self, kind, inputs, shape, numbers, **facts):
+        number = self.program.value(shape, Range(*numbers))
+        self.program.operations.append(Operation(kind, tuple(inputs), (number,), facts))
+        return number
+
+    def input(self, name, shape, numbers):
+        number = self.add("input", (), shape, numbers)
+        self.program.inputs[name] = number
+        return number
+
+    def give(self, number):
+        self.program.outputs["out"] = number
+        return self.program
+
+
+def extremes(shape, low, high, seed=0):
+    """Numbers of which many are at the ends of the range."""
+    draw = torch.Generator().manual_seed(seed)
+    numbers = torch.randint(low, high + 1, shape, generator=draw)
+    ends = torch.randint(0, 4, shape, generator=draw)
+    return torch.where(ends == 0, low, torch.where(ends == 1, high, numbers))
+
+
+@needs_kernels
+@pytest.mark.parametrize("numbers", [(-127, 127), (0, 255), (-9, 246), (-8191, 8191), (0, 65025)])
+@pytest.mark.parametrize(("kind", "kernel", "stride", "shape"), [("conv", 5, 2, (2, 7, 13, 11)), ("conv", 3, 1, (1, 16, 6, 40)), ("conv", 1, 1, (1, 33, 5, 7)),
+                                                           ("deconv", 5, 2, (2, 6, 5, 7)), ("deconv", 3, 2, (1, 5, 4, 9)), ("deconv", 2, 3, (1, 4, 4, 3))])  # fmt: skip
+def test_products_of_the_largest_numbers(kind, kernel, stride, shape, numbers):
+    outputs = 19
+    build = Builder()
+    weight = extremes((outputs, shape[1], kernel, kernel), -127, 127, seed=1).to(torch.int8)
+    bias = extremes((outputs,), -(2**20), 2**20, seed=2)
+    facts = {"stride": (stride, stride), "padding": (kernel // 2,) * 2, "dilation": (1, 1), "groups": 1}
+    like = torch.empty(shape)
+    if kind == "conv":
+        out_shape = torch.nn.functional.conv2d(like, torch.empty(weight.shape), None, stride, kernel // 2).shape
+    else:
+        facts["output_padding"] = (min(1, stride - 1),) * 2
+        out_shape = torch.nn.functional.conv_transpose2d(like, torch.empty(shape[1], outputs, kernel, kernel), None, stride, kernel // 2, facts["output_padding"]).shape
+    bound = int(weight.long().abs().flatten(1).sum(1).max()) * max(-numbers[0], numbers[1]) + 2**20
+    assert bound < 2**31
+    x = build.input("x", shape, numbers)
+    out = build.add(kind, (x,), tuple(out_shape), (-bound, bound), weight=weight, bias=bias, bound=bound, **facts)
+    program = build.give(out)
+    fast = FastProgram(program)
+    inputs = {"x": extremes(shape, *numbers, seed=3).to(program.values[x].dtype)}
+    assert_same(program, fast, inputs)
+    assert any(isinstance(entry, Group) for entry in fast.plan)
+
+
+@needs_kernels
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_requantization_rounds_halves_away_from_zero(per_channel):
+    build = Builder()
+    channels = 5
+    x = build.input("x", (1, channels, 40, 50), (-(2**31) + 1, 2**31 - 1))
+    multiplier = torch.tensor([2.0**-1, 2.0**-16, 3 * 2.0**-18, 0.3, 1e-7], dtype=torch.float64)[: channels if per_channel else 1]
+    mantissa, shift = (part.reshape(1, -1, 1, 1) for part in quantize_multiplier(multiplier))
+    out = build.add("rescale", (x,), (1, channels, 40, 50), (-32767, 32767), mantissa=mantissa, shift=shift, low=torch.tensor(-32767),
+                    high=torch.tensor(32767), refinement=torch.tensor(1))  # fmt: skip
+    program = build.give(out)
+    numbers = extremes((1, channels, 40, 50), -(2**31) + 1, 2**31 - 1)
+    numbers[:, :, :20] = extremes((1, channels, 20, 50), -(2**17), 2**17)  # and ties, which the powers of two make
+    assert_same(program, FastProgram(program), {"x": numbers.to(torch.int32)})
+
+
+@needs_kernels
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("algorithm", ["gdn", "gdn1"])
+def test_gdn_of_the_largest_numbers(inverse, algorithm):
+    build = Builder()
+    shape = (1, 6, 30, 31)
+    x = build.input("x", shape, (-32767, 32767))
+    norm = build.input("norm", shape, (0, 2**31 - 1))
+    power = 0.5 if algorithm == "gdn" else 1.0
+    ratio = torch.logspace(-3, 1, 6, dtype=torch.float64) * (2.0**-14 if inverse else 2.0**14) ** (2 * power)
+    mantissa, shift = (part.reshape(1, -1, 1, 1) for part in quantize_multiplier(ratio))
+    ends = {name: torch.full((1, 6, 1, 1), sign * 32767) for name, sign in (("low", -1), ("high", 1))}
+    out = build.add("gdn", (x, norm), shape, (-32767, 32767), mantissa=mantissa, shift=shift, inverse=inverse, algorithm=algorithm, **ends)
+    program = build.give(out)
+    draw = torch.Generator().manual_seed(4)
+    norms = torch.exp2(torch.rand(shape, generator=draw) * 31).long().clamp(max=2**31 - 1)
+    norms[:, :, 0] = torch.arange(31) ** 2
+    norms[:, :, 1] = 2**31 - 1
+    assert_same(program, FastProgram(program), {"x": extremes(shape, -32767, 32767).to(torch.int16), "norm": norms.to(torch.int32)})
+
+
+def test_packed_weights_are_in_the_kernels_order():
+    weight = torch.arange(17 * 2 * 3).reshape(17, 2, 3)
+    packed = pack(weight, torch.int16)
+    assert packed.shape == (2, 2, 2, 16, 2)
+    for o in range(17):
+        for tap in range(2):
+            for i in range(3):
+                assert packed[o // 16, tap, i // 2, o % 16, i % 2] == weight[o, tap, i]
+    assert packed[1, :, :, 1:].abs().sum() == 0 and packed[:, :, 1, :, 1].abs().sum() == 0
