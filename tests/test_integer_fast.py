@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from frozen_codecs import frozen, settings
 from integer.fast import FastProgram, Group, library, pack
 from integer.lowering import lower
 from integer.passes import optimize
@@ -10,7 +11,6 @@ from integer.program import Operation, Program, Range
 from integer.reference import run
 from models.registry import list_models
 from quant.fixedpoint import quantize_multiplier
-from test_integer_lowering import frozen
 from tiny_codecs import images
 
 needs_kernels = pytest.mark.skipif(library() is None, reason="the package was installed without a C compiler")
@@ -41,9 +41,7 @@ def test_kernels_and_passes_give_the_references_numbers(name):
 
 
 @needs_kernels
-@pytest.mark.parametrize("config", [{"w_bits": 4, "a_bits": 4}, {"strict_int8": True}, {"w_bits": 16, "a_bits": 16}, {"a_granularity": "tensor"},
-                                    {"latent_bits": 8}, {"split": True}], ids=str)  # fmt: skip
-@pytest.mark.parametrize("name", ["minnen2018", "lu2022"])
+@pytest.mark.parametrize(("name", "config"), settings())
 def test_every_setting_of_the_quantizer(name, config):
     program = optimize(lower(frozen(name, **config), 64, 64))
     assert_same(program, FastProgram(program), pixels())

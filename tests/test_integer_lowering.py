@@ -4,28 +4,15 @@ import pytest
 import torch
 from torch import nn
 
+from frozen_codecs import frozen, make_frozen, settings
 from integer.lowering import lower
 from integer.program import INT32
 from integer.reference import run
 from models.registry import get_architecture, list_models
 from quant.config import QuantConfig
-from quant.grid import Grid
 from quant.model import QuantModel
-from quant.modules import QuantMAC
 from support.errors import InputError
 from tiny_codecs import images, tiny_codec
-
-
-def frozen(name, split=False, **config):
-    codec = QuantModel(tiny_codec(name), QuantConfig(**config))
-    codec.observe(images(4).split(2))
-    if split:
-        for node in codec.nodes.values():
-            if isinstance(node, QuantMAC) and not node.input_grid.exact and node.kind != "gdn":
-                grid: Grid = node.input_grid
-                grid.split(torch.arange(max(grid.low.numel(), 1)) % 3 == 0)
-    codec.freeze()
-    return codec
 
 
 def assert_program_equals_model(codec, x):
@@ -59,9 +46,7 @@ def test_program_equals_the_model(name):
     assert not any(isinstance(part, nn.Module) for operation in program.operations for part in operation.facts.values())
 
 
-@pytest.mark.parametrize("config", [{"w_bits": 4, "a_bits": 4}, {"strict_int8": True}, {"w_bits": 16, "a_bits": 16}, {"a_granularity": "tensor"},
-                                    {"bias_bits": 8}, {"latent_bits": 8}, {"split": True}], ids=str)  # fmt: skip
-@pytest.mark.parametrize("name", ["minnen2018", "lu2022"])
+@pytest.mark.parametrize(("name", "config"), settings())
 def test_every_setting_of_the_quantizer_lowers(name, config):
     assert_program_equals_model(frozen(name, **config), images(1, seed=5))
 
@@ -75,7 +60,7 @@ def test_other_sizes_and_batches(name):
 
 @pytest.mark.parametrize("name", [name for name in list_models() if get_architecture(name).variable])
 def test_a_program_for_each_rate(name):
-    codec = frozen(name)
+    codec = make_frozen(name)
     for level in (1, 3.5, 8):
         codec.model.set_level(level)
         assert_program_equals_model(codec, images(1, seed=8))
@@ -116,7 +101,7 @@ def test_what_is_no_integer_program_is_refused():
         lower(codec, 64, 64)
     with pytest.raises(InputError, match="at most 16 bits"):
         lower(frozen("balle2018", w_bits=32), 64, 64)
-    codec = frozen("balle2018")
+    codec = make_frozen("balle2018")
     codec.quantize_nodes(False, ["g_s.0"])
     with pytest.raises(InputError, match="kept in float"):
         lower(codec, 64, 64)
