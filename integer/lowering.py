@@ -118,15 +118,10 @@ class Tracer:
         return self.program.values[symbol.number].range
 
     def emit(self, kind: str, inputs: tuple[Symbol, ...], shape: tuple[int, ...], numbers: Range, **facts: Any) -> Symbol:
-        number = self.program.value(tuple(shape), numbers)
-        self.program.operations.append(Operation(kind, tuple(x.number for x in inputs), (number,), facts, self.node))
-        return self.symbol(number)
+        return self.symbol(self.program.add(kind, tuple(x.number for x in inputs), tuple(shape), numbers, self.node, **facts))
 
     def input(self, name: str, shape: tuple[int, ...], numbers: Range) -> Symbol:
-        self.node = name
-        symbol = self.emit("input", (), shape, numbers)
-        self.program.inputs[name] = symbol.number
-        return symbol
+        return self.symbol(self.program.input(name, shape, numbers))
 
     def constant(self, numbers: Tensor) -> Symbol:
         """A tensor of whole numbers."""

@@ -114,6 +114,17 @@ class Program:
         self.values.append(Value(tuple(shape), numbers))
         return len(self.values) - 1
 
+    def add(self, kind: str, inputs: tuple[int, ...], shape: tuple[int, ...], numbers: Range, node: str = "", **facts: Any) -> int:
+        """Append an operation with one result; gives the number of its value."""
+        number = self.value(shape, numbers)
+        self.operations.append(Operation(kind, tuple(inputs), (number,), facts, node))
+        return number
+
+    def input(self, name: str, shape: tuple[int, ...], numbers: Range) -> int:
+        """Append an input; gives the number of its value."""
+        self.inputs[name] = self.add("input", (), shape, numbers, name)
+        return self.inputs[name]
+
     def producers(self) -> dict[int, Operation]:
         return {output: operation for operation in self.operations for output in operation.outputs}
 

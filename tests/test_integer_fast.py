@@ -4,11 +4,14 @@ import pytest
 import torch
 
 from frozen_codecs import frozen, settings
+import integer.fast as fast_module
+from integer.execution import executable, usable
 from integer.fast import FastProgram, Group, library, pack
 from integer.lowering import lower
 from integer.passes import optimize
-from integer.program import Operation, Program, Range
+from integer.program import Program, Range
 from integer.reference import run
+from integer.selfcheck import extremes, first_difference
 from models.registry import list_models
 from quant.fixedpoint import quantize_multiplier
 from tiny_codecs import images
@@ -66,42 +69,13 @@ def test_nothing_of_a_codec_but_layouts_is_left_to_the_reference():
 # ---------------------------------------------------------------------------------------------------- single operations
 
 
-class Builder:
-    """A program written by hand."""
-
-    def __init__(self):
-        self.program = Program()
-
-    def add(self, kind, inputs, shape, numbers, **facts):
-        number = self.program.value(shape, Range(*numbers))
-        self.program.operations.append(Operation(kind, tuple(inputs), (number,), facts))
-        return number
-
-    def input(self, name, shape, numbers):
-        number = self.add("input", (), shape, numbers)
-        self.program.inputs[name] = number
-        return number
-
-    def give(self, number):
-        self.program.outputs["out"] = number
-        return self.program
-
-
-def extremes(shape, low, high, seed=0):
-    """Numbers of which many are at the ends of the range."""
-    draw = torch.Generator().manual_seed(seed)
-    numbers = torch.randint(low, high + 1, shape, generator=draw)
-    ends = torch.randint(0, 4, shape, generator=draw)
-    return torch.where(ends == 0, low, torch.where(ends == 1, high, numbers))
-
-
 @needs_kernels
 @pytest.mark.parametrize("numbers", [(-127, 127), (0, 255), (-9, 246), (-8191, 8191), (0, 65025)])
 @pytest.mark.parametrize(("kind", "kernel", "stride", "shape"), [("conv", 5, 2, (2, 7, 13, 11)), ("conv", 3, 1, (1, 16, 6, 40)), ("conv", 1, 1, (1, 33, 5, 7)),
                                                            ("deconv", 5, 2, (2, 6, 5, 7)), ("deconv", 3, 2, (1, 5, 4, 9)), ("deconv", 2, 3, (1, 4, 4, 3))])  # fmt: skip
 def test_products_of_the_largest_numbers(kind, kernel, stride, shape, numbers):
     outputs = 19
-    build = Builder()
+    program = Program()
     weight = extremes((outputs, shape[1], kernel, kernel), -127, 127, seed=1).to(torch.int8)
     bias = extremes((outputs,), -(2**20), 2**20, seed=2)
     facts = {"stride": (stride, stride), "padding": (kernel // 2,) * 2, "dilation": (1, 1), "groups": 1}
@@ -113,9 +87,9 @@ def test_products_of_the_largest_numbers(kind, kernel, stride, shape, numbers):
         out_shape = torch.nn.functional.conv_transpose2d(like, torch.empty(shape[1], outputs, kernel, kernel), None, stride, kernel // 2, facts["output_padding"]).shape
     bound = int(weight.long().abs().flatten(1).sum(1).max()) * max(-numbers[0], numbers[1]) + 2**20
     assert bound < 2**31
-    x = build.input("x", shape, numbers)
-    out = build.add(kind, (x,), tuple(out_shape), (-bound, bound), weight=weight, bias=bias, bound=bound, **facts)
-    program = build.give(out)
+    x = program.input("x", shape, Range(*numbers))
+    out = program.add(kind, (x,), tuple(out_shape), Range(-bound, bound), weight=weight, bias=bias, bound=bound, **facts)
+    program.outputs["out"] = out
     fast = FastProgram(program)
     inputs = {"x": extremes(shape, *numbers, seed=3).to(program.values[x].dtype)}
     assert_same(program, fast, inputs)
@@ -125,14 +99,14 @@ def test_products_of_the_largest_numbers(kind, kernel, stride, shape, numbers):
 @needs_kernels
 @pytest.mark.parametrize("per_channel", [False, True])
 def test_requantization_rounds_halves_away_from_zero(per_channel):
-    build = Builder()
+    program = Program()
     channels = 5
-    x = build.input("x", (1, channels, 40, 50), (-(2**31) + 1, 2**31 - 1))
+    x = program.input("x", (1, channels, 40, 50), Range(-(2**31) + 1, 2**31 - 1))
     multiplier = torch.tensor([2.0**-1, 2.0**-16, 3 * 2.0**-18, 0.3, 1e-7], dtype=torch.float64)[: channels if per_channel else 1]
     mantissa, shift = (part.reshape(1, -1, 1, 1) for part in quantize_multiplier(multiplier))
-    out = build.add("rescale", (x,), (1, channels, 40, 50), (-32767, 32767), mantissa=mantissa, shift=shift, low=torch.tensor(-32767),
+    out = program.add("rescale", (x,), (1, channels, 40, 50), Range(-32767, 32767), mantissa=mantissa, shift=shift, low=torch.tensor(-32767),
                     high=torch.tensor(32767), refinement=torch.tensor(1))  # fmt: skip
-    program = build.give(out)
+    program.outputs["out"] = out
     numbers = extremes((1, channels, 40, 50), -(2**31) + 1, 2**31 - 1)
     numbers[:, :, :20] = extremes((1, channels, 20, 50), -(2**17), 2**17)  # and ties, which the powers of two make
     assert_same(program, FastProgram(program), {"x": numbers.to(torch.int32)})
@@ -142,16 +116,16 @@ def test_requantization_rounds_halves_away_from_zero(per_channel):
 @pytest.mark.parametrize("inverse", [False, True])
 @pytest.mark.parametrize("algorithm", ["gdn", "gdn1"])
 def test_gdn_of_the_largest_numbers(inverse, algorithm):
-    build = Builder()
+    program = Program()
     shape = (1, 6, 30, 31)
-    x = build.input("x", shape, (-32767, 32767))
-    norm = build.input("norm", shape, (0, 2**31 - 1))
+    x = program.input("x", shape, Range(-32767, 32767))
+    norm = program.input("norm", shape, Range(0, 2**31 - 1))
     power = 0.5 if algorithm == "gdn" else 1.0
     ratio = torch.logspace(-3, 1, 6, dtype=torch.float64) * (2.0**-14 if inverse else 2.0**14) ** (2 * power)
     mantissa, shift = (part.reshape(1, -1, 1, 1) for part in quantize_multiplier(ratio))
     ends = {name: torch.full((1, 6, 1, 1), sign * 32767) for name, sign in (("low", -1), ("high", 1))}
-    out = build.add("gdn", (x, norm), shape, (-32767, 32767), mantissa=mantissa, shift=shift, inverse=inverse, algorithm=algorithm, **ends)
-    program = build.give(out)
+    out = program.add("gdn", (x, norm), shape, Range(-32767, 32767), mantissa=mantissa, shift=shift, inverse=inverse, algorithm=algorithm, **ends)
+    program.outputs["out"] = out
     draw = torch.Generator().manual_seed(4)
     norms = torch.exp2(torch.rand(shape, generator=draw) * 31).long().clamp(max=2**31 - 1)
     norms[:, :, 0] = torch.arange(31) ** 2
@@ -168,3 +142,26 @@ def test_packed_weights_are_in_the_kernels_order():
             for i in range(3):
                 assert packed[o // 16, tap, i // 2, o % 16, i % 2] == weight[o, tap, i]
     assert packed[1, :, :, 1:].abs().sum() == 0 and packed[:, :, 1, :, 1].abs().sum() == 0
+
+
+@needs_kernels
+def test_the_check_at_load_passes_here_and_notices_a_wrong_kernel(monkeypatch):
+    assert first_difference() is None
+    monkeypatch.setitem(fast_module.__dict__, "pack", lambda weight, dtype: pack(weight, dtype).flip(0))
+    assert first_difference() == "conv"
+
+
+def test_without_kernels_the_reference_runs(monkeypatch):
+    program = lower(frozen("balle2018"), 64, 64)
+    monkeypatch.setattr(fast_module, "library", lambda: None)
+    usable.cache_clear()
+    try:
+        assert not usable()
+        execute = executable(program)
+    finally:
+        monkeypatch.undo()
+        usable.cache_clear()
+    assert torch.equal(execute(pixels())["pixels"], run(program, pixels())["pixels"])
+    if library() is not None:
+        assert isinstance(executable(program), FastProgram)
+        assert torch.equal(executable(program)(pixels())["pixels"], run(program, pixels())["pixels"])

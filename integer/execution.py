@@ -1,0 +1,37 @@
+"""The best way to run a program on this machine."""
+
+import warnings
+from collections.abc import Callable, Mapping
+from functools import lru_cache, partial
+
+import torch
+from torch import Tensor
+
+import integer.fast as fast
+from integer.passes import optimize
+from integer.program import Program
+from integer.reference import run
+from integer.selfcheck import first_difference
+
+Executable = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+
+
+@lru_cache(maxsize=1)
+def usable() -> bool:
+    """Whether there are compiled kernels and they give the reference's numbers here; checked once."""
+    if fast.library() is None:
+        return False
+    different = first_difference()
+    if different is not None:
+        warnings.warn(f"the compiled kernel of {different} is wrong on this processor; the slower reference runs, with the same bits", stacklevel=2)
+    return different is None
+
+
+def executable(program: Program, threads: int | None = None, device: torch.device | str = "cpu") -> Executable:
+    """Whole numbers by name -> whole numbers by name: with the compiled kernels where they can be used, else the reference.
+
+    threads: of the kernels; None: PyTorch's.
+    """
+    if torch.device(device).type == "cpu" and usable():
+        return fast.FastProgram(optimize(program), threads)
+    return partial(run, program)

@@ -1,0 +1,137 @@
+"""Whether the compiled kernels give the reference's numbers on this machine, on the largest numbers that they must take.
+
+Run once when kernels are about to be used (design, section 4); takes some hundredths of a second.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from integer.fast import FastProgram
+from integer.program import Operation, Program, Range
+from integer.reference import run
+from quant.fixedpoint import quantize_multiplier
+from quant.integer_functions import softmax_table
+
+Check = tuple[str, Program, dict[str, Tensor]]
+
+
+def first_difference() -> str | None:
+    """The kind of the first operation of which a kernel differs from the reference; None: all agree."""
+    for kind, program, inputs in _checks():
+        expected, found = run(program, inputs), FastProgram(program)(inputs)
+        if any(not torch.equal(tensor, found[name]) for name, tensor in expected.items()):
+            return kind
+    return None
+
+
+def extremes(shape: tuple[int, ...], low: int, high: int, seed: int = 0) -> Tensor:
+    """Whole numbers of which half are at the ends of the range."""
+    draw = torch.Generator().manual_seed(seed)
+    numbers = torch.randint(low, high + 1, shape, generator=draw)
+    ends = torch.randint(0, 4, shape, generator=draw)
+    return torch.where(ends == 0, low, torch.where(ends == 1, high, numbers))
+
+
+def _checks() -> Iterator[Check]:
+    for numbers in ((-127, 127), (0, 255), (-8191, 8191)):
+        for kind in ("conv", "deconv"):
+            yield _product(kind, numbers)
+    for per_channel in (False, True):
+        yield _rescale(per_channel)
+    for inverse in (False, True):
+        yield _gdn(inverse)
+    yield _layer_norm()
+    yield _attention()
+
+
+def _given(program: Program, out: int, kind: str, **inputs: Tensor) -> Check:
+    program.outputs["out"] = out
+    return kind, program, {name: tensor.to(program.values[program.inputs[name]].dtype) for name, tensor in inputs.items()}
+
+
+def _product(kind: str, numbers: tuple[int, int]) -> Check:
+    shape, outputs, kernel = (1, 37, 9, 11), 19, 3
+    program = Program()
+    weight = extremes((outputs, shape[1], kernel, kernel), -127, 127, seed=1).to(torch.int8)
+    facts = {"stride": (2, 2), "padding": (1, 1), "dilation": (1, 1), "groups": 1}
+    if kind == "conv":
+        out_shape = F.conv2d(torch.empty(shape), weight.float(), None, 2, 1).shape
+    else:
+        facts["output_padding"] = (1, 1)
+        out_shape = F.conv_transpose2d(torch.empty(shape), weight.float().transpose(0, 1), None, 2, 1, 1).shape
+    bound = int(weight.long().abs().flatten(1).sum(1).max()) * max(-numbers[0], numbers[1]) + 2**20
+    x = program.input("x", shape, Range(*numbers))
+    bias = extremes((outputs,), -(2**20), 2**20, seed=2)
+    out = program.add(kind, (x,), tuple(out_shape), Range(-bound, bound), weight=weight, bias=bias, bound=bound, **facts)
+    return _given(program, out, kind, x=extremes(shape, *numbers, seed=3))
+
+
+def _rescale(per_channel: bool) -> Check:
+    shape = (1, 5, 20, 30)
+    program = Program()
+    x = program.input("x", shape, Range(-(2**31) + 1, 2**31 - 1))
+    multiplier = torch.tensor([2.0**-1, 2.0**-16, 3 * 2.0**-18, 0.3, 1e-7], dtype=torch.float64)[: 5 if per_channel else 1]
+    mantissa, shift = (part.reshape(1, -1, 1, 1) for part in quantize_multiplier(multiplier))
+    out = program.add("rescale", (x,), shape, Range(-32767, 32767), mantissa=mantissa, shift=shift, low=torch.tensor(-32767),
+                      high=torch.tensor(32767), refinement=torch.tensor(1))  # fmt: skip
+    numbers = extremes(shape, -(2**31) + 1, 2**31 - 1)
+    numbers[:, :, :10] = extremes((1, 5, 10, 30), -(2**17), 2**17)  # and ties, which the powers of two make
+    return _given(program, out, "rescale", x=numbers)
+
+
+def _gdn(inverse: bool) -> Check:
+    shape = (1, 6, 20, 31)
+    program = Program()
+    x = program.input("x", shape, Range(-32767, 32767))
+    norm = program.input("norm", shape, Range(0, 2**31 - 1))
+    mantissa, shift = (part.reshape(1, -1, 1, 1) for part in quantize_multiplier(
+        torch.logspace(-3, 1, 6, dtype=torch.float64) * (2.0**-14 if inverse else 2.0**14)))  # fmt: skip
+    ends = {name: torch.full((1, 6, 1, 1), sign * 32767) for name, sign in (("low", -1), ("high", 1))}
+    out = program.add("gdn", (x, norm), shape, Range(-32767, 32767), mantissa=mantissa, shift=shift, inverse=inverse, algorithm="gdn", **ends)
+    norms = torch.exp2(torch.rand(shape, generator=torch.Generator().manual_seed(4)) * 31).long().clamp(max=2**31 - 1)
+    norms[:, :, 0], norms[:, :, 1] = torch.arange(31) ** 2, 2**31 - 1
+    return _given(program, out, "gdn", x=extremes(shape, -32767, 32767), norm=norms)
+
+
+def _layer_norm() -> Check:
+    shape = (1, 30, 24)
+    program = Program()
+    x = program.input("x", shape, Range(-32767, 32767))
+    mantissa, shift = quantize_multiplier(torch.logspace(-4, -1, 24, dtype=torch.float64))
+    mantissa = mantissa * torch.where(torch.arange(24) % 3 == 0, -1, 1)
+    ends = {name: torch.full((24,), sign * 32767) for name, sign in (("low", -1), ("high", 1))}
+    out = program.add("layer_norm", (x,), shape, Range(-32767, 32767), eps=3.7, mantissa=mantissa, shift=shift, offset=torch.arange(24) - 12, **ends)
+    numbers = extremes(shape, -32767, 32767)
+    numbers[:, 0], numbers[:, 1] = 5, torch.arange(24)
+    return _given(program, out, "layer_norm", x=numbers)
+
+
+def _attention() -> Check:
+
+    batch, heads, queries, keys, inner = 3, 2, 18, 21, 5
+    program = Program()
+    q = program.input("q", (batch, heads, queries, inner), Range(-127, 127))
+    k = program.input("k", (batch, heads, inner, keys), Range(-127, 127))
+    v = program.input("v", (batch, heads, keys, inner), Range(-127, 127))
+    values = [program.value((batch, heads, queries, keys), Range(-(2**17), 2**17)) for _ in range(4)]
+    offset = extremes((batch, heads, queries, keys), -500, 500, seed=6)
+    offset[:, :, :, 3] = -(2**22)
+
+    def scale(multiplier: list[float], low: int, high: int) -> dict:
+        mantissa, shift = (part.reshape(-1, 1, 1) for part in quantize_multiplier(torch.tensor(multiplier, dtype=torch.float64)))
+        return {"mantissa": mantissa, "shift": shift, "low": torch.tensor(low), "high": torch.tensor(high), "refinement": torch.tensor(1)}
+
+    bound = 127 * 255 * keys
+    steps = [
+        Operation("matmul", (q, k), (values[0],), {"bound": 127 * 127 * inner}),
+        Operation("rescale", (values[0],), (values[1],), scale([0.01, 0.4], -32767, 32767)),
+        Operation("softmax", (values[1],), (values[2],), {"table": softmax_table(), "offset": offset, "kinds": None, "blank": None, "dim": -1}),
+        Operation("rescale", (values[2],), (values[3],), scale([2.0**-8, 0.004], 0, 255)),
+        Operation("matmul", (values[3], v), (), {"bound": bound}),
+    ]
+    out = program.add("attention", (q, k, v), (batch, heads, queries, inner), Range(-bound, bound), steps=steps)
+    inputs = {name: extremes(program.values[program.inputs[name]].shape, -127, 127, seed=place) for place, name in enumerate("qkv")}
+    return _given(program, out, "attention", **inputs)
