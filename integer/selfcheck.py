@@ -110,7 +110,6 @@ def _layer_norm() -> Check:
 
 
 def _attention() -> Check:
-
     batch, heads, queries, keys, inner = 3, 2, 18, 21, 5
     program = Program()
     q = program.input("q", (batch, heads, queries, inner), Range(-127, 127))
