@@ -52,7 +52,7 @@ def test_every_architecture_has_a_reference_configuration_of_valid_arguments():
 
 def test_configuration_fixes_the_sizes_and_overrides_change_them():
     model = create_model("minnen2018", quality=1, configuration="reference")
-    assert (model.N, model.M) == (48, 56)
+    assert (model.N, model.M) == (48, 64)
     assert create_model("minnen2018", configuration="reference", M=24, N=16).M == 24
 
 
