@@ -9,8 +9,8 @@ README = HERE / "README.md"
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "support" / "version.py").read_text()).group(1)
 PACKAGES = ["support", "models", "quant", "reconstruction", "integer", "codec", "data", "evaluation"]
 
-# Neither contraction nor reassociation: the kernels' floating-point steps are exact one by one.
-EXACT = ["-O3", "-std=gnu11", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+# Neither contraction nor reassociation: the kernels' floating-point steps are exact one by one. Partial sums may wrap around.
+EXACT = ["-O3", "-std=gnu11", "-fwrapv", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 
 
 class BuildKernels(build_ext):

@@ -104,6 +104,8 @@ def has_kernel(operation: Operation, program: Program) -> bool:
     if operation.kind not in _PRODUCTS or not fits(operation, program):
         return False
     facts = operation.facts
+    if isinstance(facts.get("padding"), str) or (operation.kind == "deconv" and facts["stride"][0] != facts["stride"][1]):
+        return False
     inputs = program.values[operation.inputs[0]].range
     return facts.get("groups", 1) == 1 and inputs.high - inputs.low < 2**16 and facts["weight"].dtype == torch.int8
 

@@ -28,6 +28,7 @@ from quant.model import PIXEL, QuantModel
 from quant.modules import QuantConvTranspose2d, QuantLinear, QuantMAC, QuantModule
 from quant.norms import QuantGDN, QuantLayerNorm
 from quant.qtensor import QTensor, function_name
+from quant.runtime import Runtime
 from support.errors import InputError
 
 LAYOUT = frozenset({
@@ -81,8 +82,8 @@ def lower(model: QuantModel, height: int, width: int, batch: int = 1) -> Program
     """
     if not model.frozen:
         raise InputError("only a frozen model can be lowered; call freeze() after calibration")
-    tracer = Tracer(model)
     runtime = model.runtime
+    tracer = Tracer(runtime)
     runtime.begin()
     runtime.tracer = tracer
     try:
@@ -102,8 +103,8 @@ def lower(model: QuantModel, height: int, width: int, batch: int = 1) -> Program
 class Tracer:
     """Writes a program while the codec's forward runs."""
 
-    def __init__(self, model: QuantModel):
-        self.model, self.runtime = model, model.runtime
+    def __init__(self, runtime: Runtime):
+        self.runtime = runtime
         self.program = Program()
         self.node = ""
 
@@ -140,10 +141,8 @@ class Tracer:
         if low is not None:
             low, high = (torch.as_tensor(end).detach().to(torch.int64) for end in (low, high))
             refinement = torch.as_tensor(refinement).to(torch.int64)
-            reach = Range(max(reach.low, int(low.min())), min(reach.high, int(high.max())))
-            reach = Range(min(reach.low, reach.high), max(reach.low, reach.high))
-            largest = int(refinement.max())
-            reach = Range(reach.low * largest, reach.high * largest)
+            lowest, highest = (end.clamp(reach.low, reach.high) * refinement for end in (low, high))
+            reach = Range(int(lowest.min()), int(highest.max()))
         return self.emit("rescale", (x,), x.shape, reach, mantissa=mantissa, shift=shift, low=low, high=high, refinement=refinement)
 
     def elementwise(self, kind: str, x: Symbol, numbers: Range, **facts: Any) -> Symbol:
@@ -227,12 +226,8 @@ class Tracer:
         """`grid(x)`."""
         if grid.bits == FLOAT_BITS:
             raise InputError(f"{self.node} has 32-bit inputs or weights, so the model cannot be lowered; use at most 16 bits")
-        scale, qmin, qmax = grid.parameters_of_grid()
-        refinement, fine = grid.refinement, grid.fine
-        if scale.ndim:
-            shape = grid.shape_for(x.ndim)
-            scale, qmin, qmax = scale.reshape(shape), qmin.reshape(shape), qmax.reshape(shape)
-            fine = fine.reshape(shape) if fine.ndim else fine
+        scale, qmin, qmax, fine = grid.parameters_for(x.ndim)
+        refinement = grid.refinement
         if refinement == 1 and x.is_integer and x.scale is scale:
             return x
         step = scale if refinement == 1 else scale / fine

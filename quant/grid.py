@@ -219,16 +219,22 @@ class Grid(nn.Module):
             shape[self.channel_dim % x_ndim] = -1
         return shape
 
+    def parameters_for(self, x_ndim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(scale, qmin, qmax, fine), shaped to broadcast against a tensor of `x_ndim` dimensions."""
+        scale, qmin, qmax = self.parameters_of_grid()
+        fine = self.fine
+        if scale.ndim:
+            shape = self.shape_for(x_ndim)
+            scale, qmin, qmax = scale.reshape(shape), qmin.reshape(shape), qmax.reshape(shape)
+            fine = fine.reshape(shape) if fine.ndim else fine
+        return scale, qmin, qmax, fine
+
     def forward(self, x: QTensor) -> QTensor:
         """x on this grid: whole numbers and their scale."""
         if self.bits == FLOAT_BITS:
             return x.like(x.real(), None)
-        scale, qmin, qmax = self.parameters_of_grid()
-        refinement, fine = self.refinement, self.fine
-        if scale.ndim:
-            shape = self.shape_for(x.ndim)
-            scale, qmin, qmax = scale.reshape(shape), qmin.reshape(shape), qmax.reshape(shape)
-            fine = fine.reshape(shape) if fine.ndim else fine
+        scale, qmin, qmax, fine = self.parameters_for(x.ndim)
+        refinement = self.refinement
         if refinement == 1 and x.is_integer and x.scale is scale:
             return x
         step = scale if refinement == 1 else scale / fine  # fine is a power of two
