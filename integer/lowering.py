@@ -443,10 +443,11 @@ def _variable_bottleneck(tracer: Tracer, node: QuantVariableBottleneck, z: QTens
 def _gaussian(tracer: Tracer, node: QuantGaussianConditional, y: QTensor, scales: QTensor, means: QTensor | None = None):
     mean = None if means is None else tracer.on_grid(node.grid, means).q
     y = tracer.on_grid(node.grid, y)
-    symbols, values = _to_symbols(tracer, y.q, mean, node.unit)
+    symbols, values = _to_symbols(tracer, y.q, None if node.rounds_whole else mean, node.unit)
     scale = tracer.on_grid(node.grid, scales).q
     tracer.program.boundaries.append(
-        Boundary("gaussian", node.name, y.q.number, symbols.number, values.number, means=_number(mean), scales=scale.number))
+        Boundary("gaussian", node.name, y.q.number, symbols.number, values.number, means=_number(mean), scales=scale.number,
+                 whole=node.rounds_whole))
     return QTensor(values, y.scale, y.runtime, latent=True), _no_likelihood(values)
 
 
@@ -455,7 +456,8 @@ def _mixture(tracer: Tracer, node: QuantGaussianMixture, y: QTensor, scales: QTe
     symbols, values = _to_symbols(tracer, y.q, None, node.unit)
     scales, means, weights = (tracer.on_grid(node.grid, part).q.number for part in (scales, means, weights))
     tracer.program.boundaries.append(
-        Boundary("mixture", node.name, y.q.number, symbols.number, values.number, means=means, scales=scales, weights=weights))
+        Boundary("mixture", node.name, y.q.number, symbols.number, values.number, means=means, scales=scales, weights=weights,
+                 whole=True))
     return QTensor(values, y.scale, y.runtime, latent=True), _no_likelihood(values)
 
 

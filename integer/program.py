@@ -87,6 +87,7 @@ class Boundary:
     """A place where a latent is rounded; numbers of values, all on the grid of the boundaries but the symbols.
 
     kind: round, entropy_bottleneck, gaussian, mixture or offsets. latent: before it is rounded. decoded: after.
+    whole: the symbols are round(latent), though there are means; a mixture's always are.
     """
 
     kind: str
@@ -97,6 +98,7 @@ class Boundary:
     means: int | None = None
     scales: int | None = None
     weights: int | None = None
+    whole: bool = False
     step: Tensor | None = None
 
 

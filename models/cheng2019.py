@@ -15,6 +15,7 @@ from compressai.models import JointAutoregressiveHierarchicalPriors
 from compressai.models.utils import deconv
 from torch import Tensor, nn
 
+from models.layers import WholeLatent
 from models.registry import register_model
 
 _SLOPE = 0.2  # of LeakyReLU, TensorFlow's default
@@ -40,7 +41,7 @@ def _upsample_unit(channels: int) -> ResidualBlockUpsample:
     configurations={"reference": {"N": 40}},
     infer=infer_sizes,
 )
-class Cheng2019(JointAutoregressiveHierarchicalPriors):
+class Cheng2019(WholeLatent, JointAutoregressiveHierarchicalPriors):
     """Residual units, GDN, sub-pixel convolutions, joint autoregressive and hierarchical prior.
 
     Args:

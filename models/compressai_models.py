@@ -1,4 +1,7 @@
-"""The codecs of CompressAI: its own classes with the published sizes (compressai.zoo.image.cfgs)."""
+"""The codecs of CompressAI: its own classes with the published sizes (compressai.zoo.image.cfgs).
+
+The autoregressive ones estimate the rate of the y_hat that they use; see `models.layers.WholeGaussianConditional`.
+"""
 
 from collections.abc import Mapping
 
@@ -11,6 +14,7 @@ from compressai.models import (
 )
 from torch import Tensor
 
+from models.layers import WholeLatent
 from models.registry import register_model
 
 
@@ -29,6 +33,18 @@ def infer_n(state_dict: Mapping[str, Tensor]) -> dict[str, int]:
     return {"N": state_dict["g_a.0.conv1.weight"].shape[0]}
 
 
+class Minnen2018(WholeLatent, JointAutoregressiveHierarchicalPriors):
+    """Joint autoregressive and hierarchical priors; N, M as CompressAI's."""
+
+
+class Cheng2020(WholeLatent, Cheng2020Attention):
+    """Residual units with attention; N as CompressAI's."""
+
+
+class Cheng2020WithoutAttention(WholeLatent, Cheng2020Anchor):
+    """Residual units; N as CompressAI's."""
+
+
 register_model(
     "balle2018",
     ScaleHyperprior,
@@ -42,7 +58,7 @@ register_model(
 
 register_model(
     "minnen2018",
-    JointAutoregressiveHierarchicalPriors,
+    Minnen2018,
     title="Joint Autoregressive and Hierarchical Priors for Learned Image Compression",
     paper="arXiv 1809.02736",
     official=_sizes({"N": 192, "M": 192}, {"N": 192, "M": 320}, first_wide=5, last=8),
@@ -66,7 +82,7 @@ _CHENG_TITLE = "Learned Image Compression with Discretized Gaussian Mixture Like
 
 register_model(
     "cheng2020",
-    Cheng2020Attention,
+    Cheng2020,
     title=_CHENG_TITLE,
     paper="arXiv 2001.01568",
     official=_sizes({"N": 128}, {"N": 192}, first_wide=4, last=6),
@@ -77,7 +93,7 @@ register_model(
 
 register_model(
     "cheng2020-anchor",
-    Cheng2020Anchor,
+    Cheng2020WithoutAttention,
     title=f"{_CHENG_TITLE} (without attention)",
     paper="arXiv 2001.01568",
     official=_sizes({"N": 128}, {"N": 192}, first_wide=4, last=6),

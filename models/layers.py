@@ -1,7 +1,10 @@
 """Layers that several architectures share."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+from compressai.entropy_models import GaussianConditional
 from torch import Tensor, nn
 
 
@@ -56,3 +59,32 @@ class RoundAboutMeans(nn.Module):
         """x: (B, C, H, W); means: broadcastable to x."""
         residual = x - means
         return residual + (torch.round(residual) - residual).detach() + means
+
+
+class WholeGaussianConditional(GaussianConditional):
+    """GaussianConditional (Minnen 2018) of codecs whose y_hat is round(y): in evaluation the likelihood is that of round(y).
+
+    CompressAI's is that of round(y - means), another number, of which no decoder can make this y_hat: it costs 0.6 to 8 % fewer
+    bits. Its own coder makes other y_hat one by one. In training, where y_hat is y with noise, the two are the same.
+    """
+
+    of_residual = False
+    """CompressAI's estimate after all, to compare with it."""
+
+    def forward(
+        self, inputs: Tensor, scales: Tensor, means: Tensor | None = None, training: bool | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """inputs, scales, means: (B, C, H, W) -> (y_hat, likelihoods), of the same shape."""
+        if self.of_residual or means is None or (self.training if training is None else training):
+            return super().forward(inputs, scales, means, training)
+        y_hat = inputs + (torch.round(inputs) - inputs).detach()
+        likelihood = self._likelihood(y_hat, scales, means)
+        return y_hat, self.likelihood_lower_bound(likelihood) if self.use_likelihood_bound else likelihood
+
+
+class WholeLatent:
+    """Comes before CompressAI's autoregressive classes among the bases: their likelihood is of the y_hat that they use."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.gaussian_conditional = WholeGaussianConditional(None)

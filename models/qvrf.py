@@ -15,6 +15,7 @@ from compressai.models import Cheng2020Attention, JointAutoregressiveHierarchica
 from torch import Tensor, nn
 
 from models.compressai_models import infer_n, infer_n_m
+from models.layers import WholeLatent
 from models.registry import LAMBDAS, register_model
 
 # the public code's lambdas: CompressAI's, and three more of its second checkpoint
@@ -82,7 +83,7 @@ def _interpolate(at: float, xs: Sequence[float], ys: Sequence[float]) -> float:
     return ys[after - 1] + share * (ys[after] - ys[after - 1])
 
 
-class _AutoregressiveQVRF(VariableRate):
+class _AutoregressiveQVRF(WholeLatent, VariableRate):
     def forward(self, x: Tensor) -> dict[str, Any]:
         """x: (B, 3, H, W) in 0..1, or (B, 5, H, W); see `VariableRate`."""
         x, gain = self._image_and_gain(x)

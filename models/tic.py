@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from compressai.entropy_models import EntropyBottleneck, GaussianConditional
+from compressai.entropy_models import EntropyBottleneck
 from compressai.models import CompressionModel
 from compressai.models.utils import conv, deconv
 from torch import Tensor, nn
 
+from models.layers import WholeGaussianConditional
 from models.registry import register_model
 from models.swin import RSTB, CausalAttentionModule
 
@@ -114,7 +115,7 @@ class TIC(CompressionModel):
         self.g_s6 = deconv(N, 3, kernel_size=5, stride=2)
 
         self.entropy_bottleneck = EntropyBottleneck(N)
-        self.gaussian_conditional = GaussianConditional(None)
+        self.gaussian_conditional = WholeGaussianConditional(None)
         self.context_prediction = CausalAttentionModule(M, M * 2, heads=causal_heads)
         self.entropy_parameters = nn.Sequential(
             nn.Conv2d(M * 4, M * 10 // 3, 1),

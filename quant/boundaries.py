@@ -10,6 +10,7 @@ import torch
 from compressai.entropy_models import EntropyBottleneck, GaussianConditional
 from torch import Tensor, nn
 
+from models.layers import WholeGaussianConditional
 from models.vbr import OffsetNet, VariableBottleneck
 from quant.config import QuantConfig
 from quant.fixedpoint import requantize_ste, round_half_away, round_ste
@@ -123,18 +124,25 @@ class QuantGaussianConditional(QuantBoundary):
             return self.runtime.in_float(self.module.quantize, (inputs, mode, means), {})
         return self.rounding(inputs) if means is None else self.rounding(inputs, means)
 
-    def _likelihood_of(self, symbols: Tensor, scales: Tensor) -> Tensor:
-        likelihood = self.module._likelihood(symbols, scales)
+    @property
+    def rounds_whole(self) -> bool:
+        """y_hat is round(y), though there are means."""
+        return isinstance(self.module, WholeGaussianConditional) and not self.module.of_residual
+
+    def _likelihood_of(self, symbols: Tensor, scales: Tensor, means: Tensor | None = None) -> Tensor:
+        likelihood = self.module._likelihood(symbols, scales, means)
         return self.module.likelihood_lower_bound(likelihood) if self.module.use_likelihood_bound else likelihood
 
     def real(self, y: Tensor, scales: Tensor, means: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        symbols, y_hat = rounded(y, means)
-        return y_hat, self._likelihood_of(symbols, scales)
+        whole = means if self.rounds_whole else None
+        symbols, y_hat = rounded(y, means if whole is None else None)
+        return y_hat, self._likelihood_of(symbols, scales, whole)
 
     def integer(self, y: QTensor, scales: QTensor, means: QTensor | None = None) -> tuple[QTensor, Tensor]:
         means = None if means is None else self.grid(means)
-        symbols, y_hat = symbols_and_values(self.grid(y), means, self.unit)
-        return y_hat, self._likelihood_of(symbols, to_real(self.grid(scales)))
+        whole = means if self.rounds_whole else None
+        symbols, y_hat = symbols_and_values(self.grid(y), means if whole is None else None, self.unit)
+        return y_hat, self._likelihood_of(symbols, to_real(self.grid(scales)), None if whole is None else to_real(whole))
 
 
 class QuantGaussianMixture(QuantGaussianConditional):

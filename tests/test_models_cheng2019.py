@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 from compressai.models import Cheng2020Anchor
-from formula import fill_by_formula, image_by_formula
+from formula import as_published, fill_by_formula, image_by_formula
 
 from models.checkpoints import identify, load_checkpoint, save_checkpoint
 from models.registry import create_model
@@ -94,7 +94,7 @@ def test_the_rest_is_the_codec_of_minnen2018():
         setattr(model, name, getattr(anchor, name))
     x = image_by_formula(64, 64)
     with torch.no_grad():
-        ours, theirs = model(x), anchor(x)
+        ours, theirs = as_published(model)(x), anchor(x)
     assert torch.equal(ours["x_hat"], theirs["x_hat"])
     assert torch.equal(ours["likelihoods"]["y"], theirs["likelihoods"]["y"])
 
