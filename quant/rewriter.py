@@ -8,7 +8,7 @@ from compressai.layers import GDN, GDN1, MaskedConv2d
 from torch import nn
 
 from models.attention import MaskedSoftmax
-from models.layers import MaskedConv3d, MultistageMaskedConv2d, RoundAboutMeans
+from models.layers import MaskedConv3d, MultistageMaskedConv2d, RoundAboutMeans, WholeGaussianConditional
 from models.vbr import OffsetNet, RateFunction, VariableBottleneck
 from quant.blocks import BLOCKS, QuantBlock
 from quant.boundaries import (
@@ -41,6 +41,7 @@ REPLACEMENTS: dict[type[nn.Module], Replacement] = {
     MaskedSoftmax: lambda module, config: QuantSoftmax(config),
     EntropyBottleneck: QuantEntropyBottleneck,
     GaussianConditional: QuantGaussianConditional,
+    WholeGaussianConditional: QuantGaussianConditional,
     GaussianMixtureConditional: QuantGaussianMixture,
     RoundAboutMeans: QuantRound,
     OffsetNet: QuantOffsets,

@@ -31,7 +31,8 @@ def assert_program_equals_model(codec, x):
         if boundary.kind == "gaussian":
             node = codec.get_submodule(f"model.{boundary.node}")
             scales = values[boundary.scales].float() * node.unit
-            assert torch.equal(node._likelihood_of(values[boundary.symbols].float(), scales), output[1])
+            means = values[boundary.means].float() * node.unit if boundary.whole else None
+            assert torch.equal(node._likelihood_of(values[boundary.symbols].float(), scales, means), output[1])
     for number, tensor in values.items():
         stated = program.values[number].range
         assert stated.low <= int(tensor.min()) and int(tensor.max()) <= stated.high
