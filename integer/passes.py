@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from integer.lowering import Input
-from integer.program import Operation, Program
+from integer.program import Boundary, Operation, Program
 from integer.reference import layout_function
 
 _PARAMETERS = ("mantissa", "shift", "low", "high", "refinement")
@@ -38,7 +38,7 @@ def _with(program: Program, operations: list[Operation]) -> Program:
 
 def _named(program: Program) -> set[int]:
     """Values that something outside the operations refers to."""
-    of_boundaries = {number for b in program.boundaries for number in (b.latent, b.symbols, b.decoded, b.means, b.scales, b.weights)}
+    of_boundaries = {getattr(boundary, name) for boundary in program.boundaries for name in _NUMBERS}
     return {*program.outputs.values(), *(of_boundaries - {None})}
 
 
@@ -48,6 +48,46 @@ def _readers(operations: Iterable[Operation]) -> dict[int, list[Operation]]:
         for number in operation.inputs:
             readers.setdefault(number, []).append(operation)
     return readers
+
+
+def without_duplicates(program: Program) -> Program:
+    """Operations of one kind on the same values with the same facts run once; boundaries and outputs follow.
+
+    So two roundings of one latent about one mean, one for the decoder and one for the estimate of the rate, are one.
+    """
+    alias: dict[int, int] = {}
+    first: dict[tuple, Operation] = {}
+    operations = []
+    for operation in program.operations:
+        operation = replace(operation, inputs=tuple(alias.get(number, number) for number in operation.inputs))
+        key = (operation.kind, operation.inputs, _digest(operation.facts))
+        known = first.get(key) if operation.kind != "input" else None
+        if known is None:
+            first[key] = operation
+            operations.append(operation)
+        else:
+            alias.update(zip(operation.outputs, known.outputs, strict=True))
+
+    def renamed(boundary: Boundary) -> Boundary:
+        changes = {name: alias.get(number, number) for name in _NUMBERS if (number := getattr(boundary, name)) is not None}
+        return replace(boundary, **changes)
+
+    outputs = {name: alias.get(number, number) for name, number in program.outputs.items()}
+    return Program(operations, program.values, program.inputs, outputs, [renamed(boundary) for boundary in program.boundaries])
+
+
+_NUMBERS = ("latent", "symbols", "decoded", "means", "scales", "weights")
+
+
+def _digest(part: Any) -> Any:
+    """Something hashable that is equal for equal facts."""
+    if isinstance(part, Tensor):
+        return str(part.dtype), tuple(part.shape), part.detach().contiguous().numpy().tobytes()
+    if isinstance(part, dict):
+        return tuple((name, _digest(value)) for name, value in sorted(part.items()))
+    if isinstance(part, (list, tuple)):
+        return tuple(_digest(value) for value in part)
+    return repr(part)
 
 
 def without_unused(program: Program) -> Program:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from models.layers import WholeGaussianConditional
 from models.vbr import OffsetNet, VariableBottleneck
 from quant.config import QuantConfig
+from quant.density import DensityTables, density_tables
 from quant.fixedpoint import requantize_ste, round_half_away, round_ste
 from quant.grid import Grid
 from quant.modules import QuantModule
@@ -107,6 +108,8 @@ class QuantGaussianConditional(QuantBoundary):
     def __init__(self, module: GaussianConditional, config: QuantConfig):
         super().__init__(module, config)
         self.rounding = QuantRound(None, config)
+        for name in DensityTables._fields:
+            self.register_buffer(name, None)
 
     def bind(self, runtime, name: str) -> None:
         super().bind(runtime, name)
@@ -114,6 +117,17 @@ class QuantGaussianConditional(QuantBoundary):
 
     def wraps(self, index: int) -> bool:
         return True
+
+    def freeze(self) -> None:
+        super().freeze()
+        smallest = float(self.module.lower_bound_scale.bound)
+        for name, table in density_tables(self.config.boundary_bits, smallest)._asdict().items():
+            setattr(self, name, table.to(self.module.lower_bound_scale.bound.device))
+
+    @property
+    def density(self) -> DensityTables:
+        """What a frozen model's symbols are coded with."""
+        return DensityTables(self.thresholds, self.inverses, self.normal)
 
     def forward(self, inputs, scales, means=None, training=None):
         return super().forward(*([inputs, scales] if means is None else [inputs, scales, means]))

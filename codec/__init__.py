@@ -1,0 +1,1 @@
+"""Real bitstreams: tables, order of symbols, entropy coding, the container, encoding and decoding."""

@@ -1,0 +1,325 @@
+"""A program cut into what an encoder runs, and what a decoder runs between the symbols that it reads.
+
+Latents come one after the other: z, then those of y. For each, `before` computes what its densities need from what is decoded
+already; where a context model reads the latent's own symbols, `context` is run again as these come in.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from codec.order import Reading, dependents, passes, readings, wavefronts
+from integer.execution import executable
+from integer.passes import without_duplicates
+from integer.program import Boundary, Operation, Program, Range
+from support.errors import InputError
+
+Values = dict[int, Tensor]
+
+
+@dataclass
+class Latent:
+    """One latent, by the numbers of its values in the program.
+
+    node: the entropy model's. decoded: every value that stands for what the decoder has. whole: the symbols are round(latent);
+    else they are differences from the means. offsets: the boundary that makes decoded values of the symbols, in the codecs with
+    reconstruction offsets.
+    """
+
+    node: str
+    kind: str
+    symbols: int
+    decoded: tuple[int, ...]
+    densities: dict[str, int]
+    whole: bool
+    shape: tuple[int, ...]
+    offsets: Boundary | None = None
+
+    @property
+    def given(self) -> tuple[int, ...]:
+        """The values that are known when the symbols are."""
+        return (self.symbols,) if self.offsets is not None else (self.symbols, *self.decoded)
+
+
+def find_latents(program: Program) -> list[Latent]:
+    """The latents of a program without duplicates, in the order in which they are coded.
+
+    Raises:
+        InputError: y_hat is not made of the symbols whose rate the codec estimates.
+    """
+    read = {number for operation in program.operations for number in operation.inputs} | set(program.outputs.values())
+    of_z = [boundary for boundary in program.boundaries if boundary.kind == "entropy_bottleneck"]
+    latents = []
+    for z in of_z:
+        same = [b for b in program.boundaries if b.symbols == z.symbols]
+        shape = program.values[z.symbols].shape
+        latents.append(Latent(z.node, "entropy_bottleneck", z.symbols, tuple({b.decoded: 0 for b in same}), {}, False, shape))
+    coded = {number for latent in latents for number in latent.decoded}
+    for density in program.boundaries:
+        if density.kind not in ("gaussian", "mixture"):
+            continue
+        group = [b for b in program.boundaries if b.latent == density.latent and b.decoded not in coded]
+        offsets = None
+        used = [b for b in group if b.decoded in read]
+        if not used:
+            offsets = next((b for b in program.boundaries if b.kind == "offsets" and b.decoded in read and b.decoded not in coded), None)
+            used = [offsets] if offsets else []
+        others = [b for b in program.boundaries if offsets and b.kind == "round" and b.decoded in read and b.decoded not in coded]
+        whole = density.whole or any(b.means is None for b in used if b.kind == "round")
+        final = offsets or next((b for b in used if b.symbols == density.symbols), None) or (used[-1] if used else None)
+        if final is None or others or (whole and any(b.means is not None and not b.whole for b in used)):
+            raise InputError(
+                f"{density.node}: this codec's forward computes y_hat from other symbols than those whose rate it estimates, so no "
+                "bitstream gives its images; evaluate it with estimated rates (without --real)"
+            )
+        densities = {name: number for name in ("scales", "means", "weights") if (number := getattr(density, name)) is not None}
+        if offsets is None and not whole and density.means is None:
+            densities.pop("means", None)
+        decoded = tuple({b.decoded: 0 for b in used})
+        coded.update(decoded)
+        latents.append(Latent(density.node, density.kind, final.symbols, decoded, densities, whole, program.values[final.symbols].shape, offsets))
+    return latents
+
+
+@dataclass
+class Step:
+    """How one latent is decoded.
+
+    before: from the values `needs` to the values `gives`, by numbers. order: positions, flat, in the groups in which they come.
+    """
+
+    latent: Latent
+    before: Callable
+    needs: tuple[int, ...]
+    gives: tuple[int, ...]
+    order: list[np.ndarray]
+    context: "Context | None" = None
+
+
+@dataclass
+class Context:
+    """Densities of some positions of a latent from its symbols before them.
+
+    run: by names of values to densities by name. own: the latent's decoded values that it takes. inputs: the other values.
+    gathering: positions are taken out and laid into an image of `room` positions, with the numbers at `taps` of each as channels.
+    """
+
+    run: Callable
+    own: tuple[int, ...]
+    inputs: tuple[int, ...]
+    gathering: "Gathering | None" = None
+
+
+@dataclass
+class Gathering:
+    """What a context model reads of a plane of decoded numbers.
+
+    prepare: from decoded numbers (the value `own`) to what the spatial operation takes, position by position.
+    taps: (count, dimensions). channels: of the plane. room: the small image that the positions are laid into.
+    by_channel: the columns are channels of taps; else taps of channels.
+    """
+
+    prepare: Callable
+    own: int
+    columns: str
+    taps: np.ndarray
+    channels: int
+    room: tuple[int, ...]
+    by_channel: bool
+
+
+def cut(program: Program, known: set[int], outputs: Mapping[str, int]) -> Program:
+    """What computes `outputs` from those of the `known` values that it needs; its inputs are named by their numbers."""
+    producers = program.producers()
+    used, seen, pending = set(), set(), list(outputs.values())
+    while pending:
+        number = pending.pop()
+        if number in seen:
+            continue
+        seen.add(number)
+        if number in known:
+            used.add(number)
+            continue
+        operation = producers[number]
+        if operation.kind == "input":
+            raise InputError(f"{operation.node}: the decoder would need what only the encoder has")
+        pending.extend(operation.inputs)
+    return program.part({str(number): number for number in sorted(used)}, dict(outputs))
+
+
+def _inputs(program: Program) -> tuple[int, ...]:
+    return tuple(program.inputs.values())
+
+
+class Plan:
+    """Everything that coding images of one size needs.
+
+    Args:
+        program: of that size.
+        small: gives a program of the same codec with at least so many positions of the latent; called where a context model needs it.
+        threads: of the kernels.
+    """
+
+    def __init__(self, program: Program, small: Callable[[int], Program], threads: int | None = None):
+        self.program = without_duplicates(program)
+        self.threads = threads
+        self.latents = find_latents(self.program)
+        wanted = {}
+        for place, latent in enumerate(self.latents):
+            wanted[f"{place}.symbols"] = latent.symbols
+            wanted.update({f"{place}.{name}": number for name, number in latent.densities.items()})
+        self._wanted, self._small = wanted, small
+        self._encoder: Callable | None = None
+        self._steps: list[Step] | None = None
+        self._synthesis: tuple[Callable, tuple[int, ...]] | None = None
+
+    # ------------------------------------------------------------------------------------------------------------ parts
+
+    def _executable(self, part: Program) -> Callable:
+        return executable(part, self.threads)
+
+    def encode(self, pixels: Tensor) -> list[dict[str, Tensor]]:
+        """For each latent its symbols and densities, whole numbers; pixels: (1, 3, H, W) uint8, padded."""
+        if self._encoder is None:
+            part = self.program.part({"pixels": self.program.inputs["pixels"]}, self._wanted)
+            self._encoder = self._executable(part)
+        found = self._encoder({"pixels": pixels})
+        return [{name: found[f"{place}.{name}"] for name in ("symbols", *latent.densities)} for place, latent in enumerate(self.latents)]
+
+    @property
+    def steps(self) -> list[Step]:
+        if self._steps is None:
+            known: set[int] = set()
+            self._steps = []
+            for latent in self.latents:
+                step = self._step(latent, known)
+                self._steps.append(step)
+                known.update((*step.gives, *latent.given))
+        return self._steps
+
+    @property
+    def synthesis(self) -> tuple[Callable, tuple[int, ...]]:
+        """(from known values by number to {"pixels"}, the numbers)."""
+        if self._synthesis is None:
+            known = {number for step in self.steps for number in (*step.gives, *step.latent.given)}
+            part = cut(self.program, known, {"pixels": self.program.outputs["pixels"]})
+            self._synthesis = self._executable(part), _inputs(part)
+        return self._synthesis
+
+    def decoded_of(self, latent: Latent, values: Values) -> Values:
+        """z as the decoder has it, from its symbols."""
+        part = cut(self.program, {latent.symbols}, {str(number): number for number in latent.decoded})
+        found = self._executable(part)({str(latent.symbols): values[latent.symbols]})
+        return {int(name): tensor for name, tensor in found.items()}
+
+    def order(self, place: int) -> list[np.ndarray]:
+        """Positions of a latent, flat, in the groups in which they are coded."""
+        latent = self.latents[place]
+        found = self._readings(latent)
+        return _groups(found, _positions(latent, found))
+
+    def _readings(self, latent: Latent) -> list[Reading]:
+        own = set(latent.given)
+        if latent.kind == "entropy_bottleneck" or not dependents(self.program, own).intersection(latent.densities.values()):
+            return []
+        frontier, part = self._context_part(latent)
+        return readings(part, own)
+
+    def _context_part(self, latent: Latent) -> tuple[dict[str, int], Program]:
+        """(what the context takes besides the latent's own decoded values, the part of the program)."""
+        own = set(latent.given)
+        inside = dependents(self.program, own)
+        producers = self.program.producers()
+        frontier = set()
+        for operation in cut(self.program, _free(self.program, inside) | own, latent.densities).operations:
+            frontier.update(number for number in operation.inputs if number not in inside and producers[number].kind != "constant")
+        frontier.update(number for number in latent.densities.values() if number not in inside)
+        return {str(number): number for number in sorted(frontier)}, cut(self.program, frontier | own, latent.densities)
+
+    def _step(self, latent: Latent, known: set[int]) -> Step:
+        found = self._readings(latent)
+        positions = _positions(latent, found)
+        order = _groups(found, positions)
+        if not found:
+            outputs = {str(number): number for number in latent.densities.values()}
+            before = cut(self.program, known, outputs)
+            return Step(latent, self._executable(before), _inputs(before), tuple(latent.densities.values()), order)
+        frontier, part = self._context_part(latent)
+        before = cut(self.program, known, frontier)
+        gathering = None
+        own = tuple(number for number in _inputs(part) if number in latent.given)
+        inputs = tuple(number for number in _inputs(part) if number not in latent.given)
+        if found[0].is_plain:
+            part, gathering = self._gathered(latent, found[0], positions, max(len(group) for group in order), set(frontier.values()))
+        context = Context(self._executable(part), own, inputs, gathering)
+        return Step(latent, self._executable(before), _inputs(before), tuple(frontier.values()), order, context)
+
+    def _gathered(self, latent: Latent, reading: Reading, positions: tuple[int, ...], most: int, frontier: set[int]) -> tuple[Program, Gathering]:
+        """The context model of an image with room for `most` positions, which takes columns of numbers in place of neighbours."""
+        small = without_duplicates(self._small(most if len(positions) == 2 else -(-most // positions[0])))
+        pairs = list(zip(self.program.operations, small.operations, strict=False))
+        if len(self.program.operations) != len(small.operations) or any(
+            (a.kind, a.inputs, a.outputs, a.node) != (b.kind, b.inputs, b.outputs, b.node) for a, b in pairs
+        ):
+            raise InputError(f"{latent.node}: this codec computes other steps at other image sizes, so its context model cannot be run by positions")
+        source, number = reading.operation.inputs[0], reading.operation.outputs[0]
+        operation = small.producers()[number]
+        shape = small.values[number].shape
+        facts, channels = operation.facts, small.values[source].shape[1]
+        numbers = small.values[source].range.union(Range(0, 0))
+        small = Program(list(small.operations), list(small.values), dict(small.inputs), dict(small.outputs), list(small.boundaries))
+        if operation.kind == "layout":  # an unfolding: its result is the columns
+            columns, by_channel, taps = number, True, _window(facts["options"]["kernel_size"])
+        else:
+            taps = reading.taps
+            centre = [size // 2 for size in facts["weight"].shape[2:]]
+            index = tuple(torch.from_numpy(taps[:, axis] + centre[axis]) for axis in range(taps.shape[1]))
+            weight = facts["weight"][(slice(None), slice(None), *index)]  # (outputs, channels, taps)
+            weight = weight.transpose(1, 2).reshape(len(weight), -1, *[1] * taps.shape[1])
+            columns = small.value((1, weight.shape[1], *shape[2:]), numbers)
+            ones = (1,) * taps.shape[1]
+            changed = Operation(operation.kind, (columns,), (number,), {
+                **facts, "weight": weight.contiguous(), "stride": ones, "padding": (0,) * taps.shape[1], "dilation": ones}, operation.node)  # fmt: skip
+            small.operations = [changed if step is operation else step for step in small.operations]
+            by_channel = False
+        known = {*frontier, columns}
+        part = cut(small, known, latent.densities)
+        prepare = cut(small, set(latent.given), {"plane": source})
+        room = small.values[source].shape[2:]
+        gathering = Gathering(self._executable(prepare), _inputs(prepare)[0], str(columns), taps, channels, tuple(room), by_channel)
+        return part, gathering
+
+
+def _free(program: Program, inside: set[int]) -> set[int]:
+    """Values outside `inside` that are read from inside, so that a cut stops at them."""
+    producers = program.producers()
+    return {n for op in program.operations if set(op.outputs) & inside for n in op.inputs if n not in inside and producers[n].kind != "constant"}
+
+
+def _window(side: int) -> np.ndarray:
+    return np.stack(np.meshgrid(*[np.arange(side) - side // 2] * 2, indexing="ij"), -1).reshape(-1, 2)
+
+
+def _positions(latent: Latent, found: list[Reading]) -> tuple[int, ...]:
+    """The shape of the latent's positions: rows and columns, or channels too where the context model runs over them."""
+    volume = bool(found) and found[0].taps.shape[1] == 3
+    return tuple(latent.shape[1:] if volume else latent.shape[2:])
+
+
+def _groups(found: list[Reading], positions: tuple[int, ...]) -> list[np.ndarray]:
+    if not found:
+        return [np.arange(int(np.prod(positions)))]
+    if len(found) == 1 and found[0].is_plain:
+        time = wavefronts(found[0], positions)
+    else:
+        if any(reading.is_plain for reading in found):
+            raise InputError("a context model of several convolutions without masks has no decoding order here")
+        time = passes(found, positions)
+        if time is None:
+            raise InputError("this context model needs more passes than there is an order for")
+    time = time.flatten()
+    order = np.argsort(time, kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(time[order])) + 1)
