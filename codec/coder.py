@@ -91,7 +91,7 @@ class Coder:
         context = _context(step, values, count)
         densities = None if context else {name: values[number].reshape(-1, count) for name, number in latent.densities.items()}
         means = torch.zeros((channels, count), dtype=torch.int64)
-        limits = program.values[latent.symbols].range
+        limits = program.values[latent.symbols[0]].range
         for group in step.order:
             chosen = torch.from_numpy(group)
             here = context.densities(chosen) if context else {name: part[:, chosen] for name, part in densities.items()}
@@ -104,15 +104,11 @@ class Coder:
             if context:
                 context.add(chosen, (found << self.bits) + means[:, chosen])
         shape = latent.shape
-        values[latent.symbols] = symbols.reshape(shape).to(program.values[latent.symbols].dtype)
-        if latent.kind != "entropy_bottleneck" and latent.offsets is None:
-            decoded = ((symbols << self.bits) + means).reshape(shape)
-            for number in latent.decoded:
-                if int(decoded.abs().max()) > program.values[number].range.largest:
-                    raise InputError(_DAMAGED)
-                values[number] = decoded.to(program.values[number].dtype)
-        elif latent.offsets is None:
-            values.update(plan.decoded_of(latent, values))
+        for number in latent.symbols:
+            values[number] = symbols.reshape(shape).to(program.values[number].dtype)
+        decoded = ((symbols << self.bits) + means).reshape(shape)
+        for number in latent.decoded:
+            values[number] = decoded.to(program.values[number].dtype)
 
     def _pull(self, decoder: RansDecoder, latent: Latent, densities: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
         rows = self._rows(latent, densities, shape)
@@ -170,7 +166,9 @@ class _Columns:
     def __init__(self, step: Step, gathering: Gathering, values: Mapping[int, Tensor], count: int):
         self.context, self.gathering = step.context, gathering
         self.room = int(np.prod(gathering.room))
-        shape = step.latent.shape[1:] if gathering.taps.shape[1] == 3 else step.latent.shape[2:]
+        self.volume = gathering.taps.shape[1] == 3
+        shape = step.latent.shape[1:] if self.volume else step.latent.shape[2:]
+        self.a_channel = count // shape[0]
         margin = np.abs(gathering.taps).max(0)
         padded = np.asarray(shape) + 2 * margin
         self.plane: Tensor | None = None
@@ -186,40 +184,47 @@ class _Columns:
                 raise InputError(f"{step.latent.node}: its context model takes more than what lies at each position")
             self.rows[str(number)] = value.reshape(-1, count).T.contiguous()
 
-    def _laid(self, rows: Tensor) -> Tensor:
+    def _slots(self, chosen: Tensor) -> Tensor:
+        """Where each position is laid in the room: in a volume, into its own channel, whose parameters differ from others'."""
+        if not self.volume:
+            return torch.arange(len(chosen))
+        channel = chosen // self.a_channel  # ascending, as positions of one front are
+        first = torch.searchsorted(channel, channel)
+        return channel * (self.room // self.gathering.room[0]) + torch.arange(len(chosen)) - first
+
+    def _laid(self, rows: Tensor, slots: Tensor) -> Tensor:
         """(positions, channels) as an image of the room, channels last in memory."""
         full = rows.new_zeros((self.room, rows.shape[1]))
-        full[: len(rows)] = rows
+        full[slots] = rows
         return full.reshape(1, *self.gathering.room, -1).movedim(-1, 1)
 
     def densities(self, chosen: Tensor) -> dict[str, Tensor]:
-        gathering = self.gathering
-        inputs = {name: self._laid(rows[chosen]) for name, rows in self.rows.items()}
+        gathering, slots = self.gathering, self._slots(chosen)
+        inputs = {name: self._laid(rows[chosen], slots) for name, rows in self.rows.items()}
         if self.plane is None:
             self.plane = self._empty()
         columns = self.plane[self.places[chosen][:, None] + self.taps]  # (positions, taps, channels)
         if gathering.by_channel:
             unfolded = columns.new_zeros((self.room, columns.shape[1] * columns.shape[2]))
-            unfolded[: len(chosen)] = columns.transpose(1, 2).flatten(1)
+            unfolded[slots] = columns.transpose(1, 2).flatten(1)
             inputs[gathering.columns] = unfolded.T[None]
         else:
-            inputs[gathering.columns] = self._laid(columns.flatten(1))
+            inputs[gathering.columns] = self._laid(columns.flatten(1), slots)
         found = self.context.run(inputs)
-        return {name: part.reshape(-1, self.room)[:, : len(chosen)] for name, part in found.items()}
+        return {name: part.reshape(-1, self.room)[:, slots] for name, part in found.items()}
 
     def _empty(self) -> Tensor:
-        return self._prepared(torch.zeros((1, 1), dtype=torch.int64)).new_zeros((self.padded, self.gathering.channels))
+        return self._prepared(torch.zeros((1, 1), dtype=torch.int64), torch.zeros(1, dtype=torch.int64)).new_zeros((self.padded, self.gathering.channels))
 
-    def _prepared(self, decoded: Tensor) -> Tensor:
-        """decoded: (channels, positions); what the spatial operation takes, (room, channels)."""
+    def _prepared(self, decoded: Tensor, slots: Tensor) -> Tensor:
+        """decoded: (channels, positions); what the spatial operation takes, (positions, channels)."""
         gathering = self.gathering
-        volume = gathering.taps.shape[1] == 3
-        channels = 1 if volume else gathering.channels
+        channels = 1 if self.volume else gathering.channels
         full = torch.zeros((channels, self.room), dtype=torch.int32)
-        full[:, : decoded.shape[1]] = decoded
-        shape = (1, *gathering.room) if volume else (1, channels, *gathering.room)
+        full[:, slots] = decoded.to(torch.int32)
+        shape = (1, *gathering.room) if self.volume else (1, channels, *gathering.room)
         plane = gathering.prepare({str(gathering.own): full.reshape(shape)})["plane"]
-        return plane.reshape(-1, self.room).T
+        return plane.reshape(-1, self.room).T[slots]
 
     def add(self, chosen: Tensor, decoded: Tensor) -> None:
-        self.plane[self.places[chosen]] = self._prepared(decoded)[: len(chosen)]
+        self.plane[self.places[chosen]] = self._prepared(decoded, self._slots(chosen))

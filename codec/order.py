@@ -97,11 +97,18 @@ def _taps(operation: Operation) -> np.ndarray:
     return (used.nonzero() - centre).numpy()
 
 
+def window_side(unfold: Operation) -> int | None:
+    """Side of an unfolding's window, None where it is not square."""
+    side = unfold.facts["options"].get("kernel_size", unfold.facts["arguments"][1] if len(unfold.facts["arguments"]) > 1 else None)
+    side = side[0] if isinstance(side, (tuple, list)) and len(set(side)) == 1 else side
+    return side if isinstance(side, int) else None
+
+
 def _unfolded_taps(program: Program, unfold: Operation) -> np.ndarray:
     """Those of the window's places that a mask leaves: what is unfolded goes through layouts to a multiplication with it."""
     options = unfold.facts["options"]
-    side, pad = options.get("kernel_size"), options.get("padding", 0)
-    if not isinstance(side, int) or 2 * pad != side - 1 or set(options) - {"kernel_size", "padding"}:
+    side, pad = window_side(unfold), options.get("padding", 0)
+    if not isinstance(side, int) or 2 * pad != side - 1 or options.get("stride", 1) != 1 or options.get("dilation", 1) != 1:
         raise InputError(f"{unfold.node}: an unfolding with {options} has no decoding order here")
     number = unfold.outputs[0]
     while True:

@@ -11,37 +11,34 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from codec.order import Reading, dependents, passes, readings, wavefronts
+from codec.order import Reading, dependents, passes, readings, wavefronts, window_side
 from integer.execution import executable
 from integer.passes import without_duplicates
-from integer.program import Boundary, Operation, Program, Range
+from integer.program import Operation, Program, Range
 from support.errors import InputError
-
-Values = dict[int, Tensor]
 
 
 @dataclass
 class Latent:
     """One latent, by the numbers of its values in the program.
 
-    node: the entropy model's. decoded: every value that stands for what the decoder has. whole: the symbols are round(latent);
-    else they are differences from the means. offsets: the boundary that makes decoded values of the symbols, in the codecs with
-    reconstruction offsets.
+    node: the entropy model's. symbols: every value that stands for them. decoded: those that stand for what the decoder makes
+    of them, where that is plain (symbols, with the means where they are differences). whole: the symbols are round(latent);
+    else they are differences from the means.
     """
 
     node: str
     kind: str
-    symbols: int
+    symbols: tuple[int, ...]
     decoded: tuple[int, ...]
     densities: dict[str, int]
     whole: bool
     shape: tuple[int, ...]
-    offsets: Boundary | None = None
 
     @property
     def given(self) -> tuple[int, ...]:
         """The values that are known when the symbols are."""
-        return (self.symbols,) if self.offsets is not None else (self.symbols, *self.decoded)
+        return (*self.symbols, *self.decoded)
 
 
 def find_latents(program: Program) -> list[Latent]:
@@ -54,19 +51,19 @@ def find_latents(program: Program) -> list[Latent]:
     of_z = [boundary for boundary in program.boundaries if boundary.kind == "entropy_bottleneck"]
     latents = []
     for z in of_z:
-        same = [b for b in program.boundaries if b.symbols == z.symbols]
-        shape = program.values[z.symbols].shape
-        latents.append(Latent(z.node, "entropy_bottleneck", z.symbols, tuple({b.decoded: 0 for b in same}), {}, False, shape))
-    coded = {number for latent in latents for number in latent.decoded}
+        same = [b for b in program.boundaries if b.latent == z.latent and _same_constant(program, b.means, z.means)]
+        symbols = tuple({z.symbols: 0, **{b.symbols: 0 for b in same}})
+        latents.append(Latent(z.node, "entropy_bottleneck", symbols, (), {}, False, program.values[z.symbols].shape))
+    coded: set[int] = set()
     for density in program.boundaries:
         if density.kind not in ("gaussian", "mixture"):
             continue
         group = [b for b in program.boundaries if b.latent == density.latent and b.decoded not in coded]
-        offsets = None
         used = [b for b in group if b.decoded in read]
-        if not used:
+        offsets = next((b for b in used if b.kind == "offsets"), None)
+        if not used:  # y is scaled for the density
             offsets = next((b for b in program.boundaries if b.kind == "offsets" and b.decoded in read and b.decoded not in coded), None)
-            used = [offsets] if offsets else []
+        used = [offsets] if offsets else used
         others = [b for b in program.boundaries if offsets and b.kind == "round" and b.decoded in read and b.decoded not in coded]
         whole = density.whole or any(b.means is None for b in used if b.kind == "round")
         final = offsets or next((b for b in used if b.symbols == density.symbols), None) or (used[-1] if used else None)
@@ -80,8 +77,14 @@ def find_latents(program: Program) -> list[Latent]:
             densities.pop("means", None)
         decoded = tuple({b.decoded: 0 for b in used})
         coded.update(decoded)
-        latents.append(Latent(density.node, density.kind, final.symbols, decoded, densities, whole, program.values[final.symbols].shape, offsets))
+        shape = program.values[final.symbols].shape
+        latents.append(Latent(density.node, density.kind, (final.symbols,), () if offsets else decoded, densities, whole, shape))
     return latents
+
+
+def _same_constant(program: Program, a: int | None, b: int | None) -> bool:
+    values = {op.outputs[0]: op.facts["value"] for op in program.operations if op.kind == "constant"}
+    return a == b or (a in values and b in values and torch.equal(values[a].flatten(), values[b].flatten()))
 
 
 @dataclass
@@ -169,7 +172,7 @@ class Plan:
         self.latents = find_latents(self.program)
         wanted = {}
         for place, latent in enumerate(self.latents):
-            wanted[f"{place}.symbols"] = latent.symbols
+            wanted[f"{place}.symbols"] = latent.symbols[0]
             wanted.update({f"{place}.{name}": number for name, number in latent.densities.items()})
         self._wanted, self._small = wanted, small
         self._encoder: Callable | None = None
@@ -209,12 +212,6 @@ class Plan:
             self._synthesis = self._executable(part), _inputs(part)
         return self._synthesis
 
-    def decoded_of(self, latent: Latent, values: Values) -> Values:
-        """z as the decoder has it, from its symbols."""
-        part = cut(self.program, {latent.symbols}, {str(number): number for number in latent.decoded})
-        found = self._executable(part)({str(latent.symbols): values[latent.symbols]})
-        return {int(name): tensor for name, tensor in found.items()}
-
     def order(self, place: int) -> list[np.ndarray]:
         """Positions of a latent, flat, in the groups in which they are coded."""
         latent = self.latents[place]
@@ -253,13 +250,17 @@ class Plan:
         own = tuple(number for number in _inputs(part) if number in latent.given)
         inputs = tuple(number for number in _inputs(part) if number not in latent.given)
         if found[0].is_plain:
-            part, gathering = self._gathered(latent, found[0], positions, max(len(group) for group in order), set(frontier.values()))
+            part, gathering = self._gathered(latent, found[0], positions, order, set(frontier.values()))
         context = Context(self._executable(part), own, inputs, gathering)
         return Step(latent, self._executable(before), _inputs(before), tuple(frontier.values()), order, context)
 
-    def _gathered(self, latent: Latent, reading: Reading, positions: tuple[int, ...], most: int, frontier: set[int]) -> tuple[Program, Gathering]:
-        """The context model of an image with room for `most` positions, which takes columns of numbers in place of neighbours."""
-        small = without_duplicates(self._small(most if len(positions) == 2 else -(-most // positions[0])))
+    def _gathered(self, latent: Latent, reading: Reading, positions: tuple[int, ...], order: list[np.ndarray], frontier: set[int]) -> tuple[Program, Gathering]:
+        """The context model of an image with room for the positions of a group, which takes columns of numbers in place of neighbours."""
+        if len(positions) == 2:
+            most = max(len(group) for group in order)
+        else:  # that many in one channel
+            most = max(int(np.bincount(group // int(np.prod(positions[1:]))).max()) for group in order)
+        small = without_duplicates(self._small(most))
         pairs = list(zip(self.program.operations, small.operations, strict=False))
         if len(self.program.operations) != len(small.operations) or any(
             (a.kind, a.inputs, a.outputs, a.node) != (b.kind, b.inputs, b.outputs, b.node) for a, b in pairs
@@ -272,7 +273,7 @@ class Plan:
         numbers = small.values[source].range.union(Range(0, 0))
         small = Program(list(small.operations), list(small.values), dict(small.inputs), dict(small.outputs), list(small.boundaries))
         if operation.kind == "layout":  # an unfolding: its result is the columns
-            columns, by_channel, taps = number, True, _window(facts["options"]["kernel_size"])
+            columns, by_channel, taps = number, True, _window(window_side(operation))
         else:
             taps = reading.taps
             centre = [size // 2 for size in facts["weight"].shape[2:]]
