@@ -1,12 +1,15 @@
-"""Evaluate quantized image codecs that main_ptq.py has saved, beside the float ones they were made from.
+"""Evaluate quantized image codecs that main_ptq.py has saved, beside the float ones they were made from; code images with them.
 
-    python main_eval.py --model runs/lu2022_w8a8_rd --data kodak
+    python main_eval.py --model runs/lu2022_w8a8_rd --data kodak --real
+    python main_eval.py encode IMAGE -o FILE.licq --model runs/lu2022_w8a8_rd --quality 5
+    python main_eval.py decode FILE.licq -o IMAGE.png --model runs/lu2022_w8a8_rd
 """
 
 import argparse
 import sys
 from pathlib import Path
 
+from codec import commands
 from support import options
 from support.cli import ArgumentParser, main_guard
 from support.errors import InputError
@@ -14,13 +17,16 @@ from support.errors import InputError
 EPILOG = """\
 The folder of --out gets report.md, report.json and rd.png, of the same form as main_ptq.py's.
 
-bpp is estimated from the entropy model's likelihoods in this release; no bitstream is written.
+bpp is estimated from the entropy model's likelihoods. With --real it is that of files: each image is encoded, decoded and
+compared with what the quantized network says, and the estimate stands beside it; the float codecs' stays an estimate.
+
+    main_eval.py encode | decode | info    files of single images or folders; see main_eval.py encode --help
 """
 _NO_FLOAT = "the float codec of quality {}, {}, is not there any more or has changed; give it with --checkpoint, or leave it out with --no-float"
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="main_eval.py", description=__doc__.splitlines()[0], epilog=EPILOG, allow_abbrev=False,
+    parser = ArgumentParser(prog="main_eval.py", description=__doc__.split("\n\n")[0], epilog=EPILOG, allow_abbrev=False,
                             formatter_class=argparse.RawDescriptionHelpFormatter)
     group = parser.add_argument_group("what and on which images")
     group.add_argument("--model", metavar="WHAT", nargs="+", required=True,
@@ -36,6 +42,8 @@ def build_parser() -> ArgumentParser:
                             "qualities (default: the qualities)")
     options.add_machine(parser)
     group = parser.add_argument_group("run")
+    group.add_argument("--real", action="store_true",
+                       help="write and decode a file for every image; bpp is what it takes on disk (default: estimated)")
     group.add_argument("--no-float", dest="with_float", action="store_false",
                        help="do not evaluate the float codecs beside the quantized ones; no BD-rate then (default: evaluated)")
     group.add_argument("--out", metavar="FOLDER", help="results (default: eval_<data> in the models' folder; for `float` "
@@ -44,11 +52,16 @@ def build_parser() -> ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in commands.NAMES:
+        return commands.run(argv)
     args = build_parser().parse_args(argv)
     args.quality = options.merge_qualities(args.quality)
     only_float = args.model == ["float"]
     if only_float and not args.with_float:
         raise InputError("--model float and --no-float leave nothing to evaluate; drop one of them")
+    if only_float and args.real:
+        raise InputError("--real is for quantized models: a float codec's files cannot be decoded safely elsewhere; leave it out")
     files = [] if only_float else find_models(args.model, args.quality)
     return evaluate_all(args, files)
 
@@ -93,7 +106,10 @@ def evaluate_all(args: argparse.Namespace, files: list[Path]) -> int:
     from models.registry import get_architecture, list_models
     from quant.model import QuantModel
     from support.determinism import set_threads
-    from support.files import writable_folder
+    from support.files import sha256, writable_folder
+
+    if args.real:
+        from codec.api import Codec
 
     device = pick_device(args.device)
     set_threads(args.threads)
@@ -120,8 +136,8 @@ def evaluate_all(args: argparse.Namespace, files: list[Path]) -> int:
     writable_folder(out)
     pad = get_architecture(arch).multiple
 
-    def measure(model):
-        return evaluate(model, dataset, pad=pad, device=device, progress=not args.quiet)
+    def measure(model, codec=None):
+        return evaluate(model, dataset, pad=pad, device=device, codec=codec, progress=not args.quiet)
 
     warnings = [remark] if remark else []
     warnings += [f"the float codec of quality {extra['quality']} is another file than the one that was quantized"
@@ -139,7 +155,8 @@ def evaluate_all(args: argparse.Namespace, files: list[Path]) -> int:
         for model in (codec and codec.model, network):
             if model is not None and "level" in extra:
                 model.set_level(extra["level"])
-        quant = measure(codec) if codec else None
+        real = Codec(codec, bytes.fromhex(sha256(files[index])), args.threads, pad) if codec and args.real else None
+        quant = measure(codec, real) if codec else None
         fp32 = measure(network) if network is not None else None
         coverage = coverage or extra.get("coverage")
         points.append(make_point(

@@ -11,6 +11,7 @@ from codec.plan import Gathering, Latent, Plan, Step
 from codec.tables import GaussianRows, MixtureRows, Rows, bottleneck_rows
 from quant.boundaries import QuantEntropyBottleneck, QuantGaussianMixture
 from quant.model import QuantModel
+from quant.serialization import make_tables
 from support.errors import InputError
 
 _BEHIND = 16  # a byte of a hostile stream can have the decoder read so many behind it
@@ -22,6 +23,7 @@ class Coder:
     """Codes latents with the tables of a frozen model."""
 
     def __init__(self, model: QuantModel):
+        make_tables(model)
         self.bits = model.config.boundary_bits
         self._tables = {}
         for node in model.nodes.values():

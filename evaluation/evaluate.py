@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from codec.api import Codec
 from data.datasets import Dataset, open_dataset
 from data.images import load_image
 from evaluation.metrics import bpp_from_likelihoods, ms_ssim, mse, psnr_from_mse
-from evaluation.padding import crop_back, pad_to_multiple
+from data.padding import crop_back, pad_to_multiple
 from support.errors import InputError
 from support.progress import progress as progress_bar
 
@@ -90,8 +91,9 @@ def delta_j_percent(reference: Report, other: Report, lmbda: float, metric: str 
 
 
 def evaluate(model: nn.Module, images: Dataset | str | Path | Sequence[Path | str] | Sequence[Tensor], *,
-             name: str | None = None, pad: int = 64, device: torch.device | str | None = None, progress: bool = True) -> Report:
-    """Run `model` on each image by itself and measure it; bpp is the likelihood estimate.
+             name: str | None = None, pad: int = 64, device: torch.device | str | None = None, codec: Codec | None = None,
+             progress: bool = True) -> Report:
+    """Run `model` on each image by itself and measure it; bpp is the likelihood estimate, or with `codec` that of files.
 
     Args:
         model: anything whose call on (1, 3, H, W) in 0..1 returns {"x_hat": the same shape, "likelihoods": {...}}.
@@ -100,9 +102,11 @@ def evaluate(model: nn.Module, images: Dataset | str | Path | Sequence[Path | st
         name: the report's; default the data set's, else "images".
         pad: images are padded with zeros to multiples of this (see `pad_to_multiple`); rate counts per true pixel.
         device: where to run; default where the model's parameters are. The model is moved there.
+        codec: of the quantized `model`: encodes every image, decodes it, and must give the model's pixels.
 
     Raises:
-        InputError: no images, an unreadable image, or a NaN or Inf in the model's output, with the image's name.
+        InputError: no images, an unreadable image, a NaN or Inf in the model's output, or a file that decodes to other pixels, with
+            the image's name.
     """
     if isinstance(images, (str, Path)):
         images = open_dataset(images)
@@ -120,16 +124,16 @@ def evaluate(model: nn.Module, images: Dataset | str | Path | Sequence[Path | st
     was_training = model.training
     model.eval()
     try:
-        results = [_evaluate_one(model, item, index, pad, device)
+        results = [_evaluate_one(model, item, index, pad, device, codec)
                    for index, item in enumerate(progress_bar(items, desc=f"evaluating on {name}", unit="image",
                                                              enabled=progress, leave=False))]
     finally:
         model.train(was_training)
-    return Report(name, tuple(results), "estimate", time.monotonic() - started)
+    return Report(name, tuple(results), "bitstream" if codec else "estimate", time.monotonic() - started)
 
 
 @torch.no_grad()
-def _evaluate_one(model: nn.Module, item: Path | str | Tensor, index: int, pad: int, device) -> ImageResult:
+def _evaluate_one(model: nn.Module, item: Path | str | Tensor, index: int, pad: int, device, codec: Codec | None) -> ImageResult:
     label = f"image {index}" if isinstance(item, Tensor) else Path(item).name
     x = (item if isinstance(item, Tensor) else load_image(item)).to(device)
     x = x.reshape(1, *x.shape[-3:])
@@ -148,5 +152,12 @@ def _evaluate_one(model: nn.Module, item: Path | str | Tensor, index: int, pad: 
         raise InputError(f"{label}: the model's likelihoods give {rate} bpp; the checkpoint is damaged or the "
                          "calibration diverged")
     x_hat = crop_back(x_hat, unpad)
+    real = rate
+    if codec is not None:
+        pixels, decoded = ((image[0] * 255).round().to("cpu", torch.uint8) for image in (x, x_hat))
+        data = codec.encode(pixels)
+        if not torch.equal(codec.decode(data), decoded):
+            raise InputError(f"{label}: its file does not decode to the pixels of the quantized network; this is a defect, please report it")
+        real = 8 * len(data) / (height * width)
     error = mse(x, x_hat)
-    return ImageResult(label, width, height, rate, rate, error, psnr_from_mse(error), ms_ssim(x, x_hat))
+    return ImageResult(label, width, height, real, rate, error, psnr_from_mse(error), ms_ssim(x, x_hat))

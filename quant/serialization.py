@@ -44,7 +44,7 @@ def save_quantized(model: "QuantModel", path: str | Path, extra: Mapping[str, An
     """
     if not model.frozen:
         raise InputError("only a frozen model is a program that can be saved; call freeze() after calibration")
-    _make_tables(model)
+    make_tables(model)
     unread, constants = unread_tensors(model), _constants(model)
     kept = {
         name: tensor.detach().cpu()
@@ -177,7 +177,7 @@ def _description(model: "QuantModel") -> dict[str, Any]:
     }
 
 
-def _make_tables(model: "QuantModel") -> None:
+def make_tables(model: "QuantModel") -> None:
     """CDF tables are part of the model: made here once, never by whoever decodes (design, section 4)."""
     empty = any(t.numel() == 0 for name, t in model.state_dict().items() if name.rpartition(".")[2] in CDF_STATE)
     if empty and callable(getattr(model.model, "update", None)):

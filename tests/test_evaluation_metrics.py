@@ -10,7 +10,7 @@ from PIL import Image
 from data.images import load_image
 from evaluation.anchors import anchor_curve
 from evaluation.metrics import bpp_from_likelihoods, ms_ssim, ms_ssim_db, mse, psnr
-from evaluation.padding import crop_back, pad_to_multiple
+from data.padding import crop_back, pad_to_multiple
 
 
 def test_psnr_of_a_known_error():

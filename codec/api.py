@@ -1,0 +1,110 @@
+"""Images to .licq files and back, with a quantized model."""
+
+from collections import OrderedDict
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from codec.coder import Coder
+from codec.container import MAX_PIXELS, MODEL_BYTES, Container
+from codec.plan import Plan
+from data.padding import crop_back, pad_to_multiple
+from integer.lowering import lower
+from integer.program import Program
+from models.registry import architecture_of, get_architecture
+from quant.model import QuantModel
+from support.errors import InputError
+from support.files import sha256
+
+_PLANS = 2  # sizes whose programs are kept
+_LATENT = 16  # pixels of a position of y along one side
+
+
+class Codec:
+    """A frozen model that writes and reads files.
+
+    Args:
+        model: frozen.
+        digest: what names the model in its files, at least four bytes: the SHA-256 of its own file.
+        threads: of the kernels; None: PyTorch's.
+        multiple: sides of the images that the network takes are multiples of it.
+    """
+
+    def __init__(self, model: QuantModel, digest: bytes, threads: int | None = None, multiple: int | None = None):
+        if not model.frozen:
+            raise InputError("only a frozen model can write files; call freeze() after calibration")
+        known = architecture_of(model.model)
+        self.multiple = multiple or (get_architecture(known[0]).multiple if known else 64)
+        self.model, self.digest, self.threads = model, digest[:MODEL_BYTES], threads
+        self.variable = hasattr(model.model, "set_level")
+        self._coder = Coder(model)
+        self._plans: OrderedDict[tuple[int, int, int], Plan] = OrderedDict()
+
+    @classmethod
+    def load(cls, path: str | Path, threads: int | None = None) -> "Codec":
+        """The codec of a file that `QuantModel.save` or main_ptq.py has written."""
+        return cls(QuantModel.load(path), bytes.fromhex(sha256(path)), threads)
+
+    def encode(self, pixels: Tensor, level: float | None = None) -> bytes:
+        """The file of one image.
+
+        Args:
+            pixels: (3, H, W), uint8.
+            level: rate of a variable-rate codec, from 1; default: what the model is set to. Kept to a thousandth.
+
+        Raises:
+            InputError: a level for a codec without, or a codec whose forward has no bitstream.
+        """
+        rate = self._rate(level)
+        height, width = pixels.shape[-2:]
+        if height * width > MAX_PIXELS:
+            raise InputError(f"an image of {width}x{height} is too large to be coded in one piece; cut it into parts of at most {MAX_PIXELS} pixels")
+        padded, _ = pad_to_multiple(pixels[None], self.multiple)
+        plan = self._plan(*padded.shape[-2:], rate)
+        return Container(self.digest, width, height, rate, (self._coder.encode(plan, padded),)).to_bytes()
+
+    def decode(self, data: bytes) -> Tensor:
+        """The image of a file, (3, H, W), uint8.
+
+        Raises:
+            InputError: damaged, or of another model.
+        """
+        content = Container.from_bytes(data)
+        if content.model != self.digest:
+            raise InputError(f"the file is of another model ({content.model.hex()}, this one is {self.digest.hex()}); give that with --model")
+        if bool(content.rate) != self.variable or len(content.streams) != 1:
+            raise InputError("the file does not fit this model, though it names it; encode the image again")
+        like, unpad = pad_to_multiple(torch.empty((1, 1, content.height, content.width), device="meta"), self.multiple)
+        plan = self._plan(*like.shape[-2:], content.rate)
+        return crop_back(self._coder.decode(plan, content.streams[0]), unpad)[0].contiguous()
+
+    def _rate(self, level: float | None) -> int:
+        if not self.variable:
+            if level is not None:
+                raise InputError("this codec has one rate; leave out the level")
+            return 0
+        if level is None:
+            level = self.model.model.level_of(float(self.model.model.rate))
+        return max(1, round(1000 * level))
+
+    def _plan(self, height: int, width: int, rate: int) -> Plan:
+        key = (height, width, rate)
+        if key not in self._plans:
+            self._plans[key] = Plan(self._lowered(height, width, rate), partial(self._small, rate), self.threads)
+            while len(self._plans) > _PLANS:
+                self._plans.popitem(last=False)
+        self._plans.move_to_end(key)
+        return self._plans[key]
+
+    def _lowered(self, height: int, width: int, rate: int) -> Program:
+        if rate:
+            self.model.model.set_level(rate / 1000)
+        return lower(self.model, height, width)
+
+    def _small(self, rate: int, positions: int) -> Program:
+        """The program of a small image whose latent has so many positions."""
+        side = self.multiple
+        across = (side // _LATENT) ** 2
+        return self._lowered(side, side * -(-positions // across), rate)

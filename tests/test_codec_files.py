@@ -1,0 +1,175 @@
+"""Files of every architecture decode to the pixels of the quantized network; whatever else is in a file is told in one line."""
+
+import random
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import norm
+
+from codec.api import Codec
+from codec.coder import Coder
+from codec.container import MAGIC, Container
+from codec.plan import Plan
+from data.padding import pad_to_multiple
+from frozen_codecs import frozen
+from integer.lowering import lower
+from models.registry import list_models
+from support.errors import InputError
+from tiny_codecs import SIZES, images
+
+WITHOUT = "minnen2018-vbr"  # its y_hat and the symbols of its rate are two roundings of y
+DIGEST = bytes(range(32))
+QUICK = ("balle2018", "minnen2018", "lu2022")
+
+
+def codec_of(name: str) -> Codec:
+    return Codec(frozen(name), DIGEST, threads=1)
+
+
+def pixels(height: int, width: int, seed: int = 5) -> torch.Tensor:
+    full = images(1, 64 * -(-height // 64), 64 * -(-width // 64), seed)[0, :, :height, :width]
+    return (full * 255).round().to(torch.uint8)
+
+
+def simulated(name: str, image: torch.Tensor) -> torch.Tensor:
+    padded, unpad = pad_to_multiple(image[None].float() / 255)
+    with torch.no_grad():
+        x_hat = frozen(name)(padded)["x_hat"]
+    return torch.nn.functional.pad((x_hat * 255).round(), unpad)[0].to(torch.uint8)
+
+
+@pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SIZES if name != WITHOUT])
+def test_files_decode_to_the_pixels_of_the_quantized_network(name):
+    codec = codec_of(name)
+    for height, width in ((64, 64), (100, 150)):
+        image = pixels(height, width)
+        data = codec.encode(image)
+        decoded = codec_of(name).decode(data)
+        assert decoded.dtype == torch.uint8 and torch.equal(decoded, simulated(name, image))
+
+
+def test_every_architecture_is_here():
+    assert {name for name in list_models() if name in SIZES} == set(SIZES)
+
+
+def test_a_codec_whose_forward_has_no_bitstream_says_so():
+    with pytest.raises(InputError, match="estimated rates"):
+        codec_of(WITHOUT).encode(pixels(64, 64))
+
+
+@pytest.mark.parametrize("name", ["qvrf-balle2018", "balle2018-vbr"])
+def test_a_file_says_its_rate(name):
+    codec = codec_of(name)
+    image = pixels(128, 192)
+    files = {level: codec.encode(image, level) for level in (1, 5.5, 8)}
+    assert len(files[1]) < len(files[5.5]) < len(files[8])
+    for level, data in files.items():
+        assert Container.from_bytes(data).rate == 1000 * level
+        decoded = codec.decode(data)
+        frozen(name).model.set_level(level)
+        assert torch.equal(decoded, simulated(name, image))
+    frozen(name).model.set_level(1)
+
+
+def test_length_is_that_of_the_density_of_what_is_coded():
+    """Against SciPy, on latents with few outliers: the tables, the coder and its last bytes cost less than 0.5 % and 16 bytes."""
+    model = frozen("minnen2018")
+    plan = Plan(lower(model, 256, 256), lambda count: lower(model, 64, 64 * -(-count // 16)), 1)
+    found = plan.encode(pixels(256, 256)[None])
+    unit = 2.0**-model.config.boundary_bits
+    symbols, scales, means = (found[1][name].numpy().astype(float) for name in ("symbols", "scales", "means"))
+    scales, means = np.maximum(scales * unit, 0.11), means * unit
+    likelihood = norm.cdf((symbols + 0.5 - means) / scales) - norm.cdf((symbols - 0.5 - means) / scales)
+    common = np.abs(symbols - means) < 4 * scales + 0.5
+    exact = -np.log2(np.maximum(likelihood[common], 1e-30)).sum() / 8
+
+    coder = Coder(model)
+    rows = coder._rows(plan.latents[1], {name: found[1][name].flatten() for name in ("scales", "means")}, symbols.shape)
+    spent = 0.0
+    for row, base, symbol, counts in zip(rows.rows, rows.base, symbols.flatten(), common.flatten()):
+        if counts:
+            cdf, place = rows.cdfs[row], int(symbol - base - rows.offsets[row])
+            spent -= np.log2((cdf[place + 1] - cdf[place]) / 2**16) / 8
+    assert abs(spent / exact - 1) < 0.005
+    outside = int((~common).sum())
+    stream = coder.encode(plan, pixels(256, 256)[None])
+    z = len(stream) - spent
+    assert -0.01 * spent < z < 16 + 6 * outside + 0.1 * spent
+
+
+# ------------------------------------------------------------------------------------------------------------- damage
+
+
+def written(name: str = "balle2018") -> bytes:
+    return codec_of(name).encode(pixels(100, 150))
+
+
+def test_content_of_the_container():
+    content = Container(b"abcd", 70000, 3, 2500, (b"", b"xyz" * 100))
+    assert Container.from_bytes(content.to_bytes()) == content
+    assert len(Container(b"abcd", 768, 512, 0, (b"x" * 6000,)).to_bytes()) - 6000 == 21
+    data = written()
+    assert data[:4] == MAGIC and Container.from_bytes(data).model == DIGEST[:4]
+
+
+def refused(codec: Codec, data: bytes) -> str:
+    with pytest.raises(InputError) as caught:
+        codec.decode(data)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_every_shorter_file_and_every_flipped_bit_is_noticed():
+    codec, data = codec_of("balle2018"), written()
+    for length in range(len(data)):
+        refused(codec, data[:length])
+    refused(codec, data + b"\0")
+    for place in range(len(data)):
+        for bit in range(8):
+            changed = bytearray(data)
+            changed[place] ^= 1 << bit
+            refused(codec, bytes(changed))
+
+
+def test_another_model_and_another_format_are_told():
+    data = written()
+    assert "another model" in refused(Codec(frozen("balle2018"), b"other model"), data)
+    assert "no .licq file" in refused(codec_of("balle2018"), b"\x89PNG\r\n")
+    assert "version" in refused(codec_of("balle2018"), data[:4] + b"\7" + data[5:])
+
+
+@pytest.mark.parametrize(("name", "budget"), [("balle2018", 150), ("minnen2018", 40), pytest.param("lu2022", 100, marks=pytest.mark.slow)])
+def test_hostile_streams_with_right_checksums_decode_or_are_refused(name, budget):
+    """Random, truncated, spliced and repeated streams: an image of the stated size or one line, and no crash."""
+    draw = random.Random(0)
+    codec = codec_of(name)
+    good = Container.from_bytes(codec.encode(pixels(64, 64)))
+    for _ in range(budget):
+        stream = bytearray(good.streams[0])
+        kind = draw.randrange(5)
+        if kind == 0:
+            stream = bytearray(draw.randbytes(draw.randrange(400)))
+        elif kind == 1:
+            del stream[draw.randrange(len(stream)) :]
+        elif kind == 2:
+            for _ in range(draw.randrange(1, 20)):
+                stream[draw.randrange(len(stream))] = draw.randrange(256)
+        elif kind == 3:
+            stream = bytearray([draw.choice((0, 255, 15, 240))]) * draw.randrange(1, 2000)
+        else:
+            cut = draw.randrange(len(stream))
+            stream = stream[cut:] + stream[:cut]
+        width, height = draw.choice(((64, 64), (1, 1), (100, 70)))
+        data = Container(good.model, width, height, 0, (bytes(stream),)).to_bytes()
+        try:
+            assert codec.decode(data).shape == (3, height, width)
+        except InputError as error:
+            assert "\n" not in str(error)
+
+
+def test_a_hostile_size_is_refused_before_anything_is_allocated():
+    head = Container(DIGEST[:4], 2**17, 2**17, 0, (b"",))
+    assert "damaged" in refused(codec_of("balle2018"), head.to_bytes())
+    assert zlib.crc32(b"") == 0  # the checksum of an empty stream is that of the header alone
