@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from codec import commands
+from codec import commands, verify
 from support import options
 from support.cli import ArgumentParser, main_guard
 from support.errors import InputError
@@ -21,6 +21,7 @@ bpp is estimated from the entropy model's likelihoods. With --real it is that of
 compared with what the quantized network says, and the estimate stands beside it; the float codecs' stays an estimate.
 
     main_eval.py encode | decode | info    files of single images or folders; see main_eval.py encode --help
+    main_eval.py verify                    does every machine decode the same? see main_eval.py verify --help
 """
 _NO_FLOAT = "the float codec of quality {}, {}, is not there any more or has changed; give it with --checkpoint, or leave it out with --no-float"
 
@@ -55,6 +56,8 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in commands.NAMES:
         return commands.run(argv)
+    if argv and argv[0] == "verify":
+        return verify.run(argv[1:])
     args = build_parser().parse_args(argv)
     args.quality = options.merge_qualities(args.quality)
     only_float = args.model == ["float"]

@@ -1,6 +1,7 @@
 """Images to .licq files and back, with a quantized model."""
 
 from collections import OrderedDict
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from codec.coder import Coder
 from codec.container import MAX_PIXELS, MODEL_BYTES, Container
 from codec.plan import Plan
 from data.padding import crop_back, pad_to_multiple
+from integer.execution import executable
 from integer.lowering import lower
 from integer.program import Program
 from models.registry import architecture_of, get_architecture
@@ -80,6 +82,27 @@ class Codec:
         plan = self._plan(*like.shape[-2:], content.rate)
         return crop_back(self._coder.decode(plan, content.streams[0]), unpad)[0].contiguous()
 
+    def inspect(self, pixels: Tensor, batch: int = 1, device: torch.device | str = "cpu") -> dict:
+        """What the integer network computes for an image (3, H, W), uint8, in one pass.
+
+        Args:
+            batch: so many images go through at once: this one, and shifted copies of it.
+
+        Returns:
+            {"latents": [{"symbols", "scales" ...}], "pixels": (3, H, W)}, whole numbers.
+        """
+        padded, unpad = pad_to_multiple(pixels[None], self.multiple)
+        together = torch.cat([padded, *(padded.roll(7 * place, -1) for place in range(1, batch))])
+        program = self._lowered(*padded.shape[-2:], self._rate(None), batch)
+        latents, outputs = Plan(program, None).outputs()
+        whole = replace(latents, outputs={**outputs, "pixels": latents.outputs["pixels"]})
+        found = executable(whole, self.threads, device)({"pixels": together.to(device)})
+        names: dict[int, dict[str, Tensor]] = {}
+        for name in outputs:
+            place, _, what = name.partition(".")
+            names.setdefault(int(place), {})[what] = found[name][:1].cpu()
+        return {"latents": [names[place] for place in sorted(names)], "pixels": crop_back(found["pixels"][:1].cpu(), unpad)[0].contiguous()}
+
     def _rate(self, level: float | None) -> int:
         if not self.variable:
             if level is not None:
@@ -98,10 +121,10 @@ class Codec:
         self._plans.move_to_end(key)
         return self._plans[key]
 
-    def _lowered(self, height: int, width: int, rate: int) -> Program:
+    def _lowered(self, height: int, width: int, rate: int, batch: int = 1) -> Program:
         if rate:
             self.model.model.set_level(rate / 1000)
-        return lower(self.model, height, width)
+        return lower(self.model, height, width, batch)
 
     def _small(self, rate: int, positions: int) -> Program:
         """The program of a small image whose latent has so many positions."""

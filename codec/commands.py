@@ -54,11 +54,11 @@ def models_of(run: str | Path) -> list[Path]:
     return found
 
 
-def jobs(inputs: Sequence[str], out: str | None, suffixes: frozenset[str], suffix: str) -> list[tuple[Path, Path]]:
-    """(input, output) for every file that `inputs` name.
+def files_of(inputs: Sequence[str], suffixes: frozenset[str]) -> list[Path]:
+    """Every file that `inputs` name; of folders those with one of the suffixes.
 
     Raises:
-        InputError: a missing input, an empty folder, two inputs for one output.
+        InputError: a missing input, an empty folder.
     """
     sources: list[Path] = []
     for word in inputs:
@@ -72,6 +72,16 @@ def jobs(inputs: Sequence[str], out: str | None, suffixes: frozenset[str], suffi
             raise InputError(f"{word}: no such file; check the path")
         else:
             sources.append(path)
+    return sources
+
+
+def jobs(inputs: Sequence[str], out: str | None, suffixes: frozenset[str], suffix: str) -> list[tuple[Path, Path]]:
+    """(input, output) for every file that `inputs` name.
+
+    Raises:
+        InputError: a missing input, an empty folder, two inputs for one output.
+    """
+    sources = files_of(inputs, suffixes)
     single = out is not None and len(sources) == 1 and not Path(out).is_dir() and not Path(inputs[0]).is_dir()
     pairs = [(p, Path(out) if single else (Path(out) if out else p.parent) / (p.stem + suffix)) for p in sources]
     targets = [target for _, target in pairs]
@@ -133,6 +143,8 @@ def decode(args: argparse.Namespace) -> int:
 
     set_threads(args.threads)
     pairs = jobs(args.inputs, args.out, frozenset({SUFFIX}), _IMAGE)
+    for _, target in pairs:
+        _format(target)
     models = {bytes.fromhex(sha256(file))[:MODEL_BYTES]: file for file in models_of(args.model)}
     codecs: dict[bytes, Codec] = {}
     for source, target in _shown(pairs, args, "decoding"):
@@ -153,7 +165,7 @@ def decode(args: argparse.Namespace) -> int:
 def info(args: argparse.Namespace) -> int:
     from codec.container import Container
 
-    for source, _ in jobs(args.inputs, None, frozenset({SUFFIX}), _IMAGE):
+    for source in files_of(args.inputs, frozenset({SUFFIX})):
         data = _read(source)
         content = _named(source, Container.from_bytes, data)
         payload = sum(map(len, content.streams))

@@ -184,6 +184,10 @@ class Plan:
     def _executable(self, part: Program) -> Callable:
         return executable(part, self.threads)
 
+    def outputs(self) -> tuple[Program, dict[str, int]]:
+        """(the program, the numbers of each latent's symbols and densities as "place.name")."""
+        return self.program, self._wanted
+
     def encode(self, pixels: Tensor) -> list[dict[str, Tensor]]:
         """For each latent its symbols and densities, whole numbers; pixels: (1, 3, H, W) uint8, padded."""
         if self._encoder is None:

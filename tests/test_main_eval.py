@@ -2,11 +2,17 @@
 
 import json
 
+import numpy as np
 import pytest
+import torch
 from main_jobs import ARCH, job, one_line, report_of, run, zoo  # noqa: F401
 
 import main_eval
+from codec import verify
+from data.images import load_image, load_pixels
+from data.padding import crop_back, pad_to_multiple
 from models.checkpoints import load_checkpoint, save_checkpoint
+from quant.model import QuantModel
 from support.cli import main_guard
 
 
@@ -119,3 +125,93 @@ def test_float_checkpoint_of_another_codec_is_refused(saved, tmp_path, zoo, caps
     words = ["--model", saved / "q1" / "model.safetensors", "--data", tmp_path / "eval", "--checkpoint", tmp_path / "other.safetensors"]
     assert evaluate(*words) == 2
     one_line(capsys, "lambda 0.5")
+
+
+def test_real_rates_are_those_of_files_and_near_the_estimate(saved, tmp_path, capsys):
+    assert evaluate("--model", saved, "--data", tmp_path / "eval", "--real", "--out", tmp_path / "e", "--threads", 1) == 0
+    assert "bitstreams that were written and decoded" in capsys.readouterr().out + (tmp_path / "e" / "report.md").read_text()
+    estimated = read(tmp_path / "out")
+    report = read(tmp_path / "e")
+    assert report["bpp_source"] == "bitstream"
+    for point, before in zip(report["points"], estimated["points"], strict=True):
+        quant = point["quant"]
+        assert quant["bpp_estimated"] == before["quant"]["bpp"] and quant["psnr"] == before["quant"]["psnr"]
+        whole_bytes = quant["bpp"] * 96 * 64 / 8
+        assert whole_bytes == pytest.approx(round(2 * whole_bytes) / 2, abs=1e-6)  # a mean of two images
+        assert abs(quant["bpp"] - quant["bpp_estimated"]) * 96 * 64 / 8 < 40  # head, last bytes, outliers
+
+
+def command(*words) -> int:
+    return main_guard(lambda: main_eval.main([str(word) for word in words]))
+
+
+def test_images_to_files_and_back(saved, tmp_path, capsys):
+    source = tmp_path / "eval" / "1.png"
+    model = saved / "q3" / "model.safetensors"
+    assert command("encode", source, "-o", tmp_path / "a.licq", "--model", saved, "--quality", 3) == 0
+    assert f"{(tmp_path / 'a.licq').stat().st_size} bytes" in capsys.readouterr().out
+    assert command("info", tmp_path / "a.licq") == 0
+    assert "96x64" in capsys.readouterr().out
+    assert command("decode", tmp_path / "a.licq", "-o", tmp_path / "a.png", "--model", saved) == 0  # finds the model by itself
+    decoded = load_pixels(tmp_path / "a.png")
+    with torch.no_grad():
+        padded, unpad = pad_to_multiple(load_image(source)[None])
+        expected = crop_back(QuantModel.load(model)(padded)["x_hat"], unpad)[0]
+    assert np.array_equal(decoded, (expected * 255).round().permute(1, 2, 0).to(torch.uint8).numpy())
+
+
+def test_folders_of_images(saved, tmp_path, capsys):
+    model = saved / "q1" / "model.safetensors"
+    assert command("encode", tmp_path / "eval", "-o", tmp_path / "coded", "--model", model, "--quiet") == 0
+    assert sorted(path.name for path in (tmp_path / "coded").iterdir()) == ["1.licq", "2.licq"]
+    assert command("decode", tmp_path / "coded", "-o", tmp_path / "back", "--model", saved, "--quiet") == 0
+    assert sorted(path.name for path in (tmp_path / "back").iterdir()) == ["1.png", "2.png"]
+    assert capsys.readouterr().out == ""
+
+
+def test_what_cannot_be_coded_is_one_line(saved, tmp_path, capsys):
+    image = tmp_path / "eval" / "1.png"
+    assert command("encode", image, "-o", tmp_path / "a.licq", "--model", saved, "--quality", 1) == 0
+    capsys.readouterr()
+    bad = tmp_path / "bad.licq"
+    bad.write_bytes((tmp_path / "a.licq").read_bytes()[:-1])
+    wrong = [
+        (("encode", image, "--model", saved), "--quality"),
+        (("encode", image, "--model", saved, "--quality", 2), "qualities 1, 3"),
+        (("encode", image, "--model", tmp_path / "none"), "no quantized model"),
+        (("encode", tmp_path / "none.png", "--model", saved, "--quality", 1), "no such file"),
+        (("encode", tmp_path / "a.licq", "--model", saved, "--quality", 1, "-o", tmp_path / "b.licq"), "not an image"),
+        (("decode", bad, "--model", saved), "damaged"),
+        (("decode", tmp_path / "a.licq", "--model", saved / "q3" / "model.safetensors"), "written by the model"),
+        (("decode", tmp_path / "a.licq", "-o", tmp_path / "a.jpg", "--model", saved), "without loss"),
+        (("decode", image, "--model", saved, "-o", tmp_path / "c.png"), "no .licq file"),
+        (("info", image), "no .licq file"),
+    ]
+    before = sorted(tmp_path.iterdir())
+    for line, expected in wrong:
+        assert command(*line) == 2
+        printed = capsys.readouterr()
+        assert printed.err.count("\n") == 1 and expected in printed.err and printed.out == "", line
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.slow
+def test_verify_finds_no_difference(saved, tmp_path, capsys):
+    out = tmp_path / "table.md"
+    status = command("verify", "--model", saved, "--quality", 1, "--data", tmp_path / "eval", "--images", 1, "--out", out, "--quiet")
+    assert status == 0 and "reference kernels" in out.read_text()
+    assert json.loads(out.with_suffix(".json").read_text())["1 thread"]["float"]
+
+
+def test_verify_counts_images_that_differ():
+    def result(**hashes):
+        return {"integer": [hashes], "float": []}
+
+    base = result(symbols="a", indexes="b", pixels="c", decoded="c")
+    same, other, failed = dict(base), result(symbols="a", indexes="b", pixels="x", decoded="c"), result(
+        symbols="a", indexes="b", pixels="c", decoded="the file is damaged")
+    found = verify.compared([base, same, other, failed, result(symbols="a", indexes="b", pixels="c")], "integer")
+    assert [sum(part.values()) for part in found] == [0, 0, 1, 1, 0] and found[2]["pixels"] == found[3]["decoded"] == 1
+    assert verify.compared([base, same], "float") == [None, None]
+    inconsistent = result(symbols="a", indexes="b", pixels="c", decoded="d")
+    assert verify.compared([inconsistent], "integer")[0]["decoded"] == 1
