@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from models.checkpoint_files import CDF_STATE, QUANTIZED_FORMAT, pack_cdfs, read_tensors, write_tensors
 from models.registry import architecture_of, create_network, list_models
+from quant.boundaries import QuantGaussianConditional
 from quant.config import QuantConfig
 from quant.grid import Grid
 from quant.modules import QuantMAC, QuantModule
@@ -138,6 +139,8 @@ def unread_tensors(model: "QuantModel") -> set[str]:
                 drop(path, module, "module", "weight_quantizer", "log_n_bias", "bias_change")
             elif id(module) not in ran:
                 unread.update(f"{path}.{name}" for name, _ in _tensors(module))
+        elif isinstance(module, QuantGaussianConditional) and module.normal is not None:
+            drop(path, module, *(f"module.{name}" for name in CDF_STATE))  # its symbols are coded with `density`
         elif isinstance(module, QuantLayerNorm) and module.offset is not None:
             drop(path, module, "module")
         elif isinstance(module, Grid):
