@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from codec.coder import Coder
-from codec.container import MAX_PIXELS, MODEL_BYTES, Container
+from codec.container import GAIN_UNIT, MAX_PIXELS, MODEL_BYTES, Container
 from codec.plan import Plan
 from data.padding import crop_back, pad_to_multiple
 from integer.execution import executable
@@ -54,18 +54,18 @@ class Codec:
 
         Args:
             pixels: (3, H, W), uint8.
-            level: rate of a variable-rate codec, from 1; default: what the model is set to. Kept to a thousandth.
+            level: rate of a variable-rate codec, from 1; default: what the model is set to.
 
         Raises:
             InputError: a level for a codec without, or a codec whose forward has no bitstream.
         """
-        rate = self._rate(level)
+        gain = self._gain(level)
         height, width = pixels.shape[-2:]
         if height * width > MAX_PIXELS:
             raise InputError(f"an image of {width}x{height} is too large to be coded in one piece; cut it into parts of at most {MAX_PIXELS} pixels")
         padded, _ = pad_to_multiple(pixels[None], self.multiple)
-        plan = self._plan(*padded.shape[-2:], rate)
-        return Container(self.digest, width, height, rate, (self._coder.encode(plan, padded),)).to_bytes()
+        plan = self._plan(*padded.shape[-2:], gain)
+        return Container(self.digest, width, height, gain, (self._coder.encode(plan, padded),)).to_bytes()
 
     def decode(self, data: bytes) -> Tensor:
         """The image of a file, (3, H, W), uint8.
@@ -76,10 +76,10 @@ class Codec:
         content = Container.from_bytes(data)
         if content.model != self.digest:
             raise InputError(f"the file is of another model ({content.model.hex()}, this one is {self.digest.hex()}); give that with --model")
-        if bool(content.rate) != self.variable or len(content.streams) != 1:
+        if bool(content.gain) != self.variable or len(content.streams) != 1:
             raise InputError("the file does not fit this model, though it names it; encode the image again")
         like, unpad = pad_to_multiple(torch.empty((1, 1, content.height, content.width), device="meta"), self.multiple)
-        plan = self._plan(*like.shape[-2:], content.rate)
+        plan = self._plan(*like.shape[-2:], content.gain)
         return crop_back(self._coder.decode(plan, content.streams[0]), unpad)[0].contiguous()
 
     def inspect(self, pixels: Tensor, batch: int = 1, device: torch.device | str = "cpu") -> dict:
@@ -93,7 +93,7 @@ class Codec:
         """
         padded, unpad = pad_to_multiple(pixels[None], self.multiple)
         together = torch.cat([padded, *(padded.roll(7 * place, -1) for place in range(1, batch))])
-        program = self._lowered(*padded.shape[-2:], self._rate(None), batch)
+        program = self._lowered(*padded.shape[-2:], self._gain(None), batch)
         latents, outputs = Plan(program, None).outputs()
         whole = replace(latents, outputs={**outputs, "pixels": latents.outputs["pixels"]})
         found = executable(whole, self.threads, device)({"pixels": together.to(device)})
@@ -103,31 +103,30 @@ class Codec:
             names.setdefault(int(place), {})[what] = found[name][:1].cpu()
         return {"latents": [names[place] for place in sorted(names)], "pixels": crop_back(found["pixels"][:1].cpu(), unpad)[0].contiguous()}
 
-    def _rate(self, level: float | None) -> int:
+    def _gain(self, level: float | None) -> int:
         if not self.variable:
             if level is not None:
                 raise InputError("this codec has one rate; leave out the level")
             return 0
-        if level is None:
-            level = self.model.model.level_of(float(self.model.model.rate))
-        return max(1, round(1000 * level))
+        gain = float(self.model.model.rate) if level is None else self.model.model.gain(level)
+        return max(1, round(gain / GAIN_UNIT))
 
-    def _plan(self, height: int, width: int, rate: int) -> Plan:
-        key = (height, width, rate)
+    def _plan(self, height: int, width: int, gain: int) -> Plan:
+        key = (height, width, gain)
         if key not in self._plans:
-            self._plans[key] = Plan(self._lowered(height, width, rate), partial(self._small, rate), self.threads)
+            self._plans[key] = Plan(self._lowered(height, width, gain), partial(self._small, gain), self.threads)
             while len(self._plans) > _PLANS:
                 self._plans.popitem(last=False)
         self._plans.move_to_end(key)
         return self._plans[key]
 
-    def _lowered(self, height: int, width: int, rate: int, batch: int = 1) -> Program:
-        if rate:
-            self.model.model.set_level(rate / 1000)
+    def _lowered(self, height: int, width: int, gain: int, batch: int = 1) -> Program:
+        if gain:
+            self.model.model.set_factor(gain * GAIN_UNIT)
         return lower(self.model, height, width, batch)
 
-    def _small(self, rate: int, positions: int) -> Program:
+    def _small(self, gain: int, positions: int) -> Program:
         """The program of a small image whose latent has so many positions."""
         side = self.multiple
         across = (side // _LATENT) ** 2
-        return self._lowered(side, side * -(-positions // across), rate)
+        return self._lowered(side, side * -(-positions // across), gain)

@@ -163,13 +163,13 @@ def decode(args: argparse.Namespace) -> int:
 
 
 def info(args: argparse.Namespace) -> int:
-    from codec.container import Container
+    from codec.container import GAIN_UNIT, Container
 
     for source in files_of(args.inputs, frozenset({SUFFIX})):
         data = _read(source)
         content = _named(source, Container.from_bytes, data)
         payload = sum(map(len, content.streams))
-        rate = f", quality {content.rate / 1000:g}" if content.rate else ""
+        rate = f", gain {content.gain * GAIN_UNIT:.4f}" if content.gain else ""
         print(f"{source}: {content.width}x{content.height}, model {content.model.hex()}{rate}, {len(content.streams)} stream"
               f"{'s' if len(content.streams) > 1 else ''} of {payload} bytes, {len(data)} bytes in all, "
               f"{8 * len(data) / (content.width * content.height):.4f} bits per pixel")

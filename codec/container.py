@@ -3,7 +3,8 @@
     bytes     4  "LICQ"
               1  version
               4  the model: first bytes of the SHA-256 of its file
-    varints      width, height, rate (0: the codec has one; else thousandths of a level), number of streams, their lengths
+    varints      width, height, gain (0: the codec has one rate; else that of a variable-rate codec, times 2^16), number of streams,
+                 their lengths
     bytes  4 each  CRC-32 of everything before it that is not a checksum, and of its stream
                  the streams
 
@@ -18,6 +19,7 @@ from support.errors import InputError
 MAGIC = b"LICQ"
 VERSION = 1
 MODEL_BYTES = 4
+GAIN_UNIT = 2.0**-16
 MAX_PIXELS = 2**25
 """Of one image, which is coded as a whole; more in a file is taken for damage."""
 _MAX_STREAMS = 4096
@@ -26,16 +28,19 @@ _DAMAGED = "the file is truncated or damaged; get an intact copy or encode the i
 
 @dataclass(frozen=True)
 class Container:
-    """model: MODEL_BYTES bytes. rate: thousandths of a level of a variable-rate codec, 0 of others."""
+    """model: MODEL_BYTES bytes. gain: of a variable-rate codec in GAIN_UNITs, 0 of others.
+
+    A gain and not a level, because the way from one to the other goes through logarithms, which differ between machines.
+    """
 
     model: bytes
     width: int
     height: int
-    rate: int
+    gain: int
     streams: tuple[bytes, ...]
 
     def to_bytes(self) -> bytes:
-        numbers = (self.width, self.height, self.rate, len(self.streams), *map(len, self.streams))
+        numbers = (self.width, self.height, self.gain, len(self.streams), *map(len, self.streams))
         head = MAGIC + bytes([VERSION]) + self.model + b"".join(map(_varint, numbers))
         sums = b"".join(_checksum(head, stream) for stream in self.streams)
         return head + sums + b"".join(self.streams)
@@ -61,7 +66,7 @@ class Container:
         for _ in range(4):
             number, place = _read_varint(data, place)
             numbers.append(number)
-        width, height, rate, count = numbers
+        width, height, gain, count = numbers
         if not (0 < width * height <= MAX_PIXELS and 0 < count <= _MAX_STREAMS):
             raise InputError(_DAMAGED)
         lengths = []
@@ -80,7 +85,7 @@ class Container:
                 raise InputError(_DAMAGED)
             streams.append(stream)
             place += length
-        return cls(model, width, height, rate, tuple(streams))
+        return cls(model, width, height, gain, tuple(streams))
 
 
 def _checksum(head: bytes, stream: bytes) -> bytes:
