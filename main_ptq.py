@@ -33,7 +33,7 @@ q<quality>/result.json. Without --resume a run starts anew: what an earlier run 
 is finished. With --resume it goes on after the last finished unit, refuses a folder that holds a run with other
 settings, and takes up qualities finished by other commands with the same settings.
 
-bpp is estimated from the entropy model's likelihoods in this release; no bitstream is written.
+bpp is estimated from the entropy model's likelihoods; main_eval.py --real counts the bytes of files.
 """
 
 
