@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from quant.model import QuantModel
 
 VERSION = 3
+EXACT_FLOAT64 = 2**53  # whole numbers below this are exact in float64
 _FEW = 64  # so many whole numbers are not worth packing
 _SMALL = (torch.int8, torch.int16, torch.int32)
 _GRID_FACTS = ("bits", "channel_dim", "fixed", "pixels")
@@ -84,11 +85,25 @@ def load_quantized(
         model = QuantModel(_network(path, header, network), QuantConfig(**header["config"]))
         _rebuild(model, header, path)
         _fill(model, tensors, set(header["constants"]), path)
+        check_certificates(model, path)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{path} does not describe a program of this version ({error!r}); quantize the codec again") from error
     model.frozen = model.loaded = True
     model.extra = header["extra"]
     return model if device is None else model.to(device)
+
+
+def check_certificates(model: "QuantModel", path: str | Path) -> None:
+    """Every layer's accumulator bound, which the file states, holds for the weights that it has (design, section 4).
+
+    Raises:
+        InputError: a sum can exceed its bound, or what float64 holds exactly.
+    """
+    for name, node in model.nodes.items():
+        if isinstance(node, QuantMAC) and node.weight_int is not None:
+            largest = float(node.accumulator_bound(node.weight_int, node.bias_int))
+            if not largest <= float(node.bound) or largest >= EXACT_FLOAT64:
+                raise InputError(f"{path}: sums in {name} can reach {largest:.0f}, and the file certifies {float(node.bound):.0f}; quantize the codec again")
 
 
 def read_quantized(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

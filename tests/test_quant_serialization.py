@@ -8,6 +8,7 @@ import safetensors
 import safetensors.torch
 import torch
 from compressai.entropy_models import EntropyBottleneck
+from frozen_codecs import frozen
 from torch import nn
 
 from models.checkpoint_files import write_tensors
@@ -343,3 +344,20 @@ def test_missing_file_and_folder_are_one_line(tmp_path):
     for path in (tmp_path / "none.safetensors", tmp_path):
         with pytest.raises(InputError, match="no quantized model at"):
             QuantModel.load(path)
+
+
+def test_a_certificate_that_does_not_hold_is_refused(tmp_path):
+    """Overflow bounds are in the file and are proved again when it is opened."""
+    codec = frozen("balle2018")
+    name, node = next((name, node) for name, node in codec.nodes.items() if node.kind == "conv")
+    stated = node.bound
+    try:
+        node.bound = stated - 1
+        codec.save(tmp_path / "model.safetensors")
+    finally:
+        node.bound = stated
+    with pytest.raises(InputError, match=f"sums in {name} can reach {int(stated)}, and the file certifies {int(stated) - 1}"):
+        QuantModel.load(tmp_path / "model.safetensors")
+    codec.save(tmp_path / "model.safetensors")
+    loaded = QuantModel.load(tmp_path / "model.safetensors")
+    assert all(torch.equal(loaded.nodes[n].bound, codec.nodes[n].bound) for n in codec.nodes if getattr(codec.nodes[n], "bound", None) is not None)
