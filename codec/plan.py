@@ -22,13 +22,14 @@ from support.errors import InputError
 class Latent:
     """One latent, by the numbers of its values in the program.
 
-    node: the entropy model's. symbols: every value that stands for them. decoded: those that stand for what the decoder makes
+    node: the entropy model's. latent: before it is rounded. symbols: every value that stands for them. decoded: those that stand for what the decoder makes
     of them, where that is plain (symbols, with the means where they are differences). whole: the symbols are round(latent);
     else they are differences from the means.
     """
 
     node: str
     kind: str
+    latent: int
     symbols: tuple[int, ...]
     decoded: tuple[int, ...]
     densities: dict[str, int]
@@ -53,7 +54,7 @@ def find_latents(program: Program) -> list[Latent]:
     for z in of_z:
         same = [b for b in program.boundaries if b.latent == z.latent and _same_constant(program, b.means, z.means)]
         symbols = tuple({z.symbols: 0, **{b.symbols: 0 for b in same}})
-        latents.append(Latent(z.node, "entropy_bottleneck", symbols, (), {}, False, program.values[z.symbols].shape))
+        latents.append(Latent(z.node, "entropy_bottleneck", z.latent, symbols, (), {}, False, program.values[z.symbols].shape))
     coded: set[int] = set()
     for density in program.boundaries:
         if density.kind not in ("gaussian", "mixture"):
@@ -78,7 +79,7 @@ def find_latents(program: Program) -> list[Latent]:
         decoded = tuple({b.decoded: 0 for b in used})
         coded.update(decoded)
         shape = program.values[final.symbols].shape
-        latents.append(Latent(density.node, density.kind, (final.symbols,), () if offsets else decoded, densities, whole, shape))
+        latents.append(Latent(density.node, density.kind, final.latent, (final.symbols,), () if offsets else decoded, densities, whole, shape))
     return latents
 
 

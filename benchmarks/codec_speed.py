@@ -1,0 +1,171 @@
+"""Time of the integer codec beside the float one's: transforms, whole encoding, whole decoding.
+
+    python benchmarks/codec_speed.py --arch minnen2018 --configuration official --size 768x512 --threads 1
+
+Weights are random and calibration is two crops: neither changes what is computed. Every line is the median of several runs, the
+float and the integer one in turns. compressai: its own compress and decompress, of the float codec, where it has them.
+"""
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from tabulate import tabulate
+from torch import Tensor, nn
+
+from codec.coder import Coder
+from codec.plan import Plan, cut
+from integer.execution import executable
+from integer.lowering import lower
+from integer.program import Program
+from models.registry import create_model, get_architecture
+from quant.config import QuantConfig
+from quant.model import QuantModel
+from support import options
+from support.cli import ArgumentParser, main_guard
+from support.determinism import seed_everything, set_threads
+from support.errors import InputError
+
+_LATENTS_LIKE = 2.0  # standard deviation that random latents are brought to
+
+
+def random_codec(arch: str, configuration: str | None, quality: int) -> nn.Module:
+    """A codec whose latents have about the spread of a trained one's."""
+    seed_everything(0)
+    model = create_model(arch, quality, configuration).eval()
+    seen: list[Tensor] = []
+    hook = model.gaussian_conditional.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        model(smooth(256, 256))
+        last = [module for module in (model.g_a.modules() if isinstance(model.g_a, nn.Module) else model.modules()) if isinstance(module, nn.Conv2d)]
+        if isinstance(model.g_a, nn.Module):
+            last[-1].weight *= _LATENTS_LIKE / float(torch.cat([part.flatten() for part in seen]).std())
+    hook.remove()
+    model.update()
+    return model
+
+
+def smooth(height: int, width: int) -> Tensor:
+    coarse = torch.rand(1, 3, height // 16, width // 16, generator=torch.Generator().manual_seed(1))
+    return (torch.nn.functional.interpolate(coarse, size=(height, width), mode="bicubic").clamp(0, 1) * 255).round() / 255
+
+
+def times(tasks: dict[str, Callable], repeats: int) -> dict[str, float]:
+    """Median seconds of each task, run in turns; once before it counts."""
+    spent: dict[str, list[float]] = {name: [] for name in tasks}
+    for turn in range(repeats + 1):
+        for name, task in tasks.items():
+            started = time.perf_counter()
+            task()
+            if turn:
+                spent[name].append(time.perf_counter() - started)
+    return {name: statistics.median(values) for name, values in spent.items()}
+
+
+@torch.no_grad()
+def measure(arch: str, configuration: str | None, quality: int, size: tuple[int, int], threads: int, repeats: int, compressai: bool) -> dict:
+    """Seconds by (part, kind), and facts."""
+    width, height = size
+    model = random_codec(arch, configuration, quality)
+    x = smooth(height, width)
+    quantized = QuantModel(random_codec(arch, configuration, quality), QuantConfig())
+    quantized.observe([smooth(256, 256), smooth(128, 256)])
+    quantized.freeze()
+    pixels = (x * 255).round().to(torch.uint8)
+    started = time.perf_counter()
+    plan = Plan(lower(quantized, height, width), lambda count: lower(quantized, 64, 64 * -(-count // 16)), threads)
+    coder = Coder(quantized)
+    stream = coder.encode(plan, pixels)
+    coder.decode(plan, stream)
+    prepared = time.perf_counter() - started
+
+    seen: dict[str, Tensor] = {}
+    hook = model.gaussian_conditional.register_forward_pre_hook(lambda _, inputs: seen.update(y=inputs[0]))
+    model(x)
+    hook.remove()
+    program = plan.program
+    analysis = executable(program.part({"pixels": program.inputs["pixels"]}, {"y": plan.latents[-1].latent}), threads)
+    hyper_part = hyper(plan)
+    given = {name: torch.zeros(program.values[int(name)].shape, dtype=program.values[int(name)].dtype) for name in hyper_part.inputs}
+    run_hyper = executable(hyper_part, threads)
+    run, needs = plan.synthesis
+    symbols = {str(number): torch.zeros(program.values[number].shape, dtype=program.values[number].dtype) for number in needs}
+    tasks: dict[str, Callable] = {
+        "g_a float": lambda: model.g_a(x),
+        "g_a integer": lambda: analysis({"pixels": pixels}),
+        "h_a + h_s float": lambda: model.h_s(model.h_a(seen["y"])),
+        "h_a + h_s integer": lambda: run_hyper(given),
+        "g_s float": lambda: model.g_s(seen["y"].round()),
+        "g_s integer": lambda: run(symbols),
+        "network float": lambda: model(x),
+        "network integer": executable_of(plan, threads, pixels),
+        "encode integer": lambda: coder.encode(plan, pixels),
+        "decode integer": lambda: coder.decode(plan, stream),
+    }
+    found = times(tasks, repeats)
+    if compressai and hasattr(model, "compress") and not get_architecture(arch).variable:
+        started = time.perf_counter()
+        coded = model.compress(x)
+        found["encode compressai"] = time.perf_counter() - started
+        started = time.perf_counter()
+        model.decompress(coded["strings"], coded["shape"])
+        found["decode compressai"] = time.perf_counter() - started
+    return {"seconds": found, "prepared": prepared, "bits per pixel": 8 * len(stream) / (height * width)}
+
+
+def hyper(plan: Plan) -> Program:
+    """h_a and h_s: from what the first layers of h_a read to what the last ones of h_s give."""
+    program = plan.program
+    producers = program.producers()
+    read = {number for op in program.operations if op.node.startswith("h_a") for number in op.inputs if not producers[number].node.startswith("h_a")}
+    inside = [op for op in program.operations if op.node.startswith("h_s")]
+    used = {number for op in inside for number in op.inputs}
+    given = {f"out{number}": number for op in inside for number in op.outputs if number not in used}
+    return cut(program, {number for number in read if producers[number].kind != "constant"}, given)
+
+
+def executable_of(plan: Plan, threads: int, pixels: Tensor) -> Callable:
+    whole = executable(plan.program, threads)
+    return lambda: whole({"pixels": pixels})
+
+
+def size(text: str) -> tuple[int, int]:
+    try:
+        width, height = (int(part) for part in text.lower().split("x"))
+    except ValueError:
+        width = height = 0
+    if min(width, height) < 64 or width % 64 or height % 64:
+        raise InputError(f"--size {text} is not possible; give WIDTHxHEIGHT, multiples of 64, such as 768x512")
+    return width, height
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--arch", nargs="+", default=["minnen2018"])
+    parser.add_argument("--configuration", default="official", help="official or reference (default: official)")
+    parser.add_argument("--quality", type=int, default=1, help="whose official width (default: 1)")
+    parser.add_argument("--size", default="768x512", help="WIDTHxHEIGHT (default: 768x512)")
+    parser.add_argument("--threads", metavar="N", type=options.threads, default=1, help="default: 1")
+    parser.add_argument("--repeats", metavar="N", type=options.positive, default=3, help="default: 3")
+    parser.add_argument("--no-compressai", dest="compressai", action="store_false", help="leave out its serial coder")
+    args = parser.parse_args()
+    set_threads(args.threads)
+    configuration = None if args.configuration == "official" else args.configuration
+    for arch in args.arch:
+        found = measure(arch, configuration, args.quality, size(args.size), args.threads, args.repeats, args.compressai)
+        seconds = found["seconds"]
+        parts = dict.fromkeys(name.rpartition(" ")[0] for name in seconds)
+        kinds = ("float", "integer", "compressai")
+        rows = [[part, *(f"{seconds[f'{part} {kind}']:.3f} s" if f"{part} {kind}" in seconds else "-" for kind in kinds)] for part in parts]
+        print(f"{arch}, {args.configuration} width, {args.size}, {args.threads} thread(s), random weights, "
+              f"{found['bits per pixel']:.2f} bits per pixel; made ready in {found['prepared']:.1f} s\n")
+        print(tabulate(rows, ["part", *kinds], tablefmt="github", disable_numparse=True), "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main_guard(main))
