@@ -54,7 +54,7 @@ def test_frequencies_by_hand():
 def test_cost_is_that_of_the_exact_density(scale, whole_numbers):
     """Levels of the scale, steps of the mean and 16-bit frequencies together cost less than 1e-3 bits a symbol and 0.1 %."""
     random = np.random.default_rng(0)
-    scales = np.maximum(scale * np.exp(random.normal(0, 0.2, 20000)), 2.0**-BITS)
+    scales = np.maximum(scale * np.exp(random.normal(0, 0.2, 6000)), 2.0**-BITS)
     means = random.normal(0, 5, len(scales))
     bounded = np.maximum(scales, 0.11)
     latent = means + np.clip(random.normal(0, 1, len(scales)), -4, 4) * bounded

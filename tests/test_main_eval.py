@@ -1,6 +1,7 @@
 """main_eval.py on models that main_ptq.py has saved."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -25,11 +26,20 @@ def read(folder) -> dict:
     return json.loads((folder / "report.json").read_text())
 
 
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """Where the first run of this file leaves its folder for the others."""
+    return tmp_path_factory.mktemp("finished") / "out"
+
+
 @pytest.fixture
-def saved(job, tmp_path, capsys):
+def saved(job, finished, tmp_path, capsys):
     """The folder of a run with qualities 1 and 3."""
-    assert run(job, quality="1,3", **{"no-baseline": True}) == 0
-    capsys.readouterr()
+    if not finished.exists():
+        assert run(job, quality="1,3", **{"no-baseline": True}) == 0
+        shutil.copytree(tmp_path / "out", finished)
+        capsys.readouterr()
+    shutil.copytree(finished, tmp_path / "out", dirs_exist_ok=True)
     return tmp_path / "out"
 
 

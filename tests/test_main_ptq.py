@@ -190,7 +190,7 @@ def test_missing_checkpoint_is_one_line(job, capsys, tmp_path, zoo):
     refused(capsys, job, "no file is named like", checkpoint=tmp_path / "other-q{quality}.pt", quality="all")
     refused(capsys, job, "one file for 2 qualities", checkpoint=zoo / "tiny-q1.safetensors", quality="1,3")
     refused(capsys, job, "exclude each other", pretrained=True)
-    refused(capsys, job, "no embedded checkpoint of cheng2020", checkpoint=None, arch="cheng2020", quality="all")
+    refused(capsys, job, "no embedded checkpoint of cheng2019", checkpoint=None, arch="cheng2019", quality="all")
     refused(capsys, job, "--quality from 1 to", checkpoint=None, arch="lu2022", quality=99)
 
 
