@@ -45,3 +45,33 @@ def test_bad_arguments_of_the_loss_table_are_one_line(arguments, word, monkeypat
     assert main_guard(loss_table.main) == 2
     printed = capsys.readouterr()
     assert printed.err.count("\n") == 1 and word in printed.err
+
+
+def load(name):
+    found = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+def test_codec_table_reads_the_reports_of_runs(tmp_path, monkeypatch, capsys):
+    point = {"delta_j_percent": 0.25, "calibration_seconds": 100.4, "peak_memory_mb": 1500.2, "model_bytes": 26, "fp32_model_bytes": 100}
+    report = {"arch": "mine", "points": [point, point | {"delta_j_percent": -0.5, "baseline": {}, "baseline_delta_j_percent": 3.0}], "bd_rate_psnr": 0.5,
+              "bd_rate_ms_ssim": None, "kept_in_float": [], "left_alone": {"net": "a constant"}}
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    monkeypatch.setattr(sys, "argv", ["codec_table.py", str(tmp_path)])
+    assert main_guard(load("codec_table").main) == 0
+    cells = [cell.strip() for cell in capsys.readouterr().out.splitlines()[-1].strip("|").split("|")]
+    assert cells == ["mine", "2", "+0.50 %", "n/a", "n/a", "-0.50 to +0.25 %", "+3.00 %", "100 s", "1500 MB", "26.0 %", "net (a constant)"]
+    monkeypatch.setattr(sys, "argv", ["codec_table.py", str(tmp_path / "none")])
+    assert main_guard(load("codec_table").main) == 2
+
+
+def test_zoo_table_names_every_rate_of_an_embedded_codec():
+    points = [{"quality": quality, "lambda": 0.01, "fp32": {"bpp": 0.1234567, "psnr": 27.0}} for quality in (1, 2)]
+    anchors = {"JPEG": {"fp32": -20.0}, "published qvrf-minnen2018": {"fp32": 90.06}}
+    printed = load("zoo_table").tables({"qvrf-minnen2018": {"points": points, "anchor_bd_rate_psnr": anchors}})
+    lines = [" ".join(line.split()) for line in printed.splitlines()]
+    assert any("N 48, M 64 | 1 | 0.01 | minnen2018-q5.safetensors | 3500 x 4 |" in line and line.endswith("| 0.1235 | 27.000 |") for line in lines)
+    assert any("| 2 | 0.01 | the same file | the same file |" in line for line in lines)
+    assert lines[-1] == "| qvrf-minnen2018 | -20.0 % | - | +90.1 % |"
