@@ -6,7 +6,6 @@ A whole calibration with the default settings for each width, in a process of it
 reference configuration; weights and images are random, which neither time nor memory depends on.
 """
 
-import argparse
 import multiprocessing
 import sys
 from pathlib import Path

@@ -1,7 +1,6 @@
 """main_eval.py encode, decode and info: image files to .licq files and back."""
 
 import argparse
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 

@@ -5,7 +5,7 @@ already; where a context model reads the latent's own symbols, `context` is run 
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -74,8 +74,6 @@ def find_latents(program: Program) -> list[Latent]:
                 "bitstream gives its images; evaluate it with estimated rates (without --real)"
             )
         densities = {name: number for name in ("scales", "means", "weights") if (number := getattr(density, name)) is not None}
-        if offsets is None and not whole and density.means is None:
-            densities.pop("means", None)
         decoded = tuple({b.decoded: 0 for b in used})
         coded.update(decoded)
         shape = program.values[final.symbols].shape
@@ -167,7 +165,7 @@ class Plan:
         threads: of the kernels.
     """
 
-    def __init__(self, program: Program, small: Callable[[int], Program], threads: int | None = None):
+    def __init__(self, program: Program, small: Callable[[int], Program] | None, threads: int | None = None):
         self.program = without_duplicates(program)
         self.threads = threads
         self.latents = find_latents(self.program)
@@ -176,6 +174,7 @@ class Plan:
             wanted[f"{place}.symbols"] = latent.symbols[0]
             wanted.update({f"{place}.{name}": number for name, number in latent.densities.items()})
         self._wanted, self._small = wanted, small
+        self._orders: dict[int, list[np.ndarray]] = {}
         self._encoder: Callable | None = None
         self._steps: list[Step] | None = None
         self._synthesis: tuple[Callable, tuple[int, ...]] | None = None
@@ -219,9 +218,11 @@ class Plan:
 
     def order(self, place: int) -> list[np.ndarray]:
         """Positions of a latent, flat, in the groups in which they are coded."""
-        latent = self.latents[place]
-        found = self._readings(latent)
-        return _groups(found, _positions(latent, found))
+        if place not in self._orders:
+            latent = self.latents[place]
+            found = self._readings(latent)
+            self._orders[place] = _groups(found, _positions(latent, found))
+        return self._orders[place]
 
     def _readings(self, latent: Latent) -> list[Reading]:
         own = set(latent.given)

@@ -7,7 +7,6 @@ outside (which the coder then writes out).
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from quant.density import INVERSE_BITS, NORMAL_BITS, REACH, STEP_BITS, DensityTables

@@ -1,6 +1,5 @@
 """main_eval.py verify: the same images under changed conditions, each in its own process; every hash must be the same."""
 
-import argparse
 import json
 import os
 import subprocess

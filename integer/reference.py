@@ -14,7 +14,7 @@ from torch import Tensor
 
 from integer.lowering import Input
 from integer.program import Operation, Program
-from quant.fixedpoint import requantize, round_half_away
+from quant.fixedpoint import requantize
 from quant.integer_functions import fixed_softmax, integer_gdn, integer_layer_norm
 
 EXACT_FLOAT32 = 2**24

@@ -7,11 +7,11 @@ are estimates in float, for the rate: no symbol and no pixel depends on them.
 from typing import Any
 
 import torch
-from compressai.entropy_models import EntropyBottleneck, GaussianConditional
+from compressai.entropy_models import GaussianConditional
 from torch import Tensor, nn
 
 from models.layers import WholeGaussianConditional
-from models.vbr import OffsetNet, VariableBottleneck
+from models.vbr import OffsetNet
 from quant.config import QuantConfig
 from quant.density import DensityTables, density_tables
 from quant.fixedpoint import requantize_ste, round_half_away, round_ste

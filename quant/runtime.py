@@ -5,12 +5,11 @@ attention ... block around several). Functions without a module of their own (`a
 a node at the first observed forward, named after the module they stand in and their place in its forward.
 """
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from quant.config import QuantConfig

@@ -6,6 +6,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from compressai.models import FactorizedPrior, JointAutoregressiveHierarchicalPriors
 from scipy.stats import norm
 
 from codec.api import Codec
@@ -16,6 +17,8 @@ from data.padding import pad_to_multiple
 from frozen_codecs import frozen
 from integer.lowering import lower
 from models.registry import list_models
+from quant.config import QuantConfig
+from quant.model import QuantModel
 from support.errors import InputError
 from tiny_codecs import SIZES, images
 
@@ -72,6 +75,25 @@ def test_a_file_says_its_rate(name):
         frozen(name).model.set_factor(gain)
         assert torch.equal(decoded, simulated(name, image))
     frozen(name).model.set_level(1)
+
+
+@pytest.mark.parametrize("kind", [FactorizedPrior, JointAutoregressiveHierarchicalPriors])
+def test_codecs_of_other_classes_have_files_too(kind):
+    """A codec without hyperprior, and CompressAI's own class, which estimates the rate of another rounding than it uses."""
+    torch.manual_seed(0)
+    network = kind(6, 8).eval()
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if parameter.ndim == 4 and not name.startswith("entropy_bottleneck"):
+                parameter.mul_(2)
+    model = QuantModel(network, QuantConfig())
+    model.observe(images(2).split(1))
+    model.freeze()
+    image = pixels(64, 128)
+    codec = Codec(model, DIGEST, threads=1)
+    with torch.no_grad():
+        expected = (model(image[None].float() / 255)["x_hat"][0] * 255).round().to(torch.uint8)
+    assert torch.equal(codec.decode(codec.encode(image)), expected)
 
 
 def test_length_is_that_of_the_density_of_what_is_coded():
