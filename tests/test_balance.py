@@ -63,7 +63,7 @@ def test_measured_loss_falls_as_predicted(transform):
     assert loss() < 0.9 * start
 
 
-@pytest.mark.parametrize("arch", ["minnen2018", "lu2022", "cheng2020"])
+@pytest.mark.parametrize("arch", ["minnen2018", *(pytest.param(name, marks=pytest.mark.slow) for name in ("lu2022", "cheng2020"))])
 def test_no_layer_of_a_codec_gets_worse(arch):
     data = list(images(2, 64, 64).split(1))
     qmodel, sensitivities = prepared(tiny_codec(arch), data)

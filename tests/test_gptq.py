@@ -112,7 +112,7 @@ def test_inputs_that_never_spoke_do_no_harm():
     assert torch.equal(gptq(weight, torch.zeros(12, 12), (-127, 127)), weight.round())
 
 
-@pytest.mark.parametrize("arch", ["minnen2018", "lu2022"])
+@pytest.mark.parametrize("arch", ["minnen2018", pytest.param("lu2022", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("rounding", ["learned_offset", "ste"])
 def test_layers_of_a_codec_give_less_error(arch, rounding):
     """Each layer alone, weights in 4 bits: squared error of its output on the calibration images."""
