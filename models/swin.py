@@ -114,8 +114,8 @@ class WindowAttention(nn.Module):
         """x: (B, windows, tokens, C); mask: (windows, tokens, tokens) or None -> (B, windows, tokens, C)."""
         q, k, v = split_heads(self.qkv(x), self.heads)
         bias = position_bias(self.relative_position_bias_table, self.relative_position_index)
-        if mask is not None:
-            bias = bias + mask[:, None]
+        if mask is not None:  # the public code adds -100; so nothing of what is masked comes through, whatever the scores are
+            bias = torch.where(mask[:, None] < 0, float("-inf"), bias)
         attention = self.softmax((q * self.scale) @ k.transpose(-2, -1), bias)
         return self.proj(merge_heads(attention @ v))
 

@@ -6,7 +6,8 @@ network reads off the scale and the gain; z may have a step size that depends on
 parameters' names, and a forward that takes each image at its own gain.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from decimal import Decimal
 from typing import Any
 
 import torch
@@ -24,8 +25,34 @@ SCALE_BOUND = 0.11
 """The smallest scale of the Gaussian conditional model, and of the offsets."""
 
 
+def in_order(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
+    """A network of linear layers, ReLU and softplus, with the same bits on every machine.
+
+    A matrix product adds in an order of the machine's own, and exp and log differ in their last bits. So: float64 products and sums one
+    by one, and softplus in decimal arithmetic, whose exp and ln are rounded correctly. x: (..., inputs); result as float64.
+    """
+    x = x.detach().cpu().double()
+    for layer in layers:
+        if isinstance(layer, nn.Linear):
+            weight, bias = layer.weight.detach().cpu().double(), layer.bias.detach().cpu().double()
+            total = bias.expand(*x.shape[:-1], -1)
+            for index in range(weight.shape[1]):
+                total = total + x[..., index : index + 1] * weight[:, index]
+            x = total
+        elif isinstance(layer, nn.Softplus):
+            x = x.clone().apply_(lambda value: float((1 + Decimal(value).exp()).ln()) if value < layer.threshold else value)
+        else:
+            x = F.relu(x)
+    return x
+
+
 class RateFunction:
-    """Marks a module whose input is the gain alone: what it gives is a constant of each rate."""
+    """Marks a module whose input is the gain alone: what it gives is a constant of each rate, computed `in_order` but in training."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            return super().forward(x)
+        return in_order(self if isinstance(self, nn.Sequential) else [self], x).to(x)
 
 
 class RateSequential(RateFunction, nn.Sequential):
@@ -41,6 +68,11 @@ class OffsetNet(nn.Sequential):
 
     y_hat = sign(s) (|s| + offset) / a + mean for s = round((y - mean) a), with no offset where s is 0.
     """
+
+    def table(self, scales: Tensor, gain: float) -> Tensor:
+        """`offsets` of scales (n,) at one gain, with the same bits on every machine; float64."""
+        scales = scales.detach().cpu().double().clamp(min=SCALE_BOUND)
+        return -in_order(self, torch.stack((scales, torch.full_like(scales, gain)), -1)).squeeze(-1)
 
     def offsets(self, scales: Tensor, gain: Tensor) -> Tensor:
         """scales: of the scaled symbols; gain: broadcastable to them. Computed in the type of the scales."""
@@ -106,6 +138,10 @@ class _Vbr(VariableRate):
         y_hat = self.QuantABCD(y, scales, means, gain)
         means = {} if means is None else {"means": means * gain}
         return y_hat, self.gaussian_conditional(y * gain, scales * gain, **means)[1]
+
+    def aux_loss(self) -> Tensor:
+        """Of the quantiles of z; CompressAI's own method overlooks its bottleneck of variable steps."""
+        return self.entropy_bottleneck.loss()
 
     def update(self, scale_table: Any = None, force: bool = False, **_: Any) -> bool:
         """Make the CDF tables; of z for a step size of 1."""

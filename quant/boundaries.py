@@ -183,7 +183,7 @@ class QuantGaussianMixture(QuantGaussianConditional):
 class QuantOffsets(QuantBoundary):
     """`models.vbr.OffsetNet`: y_hat with offsets from a table over the scale, one for each gain.
 
-    A table is made in float64 when its gain is first met; it is not in the model's file yet.
+    A table is made when its gain is first met, with the same bits on every machine; so it need not be in the model's file.
     """
 
     kind = "offsets"
@@ -211,8 +211,7 @@ class QuantOffsets(QuantBoundary):
         if gain not in self._tables:
             step, low, high = self.scale_grid.parameters_of_grid()
             scales = torch.arange(int(low), int(high) + 1, device=step.device) * step.detach()
-            offsets = self.module.offsets(scales, torch.as_tensor(gain, dtype=torch.float64, device=step.device)).detach()
-            self._tables[gain] = round_half_away(offsets / self.unit).float()
+            self._tables[gain] = round_half_away(self.module.table(scales, gain).to(step.device) / self.unit).float()
         return self._tables[gain]
 
     def integer(self, y: QTensor, scales: QTensor, gain: Tensor, means: QTensor | None) -> QTensor:

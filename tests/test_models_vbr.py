@@ -1,5 +1,9 @@
 """CompressAI's variable-rate codecs: ours against its own forward at every level, on equal weights."""
 
+import copy
+import functools
+from decimal import Decimal, localcontext
+
 import compressai.zoo.image_vbr as zoo
 import pytest
 import torch
@@ -8,6 +12,7 @@ from formula import fill_by_formula, image_by_formula
 
 from models.checkpoints import identify, load_checkpoint, save_checkpoint
 from models.registry import create_model, get_architecture
+from models.vbr import in_order
 
 N, M = 6, 8
 CLASSES = {"balle2018-vbr": ScaleHyperpriorVbr, "minnen2018-mean-vbr": MeanScaleHyperpriorVbr}
@@ -120,6 +125,27 @@ def test_training_reaches_every_parameter_but_the_gains():
     (out["x_hat"].square().mean() - sum(p.log().mean() for p in out["likelihoods"].values())).backward()
     without = {name for name, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.any()}
     assert without == {"Gain", "entropy_bottleneck.quantiles"}
+
+
+def test_constants_of_a_rate_are_sums_in_order_and_correctly_rounded_softplus():
+    """Against Python's own arithmetic, number by number, to the bit; near PyTorch's."""
+    model = filled(create_model("balle2018-vbr", N=N, M=M)).eval()
+    for layers, inputs in ((model.QuantABCD, [[0.7, 0.31], [12.0, 0.05]]), (model.gayn2zqstep, [[1.0], [3.7]])):
+        found = in_order(layers, torch.tensor(inputs, dtype=torch.float64))
+        for row, result in zip(inputs, found.tolist()):
+            for layer in layers:
+                if isinstance(layer, torch.nn.Linear):
+                    weight, bias = layer.weight.double().tolist(), layer.bias.double().tolist()
+                    row = [functools.reduce(lambda total, pair: total + pair[0] * pair[1], zip(row, line), start) for line, start in zip(weight, bias)]
+                elif isinstance(layer, torch.nn.ReLU):
+                    row = [max(value, 0.0) for value in row]
+                else:
+                    with localcontext() as context:
+                        context.prec = 60
+                        row = [float((1 + Decimal(value).exp()).ln()) for value in row]
+            assert result == row
+        reference = torch.nn.Sequential(*copy.deepcopy(list(layers))).double()(torch.tensor(inputs, dtype=torch.float64))
+        assert torch.allclose(found, reference, rtol=1e-12, atol=1e-14)
 
 
 def test_every_published_architecture_is_here():
