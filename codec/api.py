@@ -2,15 +2,15 @@
 
 from collections import OrderedDict
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from codec.coder import Coder
-from codec.container import GAIN_UNIT, MAX_PIXELS, MODEL_BYTES, Container
-from codec.plan import Plan
+from codec.container import GAIN_UNIT, MAX_PIXELS, MODEL_BYTES, TILE, Container
+from codec.plan import Plan, Sizes
 from data.padding import crop_back, pad_to_multiple
 from integer.execution import executable
 from integer.lowering import lower
@@ -21,7 +21,6 @@ from support.errors import InputError
 from support.files import sha256
 
 _PLANS = 2  # sizes whose programs are kept
-_LATENT = 16  # pixels of a position of y along one side
 
 
 class Codec:
@@ -32,9 +31,12 @@ class Codec:
         digest: what names the model in its files, at least four bytes: the SHA-256 of its own file.
         threads: of the kernels; None: PyTorch's.
         multiple: sides of the images that the network takes are multiples of it.
+        tile: images of more than tile x tile pixels are computed in tiles, with the same result; None: all in one piece.
+        progress: show how far the tiles of a large image are.
     """
 
-    def __init__(self, model: QuantModel, digest: bytes, threads: int | None = None, multiple: int | None = None):
+    def __init__(self, model: QuantModel, digest: bytes, threads: int | None = None, multiple: int | None = None,
+                 tile: int | None = TILE, progress: bool = False):  # fmt: skip
         if not model.frozen:
             raise InputError("only a frozen model can write files; call freeze() after calibration")
         known = architecture_of(model.model)
@@ -43,11 +45,12 @@ class Codec:
         self.variable = hasattr(model.model, "set_level")
         self._coder = Coder(model)
         self._plans: OrderedDict[tuple[int, int, int], Plan] = OrderedDict()
+        self.sizes = Sizes(self._lowered, self.multiple, tile, progress)
 
     @classmethod
-    def load(cls, path: str | Path, threads: int | None = None) -> "Codec":
-        """The codec of a file that `QuantModel.save` or main_ptq.py has written."""
-        return cls(QuantModel.load(path), bytes.fromhex(sha256(path)), threads)
+    def load(cls, path: str | Path, threads: int | None = None, **options: Any) -> "Codec":
+        """The codec of a file that `QuantModel.save` or main_ptq.py has written; `options` as of the class."""
+        return cls(QuantModel.load(path), bytes.fromhex(sha256(path)), threads, **options)
 
     def encode(self, pixels: Tensor, level: float | None = None) -> bytes:
         """The file of one image.
@@ -62,7 +65,7 @@ class Codec:
         gain = self._gain(level)
         height, width = pixels.shape[-2:]
         if height * width > MAX_PIXELS:
-            raise InputError(f"an image of {width}x{height} is too large to be coded in one piece; cut it into parts of at most {MAX_PIXELS} pixels")
+            raise InputError(f"an image of {width}x{height} is too large for one file; cut it into parts of at most {MAX_PIXELS} pixels")
         padded, _ = pad_to_multiple(pixels[None], self.multiple)
         plan = self._plan(*padded.shape[-2:], gain)
         return Container(self.digest, width, height, gain, (self._coder.encode(plan, padded),)).to_bytes()
@@ -93,7 +96,8 @@ class Codec:
         """
         padded, unpad = pad_to_multiple(pixels[None], self.multiple)
         together = torch.cat([padded, *(padded.roll(7 * place, -1) for place in range(1, batch))])
-        program = self._lowered(*padded.shape[-2:], self._gain(None), batch)
+        self._set(self._gain(None))
+        program = self._lowered(*padded.shape[-2:], batch)
         latents, outputs = Plan(program, None).outputs()
         whole = replace(latents, outputs={**outputs, "pixels": latents.outputs["pixels"]})
         found = executable(whole, self.threads, device)({"pixels": together.to(device)})
@@ -113,20 +117,17 @@ class Codec:
 
     def _plan(self, height: int, width: int, gain: int) -> Plan:
         key = (height, width, gain)
+        self._set(gain)
         if key not in self._plans:
-            self._plans[key] = Plan(self._lowered(height, width, gain), partial(self._small, gain), self.threads)
+            self._plans[key] = Plan(self._lowered(height, width), self.sizes, self.threads)
             while len(self._plans) > _PLANS:
                 self._plans.popitem(last=False)
         self._plans.move_to_end(key)
         return self._plans[key]
 
-    def _lowered(self, height: int, width: int, gain: int, batch: int = 1) -> Program:
+    def _set(self, gain: int) -> None:
         if gain:
             self.model.model.set_factor(gain * GAIN_UNIT)
-        return lower(self.model, height, width, batch)
 
-    def _small(self, gain: int, positions: int) -> Program:
-        """The program of a small image whose latent has so many positions."""
-        side = self.multiple
-        across = (side // _LATENT) ** 2
-        return self._lowered(side, side * -(-positions // across), gain)
+    def _lowered(self, height: int, width: int, batch: int = 1) -> Program:
+        return lower(self.model, height, width, batch)

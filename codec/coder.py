@@ -83,7 +83,7 @@ class Coder:
             values.update(_run(step.before, step.needs, values))
             self._decode_latent(plan, step, decoder, values)
         run, needs = plan.synthesis
-        return run({str(number): values[number] for number in needs})["pixels"]
+        return run({name: values[number] for name, number in needs.items()})["pixels"]
 
     def _decode_latent(self, plan: Plan, step: Step, decoder: RansDecoder, values: dict[int, Tensor]) -> None:
         latent, program = step.latent, plan.program

@@ -2,11 +2,17 @@
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
+from codec.container import TILE
 from support import options
 from support.cli import ArgumentParser
 from support.errors import InputError
+from support.files import atomic_path
+from support.parallel import default_jobs, ordered
+from support.progress import progress
 
 NAMES = ("encode", "decode", "info")
 SUFFIX = ".licq"
@@ -35,7 +41,13 @@ def _add(commands, name: str, what: str, metavar: str, inputs: str, function: Ca
     if name == "encode":
         parser.add_argument("--quality", metavar="Q", type=float,
                             help="which model of the folder; for a variable-rate codec the rate, a real number from 1")  # fmt: skip
-    parser.add_argument("--threads", metavar="N", type=options.threads, help="CPU threads, 1 to 256 (default: PyTorch's choice)")
+    parser.add_argument("--tile", metavar="N", type=options.count, default=TILE,
+                        help="compute images of more than N x N pixels in tiles of about that size, with the same result in less memory; "
+                             f"0: all in one piece (default: {TILE})")  # fmt: skip
+    parser.add_argument("--jobs", metavar="N", type=options.positive,
+                        help="images at the same time, each in a process (default: for several images one a processor, at 2 GiB of memory each)")
+    parser.add_argument("--threads", metavar="N", type=options.threads,
+                        help="CPU threads of each job, 1 to 256 (default: PyTorch's choice, with several jobs 1)")  # fmt: skip
     parser.add_argument("--quiet", action="store_true", help="no progress")
     parser.set_defaults(function=function)
 
@@ -92,73 +104,112 @@ def jobs(inputs: Sequence[str], out: str | None, suffixes: frozenset[str], suffi
     return pairs
 
 
-def encode(args: argparse.Namespace) -> int:
-    import torch
+@dataclass(frozen=True)
+class _Piece:
+    """One file to code, and with what."""
 
-    from data.datasets import SUFFIXES
-    from data.images import load_pixels
-
-    codec, level = _codec_for(args)
-    pairs = jobs(args.inputs, args.out, frozenset(SUFFIXES), SUFFIX)
-    for source, target in _shown(pairs, args, "encoding"):
-        pixels = torch.from_numpy(load_pixels(source)).permute(2, 0, 1)
-        data = codec.encode(pixels, level)
-        _write(target, data)
-        if not args.quiet:
-            print(f"{target}: {len(data)} bytes, {8 * len(data) / pixels[0].numel():.4f} bits per pixel")
-    return 0
+    source: Path
+    target: Path
+    model: Path
+    level: float | None
+    threads: int | None
+    tile: int | None
+    progress: bool
 
 
-def _codec_for(args: argparse.Namespace):
-    """(the codec to encode with, the rate of a variable-rate one)."""
+@lru_cache(maxsize=1)
+def _loaded(model: Path, threads: int | None, tile: int | None):
     from codec.api import Codec
     from support.determinism import set_threads
 
-    set_threads(args.threads)
+    set_threads(threads)
+    return Codec.load(model, threads, tile=tile)
+
+
+def _codec_of(piece: _Piece):
+    codec = _loaded(piece.model, piece.threads, piece.tile)
+    codec.sizes.progress = piece.progress
+    return codec
+
+
+def encode(args: argparse.Namespace) -> int:
+    from data.datasets import SUFFIXES
+
+    model, level = _model_for(args)
+    pairs = jobs(args.inputs, args.out, frozenset(SUFFIXES), SUFFIX)
+    for target, size, pixels in _worked(_encode_one, [(*pair, model, level) for pair in pairs], args, "encoding"):
+        if not args.quiet:
+            print(f"{target}: {size} bytes, {8 * size / pixels:.4f} bits per pixel")
+    return 0
+
+
+def _encode_one(piece: _Piece) -> tuple[Path, int, int]:
+    import torch
+
+    from data.images import load_pixels
+
+    pixels = torch.from_numpy(load_pixels(piece.source)).permute(2, 0, 1)
+    data = _codec_of(piece).encode(pixels, piece.level)
+    with atomic_path(piece.target) as temporary:
+        temporary.write_bytes(data)
+    return piece.target, len(data), pixels[0].numel()
+
+
+def _model_for(args: argparse.Namespace) -> tuple[Path, float | None]:
+    """(the model to encode with, the rate of a variable-rate one)."""
     files = models_of(args.model)
     if len(files) > 1:
         known = {file.parent.name[1:]: file for file in files}
         wanted = f"{args.quality:g}" if args.quality is not None else None
         if wanted not in known:
             raise InputError(f"{args.model} holds the qualities {', '.join(known)}; choose one of them with --quality")
-        return Codec.load(known[wanted], args.threads), None
-    codec = Codec.load(files[0], args.threads)
+        return known[wanted], None
+    codec = _loaded(files[0], args.threads, args.tile or None)
     if codec.variable and args.quality is None:
         raise InputError(f"{files[0]} has many rates; choose one with --quality, a number from 1 to {codec.model.model.levels}")
     if not codec.variable and args.quality is not None and files[0].parent.name[1:] != f"{args.quality:g}":
         raise InputError(f"{files[0]} has one rate; leave out --quality")
     if codec.variable and not 0 < args.quality <= 1000:
         raise InputError(f"--quality {args.quality:g} is out of range; choose a number from 1 to {codec.model.model.levels}")
-    return codec, args.quality if codec.variable else None
+    return files[0], args.quality if codec.variable else None
 
 
 def decode(args: argparse.Namespace) -> int:
-    from PIL import Image
-
-    from codec.api import Codec
     from codec.container import MODEL_BYTES, Container
-    from support.determinism import set_threads
-    from support.files import atomic_path, sha256
+    from support.files import sha256
 
-    set_threads(args.threads)
     pairs = jobs(args.inputs, args.out, frozenset({SUFFIX}), _IMAGE)
     for _, target in pairs:
         _format(target)
     models = {bytes.fromhex(sha256(file))[:MODEL_BYTES]: file for file in models_of(args.model)}
-    codecs: dict[bytes, Codec] = {}
-    for source, target in _shown(pairs, args, "decoding"):
-        data = _read(source)
-        wanted = _named(source, Container.from_bytes, data).model
+    given = []
+    for source, target in pairs:
+        wanted = _named(source, Container.from_bytes, _read(source)).model
         if wanted not in models:
             there = ", ".join(digest.hex() for digest in models)
             raise InputError(f"{source} was written by the model {wanted.hex()}, and {args.model} holds {there}; give that one with --model")
-        if wanted not in codecs:
-            codecs = {wanted: Codec.load(models[wanted], args.threads)}
-        pixels = _named(source, codecs[wanted].decode, data)
-        image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
-        with atomic_path(target) as temporary:
-            image.save(temporary, format=_format(target))
+        given.append((source, target, models[wanted], None))
+    for _ in _worked(_decode_one, sorted(given, key=lambda piece: str(piece[2])), args, "decoding"):
+        pass
     return 0
+
+
+def _decode_one(piece: _Piece) -> None:
+    from PIL import Image
+
+    pixels = _named(piece.source, _codec_of(piece).decode, _read(piece.source))
+    image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+    with atomic_path(piece.target) as temporary:
+        image.save(temporary, format=_format(piece.target))
+
+
+def _worked(function: Callable, pieces: list[tuple], args: argparse.Namespace, what: str) -> Iterator:
+    """`function` of each (source, target, model, level), with progress: of images, or of the tiles of a single one."""
+    count = min(args.jobs or default_jobs(len(pieces), args.threads), len(pieces))
+    threads = args.threads if args.threads or count == 1 else 1
+    shown = not args.quiet and len(pieces) == 1
+    work = [_Piece(*piece, threads, args.tile or None, shown) for piece in pieces]
+    return progress(ordered(function, work, count), total=len(work), desc=what, unit="image", enabled=not args.quiet and len(work) > 1)
 
 
 def info(args: argparse.Namespace) -> int:
@@ -175,12 +226,6 @@ def info(args: argparse.Namespace) -> int:
     return 0
 
 
-def _shown(pairs: list, args: argparse.Namespace, what: str) -> Iterator:
-    from support.progress import progress
-
-    return progress(pairs, desc=what, unit="image", enabled=not args.quiet and len(pairs) > 1)
-
-
 def _named(source: Path, function: Callable, data: bytes):
     """`function(data)`, whose complaint names the file."""
     try:
@@ -194,13 +239,6 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-
-
-def _write(path: Path, data: bytes) -> None:
-    from support.files import atomic_path
-
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(data)
 
 
 def _format(path: Path) -> str:

@@ -20,8 +20,10 @@ MAGIC = b"LICQ"
 VERSION = 1
 MODEL_BYTES = 4
 GAIN_UNIT = 2.0**-16
-MAX_PIXELS = 2**25
-"""Of one image, which is coded as a whole; more in a file is taken for damage."""
+MAX_PIXELS = 2**26
+"""Of one image; more in a file is taken for damage."""
+TILE = 2048
+"""Images of more than TILE x TILE pixels are computed in tiles, unless another size is asked for."""
 _MAX_STREAMS = 4096
 _DAMAGED = "the file is truncated or damaged; get an intact copy or encode the image again"
 

@@ -3,7 +3,7 @@
     python -m codec.fingerprint JOB.json RESULT.json
 
 A job: {"model": a quantized model's file or null, "float": [file, architecture, quality] or null, "images": [files], "threads": N,
-"batch": N, "device": name, "keep": folder, "base": whether this process makes what the others compare with}.
+"batch": N, "tile": side or null, "device": name, "keep": folder, "base": whether this process makes what the others compare with}.
 """
 
 import hashlib
@@ -123,7 +123,7 @@ def of_floats(model: nn.Module, image: Tensor, kept: Path, job: dict[str, Any]) 
 def run(job: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(job["threads"])
     folder = Path(job["keep"])
-    codec = Codec.load(job["model"], job["threads"]) if job["model"] else None
+    codec = Codec.load(job["model"], job["threads"], tile=job["tile"]) if job["model"] else None
     model = load_checkpoint(*job["float"]).to(job["device"]) if job["float"] else None
     found: dict[str, Any] = {"torch": torch.__version__, "capability": torch.backends.cpu.get_cpu_capability(), "integer": [], "float": []}
     for place, path in enumerate(job["images"]):

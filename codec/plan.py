@@ -4,7 +4,7 @@ Latents come one after the other: z, then those of y. For each, `before` compute
 already; where a context model reads the latent's own symbols, `context` is run again as these come in.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,8 @@ from codec.order import Reading, dependents, passes, readings, wavefronts, windo
 from integer.execution import executable
 from integer.passes import without_duplicates
 from integer.program import Operation, Program, Range
+from integer.reach import BATCH, Reach, reach
+from integer.tiles import Tiled
 from support.errors import InputError
 
 
@@ -40,6 +42,11 @@ class Latent:
     def given(self) -> tuple[int, ...]:
         """The values that are known when the symbols are."""
         return (*self.symbols, *self.decoded)
+
+    def names(self) -> Iterator[tuple[str, int]]:
+        """Values that a decoder has, by names that are the same for all sizes of images."""
+        yield from ((f"given{place}", number) for place, number in enumerate(self.given))
+        yield from self.densities.items()
 
 
 def find_latents(program: Program) -> list[Latent]:
@@ -156,16 +163,64 @@ def _inputs(program: Program) -> tuple[int, ...]:
     return tuple(program.inputs.values())
 
 
+def analysis_part(program: Program) -> Program:
+    """From the pixels to the one value, "latent", that everything which is coded follows from."""
+    pixels = program.inputs["pixels"]
+    wanted = (number for latent in find_latents(program) for number in (latent.symbols[0], *latent.densities.values()))
+    return program.part({"pixels": pixels}, {"latent": program.waist(pixels, wanted)})
+
+
+def synthesis_part(program: Program, latents: Sequence[Latent], known: set[int]) -> Program:
+    """From what is decoded to the pixels; inputs have names that are the same for all sizes of images."""
+    part = cut(program, known, {"pixels": program.outputs["pixels"]})
+    names = {number: f"{place}.{name}" for place, latent in enumerate(latents) for name, number in latent.names()}
+    return program.part({names.get(number, str(number)): number for number in part.inputs.values()}, dict(part.outputs))
+
+
+class Sizes:
+    """The programs of one codec for images of any size, and what is known of all of them.
+
+    Args:
+        lowered: (height, width, batch) -> the program; sides are multiples of `multiple`.
+        tile: images of more than tile x tile pixels are computed in tiles of about that size; None: never.
+        progress: show how many tiles are done.
+    """
+
+    def __init__(self, lowered: Callable[[int, int, int], Program], multiple: int = 64, tile: int | None = None, progress: bool = False):
+        self.lowered, self.multiple, self.tile, self.progress = lowered, multiple, tile, progress
+        self._reaches: dict[str, Reach | None] = {}
+
+    def program(self, height: int, width: int, batch: int = 1) -> Program:
+        return without_duplicates(self.lowered(height, width, batch))
+
+    def with_room(self, positions: int, pixels: int) -> Program:
+        """The program of a small image of which a latent has at least so many positions, each of pixels x pixels."""
+        across = (self.multiple // pixels) ** 2
+        return self.program(self.multiple, self.multiple * -(-positions // across))
+
+    def tiled(self, name: str, part: Callable[[Program], Program], height: int, width: int, threads: int | None) -> Tiled | None:
+        """A part in tiles; None where the image is small, or the part's results reach over all of it."""
+        if self.tile is None or height * width <= self.tile**2:
+            return None
+        if name not in self._reaches:
+            sides = (self.multiple * times for times in (4, 8, 16))
+            found = (reach(part(self.program(side, side, BATCH)), side, side, self.multiple) for side in sides)
+            self._reaches[name] = next((result for result in found if result), None)
+        far = self._reaches[name]
+        shown = f"{name} transform" if self.progress else ""
+        return far and Tiled(lambda h, w: part(self.program(h, w)), height, width, far, self.tile, self.multiple, threads, shown)
+
+
 class Plan:
     """Everything that coding images of one size needs.
 
     Args:
         program: of that size.
-        small: gives a program of the same codec with at least so many positions of the latent; called where a context model needs it.
+        sizes: the codec's programs of other sizes; None where there is no context model and no need for tiles.
         threads: of the kernels.
     """
 
-    def __init__(self, program: Program, small: Callable[[int], Program] | None, threads: int | None = None):
+    def __init__(self, program: Program, sizes: Sizes | None, threads: int | None = None):
         self.program = without_duplicates(program)
         self.threads = threads
         self.latents = find_latents(self.program)
@@ -173,11 +228,11 @@ class Plan:
         for place, latent in enumerate(self.latents):
             wanted[f"{place}.symbols"] = latent.symbols[0]
             wanted.update({f"{place}.{name}": number for name, number in latent.densities.items()})
-        self._wanted, self._small = wanted, small
+        self._wanted, self._sizes = wanted, sizes
         self._orders: dict[int, list[np.ndarray]] = {}
         self._encoder: Callable | None = None
         self._steps: list[Step] | None = None
-        self._synthesis: tuple[Callable, tuple[int, ...]] | None = None
+        self._synthesis: tuple[Callable, dict[str, int]] | None = None
 
     # ------------------------------------------------------------------------------------------------------------ parts
 
@@ -191,10 +246,22 @@ class Plan:
     def encode(self, pixels: Tensor) -> list[dict[str, Tensor]]:
         """For each latent its symbols and densities, whole numbers; pixels: (1, 3, H, W) uint8, padded."""
         if self._encoder is None:
-            part = self.program.part({"pixels": self.program.inputs["pixels"]}, self._wanted)
-            self._encoder = self._executable(part)
+            self._encoder = self._make_encoder()
         found = self._encoder({"pixels": pixels})
         return [{name: found[f"{place}.{name}"] for name in ("symbols", *latent.densities)} for place, latent in enumerate(self.latents)]
+
+    def _make_encoder(self) -> Callable:
+        pixels = self.program.inputs["pixels"]
+        tiled = self._tiled("analysis", analysis_part)
+        if tiled is None:
+            return self._executable(self.program.part({"pixels": pixels}, self._wanted))
+        latent = self.program.waist(pixels, self._wanted.values())
+        rest = self._executable(self.program.part({"latent": latent}, self._wanted))
+        return lambda inputs: rest(tiled(inputs))
+
+    def _tiled(self, name: str, part: Callable[[Program], Program]) -> Tiled | None:
+        height, width = self.program.values[self.program.inputs["pixels"]].shape[-2:]
+        return self._sizes.tiled(name, part, height, width, self.threads) if self._sizes else None
 
     @property
     def steps(self) -> list[Step]:
@@ -208,13 +275,22 @@ class Plan:
         return self._steps
 
     @property
-    def synthesis(self) -> tuple[Callable, tuple[int, ...]]:
-        """(from known values by number to {"pixels"}, the numbers)."""
+    def synthesis(self) -> tuple[Callable, dict[str, int]]:
+        """(from known values by name to {"pixels"}, their numbers by name)."""
         if self._synthesis is None:
             known = {number for step in self.steps for number in (*step.gives, *step.latent.given)}
-            part = cut(self.program, known, {"pixels": self.program.outputs["pixels"]})
-            self._synthesis = self._executable(part), _inputs(part)
+            part = synthesis_part(self.program, self.latents, known)
+            run = self._tiled("synthesis", self._synthesis_of)
+            self._synthesis = run or self._executable(part), part.inputs
         return self._synthesis
+
+    def _synthesis_of(self, program: Program) -> Program:
+        """`synthesis_part` of a program of another size."""
+        latents = find_latents(program)
+        without_context = [step.context is None for step in self.steps]
+        known = {number for latent, all_known in zip(latents, without_context, strict=True)
+                 for number in (*latent.given, *(latent.densities.values() if all_known else ()))}  # fmt: skip
+        return synthesis_part(program, latents, known)
 
     def order(self, place: int) -> list[np.ndarray]:
         """Positions of a latent, flat, in the groups in which they are coded."""
@@ -266,7 +342,8 @@ class Plan:
             most = max(len(group) for group in order)
         else:  # that many in one channel
             most = max(int(np.bincount(group // int(np.prod(positions[1:]))).max()) for group in order)
-        small = without_duplicates(self._small(most))
+        pixels = self.program.values[self.program.inputs["pixels"]].shape[-1] // positions[-1]
+        small = self._sizes.with_room(most, pixels)
         pairs = list(zip(self.program.operations, small.operations, strict=False))
         if len(self.program.operations) != len(small.operations) or any(
             (a.kind, a.inputs, a.outputs, a.node) != (b.kind, b.inputs, b.outputs, b.node) for a, b in pairs

@@ -16,6 +16,7 @@ from support.errors import InputError
 
 _ROOT = Path(__file__).resolve().parent.parent
 _DIFFERENT = 1  # exit status
+_TILE = 64  # the smallest: then every image that can be cut is
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Condition:
     device: str = "cpu"
     environment: dict[str, str] = field(default_factory=dict)
     python: str = sys.executable
+    tile: int | None = None
     only_integer: bool = False
 
 
@@ -35,6 +37,7 @@ def conditions(python: Sequence[str], cuda: bool) -> list[Condition]:
     """All that this machine can be put in; the first is what the others are compared with."""
     flags = _processor_flags()
     found = [Condition("1 thread"), Condition("2 threads", threads=2), Condition("batch of 4", batch=4),
+             Condition("in tiles", tile=_TILE, only_integer=True),
              Condition("reference kernels", environment={"LICQ_KERNELS": "reference"}, only_integer=True)]  # fmt: skip
     for capability, needs in (("default", None), ("avx2", "avx2"), ("avx512", "avx512f")):
         if needs is None or needs in flags:
@@ -124,7 +127,7 @@ def measure(model: Path, source: list | None, images: list[str], chosen: list[Co
     with tempfile.TemporaryDirectory() as folder:
         for place, condition in enumerate(progress_bar(chosen, desc="conditions", unit="process", enabled=progress)):
             job = {"model": str(model.resolve()), "float": None if condition.only_integer else source, "images": [str(Path(i).resolve()) for i in images],
-                   "threads": condition.threads, "batch": condition.batch, "device": condition.device, "keep": folder, "base": place == 0}  # fmt: skip
+                   "threads": condition.threads, "batch": condition.batch, "tile": condition.tile, "device": condition.device, "keep": folder, "base": place == 0}  # fmt: skip
             given, found = Path(folder) / "job.json", Path(folder) / "result.json"
             given.write_text(json.dumps(job))
             found.unlink(missing_ok=True)

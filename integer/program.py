@@ -19,7 +19,8 @@ kinds
     neg, abs, relu, clamp, mask, square, sum
 """
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -136,6 +137,30 @@ class Program:
             for output in operation.outputs:
                 if self.values[output].range.largest > INT32:
                     yield operation, self.values[output].range
+
+    def waist(self, start: int, outputs: Iterable[int]) -> int:
+        """The last value that every way from `start` to `outputs` leads through."""
+        wanted = set(outputs)
+        needed, derived = set(wanted), {start}
+        for operation in reversed(self.operations):
+            if needed.intersection(operation.outputs):
+                needed.update(operation.inputs)
+        steps = []
+        for operation in self.operations:
+            if derived.intersection(operation.inputs) and needed.intersection(operation.outputs):
+                derived.update(operation.outputs)
+                steps.append(operation)
+        readers = Counter(number for operation in steps for number in set(operation.inputs))
+        last, alive = start, {start}
+        for operation in steps:
+            for number in derived.intersection(operation.inputs):
+                readers[number] -= 1
+                if not readers[number] and number not in wanted:
+                    alive.discard(number)
+            alive.update(number for number in operation.outputs if readers[number] or number in wanted)
+            if len(alive) == 1:
+                (last,) = alive
+        return last
 
     def part(self, inputs: dict[str, int], outputs: dict[str, int]) -> "Program":
         """The operations that `outputs` need, from `inputs` on; both are values of this program by name.

@@ -26,6 +26,12 @@ def run(program: Program, inputs: Mapping[str, Tensor], keep: bool = False) -> d
 
     inputs: whole numbers by name, of the shapes and ranges that the program states.
     """
+    return interpret(program, inputs, MEANING, lambda number, tensor: tensor.to(program.values[number].dtype), keep)
+
+
+def interpret(program: Program, inputs: Mapping[str, Tensor], meaning: Mapping[str, Callable],
+              stored: Callable[[int, Tensor], Tensor] = lambda number, tensor: tensor, keep: bool = False) -> dict[Any, Tensor]:  # fmt: skip
+    """`run`, with a meaning of one's own for each kind of operation; `stored` makes of a result what is kept under its number."""
     numbers = {number: name for name, number in program.inputs.items()}
     last = _last_use(program)
     values: dict[int, Tensor] = {}
@@ -33,14 +39,14 @@ def run(program: Program, inputs: Mapping[str, Tensor], keep: bool = False) -> d
         if operation.kind == "input":
             outputs = [inputs[numbers[operation.outputs[0]]]]
         else:
-            result = MEANING[operation.kind](operation, *(values[number] for number in operation.inputs))
+            result = meaning[operation.kind](operation, *(values[number] for number in operation.inputs))
             outputs = list(result) if isinstance(result, (list, tuple)) else [result]
         for number, tensor in zip(operation.outputs, outputs, strict=True):
-            values[number] = tensor.to(program.values[number].dtype)
+            values[number] = stored(number, tensor)
         if not keep:
             for number in operation.inputs:
                 if last[number] == place:
-                    del values[number]
+                    values.pop(number, None)
     return values if keep else {name: values[number] for name, number in program.outputs.items()}
 
 

@@ -99,7 +99,7 @@ def test_codecs_of_other_classes_have_files_too(kind):
 def test_length_is_that_of_the_density_of_what_is_coded():
     """Against SciPy, on latents with few outliers: the tables, the coder and its last bytes cost less than 0.5 % and 16 bytes."""
     model = frozen("minnen2018")
-    plan = Plan(lower(model, 256, 256), lambda count: lower(model, 64, 64 * -(-count // 16)), 1)
+    plan = Plan(lower(model, 256, 256), None, 1)
     found = plan.encode(pixels(256, 256)[None])
     unit = 2.0**-model.config.boundary_bits
     symbols, scales, means = (found[1][name].numpy().astype(float) for name in ("symbols", "scales", "means"))

@@ -179,6 +179,19 @@ def test_folders_of_images(saved, tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_several_jobs_write_the_files_of_one(saved, tmp_path, capsys):
+    model = saved / "q1" / "model.safetensors"
+    for jobs, tile in ((1, 0), (2, 64)):
+        assert command("encode", tmp_path / "eval", "-o", tmp_path / f"coded{jobs}", "--model", model, "--jobs", jobs, "--tile", tile, "--quiet") == 0
+    files = {jobs: [path.read_bytes() for path in sorted((tmp_path / f"coded{jobs}").iterdir())] for jobs in (1, 2)}
+    assert len(files[1]) == 2 and files[1] == files[2]
+    (tmp_path / "eval" / "3.png").write_bytes(b"nothing")
+    assert command("encode", tmp_path / "eval", "-o", tmp_path / "coded2", "--model", model, "--jobs", 2, "--quiet") == 2
+    printed = capsys.readouterr()
+    assert printed.err.count("\n") == 1 and "3.png" in printed.err and printed.out == ""
+    assert sorted(path.name for path in (tmp_path / "coded2").iterdir()) == ["1.licq", "2.licq"]
+
+
 def test_what_cannot_be_coded_is_one_line(saved, tmp_path, capsys):
     image = tmp_path / "eval" / "1.png"
     assert command("encode", image, "-o", tmp_path / "a.licq", "--model", saved, "--quality", 1) == 0

@@ -1,0 +1,192 @@
+"""How far the results of a program reach: the part of an image that they depend on.
+
+A program runs on places instead of numbers. Every number carries the first and the last row, and column, of the image that it
+depends on, and every operation takes the extremes over what it reads; keys that a softmax masks are not read. So a program of a
+few hundred pixels says how far from a cut the numbers of a large image's tile are those of the whole image (`integer.tiles`).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from integer.program import Operation, Program
+from integer.reference import MEANING, interpret
+from quant.integer_functions import MASKED
+
+BATCH = 4
+"""Of the program that is traced: first rows, last rows, first columns, last columns."""
+_FAR = 2.0**20
+_NOTHING = 1.0  # depends on nothing, and may be other than zero; 0: is zero
+
+
+@dataclass(frozen=True)
+class Span:
+    """Along one axis, in pixels: results depend on so many before and after their own; the pattern repeats every `period`."""
+
+    before: int
+    after: int
+    period: int
+
+
+@dataclass(frozen=True)
+class Reach:
+    rows: Span
+    columns: Span
+
+
+def reach(program: Program, height: int, width: int, multiple: int) -> Reach | None:
+    """The reach of all outputs of a program of BATCH images of height x width; None where these are too small to tell.
+
+    Inputs and outputs have rows and columns as their last dimensions.
+    """
+    inputs = {name: _places(program.values[number].shape, height, width) for name, number in program.inputs.items()}
+    found = list(interpret(program, inputs, _EXTREMES).values())
+    rows = _span([_distances(part.amax(tuple(range(1, part.ndim - 2)))[:2].amax(2), height) for part in found], multiple)
+    columns = _span([_distances(part.amax(tuple(range(1, part.ndim - 2)))[2:].amax(1), width) for part in found], multiple)
+    return Reach(rows, columns) if rows and columns else None
+
+
+def _places(shape: tuple[int, ...], height: int, width: int) -> Tensor:
+    """What an input's numbers depend on: themselves. First places are told as _FAR - place, last ones as _FAR + place: both grow."""
+    parts = []
+    for length, count, dim in ((height, shape[-2], -2), (width, shape[-1], -1)):
+        size = length // count
+        first = torch.arange(count, dtype=torch.float32) * size
+        for part in (_FAR - first, _FAR + first + size - 1):
+            view = [1] * len(shape)
+            view[dim] = count
+            parts.append(part.reshape(view).expand(1, *shape[1:]))
+    return torch.cat(parts)
+
+
+def _distances(places: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(2, n) -> for each pixel along an axis: distance to the first and to the last that it depends on, whether these touch the ends."""
+    size = length // places.shape[1]
+    own = torch.arange(places.shape[1]) * size
+    first, last = _FAR - places[0], places[1] - _FAR
+    inside = (first > 0) & (last < length - 1)
+    return tuple(part.repeat_interleave(size) for part in ((own - first).clamp(min=0), (last - own - size + 1).clamp(min=0), inside))
+
+
+def _span(parts: list[tuple[Tensor, Tensor, Tensor]], multiple: int) -> Span | None:
+    before, after = (torch.stack([part[side] for part in parts]).amax(0) for side in (0, 1))
+    inside = torch.stack([part[2] for part in parts]).all(0).nonzero().flatten()
+    if not len(inside):
+        return None
+    middle = slice(int(inside[0]), int(inside[-1]) + 1)
+    if len(inside) != middle.stop - middle.start:
+        return None
+    for period in (multiple, 2 * multiple, 4 * multiple, 8 * multiple):
+        if len(inside) >= 2 * period and all(torch.equal(part[middle][period:], part[middle][:-period]) for part in (before, after)):
+            return Span(int(before.max()), int(after.max()), period)
+    return None
+
+
+# ------------------------------------------------------------------------------------- what each operation makes of places
+
+
+def _slim(x: Tensor) -> Tensor:
+    """x without the channels that are one channel repeated."""
+    return x[:, :1] if x.ndim > 2 and x.stride(1) == 0 else x
+
+
+def _larger(a: Tensor, b: Tensor) -> Tensor:
+    shape = torch.broadcast_shapes(a.shape, b.shape)
+    return torch.maximum(_slim(a), _slim(b)).expand(shape) if a.ndim == b.ndim else torch.maximum(a, b)
+
+
+def _added(operation: Operation, a: Tensor, b: Tensor) -> Tensor:
+    return _larger(a, b)
+
+
+def _multiplied(operation: Operation, a: Tensor, b: Tensor) -> Tensor:
+    return _larger(a, b).masked_fill((a == 0) | (b == 0), 0.0)
+
+
+def _convolved(operation: Operation, x: Tensor) -> Tensor:
+    facts, kernel = operation.facts, operation.facts["weight"].shape[2:]
+    rows, columns = facts["padding"]
+    x = F.pad(_slim(x).amax(1, keepdim=True), (columns, columns, rows, rows))
+    out = F.max_pool2d(x, kernel, facts["stride"], 0, facts["dilation"])
+    return out.clamp(min=_NOTHING).expand(-1, facts["weight"].shape[0], -1, -1)
+
+
+def _deconvolved(operation: Operation, x: Tensor) -> Tensor:
+    """weight: (outputs, inputs / groups, height, width)."""
+    facts, kernel = operation.facts, operation.facts["weight"].shape[2:]
+    x = _slim(x).amax(1, keepdim=True)
+    stride, dilation = facts["stride"], facts["dilation"]
+    sparse = x.new_zeros(*x.shape[:2], *((size - 1) * step + 1 for size, step in zip(x.shape[2:], stride)))
+    sparse[:, :, :: stride[0], :: stride[1]] = x
+    pads = []
+    for axis in (1, 0):
+        edge = dilation[axis] * (kernel[axis] - 1) - facts["padding"][axis]
+        pads += [edge, edge + facts["output_padding"][axis]]
+    out = F.max_pool2d(F.pad(sparse, pads), kernel, 1, 0, dilation)
+    return out.clamp(min=_NOTHING).expand(-1, facts["weight"].shape[0], -1, -1)
+
+
+def _linear(operation: Operation, x: Tensor) -> Tensor:
+    out = x.amax(-1, keepdim=True).clamp(min=_NOTHING)
+    return out.expand(*x.shape[:-1], operation.facts["weight"].shape[0])
+
+
+def _matmul(operation: Operation, a: Tensor, b: Tensor) -> Tensor:
+    """The smaller of two bounds: what a row and a column hold; and, over the numbers of a row that may be other than zero, what
+    these and all that they are multiplied with hold."""
+    ends = torch.maximum(a.amax(-1, keepdim=True), b.amax(-2, keepdim=True))
+    inner = b.amax(-1)[..., None, :]
+    read = torch.where((a == 0) | (inner == 0), 0.0, torch.maximum(a, inner)).amax(-1, keepdim=True)
+    return torch.minimum(ends, read)
+
+
+def _softmax(operation: Operation, x: Tensor) -> Tensor:
+    """Masked keys get zero, whatever their score is; so they have no part in the others' either."""
+    facts = operation.facts
+    masked = torch.zeros((), dtype=torch.bool)
+    if facts["offset"] is not None and int(facts["table"][-1]) == 0:
+        masked = facts["offset"] == int(MASKED)
+        masked = masked if facts["kinds"] is None else masked.index_select(0, facts["kinds"])
+    read = x.masked_fill(masked, 0.0)
+    return read.amax(facts["dim"], keepdim=True).clamp(min=_NOTHING).expand(x.shape).masked_fill(masked, 0.0)
+
+
+def _kept(operation: Operation, x: Tensor) -> Tensor:
+    return x
+
+
+def _not_zero(operation: Operation, x: Tensor) -> Tensor:
+    return x.clamp(min=_NOTHING)
+
+
+def _constant(operation: Operation) -> Tensor:
+    return (operation.facts["value"] != 0).float() * _NOTHING
+
+
+def _masked(operation: Operation, x: Tensor) -> Tensor:
+    return x * (operation.facts["mask"] != 0)
+
+
+def _summed(operation: Operation, x: Tensor) -> Tensor:
+    return x.amax(operation.facts["dim"], keepdim=operation.facts["keepdim"])
+
+
+_EXTREMES = {
+    "constant": _constant,
+    "conv": _convolved,
+    "deconv": _deconvolved,
+    "linear": _linear,
+    "matmul": _matmul,
+    "add": _added,
+    "product": _multiplied,
+    "mask": _masked,
+    "sum": _summed,
+    "softmax": _softmax,
+    "layer_norm": lambda operation, x: x.amax(-1, keepdim=True).clamp(min=_NOTHING).expand(x.shape),
+    "gdn": _added,
+    "layout": MEANING["layout"],
+    **dict.fromkeys(("rescale", "leaky", "neg", "abs", "square"), _kept),
+    **dict.fromkeys(("clamp", "table"), _not_zero),
+}
