@@ -202,13 +202,17 @@ class Sizes:
         """A part in tiles; None where the image is small, or the part's results reach over all of it."""
         if self.tile is None or height * width <= self.tile**2:
             return None
+        far = self.reach(name, part)
+        shown = f"{name} transform" if self.progress else ""
+        return far and Tiled(lambda h, w: part(self.program(h, w)), height, width, far, self.tile, self.multiple, threads, shown)
+
+    def reach(self, name: str, part: Callable[[Program], Program]) -> Reach | None:
+        """The reach of a part, traced once; None where it is the whole image's."""
         if name not in self._reaches:
             sides = (self.multiple * times for times in (4, 8, 16))
             found = (reach(part(self.program(side, side, BATCH)), side, side, self.multiple) for side in sides)
             self._reaches[name] = next((result for result in found if result), None)
-        far = self._reaches[name]
-        shown = f"{name} transform" if self.progress else ""
-        return far and Tiled(lambda h, w: part(self.program(h, w)), height, width, far, self.tile, self.multiple, threads, shown)
+        return self._reaches[name]
 
 
 class Plan:
@@ -280,11 +284,11 @@ class Plan:
         if self._synthesis is None:
             known = {number for step in self.steps for number in (*step.gives, *step.latent.given)}
             part = synthesis_part(self.program, self.latents, known)
-            run = self._tiled("synthesis", self._synthesis_of)
+            run = self._tiled("synthesis", self.synthesis_of)
             self._synthesis = run or self._executable(part), part.inputs
         return self._synthesis
 
-    def _synthesis_of(self, program: Program) -> Program:
+    def synthesis_of(self, program: Program) -> Program:
         """`synthesis_part` of a program of another size."""
         latents = find_latents(program)
         without_context = [step.context is None for step in self.steps]

@@ -1,0 +1,49 @@
+"""How much a tile of a large image has to see beyond what it keeps, for each codec, as a Markdown table.
+
+    python benchmarks/reach_table.py --arch balle2018 minnen2018 lu2022
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from tabulate import tabulate
+
+from codec.plan import Plan, Sizes, analysis_part
+from integer.lowering import lower
+from models.registry import create_model, get_architecture
+from quant.config import QuantConfig
+from quant.model import QuantModel
+from support.cli import ArgumentParser, main_guard
+from support.determinism import seed_everything
+
+HEADS = ["codec", "analysis: before, after", "synthesis: before, after", "tiles begin at multiples of"]
+
+
+def row(arch: str, configuration: str | None) -> list[str]:
+    seed_everything(0)
+    model = QuantModel(create_model(arch, None, configuration).eval(), QuantConfig())
+    model.observe([torch.rand(1, 3, 128, 128)])
+    model.freeze()
+    multiple = get_architecture(arch).multiple
+    sizes = Sizes(lambda height, width, batch: lower(model, height, width, batch), multiple)
+    plan = Plan(lower(model, multiple, multiple), sizes)
+    found = [sizes.reach("analysis", analysis_part), sizes.reach("synthesis", plan.synthesis_of)]
+    if None in found:
+        return [arch, "the whole image", "the whole image", "-"]
+    return [arch, *(f"{far.rows.before}, {far.rows.after}" for far in found), str(max(far.rows.period for far in found))]
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--arch", nargs="+", required=True)
+    parser.add_argument("--configuration", default="reference", help="reference or official (default: reference)")
+    args = parser.parse_args()
+    rows = [row(arch, None if args.configuration == "official" else args.configuration) for arch in args.arch]
+    print(tabulate(rows, HEADS, tablefmt="github", disable_numparse=True))
+
+
+if __name__ == "__main__":
+    sys.exit(main_guard(main))
