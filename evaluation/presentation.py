@@ -99,6 +99,8 @@ def render_summary(report: dict) -> str:
         line += f", {percent(report['bd_rate_psnr_baseline'])} ({plain})" if _has_baseline(report) else ""
         reason = report["bd_rate_notes"].get("bd_rate_psnr")
         lines.append(line + (f"; {reason.removeprefix('BD-rate: ')}" if reason else ""))
+    if report.get("bd_rate_psnr_files") is not None:
+        lines.append(f"BD-rate of files against the estimate: {report['bd_rate_psnr_files']:+.3f}%")
     for name, values in (report.get("anchor_bd_rate_psnr") or {}).items():
         lines.append(f"BD-rate against {name}: " + ", ".join(f"{percent(values[codec])} ({text})" for codec, text in codecs if codec in values))
     if report.get("baseline"):
@@ -220,6 +222,8 @@ def _bd_table(report: dict) -> str:
         rows.append([f"{codec_label(report)} against float", *_bd_cells(report, "")])
     if _has_baseline(report):
         rows.append([f"{baseline_label(report)} against float", *_bd_cells(report, "_baseline")])
+    if report.get("bd_rate_psnr_files") is not None:
+        rows.append(["files against the estimate", f"{report['bd_rate_psnr_files']:+.3f}%", "", ""])
     for name, values in (report.get("anchor_bd_rate_psnr") or {}).items():
         for codec, label in (("fp32", "float"), ("quant", codec_label(report))):
             if _is_everywhere(report, codec):

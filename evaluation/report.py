@@ -51,7 +51,7 @@ def build_report(*, arch: str, preset: str | None, loss: str, unit: str, w_bits:
     `bd_rate_psnr` and `bd_rate_ms_ssim` (on the dB scale) are percent of rate of the quantized against the float
     codec, PCHIP, from two points on; `bd_rate_psnr_cubic` needs four. One that cannot be had is None, and
     `bd_rate_notes` says why under the same key. With a baseline in every point there are the same three with the
-    ending `_baseline`; with anchors `anchor_bd_rate_psnr` holds the float and the quantized codec against each.
+    ending `_baseline`; where files were written, `bd_rate_psnr_files` holds their rates against the estimates; with anchors `anchor_bd_rate_psnr` holds the float and the quantized codec against each.
 
     Args:
         points: from `make_point`; sorted by rate here.
@@ -70,6 +70,11 @@ def build_report(*, arch: str, preset: str | None, loss: str, unit: str, w_bits:
             if note:
                 notes[key + ending] = note
     sources = sorted({point["bpp_source"] for point in points})
+    if sources == ["bitstream"]:
+        files = [point["quant"] for point in points]
+        rates["bd_rate_psnr_files"], note = _bd_rate([part | {"bpp": part["bpp_estimated"]} for part in files], files, "psnr", "pchip")
+        if note:
+            notes["bd_rate_psnr_files"] = note
     report = {"arch": arch, "preset": preset, "loss": loss, "unit": unit, "w_bits": w_bits, "a_bits": a_bits,
               "dataset": dataset, "images": images, "points": list(points)} | rates
     report |= {"bd_rate_notes": notes, "bpp_source": sources[0] if len(sources) == 1 else sources,

@@ -117,6 +117,17 @@ def test_report_has_the_public_keys_and_the_bd_rates():
         assert report[key] == pytest.approx(5.0)
 
 
+def test_files_are_compared_with_the_estimate_where_they_were_written():
+    assert "bd_rate_psnr_files" not in report_of(points())
+    written = points()
+    for point in written:
+        point["bpp_source"] = "bitstream"
+        point["quant"] = point["quant"] | {"bpp_estimated": point["quant"]["bpp"] / 1.02}
+    report = report_of(written)
+    assert report["bd_rate_psnr_files"] == pytest.approx(2.0)
+    assert "files against the estimate" in render_markdown(report) and "+2.000%" in render_markdown(report)
+
+
 def test_report_says_why_a_bd_rate_is_missing():
     report = report_of(points(2, similar=False))
     assert report["bd_rate_psnr"] == pytest.approx(5.0)
