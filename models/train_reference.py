@@ -68,12 +68,32 @@ def spread_levels(levels: int, batch: int, seed: int, step: int) -> Tensor:
     return torch.from_numpy(1 + (random.integers(levels) + levels * np.arange(batch) // batch) % levels)
 
 
+def named_alike(source: nn.Module, model: nn.Module) -> dict[str, Tensor]:
+    """The parameters of `source` by the names of `model`, where a sequence of layers has others in between (attention, for one)."""
+    given = dict(source.named_parameters())
+    for name, own in model.named_children():
+        other = getattr(source, name, None)
+        kinds, others = ([type(layer) for layer in part] if isinstance(part, nn.Sequential) else [] for part in (own, other))
+        if len(others) <= len(kinds):
+            continue
+        places, rest = [], iter(range(len(others)))
+        for kind in kinds:
+            places.append(next((place for place in rest if others[place] is kind), None))
+        if None in places:
+            continue
+        inside = {key: given.pop(key) for key in list(given) if key.startswith(f"{name}.")}
+        for place, taken in enumerate(places):
+            prefix = f"{name}.{taken}."
+            given |= {f"{name}.{place}.{key.removeprefix(prefix)}": part for key, part in inside.items() if key.startswith(prefix)}
+    return given
+
+
 def start_from(model: nn.Module, source: nn.Module, batches: list[Tensor]) -> None:
     """Give `model` the weights of a trained codec; what the codec lacks keeps its initial values, which are named.
 
     batches: (B, 3, H, W) in 0..1, for the statistics where the codec is wider than the model.
     """
-    own, given = dict(model.named_parameters()), dict(source.named_parameters())
+    own, given = dict(model.named_parameters()), named_alike(source, model)
     common = own.keys() & given.keys()
     if not common:
         raise InputError("--init: the checkpoint's codec has no layer in common with --arch; start from another")

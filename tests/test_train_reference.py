@@ -57,3 +57,14 @@ def test_starts_from_a_wider_codec_and_from_one_that_shares_layers(photos, tmp_p
     train(tmp_path, photos, "qvrf-balle2018", 1, init=tmp_path / "out" / "balle2018-q3.safetensors")
     assert "trained from the start: Gain" in capsys.readouterr().out
     assert read_checkpoint(tmp_path / "out" / "qvrf-balle2018.safetensors").metadata["init"] == "balle2018-q3.safetensors"
+
+
+def test_layers_in_between_are_left_out(photos, tmp_path, capsys):
+    """Cheng2020 without attention starts from the one with it: every layer of its transforms is one of the other's."""
+    source = create_model("cheng2020", N=36)
+    save_checkpoint(source, tmp_path / "with.safetensors", {"arch": "cheng2020", "kwargs": {"N": 36}})
+    train(tmp_path, photos, "cheng2020-anchor", 1, quality=3, init=tmp_path / "with.safetensors", lr=1e-9)
+    assert "trained from the start" not in capsys.readouterr().out
+    found = read_checkpoint(tmp_path / "out" / "cheng2020-anchor-q3.safetensors").state_dict
+    for own, other in (("g_a.3.conv1", "g_a.4.conv1"), ("g_s.0.conv2", "g_s.1.conv2"), ("g_s.7.0", "g_s.9.0"), ("h_a.0", "h_a.0")):
+        assert torch.allclose(found[f"{own}.weight"].float(), source.state_dict()[f"{other}.weight"], rtol=2e-3, atol=1e-4)
