@@ -63,5 +63,8 @@ setup(
         "pytorch_msssim",
         "scikit-image",  # for its photographs: `--eval photos` works without a download (data/datasets.json)
     ],
-    extras_require={"test": ["pytest", "pytest-xdist", "bjontegaard"]},
+    extras_require={
+        "test": ["pytest", "pytest-xdist", "bjontegaard"],
+        "bench": ["onnx", "onnxscript", "onnxruntime", "openvino", "nncf"],  # what benchmarks/peers.py compares with
+    },
 )

@@ -9,7 +9,9 @@ float and the integer one in turns. compressai: its own compress and decompress,
 import statistics
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -50,8 +52,8 @@ def random_codec(arch: str, configuration: str | None, quality: int) -> nn.Modul
     return model
 
 
-def smooth(height: int, width: int) -> Tensor:
-    coarse = torch.rand(1, 3, height // 16, width // 16, generator=torch.Generator().manual_seed(1))
+def smooth(height: int, width: int, seed: int = 1) -> Tensor:
+    coarse = torch.rand(1, 3, height // 16, width // 16, generator=torch.Generator().manual_seed(seed))
     return (torch.nn.functional.interpolate(coarse, size=(height, width), mode="bicubic").clamp(0, 1) * 255).round() / 255
 
 
@@ -67,55 +69,96 @@ def times(tasks: dict[str, Callable], repeats: int) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in spent.items()}
 
 
+@dataclass
+class Pair:
+    """A float codec and its integer program for images of one size, with the image x that both are timed on.
+
+    lowering: seconds that making the program took.
+    """
+
+    model: nn.Module
+    quantized: QuantModel
+    plan: Plan
+    x: Tensor
+    lowering: float
+
+    @property
+    def pixels(self) -> Tensor:
+        return (self.x * 255).round().to(torch.uint8)
+
+
 @torch.no_grad()
-def measure(arch: str, configuration: str | None, quality: int, size: tuple[int, int], threads: int, repeats: int, compressai: bool) -> dict:
-    """Seconds by (part, kind), and facts."""
+def make_pair(arch: str, configuration: str | None, quality: int, size: tuple[int, int], threads: int) -> Pair:
+    """size: width, height."""
     width, height = size
-    model = random_codec(arch, configuration, quality)
-    x = smooth(height, width)
     quantized = QuantModel(random_codec(arch, configuration, quality), QuantConfig())
     quantized.observe([smooth(256, 256), smooth(128, 256)])
     quantized.freeze()
-    pixels = (x * 255).round().to(torch.uint8)
     started = time.perf_counter()
     plan = Plan(lower(quantized, height, width), lambda count: lower(quantized, 64, 64 * -(-count // 16)), threads)
-    coder = Coder(quantized)
-    stream = coder.encode(plan, pixels)
-    coder.decode(plan, stream)
-    prepared = time.perf_counter() - started
+    lowering = time.perf_counter() - started
+    return Pair(random_codec(arch, configuration, quality), quantized, plan, smooth(height, width), lowering)
 
-    seen: dict[str, Tensor] = {}
-    hook = model.gaussian_conditional.register_forward_pre_hook(lambda _, inputs: seen.update(y=inputs[0]))
-    model(x)
-    hook.remove()
-    program = plan.program
-    analysis = executable(program.part({"pixels": program.inputs["pixels"]}, {"y": plan.latents[-1].latent}), threads)
+
+@torch.no_grad()
+def inputs_of(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """What each transform is given for an image."""
+    y = model.g_a(x)
+    return {"g_a": x, "h_a + h_s": y, "g_s": y.round()}
+
+
+def transforms(pair: Pair) -> dict[str, Callable]:
+    """By part and kind, float and integer: a transform alone."""
+    model, plan, pixels = pair.model, pair.plan, pair.pixels
+    given, program = inputs_of(model, pair.x), plan.program
+    analysis = executable(program.part({"pixels": program.inputs["pixels"]}, {"y": plan.latents[-1].latent}), plan.threads)
     hyper_part = hyper(plan)
-    given = {name: torch.zeros(program.values[int(name)].shape, dtype=program.values[int(name)].dtype) for name in hyper_part.inputs}
-    run_hyper = executable(hyper_part, threads)
+    features = {name: torch.zeros(program.values[int(name)].shape, dtype=program.values[int(name)].dtype) for name in hyper_part.inputs}
+    run_hyper = executable(hyper_part, plan.threads)
     run, needs = plan.synthesis
     symbols = {str(number): torch.zeros(program.values[number].shape, dtype=program.values[number].dtype) for number in needs}
-    tasks: dict[str, Callable] = {
-        "g_a float": lambda: model.g_a(x),
+    return {
+        "g_a float": lambda: model.g_a(given["g_a"]),
         "g_a integer": lambda: analysis({"pixels": pixels}),
-        "h_a + h_s float": lambda: model.h_s(model.h_a(seen["y"])),
-        "h_a + h_s integer": lambda: run_hyper(given),
-        "g_s float": lambda: model.g_s(seen["y"].round()),
+        "h_a + h_s float": lambda: model.h_s(model.h_a(given["h_a + h_s"])),
+        "h_a + h_s integer": lambda: run_hyper(features),
+        "g_s float": lambda: model.g_s(given["g_s"]),
         "g_s integer": lambda: run(symbols),
-        "network float": lambda: model(x),
-        "network integer": executable_of(plan, threads, pixels),
-        "encode integer": lambda: coder.encode(plan, pixels),
-        "decode integer": lambda: coder.decode(plan, stream),
+    }
+
+
+def networks(pair: Pair) -> dict[str, Callable]:
+    """By kind: everything from pixels to pixels but the coding of symbols."""
+    whole = executable(pair.plan.program, pair.plan.threads)
+    pixels = pair.pixels
+    return {"network float": lambda: pair.model(pair.x), "network integer": lambda: whole({"pixels": pixels})}
+
+
+@torch.no_grad()
+def measure(arch: str, configuration: str | None, quality: int, size: tuple[int, int], threads: int, repeats: int, compressai: bool) -> dict:
+    """Seconds by (part, kind), and facts."""
+    pair = make_pair(arch, configuration, quality, size, threads)
+    started = time.perf_counter()
+    coder = Coder(pair.quantized)
+    stream = coder.encode(pair.plan, pair.pixels)
+    coder.decode(pair.plan, stream)
+    prepared = pair.lowering + time.perf_counter() - started
+    model, pixels = pair.model, pair.pixels
+    tasks: dict[str, Callable] = {
+        **transforms(pair),
+        **networks(pair),
+        "encode integer": lambda: coder.encode(pair.plan, pixels),
+        "decode integer": lambda: coder.decode(pair.plan, stream),
     }
     found = times(tasks, repeats)
     if compressai and hasattr(model, "compress") and not get_architecture(arch).variable:
         started = time.perf_counter()
-        coded = model.compress(x)
+        coded = model.compress(pair.x)
         found["encode compressai"] = time.perf_counter() - started
         started = time.perf_counter()
         model.decompress(coded["strings"], coded["shape"])
         found["decode compressai"] = time.perf_counter() - started
-    return {"seconds": found, "prepared": prepared, "bits per pixel": 8 * len(stream) / (height * width)}
+    return {"seconds": found, "prepared": prepared, "bits per pixel": 8 * len(stream) / (size[0] * size[1])}
 
 
 def hyper(plan: Plan) -> Program:
@@ -129,11 +172,6 @@ def hyper(plan: Plan) -> Program:
     return cut(program, {number for number in read if producers[number].kind != "constant"}, given)
 
 
-def executable_of(plan: Plan, threads: int, pixels: Tensor) -> Callable:
-    whole = executable(plan.program, threads)
-    return lambda: whole({"pixels": pixels})
-
-
 def size(text: str) -> tuple[int, int]:
     try:
         width, height = (int(part) for part in text.lower().split("x"))
@@ -144,26 +182,38 @@ def size(text: str) -> tuple[int, int]:
     return width, height
 
 
-def main() -> None:
-    parser = ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--arch", nargs="+", default=["minnen2018"])
+def add_codec(parser: ArgumentParser, archs: list[str]) -> None:
+    """--arch --configuration --quality --size --threads --repeats: what is timed, and how."""
+    parser.add_argument("--arch", nargs="+", default=archs, help=f"default: {' '.join(archs)}")
     parser.add_argument("--configuration", default="official", help="official or reference (default: official)")
     parser.add_argument("--quality", type=int, default=1, help="whose official width (default: 1)")
     parser.add_argument("--size", default="768x512", help="WIDTHxHEIGHT (default: 768x512)")
     parser.add_argument("--threads", metavar="N", type=options.threads, default=1, help="default: 1")
     parser.add_argument("--repeats", metavar="N", type=options.positive, default=3, help="default: 3")
+
+
+def codec_of(args: Namespace, arch: str) -> tuple[str, str | None, int, tuple[int, int], int]:
+    """The arguments of `make_pair`."""
+    return arch, None if args.configuration == "official" else args.configuration, args.quality, size(args.size), args.threads
+
+
+def title(args: Namespace, arch: str) -> str:
+    return f"{arch}, {args.configuration} width, {args.size}, {args.threads} thread(s), random weights"
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    add_codec(parser, ["minnen2018"])
     parser.add_argument("--no-compressai", dest="compressai", action="store_false", help="leave out its serial coder")
     args = parser.parse_args()
     set_threads(args.threads)
-    configuration = None if args.configuration == "official" else args.configuration
     for arch in args.arch:
-        found = measure(arch, configuration, args.quality, size(args.size), args.threads, args.repeats, args.compressai)
+        found = measure(*codec_of(args, arch), args.repeats, args.compressai)
         seconds = found["seconds"]
         parts = dict.fromkeys(name.rpartition(" ")[0] for name in seconds)
         kinds = ("float", "integer", "compressai")
         rows = [[part, *(f"{seconds[f'{part} {kind}']:.3f} s" if f"{part} {kind}" in seconds else "-" for kind in kinds)] for part in parts]
-        print(f"{arch}, {args.configuration} width, {args.size}, {args.threads} thread(s), random weights, "
-              f"{found['bits per pixel']:.2f} bits per pixel; made ready in {found['prepared']:.1f} s\n")
+        print(f"{title(args, arch)}, {found['bits per pixel']:.2f} bits per pixel; made ready in {found['prepared']:.1f} s\n")
         print(tabulate(rows, ["part", *kinds], tablefmt="github", disable_numparse=True), "\n")
 
 

@@ -6,7 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from support.cli import main_guard
 
@@ -75,3 +77,53 @@ def test_zoo_table_names_every_rate_of_an_embedded_codec():
     assert any("N 48, M 64 | 1 | 0.01 | minnen2018-q5.safetensors | 3500 x 4 |" in line and line.endswith("| 0.1235 | 27.000 |") for line in lines)
     assert any("| 2 | 0.01 | the same file | the same file |" in line for line in lines)
     assert lines[-1] == "| qvrf-minnen2018 | -20.0 % | - | +90.1 % |"
+
+
+def test_peers_without_their_packages_are_one_line(monkeypatch, capsys):
+    peers = load("peers")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name in ("nncf", "openvino") else find("json"))
+    monkeypatch.setattr(sys, "argv", ["peers.py", "--size", "64x64"])
+    assert main_guard(peers.main) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith("error: not installed: openvino, nncf; pip install .[bench]") and printed.err.count("\n") == 1
+    monkeypatch.setattr(sys, "argv", ["peers.py", "--size", "100x64"])
+    assert main_guard(peers.main) == 2 and "multiples of 64" in capsys.readouterr().err
+
+
+def test_an_engine_that_fails_is_left_out_and_named(monkeypatch, capsys):
+    peers = load("peers")
+
+    def refuse(path, calibration, threads):
+        raise ValueError("no such\nlayer")
+
+    monkeypatch.setattr(peers, "_export", lambda module, x, path: path)
+    engines = [peers.Peer("good", (), lambda path, calibration, threads: lambda x: x + len(calibration)), peers.Peer("bad", (), refuse)]
+    runs = peers.peer_runs(None, [np.zeros(1), np.ones(1)], engines, 1, "codec, g_a")
+    assert list(runs) == ["good"] and runs["good"](np.ones(1)) == 2
+    assert capsys.readouterr().err == "codec, g_a, bad: ValueError: no such layer\n"
+
+
+@pytest.mark.parametrize("arch", ["minnen2018", "lu2022"])
+def test_peers_table_of_pytorch_and_licq(arch, monkeypatch, capsys):
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(sys, "argv", ["peers.py", "--arch", arch, "--configuration", "reference", "--size", "64x64", "--repeats", "1", "--peers"])
+    try:
+        assert main_guard(load("peers").main) == 0
+    finally:
+        torch.set_num_threads(threads)
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert lines[0] == ["part", "PyTorch", "licq"] and [line[0] for line in lines[1:]] == ["g_a", "h_a + h_s", "g_s"]
+    assert all(cell.endswith(" ms") and float(cell.removesuffix(" ms")) > 0 for line in lines[1:] for cell in line[1:])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's /proc")
+def test_memory_of_an_encode_grows_with_the_image():
+    def more(size):
+        command = [sys.executable, str(ROOT / "benchmarks" / "peers.py"), "--arch", "minnen2018", "--configuration", "reference", "--memory", "--size", size]
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return {cells[1].strip(): float(cells[3].split()[0]) for line in printed.splitlines() if " MB" in line for cells in [line.split("|")]}
+
+    small, large = more("128x128"), more("768x768")
+    assert small.keys() == {"PyTorch", "licq"} and all(large[name] > small[name] + 5 for name in small)
