@@ -21,7 +21,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from codec.coder import Coder
-from codec.plan import Plan, cut
+from codec.plan import Plan, Sizes, cut
 from integer.execution import executable
 from integer.lowering import lower
 from integer.program import Program
@@ -95,7 +95,7 @@ def make_pair(arch: str, configuration: str | None, quality: int, size: tuple[in
     quantized.observe([smooth(256, 256), smooth(128, 256)])
     quantized.freeze()
     started = time.perf_counter()
-    plan = Plan(lower(quantized, height, width), lambda count: lower(quantized, 64, 64 * -(-count // 16)), threads)
+    plan = Plan(lower(quantized, height, width), Sizes(lambda *size: lower(quantized, *size)), threads)
     lowering = time.perf_counter() - started
     return Pair(random_codec(arch, configuration, quality), quantized, plan, smooth(height, width), lowering)
 
@@ -116,7 +116,7 @@ def transforms(pair: Pair) -> dict[str, Callable]:
     features = {name: torch.zeros(program.values[int(name)].shape, dtype=program.values[int(name)].dtype) for name in hyper_part.inputs}
     run_hyper = executable(hyper_part, plan.threads)
     run, needs = plan.synthesis
-    symbols = {str(number): torch.zeros(program.values[number].shape, dtype=program.values[number].dtype) for number in needs}
+    symbols = {name: torch.zeros(program.values[number].shape, dtype=program.values[number].dtype) for name, number in needs.items()}
     return {
         "g_a float": lambda: model.g_a(given["g_a"]),
         "g_a integer": lambda: analysis({"pixels": pixels}),
