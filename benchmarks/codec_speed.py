@@ -8,6 +8,7 @@ float and the integer one in turns. compressai: its own compress and decompress,
 
 import statistics
 import sys
+import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Callable
@@ -158,7 +159,15 @@ def measure(arch: str, configuration: str | None, quality: int, size: tuple[int,
         started = time.perf_counter()
         model.decompress(coded["strings"], coded["shape"])
         found["decode compressai"] = time.perf_counter() - started
-    return {"seconds": found, "prepared": prepared, "bits per pixel": 8 * len(stream) / (size[0] * size[1])}
+    return {"seconds": found, "prepared": prepared, "bits per pixel": 8 * len(stream) / (size[0] * size[1]), "share": file_share(pair)}
+
+
+def file_share(pair: Pair) -> float:
+    """Bytes of the quantized model's file, of those that the float codec's parameters take."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.safetensors"
+        pair.quantized.save(path)
+        return path.stat().st_size / (4 * sum(parameter.numel() for parameter in pair.model.parameters()))
 
 
 def hyper(plan: Plan) -> Program:
@@ -213,7 +222,8 @@ def main() -> None:
         parts = dict.fromkeys(name.rpartition(" ")[0] for name in seconds)
         kinds = ("float", "integer", "compressai")
         rows = [[part, *(f"{seconds[f'{part} {kind}']:.3f} s" if f"{part} {kind}" in seconds else "-" for kind in kinds)] for part in parts]
-        print(f"{title(args, arch)}, {found['bits per pixel']:.2f} bits per pixel; made ready in {found['prepared']:.1f} s\n")
+        print(f"{title(args, arch)}, {found['bits per pixel']:.2f} bits per pixel; made ready in {found['prepared']:.1f} s; "
+              f"the model's file is {100 * found['share']:.1f} % of the float codec's\n")
         print(tabulate(rows, ["part", *kinds], tablefmt="github", disable_numparse=True), "\n")
 
 
