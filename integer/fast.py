@@ -18,13 +18,13 @@ from torch import Tensor
 
 from integer.program import INT32, Operation, Program, Range
 from integer.reference import MEANING
+from integer.winograd import BLOCK, windows, winograd_weights
 from quant.fixedpoint import multiplier_value
 from quant.integer_functions import layer_norm_constants
 
 S8, U8, S16, S32 = range(4)
 _TYPES = {torch.int8: S8, torch.uint8: U8, torch.int16: S16, torch.int32: S32}
 LOAD, STORE, RESCALE, ADD, PRODUCT, NEG, ABS, SQUARE, CLAMP, LEAKY, TABLE, GDN, ADDC = range(13)
-BLOCK = 16
 _SLACK = 64  # bytes behind a tensor that a kernel may read, though it does not count them
 
 _PRODUCTS = ("conv", "deconv", "linear")
@@ -48,6 +48,15 @@ class _Product(ctypes.Structure):
         *((name, ctypes.c_int32) for name in (
             "type", "batch", "height", "width", "inputs", "count", "rows", "columns", "stride_rows", "stride_columns", "outputs",
             "spread", "first_row", "first_column", "all_columns", "all_rows", "threads")),
+    ]  # fmt: skip
+
+
+class _Winograd(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "weights", "bias", "border", "starts", "phases")),
+        *((name, ctypes.c_int32) for name in (
+            "batch", "height", "width", "inputs", "stride", "first_y", "first_x", "rows", "columns", "outputs", "spread",
+            "all_columns", "all_rows", "parts", "threads")),
     ]  # fmt: skip
 
 
@@ -440,7 +449,7 @@ class _GroupItem(_Item):
         if root is not None:
             self.source = root.inputs[0]
             self.source_type = owner.storage[self.source]
-            self._build_products(root)
+            self.jobs = self._winograd(root) or self._direct(root)
 
     # ------------------------------------------------------------------------------------------------------------- steps
 
@@ -575,7 +584,33 @@ class _GroupItem(_Item):
 
     # ---------------------------------------------------------------------------------------------------------- products
 
-    def _build_products(self, root: Operation) -> None:
+    def _winograd(self, root: Operation) -> list[_Winograd]:
+        """The products as one job of `winograd.c`, if it pays and is exact."""
+        values, facts = self.owner.program.values, root.facts
+        if not library().has_winograd() or self.source_type != (torch.int16, 0):
+            return []
+        found = windows(root.kind, facts, values[self.source].range.largest, self.group.shape)
+        if found is None:
+            return []
+        weights, starts, phases = winograd_weights(found)
+        outputs, inputs = facts["weight"].shape[:2]
+        bias = torch.zeros(phases.shape[1] * BLOCK, dtype=torch.int32)
+        if facts["bias"] is not None:
+            bias[: found.spread**2 * outputs] = facts["bias"].to(torch.int32).repeat(found.spread**2)
+        border = torch.zeros(inputs, dtype=torch.int16)
+        parts = {"weights": weights, "bias": bias, "border": border, "starts": starts, "phases": phases}
+        self._kept += parts.values()
+        job = _Winograd(**{name: part.data_ptr() for name, part in parts.items()})
+        job.batch, _, job.height, job.width = values[self.source].shape
+        job.inputs, job.outputs, job.stride, job.spread = inputs, outputs, found.stride, found.spread
+        job.first_y, job.first_x = found.first
+        job.parts = len(found.parts)
+        job.all_rows, job.all_columns = self.group.shape[2:]
+        job.rows, job.columns = -(-job.all_rows // found.spread), -(-job.all_columns // found.spread)
+        return [job]
+
+    def _direct(self, root: Operation) -> list[_Product]:
+        """The products as a job of `products` for each phase of the output."""
         facts = root.facts
         weight = facts["weight"].to(torch.int64)
         x_dtype, offset = self.source_type
@@ -595,7 +630,7 @@ class _GroupItem(_Item):
         outputs = weight.shape[0]
         blocks = -(-outputs // BLOCK)
         bias = torch.zeros(outputs, dtype=torch.int64) if facts["bias"] is None else facts["bias"]
-        self.jobs = []
+        made = []
         for (taps, stride), (first_row, first_column) in zip(jobs, first):
             taps = [tap for tap in taps if bool(weight[:, :, tap[2], tap[3]].any())]  # a masked tap is none
             chosen = torch.stack([weight[:, :, ky, kx] for _, _, ky, kx in taps], 1) if taps else weight.new_zeros(outputs, 0, weight.shape[1])
@@ -620,7 +655,8 @@ class _GroupItem(_Item):
                 job.rows = -(-(job.all_rows - first_row) // spread[0])
                 job.columns = -(-(job.all_columns - first_column) // spread[1])
             job.spread, job.first_row, job.first_column = spread[0], first_row, first_column
-            self.jobs.append(job)
+            made.append(job)
+        return made
 
     # --------------------------------------------------------------------------------------------------------------- run
 
@@ -649,7 +685,8 @@ class _GroupItem(_Item):
             failed = 0
             for job in self.jobs:
                 job.x, job.threads = x.data_ptr(), threads
-                failed |= library().products(ctypes.byref(job), self.steps, self.step_count, table, self.registers)
+                run = library().winograd if isinstance(job, _Winograd) else library().products
+                failed |= run(ctypes.byref(job), self.steps, self.step_count, table, self.registers)
         if failed:
             raise MemoryError("the kernels ran out of memory")
 

@@ -6,51 +6,12 @@
  * Plain C called through ctypes; no Python header is needed to build it.
  */
 
-#include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
+#include "kernels.h"
 
-#ifdef _OPENMP
-#include <omp.h>
-#else
-static int omp_get_thread_num(void) { return 0; }
-#endif
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#define X86 1
-#include <immintrin.h>
-#define CLONES __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
-#define AVX2 __attribute__((target("avx2")))
-#else
-#define X86 0
-#define CLONES
-#endif
-
-/* --------------------------------------------------------------------------------------------------------- tensors */
-
-enum { S8, U8, S16, S32 };
 static const int SIZE[] = {1, 1, 2, 4};
 
-typedef struct {
-    char *data;      /* (pixels, channels), channels contiguous */
-    int32_t type;
-    int32_t offset;  /* a stored number is the number plus this */
-} Array;
-
 /* ---------------------------------------------------------------------------------- elementwise steps on a tile's numbers */
-
-enum { LOAD, STORE, RESCALE, ADD, PRODUCT, NEG, ABS, SQUARE, CLAMP, LEAKY, TABLE, GDN, ADDC };
-
-typedef struct {
-    int32_t op, dst, a, b;  /* registers; LOAD and STORE: b is the array */
-    int32_t period;         /* length of the parameter arrays, a multiple of the channels, or 1 */
-    int32_t first, last;    /* TABLE: of the first entry, number of entries - 1; GDN: inverse, algorithm */
-    int32_t pad;
-    const double *multiplier;
-    const int32_t *low, *high, *factor;
-    const int32_t *table;   /* TABLE; GDN: shift */
-} Step;
 
 #define BELOW_HALF 0.49999999999999994
 
@@ -302,13 +263,12 @@ static void store(const int32_t *restrict x, const Array *array, int64_t pixel, 
     }
 }
 
-/* registers: `count` of `size` numbers each, one after another */
-static void steps_on_tile(const Step *steps, int count, const Array *arrays, int32_t *registers, int64_t size, int64_t pixel, int64_t step,
-                          int pixels, int channels) {
+void steps_on_tile(const Step *steps, int count, const Array *arrays, int32_t *first, int32_t *registers, int64_t size, int64_t pixel,
+                   int64_t step, int pixels, int channels) {
     const int n = pixels * channels;
     for (const Step *s = steps; s < steps + count; s++) {
-        int32_t *out = registers + s->dst * size;
-        const int32_t *a = registers + s->a * size, *b = registers + s->b * size;
+        int32_t *out = s->dst ? registers + (s->dst - 1) * size : first;
+        const int32_t *a = s->a ? registers + (s->a - 1) * size : first, *b = s->b ? registers + (s->b - 1) * size : first;
         switch (s->op) {
         case LOAD: load(out, &arrays[s->b], pixel, step, pixels, channels); break;
         case STORE: store(a, &arrays[s->b], pixel, step, pixels, channels); break;
@@ -343,9 +303,6 @@ typedef struct {
     int32_t threads;
 } Product;
 
-#define BLOCK 16  /* outputs that a microkernel makes at a time */
-#define GROUP 6   /* pixels */
-
 /* acc[p][0..15] = bias + sum over taps and inputs; x[tap * GROUP + p]: where pixel p's inputs of a tap begin */
 typedef void Micro(const char *const *x, int taps, int inputs, const char *weights, const int32_t *bias, int32_t *acc, int64_t row);
 
@@ -374,8 +331,6 @@ static void micro_u8(const char *const *x, int taps, int inputs, const char *wei
 }
 
 #if X86
-static inline int32_t four_bytes(const char *p) { int32_t v; memcpy(&v, p, 4); return v; }
-
 __attribute__((target("avx2"))) static void micro_s16_avx2(const char *const *x, int taps, int inputs, const char *weights,
                                                            const int32_t *bias, int32_t *acc, int64_t row) {
     __m256i sums[GROUP][2];
@@ -451,7 +406,7 @@ int products(const Product *job, const Step *steps, int step_count, const Array 
     Micro *micro = micro_for(job->type);
     const int outputs = job->outputs, blocks = (outputs + BLOCK - 1) / BLOCK;
     const int64_t row = (int64_t)blocks * BLOCK;
-    int tile = (int)(3072 / row) / GROUP * GROUP;
+    int tile = (int)(TILE_NUMBERS / row) / GROUP * GROUP;
     if (tile < GROUP) tile = GROUP;
     if (tile > job->columns + GROUP - 1) tile = (job->columns + GROUP - 1) / GROUP * GROUP;
     const int size = SIZE[job->type], pack = 4 / size;
@@ -492,7 +447,7 @@ int products(const Product *job, const Step *steps, int step_count, const Array 
                     for (int p = 0; p < pixels; p++) memcpy(registers + (int64_t)p * outputs, acc + p * row, sizeof(int32_t) * outputs);
                 const int64_t pixel = (image * job->all_rows + (int64_t)i * job->spread + job->first_row) * job->all_columns +
                                       (int64_t)j * job->spread + job->first_column;
-                steps_on_tile(steps, step_count, arrays, registers, register_size, pixel, job->spread, pixels, outputs);
+                steps_on_tile(steps, step_count, arrays, registers, registers + register_size, register_size, pixel, job->spread, pixels, outputs);
             }
         }
         free(registers);
@@ -503,7 +458,7 @@ int products(const Product *job, const Step *steps, int step_count, const Array 
 
 /* Steps on arrays alone, (pixels, channels). */
 int elementwise(int64_t pixels, int channels, const Step *steps, int step_count, const Array *arrays, int register_count, int threads) {
-    int tile = 3072 / channels;
+    int tile = TILE_NUMBERS / channels;
     if (tile < 1) tile = 1;
     const int64_t register_size = (int64_t)tile * channels, tiles = (pixels + tile - 1) / tile;
     int failed = 0;
@@ -515,7 +470,7 @@ int elementwise(int64_t pixels, int channels, const Step *steps, int step_count,
         for (int64_t t = 0; t < tiles; t++) {
             if (failed) continue;
             const int count = (int)(pixels - t * tile < tile ? pixels - t * tile : tile);
-            steps_on_tile(steps, step_count, arrays, registers, register_size, t * tile, 1, count, channels);
+            steps_on_tile(steps, step_count, arrays, registers, registers + register_size, register_size, t * tile, 1, count, channels);
         }
         free(registers);
     }

@@ -39,6 +39,8 @@ def _checks() -> Iterator[Check]:
     for numbers in ((-127, 127), (0, 255), (-8191, 8191)):
         for kind in ("conv", "deconv"):
             yield _product(kind, numbers)
+    for kind, kernel, stride in (("conv", 3, 1), ("conv", 5, 2), ("deconv", 5, 2)):
+        yield _product(kind, (-255, 255), kernel, stride, inputs=114 if stride == 1 else 40)  # sums up to what `winograd.c` allows
     for per_channel in (False, True):
         yield _rescale(per_channel)
     for inverse in (False, True):
@@ -52,21 +54,25 @@ def _given(program: Program, out: int, kind: str, **inputs: Tensor) -> Check:
     return kind, program, {name: tensor.to(program.values[program.inputs[name]].dtype) for name, tensor in inputs.items()}
 
 
-def _product(kind: str, numbers: tuple[int, int]) -> Check:
-    shape, outputs, kernel = (1, 37, 9, 11), 19, 3
+def _product(kind: str, numbers: tuple[int, int], kernel: int = 3, stride: int = 2, inputs: int = 37) -> Check:
+    """A product some of whose sums are the largest and the smallest that its range allows."""
+    shape, outputs, pad = (1, inputs, 9, 11), 19, kernel // 2
     program = Program()
-    weight = extremes((outputs, shape[1], kernel, kernel), -127, 127, seed=1).to(torch.int8)
-    facts = {"stride": (2, 2), "padding": (1, 1), "dilation": (1, 1), "groups": 1}
+    weight = extremes((outputs, inputs, kernel, kernel), -127, 127, seed=1).to(torch.int8)
+    weight[0], weight[1] = 127, -127
+    facts = {"stride": (stride, stride), "padding": (pad, pad), "dilation": (1, 1), "groups": 1}
     if kind == "conv":
-        out_shape = F.conv2d(torch.empty(shape), weight.float(), None, 2, 1).shape
+        out_shape = F.conv2d(torch.empty(shape), weight.float(), None, stride, pad).shape
     else:
-        facts["output_padding"] = (1, 1)
-        out_shape = F.conv_transpose2d(torch.empty(shape), weight.float().transpose(0, 1), None, 2, 1, 1).shape
+        facts["output_padding"] = (stride - 1, stride - 1)
+        out_shape = F.conv_transpose2d(torch.empty(shape), weight.float().transpose(0, 1), None, stride, pad, stride - 1).shape
     bound = int(weight.long().abs().flatten(1).sum(1).max()) * max(-numbers[0], numbers[1]) + 2**20
     x = program.input("x", shape, Range(*numbers))
     bias = extremes((outputs,), -(2**20), 2**20, seed=2)
     out = program.add(kind, (x,), tuple(out_shape), Range(-bound, bound), weight=weight, bias=bias, bound=bound, **facts)
-    return _given(program, out, kind, x=extremes(shape, *numbers, seed=3))
+    given = extremes(shape, *numbers, seed=3)
+    given[:, :, :5, :5], given[:, :, :5, 6:] = numbers[0], numbers[1]
+    return _given(program, out, kind, x=given)
 
 
 def _rescale(per_channel: bool) -> Check:

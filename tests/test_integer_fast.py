@@ -12,6 +12,7 @@ from integer.passes import optimize
 from integer.program import Program, Range
 from integer.reference import run
 from integer.selfcheck import extremes, first_difference
+from integer.winograd import windows
 from models.registry import list_models
 from quant.fixedpoint import quantize_multiplier
 from tiny_codecs import images
@@ -94,6 +95,46 @@ def test_products_of_the_largest_numbers(kind, kernel, stride, shape, numbers):
     inputs = {"x": extremes(shape, *numbers, seed=3).to(program.values[x].dtype)}
     assert_same(program, fast, inputs)
     assert any(isinstance(entry, Group) for entry in fast.plan)
+
+
+@needs_kernels
+@pytest.mark.parametrize(("kind", "kernel", "stride", "shape", "outputs"), [
+    ("conv", 3, 1, (1, 114, 9, 11), 19), ("conv", 3, 1, (2, 16, 4, 8), 32), ("conv", 3, 1, (3, 33, 5, 4), 3), ("conv", 3, 1, (1, 1, 12, 101), 16),
+    ("conv", 5, 2, (2, 40, 13, 22), 48), ("conv", 5, 2, (1, 3, 32, 31), 20), ("conv", 5, 2, (1, 110, 13, 15), 16), ("conv", 3, 2, (1, 17, 16, 15), 33),
+    ("deconv", 5, 2, (2, 100, 7, 5), 32), ("deconv", 5, 2, (1, 21, 8, 9), 3), ("deconv", 5, 2, (1, 18, 4, 4), 21), ("deconv", 3, 2, (1, 50, 8, 7), 16),
+])  # fmt: skip
+@pytest.mark.parametrize("threads", [1, 3])
+def test_winograd_of_the_largest_sums(kind, kernel, stride, shape, outputs, threads):
+    program = Program()
+    weight = extremes((outputs, shape[1], kernel, kernel), -128, 127, seed=1).to(torch.int8)
+    weight[0], weight[1] = 127, -127
+    facts = {"stride": (stride, stride), "padding": (kernel // 2,) * 2, "dilation": (1, 1), "groups": 1}
+    height, width = (-(-size // stride) if kind == "conv" else size * stride for size in shape[2:])
+    if kind == "deconv":
+        facts["output_padding"] = (stride - 1,) * 2
+    bound = int(weight.long().abs().flatten(1).sum(1).max()) * 255 + 2**20
+    x = program.input("x", shape, Range(-255, 255))
+    bias = extremes((outputs,), -(2**20), 2**20, seed=2)
+    program.outputs["out"] = program.add(kind, (x,), (shape[0], outputs, height, width), Range(-bound, bound), weight=weight, bias=bias, bound=bound, **facts)
+    numbers = extremes(shape, -255, 255, seed=3)
+    numbers[0, :, :4], numbers[-1, :, -3:] = 255, -255
+    fast = FastProgram(program, threads)
+    assert_same(program, fast, {"x": numbers.to(torch.int16)})
+    if library().has_winograd():
+        assert [type(job).__name__ for entry in fast.items if hasattr(entry, "jobs") for job in entry.jobs] == ["_Winograd"]
+
+
+def test_winograd_only_where_its_sums_and_numbers_fit():
+    def found(channels=8, largest=255, kernel=3, stride=1, kind="conv", size=16, dilation=1):
+        weight = torch.full((16, channels, kernel, kernel), 127, dtype=torch.int8)
+        facts = {"weight": weight, "stride": (stride,) * 2, "padding": (kernel // 2,) * 2, "dilation": (dilation,) * 2}
+        return windows(kind, facts, largest, (1, 16, size, size))
+
+    assert found(114).parts == [[0]] and found(116) is None  # 116 * 9 * 127 * 255 > 2^25
+    assert sorted(sum(found(100, kernel=5, stride=2).parts, [])) == [0, 1, 2, 3] and len(found(100, kernel=5, stride=2).parts) == 3
+    assert found(largest=327) is not None and found(largest=328) is None
+    assert found(kernel=1) is None and found(kernel=5) is None and found(dilation=2) is None and found(size=2) is None
+    assert found(100, kernel=5, stride=2, kind="deconv").spread == 2 and found(kernel=7, stride=2) is None
 
 
 @needs_kernels
