@@ -37,7 +37,7 @@ class _Array(ctypes.Structure):
 
 class _Step(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_int32) for name in ("op", "dst", "a", "b", "period", "first", "last", "pad")),
+        *((name, ctypes.c_int32) for name in ("op", "dst", "a", "b", "period", "first", "last", "quick")),
         *((name, ctypes.c_void_p) for name in ("multiplier", "low", "high", "factor", "table")),
     ]
 
@@ -206,6 +206,10 @@ class FastProgram:
         self.storage = {number: self._storage(number) for number in self.readers}
         self.items = [self._item(entry) for entry in self.plan]
         self.dies = _deaths(self.items, set(program.outputs.values()))
+        sizes = {number: int(torch.Size(program.values[number].shape).numel()) * dtype.itemsize for number, (dtype, _) in self.storage.items()}
+        self.slots = _slots(self.items, set(program.outputs.values()), sizes)
+        self.memory: dict[int, Tensor] = {}  # by slot
+        self.keeps = False
 
     def _item(self, entry: Group | Operation) -> "_Item":
         if isinstance(entry, Group):
@@ -232,6 +236,7 @@ class FastProgram:
     def __call__(self, inputs: Mapping[str, Tensor], keep: bool = False) -> dict[Any, Tensor]:
         """The outputs of the program by name; with `keep`, all that was stored, by number."""
         values: dict[int, Tensor] = dict(self.constants)
+        self.keeps = keep
         numbers = {number: name for name, number in self.program.inputs.items()}
         for place, item in enumerate(self.items):
             item.run(values, inputs, numbers)
@@ -241,6 +246,52 @@ class FastProgram:
         if keep:
             return {number: tensor.to(torch.int64) - self.storage.get(number, (None, 0))[1] for number, tensor in values.items()}
         return {name: values[number].to(self.program.values[number].dtype) for name, number in self.program.outputs.items()}
+
+
+    def new(self, number: int, count: int) -> Tensor:
+        """Memory for a value, flat, with bytes behind it that kernels may read; in the next run the same, so that its pages are there."""
+        dtype, _ = self.storage[number]
+        size, slot = count * dtype.itemsize, self.slots.get(number)
+        if slot is None or self.keeps:
+            return torch.empty(size + _SLACK, dtype=torch.uint8)[:size].view(dtype)
+        if slot not in self.memory or len(self.memory[slot]) < size + _SLACK:
+            self.memory[slot] = torch.empty(size + _SLACK, dtype=torch.uint8)
+        return self.memory[slot][:size].view(dtype)
+
+
+def _slots(items: list["_Item"], outputs: set[int], sizes: Mapping[int, int]) -> dict[int, int]:
+    """The memory of each value that a kernel writes; values that are not needed at the same time share one, of the same size first.
+
+    What PyTorch makes of a value may be a view of it, which then keeps the memory from others as long as it is needed itself.
+    A program's outputs have none: they leave it.
+    """
+    owners: dict[int, set[int]] = {}  # whose memory a value may be a view of
+    last: dict[int, int] = {}
+    for place, item in enumerate(items):
+        for number in item.writes:
+            is_own = not isinstance(item, _SingleItem)
+            owners[number] = {number} if is_own else {owner for source in item.reads for owner in owners.get(source, ())}
+        for number in (*item.reads, *item.writes):
+            for owner in owners.get(number, ()):
+                last[owner] = max(last.get(owner, 0), len(items) if number in outputs else place)
+    dying: dict[int, list[int]] = {}
+    for owner, place in last.items():
+        dying.setdefault(place, []).append(owner)
+    slots: dict[int, int] = {}
+    free: list[tuple[int, int]] = []  # size, slot
+    count = 0
+    for place, item in enumerate(items):
+        for number in item.writes:
+            if last.get(number, len(items)) == len(items):
+                continue
+            found = next((entry for entry in free if entry[0] == sizes[number]), free[-1] if free else None)
+            if found is None:
+                slots[number], count = count, count + 1
+            else:
+                free.remove(found)
+                slots[number] = found[1]
+        free += [(sizes[owner], slots[owner]) for owner in dying.get(place, ()) if owner in slots]
+    return slots
 
 
 def _readers(plan: list[Group | Operation], program: Program) -> dict[int, list[Group | Operation]]:
@@ -286,9 +337,7 @@ class _Item:
 
     def new(self, shape: tuple[int, ...]) -> tuple[Tensor, int]:
         """A tensor for the one result, and the offset of its numbers."""
-        dtype, offset = self.owner.storage[self.writes[0]]
-        count = int(torch.Size(shape).numel())
-        return torch.empty(count + _SLACK // dtype.itemsize, dtype=dtype)[:count].view(shape), offset
+        return self.owner.new(self.writes[0], int(torch.Size(shape).numel())).view(shape), self.owner.storage[self.writes[0]][1]
 
 
 class _SingleItem(_Item):
@@ -501,8 +550,11 @@ class _GroupItem(_Item):
         if len(data) > 1:
             step["b"] = register[data[1]]
         if kind == "rescale":
-            multiplier = multiplier_value(facts["mantissa"], facts["shift"])
             low, high = (-INT32, INT32) if facts["low"] is None else (facts["low"], facts["high"])
+            limit = max(int(torch.as_tensor(end).abs().max()) for end in (low, high))
+            multiplier = nudged(facts["mantissa"], facts["shift"], self.owner.program.values[data[0]].range.largest, limit)
+            step["quick"] = int(multiplier is not None)
+            multiplier = multiplier_value(facts["mantissa"], facts["shift"]) if multiplier is None else multiplier
             names = {"multiplier": multiplier, "low": low, "high": high}
             if int(torch.as_tensor(facts["refinement"]).max()) != 1:
                 names["factor"] = facts["refinement"]
@@ -524,13 +576,18 @@ class _GroupItem(_Item):
             high = INT32 if facts["high"] is None else facts["high"]
             step.update(op=CLAMP, **self._parameters(low=low, high=high))
         elif kind == "leaky":
-            step.update(op=LEAKY, **self._parameters(multiplier=multiplier_value(facts["mantissa"], facts["shift"])))
+            multiplier = nudged(facts["mantissa"], facts["shift"], self.owner.program.values[data[0]].range.largest)
+            quick = multiplier is not None and 0 <= float(multiplier) < 1
+            multiplier = multiplier if quick else multiplier_value(facts["mantissa"], facts["shift"])
+            step.update(op=LEAKY, quick=int(quick), **self._parameters(multiplier=multiplier))
         elif kind == "table":
             entries = facts["table"].to(torch.int32).contiguous()
             self._kept.append(entries)
             step.update(op=TABLE, first=facts["first"], last=len(entries) - 1, table=entries.data_ptr())
         elif kind == "gdn":
-            step.update(op=GDN, first=int(facts["inverse"]), last=int(facts["algorithm"] == "gdn"),
+            largest = self.owner.program.values[data[0]].range.largest, int(facts["low"].abs().max()), int(facts["high"].abs().max())
+            quick = facts["algorithm"] == "gdn" and largest[0] <= 2**15 and max(largest) <= 2**24 and int(facts["shift"].abs().max()) < 512
+            step.update(op=GDN, first=int(facts["inverse"]), last=int(facts["algorithm"] == "gdn"), quick=int(quick),
                         **self._parameters(multiplier=facts["mantissa"].double(), table=facts["shift"], low=facts["low"], high=facts["high"]))  # fmt: skip
         elif kind == "mask":
             step.update(op=PRODUCT, b=self._constant_array(steps, facts["mask"]))
@@ -575,12 +632,9 @@ class _GroupItem(_Item):
         return tensor.movedim(self.channel_dim, -1).contiguous().movedim(-1, self.channel_dim)
 
     def _new(self, number: int) -> Tensor:
-        dtype, _ = self.owner.storage[number]
         shape = [*self.group.shape]
         moved = [*shape[: self.channel_dim], *shape[self.channel_dim + 1 :], shape[self.channel_dim]]
-        count = int(torch.Size(moved).numel())
-        flat = torch.empty(count + _SLACK // dtype.itemsize, dtype=dtype)[:count]
-        return flat.view(moved).movedim(-1, self.channel_dim)
+        return self.owner.new(number, int(torch.Size(moved).numel())).view(moved).movedim(-1, self.channel_dim)
 
     # ---------------------------------------------------------------------------------------------------------- products
 
@@ -702,6 +756,24 @@ class _GroupItem(_Item):
         flat = torch.empty(rows.numel() + _SLACK, dtype=dtype)[: rows.numel()].view(rows.shape)
         flat.copy_(rows)
         return flat
+
+
+def nudged(mantissa: Tensor, shift: Tensor, largest: int, limit: int = INT32) -> Tensor | None:
+    """A multiplier, a little larger, whose products with whole numbers up to `largest` are never halves, and round as the exact ones do.
+
+    mantissa * 2^-shift (1 + 2^-51): products with it, rounded to float64, are larger than the exact ones by more than one part in
+    2^52 and less than three in 2^52. So an exact half becomes more than a half, and is rounded away from zero by any rounding to
+    nearest; and what lies below a half stays there, if three parts in 2^52 are less than the step between products, 2^-shift for odd
+    mantissas. None where they are more, for a product up to `limit` (those above it are clipped to it), or where a product leaves
+    the range of 32 bits.
+    """
+    mantissa, shift = torch.as_tensor(mantissa).to(torch.int64), torch.as_tensor(shift).to(torch.int64)
+    exact = multiplier_value(mantissa, shift)
+    products = exact.abs() * largest
+    twos = torch.where(mantissa == 0, 1, mantissa & -mantissa).double()  # powers of two: a step is twos * 2^-shift
+    step = (twos * multiplier_value(torch.ones_like(shift), shift)).clamp(max=0.5)
+    fits = bool((products < 2**31 - 2).all()) and bool((products.clamp(max=limit + 1) * 3 * 2.0**-52 < step * 0.99).all())
+    return exact * (1 + 2.0**-51) if fits else None
 
 
 def _phase_taps(facts: Mapping[str, Any], shape: torch.Size, phase: tuple[int, int]) -> list[tuple[int, int, int, int]]:

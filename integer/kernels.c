@@ -29,23 +29,53 @@ AVX2 static inline __m128i rescale4(__m128i x, __m256d m, __m256d low, __m256d h
     return _mm256_cvttpd_epi32(_mm256_add_pd(p, half));
 }
 
-/* the first count - count % 4 numbers; low and high: of channels, or with `alike` the same for all */
+/* the same of eight numbers, where the multiplier is nudged: the processor's rounding of ties meets none */
+AVX2 static inline __m256i rescale8(__m256i x, __m256d m0, __m256d m1, __m256i low, __m256i high) {
+    const __m128i first = _mm256_cvtpd_epi32(_mm256_mul_pd(_mm256_cvtepi32_pd(_mm256_castsi256_si128(x)), m0));
+    const __m128i second = _mm256_cvtpd_epi32(_mm256_mul_pd(_mm256_cvtepi32_pd(_mm256_extracti128_si256(x, 1)), m1));
+    return _mm256_min_epi32(_mm256_max_epi32(_mm256_set_m128i(second, first), low), high);
+}
+
+/* Parameters of channels, or with m_alike and alike the same for all. These give how many numbers they did: the rest is less than 4 or 8. */
 AVX2 static int rescale_avx2(int32_t *out, const int32_t *x, int count, const double *m, int m_alike, const int32_t *low,
                              const int32_t *high, int alike) {
     int i = 0;
     const __m256d m0 = _mm256_set1_pd(m[0]), l0 = _mm256_set1_pd(low[0]), h0 = _mm256_set1_pd(high[0]);
+    for (; i + 4 <= count; i += 4) {
+        const __m256d l = alike ? l0 : _mm256_cvtepi32_pd(_mm_loadu_si128((const __m128i *)(low + i)));
+        const __m256d h = alike ? h0 : _mm256_cvtepi32_pd(_mm_loadu_si128((const __m128i *)(high + i)));
+        const __m128i number = _mm_loadu_si128((const __m128i *)(x + i));
+        _mm_storeu_si128((__m128i *)(out + i), rescale4(number, m_alike ? m0 : _mm256_loadu_pd(m + i), l, h));
+    }
+    return i;
+}
+
+AVX2 static int rescale_nudged_avx2(int32_t *out, const int32_t *x, int count, const double *m, int m_alike, const int32_t *low,
+                                    const int32_t *high, int alike) {
+    int i = 0;
+    const __m256d m0 = _mm256_set1_pd(m[0]);
+    const __m256i l0 = _mm256_set1_epi32(low[0]), h0 = _mm256_set1_epi32(high[0]);
     if (m_alike)
-        for (; i + 4 <= count; i += 4)
-            _mm_storeu_si128((__m128i *)(out + i), rescale4(_mm_loadu_si128((const __m128i *)(x + i)), m0, l0, h0));
-    else if (alike)
-        for (; i + 4 <= count; i += 4)
-            _mm_storeu_si128((__m128i *)(out + i), rescale4(_mm_loadu_si128((const __m128i *)(x + i)), _mm256_loadu_pd(m + i), l0, h0));
+        for (; i + 8 <= count; i += 8)
+            _mm256_storeu_si256((__m256i *)(out + i), rescale8(_mm256_loadu_si256((const __m256i *)(x + i)), m0, m0, l0, h0));
     else
-        for (; i + 4 <= count; i += 4) {
-            const __m256d l = _mm256_cvtepi32_pd(_mm_loadu_si128((const __m128i *)(low + i)));
-            const __m256d h = _mm256_cvtepi32_pd(_mm_loadu_si128((const __m128i *)(high + i)));
-            _mm_storeu_si128((__m128i *)(out + i), rescale4(_mm_loadu_si128((const __m128i *)(x + i)), _mm256_loadu_pd(m + i), l, h));
+        for (; i + 8 <= count; i += 8) {
+            const __m256i l = alike ? l0 : _mm256_loadu_si256((const __m256i *)(low + i));
+            const __m256i h = alike ? h0 : _mm256_loadu_si256((const __m256i *)(high + i));
+            const __m256i number = _mm256_loadu_si256((const __m256i *)(x + i));
+            _mm256_storeu_si256((__m256i *)(out + i), rescale8(number, _mm256_loadu_pd(m + i), _mm256_loadu_pd(m + i + 4), l, h));
         }
+    return i;
+}
+
+/* x, or where it is negative x times a nudged multiplier between 0 and 1 */
+AVX2 static int leaky_nudged_avx2(int32_t *out, const int32_t *x, int count, double multiplier) {
+    int i = 0;
+    const __m256d m = _mm256_set1_pd(multiplier);
+    for (; i + 8 <= count; i += 8) {
+        const __m256i number = _mm256_loadu_si256((const __m256i *)(x + i));
+        _mm256_storeu_si256((__m256i *)(out + i), rescale8(number, m, m, number, _mm256_set1_epi32(INT32_MAX)));
+    }
     return i;
 }
 #endif
@@ -61,7 +91,8 @@ CLONES static void rescale(int32_t *out, const int32_t *x, int n, const Step *s)
         int32_t *to = out + start;
         int i = 0;
 #if X86
-        if (__builtin_cpu_supports("avx2")) i = rescale_avx2(to, from, count, m, one, low, high, s->first);
+        if (__builtin_cpu_supports("avx2"))
+            i = s->quick ? rescale_nudged_avx2(to, from, count, m, one, low, high, s->first) : rescale_avx2(to, from, count, m, one, low, high, s->first);
 #endif
         if (one) for (; i < count; i++) to[i] = rounded(clip(from[i] * m[0], low[0], high[0]));
         else for (; i < count; i++) to[i] = rounded(clip(from[i] * m[i], low[i], high[i]));
@@ -115,51 +146,35 @@ static inline double gdn_number(double x, double norm, double mantissa, int64_t 
 }
 
 #if X86
-AVX2 static inline __m256i larger4(__m256i a, __m256i b) { return _mm256_blendv_epi8(b, a, _mm256_cmpgt_epi64(a, b)); }
-AVX2 static inline __m256i smaller4(__m256i a, __m256i b) { return _mm256_blendv_epi8(a, b, _mm256_cmpgt_epi64(a, b)); }
-AVX2 static inline __m256d two_to4(__m256i exponent) {
-    return _mm256_castsi256_pd(_mm256_slli_epi64(_mm256_add_epi64(exponent, _mm256_set1_epi64x(1023)), 52));
-}
-AVX2 static inline __m256i length4(__m256d x) {
-    return _mm256_sub_epi64(_mm256_srli_epi64(_mm256_castpd_si256(x), 52), _mm256_set1_epi64x(1022));
-}
-/* floor(x + 1/2) for x >= 0 with halves away from zero */
-AVX2 static inline __m256d half_away4(__m256d x) { return _mm256_floor_pd(_mm256_add_pd(x, _mm256_set1_pd(BELOW_HALF))); }
-AVX2 static inline __m256d one_where4(__m256d mask) { return _mm256_and_pd(mask, _mm256_set1_pd(1.0)); }
+AVX2 static inline __m256d masked4(__m256d x, int64_t bits) { return _mm256_and_pd(x, _mm256_castsi256_pd(_mm256_set1_epi64x(bits))); }
 
-/* `gdn_number` for GDN with a root, four numbers; mantissa, shift, low, high of their channels */
+/* `gdn_number` with a root, four numbers; mantissa, shift, low, high of their channels.
+ *
+ * A norm is shifted to 51 or 52 bits before its root is cut to a whole number: that leaves the root's 26 highest bits, so its other
+ * mantissa bits are cleared. The square root and the quotient are rounded correctly, and neither rounding reaches or crosses a whole
+ * number or a half that the exact value does not: the root of n < 2^52 is at least 2^-27 below the next whole number, and a / b with
+ * a < 2^52 at least 1 / (2 b) > a / b 2^-53 from the next half. Where the reference limits its powers of two, results are clipped or 0.
+ */
 AVX2 static inline __m128i gdn4(__m128i x, __m128i norms, __m256d mantissa, __m256i shift, __m256d low, __m256d high, int inverse) {
-    const __m256d sign = _mm256_set1_pd(-0.0), one = _mm256_set1_pd(1.0);
-    const __m256d number = _mm256_cvtepi32_pd(x), size = _mm256_andnot_pd(sign, number);
-    const __m256d norm = _mm256_max_pd(_mm256_cvtepi32_pd(norms), one);
-    const __m256i k = _mm256_srli_epi64(_mm256_sub_epi64(_mm256_set1_epi64x(52), length4(norm)), 1);
-    const __m256d square = _mm256_mul_pd(norm, two_to4(_mm256_add_epi64(k, k)));
-    __m256d root = _mm256_floor_pd(_mm256_sqrt_pd(square));
-    root = _mm256_sub_pd(root, one_where4(_mm256_cmp_pd(_mm256_mul_pd(root, root), square, _CMP_GT_OQ)));
-    const __m256d next = _mm256_add_pd(root, one);
-    root = _mm256_add_pd(root, one_where4(_mm256_cmp_pd(_mm256_mul_pd(next, next), square, _CMP_LE_OQ)));
+    const __m256d sign = _mm256_set1_pd(-0.0), below_half = _mm256_set1_pd(BELOW_HALF);
+    const __m256d number = _mm256_cvtepi32_pd(x);
+    const __m256d norm = _mm256_cvtepi32_pd(_mm_max_epi32(norms, _mm_set1_epi32(1)));
+    const __m256d root = masked4(_mm256_sqrt_pd(norm), ~((1LL << 27) - 1)); /* times 2^-k */
+    const __m256i bias = _mm256_set1_epi64x(1023);
     __m256d result;
     if (inverse) {
-        const __m256d factor = half_away4(_mm256_mul_pd(_mm256_mul_pd(root, mantissa), _mm256_set1_pd(0x1p-11)));
-        __m256i exponent = _mm256_sub_epi64(_mm256_sub_epi64(_mm256_set1_epi64x(11), k), shift);
-        exponent = larger4(_mm256_set1_epi64x(-1022), smaller4(_mm256_set1_epi64x(1023), exponent));
-        result = half_away4(_mm256_mul_pd(_mm256_mul_pd(size, factor), two_to4(exponent)));
+        const __m256d power = masked4(root, 0x7ffLL << 52); /* 2^(25 - k) */
+        const __m256d whole = _mm256_or_pd(masked4(root, (1LL << 52) - 1), _mm256_set1_pd(0x1p25));
+        const __m256d factor = _mm256_floor_pd(_mm256_add_pd(_mm256_mul_pd(_mm256_mul_pd(whole, mantissa), _mm256_set1_pd(0x1p-11)), below_half));
+        const __m256i exponent = _mm256_sub_epi64(_mm256_set1_epi64x(11 - 25), shift);
+        const __m256d two = _mm256_castsi256_pd(_mm256_slli_epi64(_mm256_add_epi64(exponent, bias), 52));
+        result = _mm256_mul_pd(_mm256_mul_pd(number, factor), _mm256_mul_pd(power, two));
     } else {
-        const __m256d dividend = _mm256_mul_pd(size, mantissa);
-        const __m256i exponent = _mm256_sub_epi64(k, shift), zero = _mm256_setzero_si256();
-        const __m256i room = _mm256_sub_epi64(_mm256_set1_epi64x(52), length4(dividend));
-        const __m256d a = _mm256_mul_pd(dividend, two_to4(smaller4(larger4(exponent, zero), room)));
-        const __m256i down = smaller4(larger4(_mm256_sub_epi64(zero, exponent), zero), _mm256_set1_epi64x(25));
-        const __m256d b = _mm256_mul_pd(root, two_to4(down));
-        __m256d quotient = _mm256_floor_pd(_mm256_add_pd(_mm256_div_pd(a, b), _mm256_set1_pd(0.5)));
-        __m256d rest = _mm256_sub_pd(a, _mm256_mul_pd(quotient, b));
-        rest = _mm256_add_pd(rest, rest);
-        quotient = _mm256_add_pd(quotient, one_where4(_mm256_cmp_pd(rest, b, _CMP_GE_OQ)));
-        quotient = _mm256_sub_pd(quotient, one_where4(_mm256_cmp_pd(rest, _mm256_xor_pd(b, sign), _CMP_LT_OQ)));
-        result = quotient;
+        const __m256d two = _mm256_castsi256_pd(_mm256_slli_epi64(_mm256_sub_epi64(bias, shift), 52));
+        result = _mm256_div_pd(_mm256_mul_pd(number, _mm256_mul_pd(mantissa, two)), root);
     }
-    result = _mm256_or_pd(result, _mm256_and_pd(number, sign));
-    return _mm256_cvtpd_epi32(_mm256_min_pd(_mm256_max_pd(result, low), high));
+    result = _mm256_min_pd(_mm256_max_pd(result, low), high);
+    return _mm256_cvttpd_epi32(_mm256_add_pd(result, _mm256_or_pd(_mm256_and_pd(result, sign), below_half)));
 }
 
 AVX2 static void gdn_avx2(int32_t *restrict out, const int32_t *restrict x, const int32_t *restrict norm, int n, const Step *s) {
@@ -222,7 +237,11 @@ CLONES static void simple(const Step *s, int32_t *restrict out, const int32_t *r
         break;
     case LEAKY: {
         const double m = s->multiplier[0];
-        for (int i = 0; i < n; i++) { const int32_t r = rounded(a[i] * m); out[i] = a[i] < 0 ? r : a[i]; }
+        int i = 0;
+#if X86
+        if (s->quick && __builtin_cpu_supports("avx2")) i = leaky_nudged_avx2(out, a, n, m);
+#endif
+        for (; i < n; i++) { const int32_t r = rounded(a[i] * m); out[i] = a[i] < 0 ? r : a[i]; }
         break;
     }
     case TABLE:
@@ -235,30 +254,35 @@ CLONES static void simple(const Step *s, int32_t *restrict out, const int32_t *r
     }
 }
 
-static void load(int32_t *restrict out, const Array *array, int64_t pixel, int64_t step, int pixels, int channels) {
-    for (int p = 0; p < pixels; p++, pixel += step) {
+#define LOAD_AS(type) { const type *x = (const type *)array->data + start; for (int c = 0; c < count; c++) to[c] = x[c] - offset; break; }
+#define STORE_AS(type) { type *to = (type *)array->data + start; for (int c = 0; c < count; c++) to[c] = (type)(from[c] + offset); break; }
+
+CLONES static void load(int32_t *restrict out, const Array *array, int64_t pixel, int64_t step, int pixels, int channels) {
+    const int runs = step == 1 ? 1 : pixels, count = step == 1 ? pixels * channels : channels;
+    const int32_t offset = array->offset;
+    for (int p = 0; p < runs; p++, pixel += step) {
         const int64_t start = pixel * channels;
-        const int32_t offset = array->offset;
         int32_t *to = out + (int64_t)p * channels;
         switch (array->type) {
-        case S8: { const int8_t *x = (const int8_t *)array->data + start; for (int c = 0; c < channels; c++) to[c] = x[c] - offset; break; }
-        case U8: { const uint8_t *x = (const uint8_t *)array->data + start; for (int c = 0; c < channels; c++) to[c] = x[c] - offset; break; }
-        case S16: { const int16_t *x = (const int16_t *)array->data + start; for (int c = 0; c < channels; c++) to[c] = x[c] - offset; break; }
-        case S32: { const int32_t *x = (const int32_t *)array->data + start; for (int c = 0; c < channels; c++) to[c] = x[c] - offset; break; }
+        case S8: LOAD_AS(int8_t)
+        case U8: LOAD_AS(uint8_t)
+        case S16: LOAD_AS(int16_t)
+        case S32: LOAD_AS(int32_t)
         }
     }
 }
 
-static void store(const int32_t *restrict x, const Array *array, int64_t pixel, int64_t step, int pixels, int channels) {
-    for (int p = 0; p < pixels; p++, pixel += step) {
+CLONES static void store(const int32_t *restrict x, const Array *array, int64_t pixel, int64_t step, int pixels, int channels) {
+    const int runs = step == 1 ? 1 : pixels, count = step == 1 ? pixels * channels : channels;
+    const int32_t offset = array->offset;
+    for (int p = 0; p < runs; p++, pixel += step) {
         const int64_t start = pixel * channels;
-        const int32_t offset = array->offset;
         const int32_t *from = x + (int64_t)p * channels;
         switch (array->type) {
-        case S8: { int8_t *to = (int8_t *)array->data + start; for (int c = 0; c < channels; c++) to[c] = (int8_t)(from[c] + offset); break; }
-        case U8: { uint8_t *to = (uint8_t *)array->data + start; for (int c = 0; c < channels; c++) to[c] = (uint8_t)(from[c] + offset); break; }
-        case S16: { int16_t *to = (int16_t *)array->data + start; for (int c = 0; c < channels; c++) to[c] = (int16_t)(from[c] + offset); break; }
-        case S32: { int32_t *to = (int32_t *)array->data + start; for (int c = 0; c < channels; c++) to[c] = from[c] + offset; break; }
+        case S8: STORE_AS(int8_t)
+        case U8: STORE_AS(uint8_t)
+        case S16: STORE_AS(int16_t)
+        case S32: STORE_AS(int32_t)
         }
     }
 }
@@ -275,7 +299,7 @@ void steps_on_tile(const Step *steps, int count, const Array *arrays, int32_t *f
         case RESCALE: rescale(out, a, n, s); break;
         case GDN:
 #if X86
-            if (s->last && __builtin_cpu_supports("avx2")) { gdn_avx2(out, a, b, n, s); break; }
+            if (s->quick && __builtin_cpu_supports("avx2")) { gdn_avx2(out, a, b, n, s); break; }
 #endif
             gdn(out, a, b, n, s);
             break;

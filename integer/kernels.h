@@ -11,7 +11,7 @@
 #if defined(__x86_64__) && defined(__GNUC__)
 #define X86 1
 #include <immintrin.h>
-#define CLONES __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
+#define CLONES __attribute__((target_clones("arch=skylake-avx512", "avx2", "default")))
 #define AVX2 __attribute__((target("avx2")))
 #define AVX2_FMA __attribute__((target("avx2,fma")))
 static inline int32_t four_bytes(const char *p) { int32_t v; memcpy(&v, p, 4); return v; }
@@ -34,7 +34,7 @@ typedef struct {
     int32_t op, dst, a, b;  /* registers; LOAD and STORE: b is the array */
     int32_t period;         /* length of the parameter arrays, a multiple of the channels, or 1 */
     int32_t first, last;    /* TABLE: of the first entry, number of entries - 1; GDN: inverse, algorithm */
-    int32_t pad;
+    int32_t quick;          /* RESCALE, LEAKY: the multiplier is nudged (`nudged` in integer/fast.py); GDN: `gdn4` has room for it */
     const double *multiplier;
     const int32_t *low, *high, *factor;
     const int32_t *table;   /* TABLE; GDN: shift */

@@ -42,7 +42,9 @@ def _checks() -> Iterator[Check]:
     for kind, kernel, stride in (("conv", 3, 1), ("conv", 5, 2), ("deconv", 5, 2)):
         yield _product(kind, (-255, 255), kernel, stride, inputs=114 if stride == 1 else 40)  # sums up to what `winograd.c` allows
     for per_channel in (False, True):
-        yield _rescale(per_channel)
+        for largest in (2**31 - 1, 2**20):
+            yield _rescale(per_channel, largest)
+    yield _leaky()
     for inverse in (False, True):
         yield _gdn(inverse)
     yield _layer_norm()
@@ -75,17 +77,29 @@ def _product(kind: str, numbers: tuple[int, int], kernel: int = 3, stride: int =
     return _given(program, out, kind, x=given)
 
 
-def _rescale(per_channel: bool) -> Check:
+def _rescale(per_channel: bool, largest: int) -> Check:
+    """Numbers up to the largest, and ties, which the powers of two make. Small ones allow a multiplier without ties (`integer.fast.nudged`)."""
     shape = (1, 5, 20, 30)
     program = Program()
-    x = program.input("x", shape, Range(-(2**31) + 1, 2**31 - 1))
-    multiplier = torch.tensor([2.0**-1, 2.0**-16, 3 * 2.0**-18, 0.3, 1e-7], dtype=torch.float64)[: 5 if per_channel else 1]
+    x = program.input("x", shape, Range(-largest, largest))
+    multiplier = torch.tensor([2.0**-1, 2.0**-16, 3 * 2.0**-18, 0.3, 1e-7 if largest > 2**20 else 1e-4], dtype=torch.float64)[: 5 if per_channel else 1]
     mantissa, shift = (part.reshape(1, -1, 1, 1) for part in quantize_multiplier(multiplier))
     out = program.add("rescale", (x,), shape, Range(-32767, 32767), mantissa=mantissa, shift=shift, low=torch.tensor(-32767),
                       high=torch.tensor(32767), refinement=torch.tensor(1))  # fmt: skip
-    numbers = extremes(shape, -(2**31) + 1, 2**31 - 1)
-    numbers[:, :, :10] = extremes((1, 5, 10, 30), -(2**17), 2**17)  # and ties, which the powers of two make
+    numbers = extremes(shape, -largest, largest)
+    numbers[:, :, :10] = extremes((1, 5, 10, 30), -(2**17), 2**17)
     return _given(program, out, "rescale", x=numbers)
+
+
+def _leaky() -> Check:
+    shape = (1, 5, 20, 31)
+    program = Program()
+    x = program.input("x", shape, Range(-(2**31) + 1, 2**31 - 1))
+    mantissa, shift = quantize_multiplier(torch.tensor(0.01, dtype=torch.float64))
+    out = program.add("leaky", (x,), shape, Range(-(2**25), 2**31 - 1), mantissa=mantissa, shift=shift)
+    numbers = extremes(shape, -(2**31) + 1, 2**31 - 1)
+    numbers[:, :, :10] = -torch.arange(1550).reshape(1, 5, 10, 31)
+    return _given(program, out, "leaky", x=numbers)
 
 
 def _gdn(inverse: bool) -> Check:
