@@ -70,10 +70,12 @@ class _LayerNorm(ctypes.Structure):
 class _Attention(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in (
-            "q", "k", "v", "out", "score_scale", "weight_scale", "offset", "blank", "kind", "table")),
+            "q", "k", "v", "score_scale", "weight_scale", "offset", "blank", "kind", "table")),
         ("batch", ctypes.c_int64),
+        *((name, ctypes.c_int64 * 3) for name in ("q_steps", "k_steps", "v_steps")),
         *((name, ctypes.c_int32) for name in (
-            "heads", "queries", "keys", "inner", "width", "last", "score_low", "score_high", "weight_low", "weight_high", "threads")),
+            "heads", "queries", "keys", "inner", "width", "last", "score_low", "score_high", "weight_low", "weight_high", "threads", "quick")),
+        ("out", _Array),
     ]  # fmt: skip
 
 
@@ -426,11 +428,16 @@ class _AttentionItem(_Item):
         self.shape = program.values[operation.outputs[0]].shape
         self.job = _Attention(batch=int(torch.Size(batch).numel()), heads=heads, queries=queries, keys=keys, inner=inner, width=width)
         self._kept: list[Tensor | None] = []
-        for name, step in (("score", scores), ("weight", weights)):
-            multiplier = multiplier_value(step.facts["mantissa"], step.facts["shift"]).reshape(-1).expand(heads).contiguous()
-            self._point(f"{name}_scale", multiplier)
-            setattr(self.job, f"{name}_low", int(step.facts["low"].flatten()[0]))
-            setattr(self.job, f"{name}_high", int(step.facts["high"].flatten()[0]))
+        steps = (("score", scores), ("weight", weights))
+        ends = {name: (int(step.facts["low"].flatten()[0]), int(step.facts["high"].flatten()[0])) for name, step in steps}
+        found = {name: nudged(step.facts["mantissa"], step.facts["shift"], program.values[step.inputs[0]].range.largest, max(map(abs, ends[name])))
+                 for name, step in steps}  # fmt: skip
+        self.job.quick = int(None not in found.values())
+        for name, step in steps:
+            exact = multiplier_value(step.facts["mantissa"], step.facts["shift"])
+            self._point(f"{name}_scale", (found[name] if self.job.quick else exact).reshape(-1).expand(heads).contiguous())
+            setattr(self.job, f"{name}_low", ends[name][0])
+            setattr(self.job, f"{name}_high", ends[name][1])
         table = softmax.facts["table"].float().contiguous()
         self._point("table", table)
         self.job.last = len(table) - 1
@@ -465,15 +472,20 @@ class _AttentionItem(_Item):
 
     def run(self, values: dict[int, Tensor], inputs: Mapping[str, Tensor], names: Mapping[int, str]) -> None:
         q, k, v = (values[number] for number in self.reads)
-        held = [part.to(torch.int16).contiguous() for part in (q, k.transpose(-2, -1), v)]
-        out = torch.empty(self.shape, dtype=torch.int32)
+        out, offset = self.new(self.shape)
         job = self.job
-        job.q, job.k, job.v = (part.data_ptr() for part in held)
-        job.out, job.threads = out.data_ptr(), self.threads
+        held = []
+        for name, part in (("q", q), ("k", k.transpose(-2, -1)), ("v", v)):
+            part = part.to(torch.int16)
+            part = part[None] if part.ndim == 3 else part.flatten(0, -4)  # a view of one step along the batch, where there is one
+            part = part if part.stride(-1) == 1 else part.contiguous()
+            held.append(part)
+            setattr(job, name, part.data_ptr())
+            setattr(job, f"{name}_steps", (ctypes.c_int64 * 3)(*part.stride()[:3]))
+        job.out.data, job.out.type, job.out.offset, job.threads = out.data_ptr(), _TYPES[out.dtype], offset, self.threads
         if library().attention(ctypes.byref(job)):
             raise MemoryError("the kernels ran out of memory")
-        dtype, offset = self.owner.storage[self.writes[0]]
-        values[self.writes[0]] = out.to(dtype) if not offset else (out + offset).to(dtype)
+        values[self.writes[0]] = out
 
 
 class _GroupItem(_Item):
