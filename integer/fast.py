@@ -216,7 +216,7 @@ class FastProgram:
     def _item(self, entry: Group | Operation) -> "_Item":
         if isinstance(entry, Group):
             return _GroupItem(self, entry)
-        for kind in (_LayerNormItem, _AttentionItem):
+        for kind in (_LayerNormItem, _AttentionItem, _CopyItem):
             if kind.takes(entry, self.program):
                 return kind(self, entry)
         return _SingleItem(self, entry)
@@ -262,7 +262,7 @@ class FastProgram:
 
 
 def _slots(items: list["_Item"], outputs: set[int], sizes: Mapping[int, int]) -> dict[int, int]:
-    """The memory of each value that a kernel writes; values that are not needed at the same time share one, of the same size first.
+    """The memory of each value that a kernel or a copy writes; values that are not needed at the same time share one, of the same size first.
 
     What PyTorch makes of a value may be a view of it, which then keeps the memory from others as long as it is needed itself.
     A program's outputs have none: they leave it.
@@ -271,8 +271,8 @@ def _slots(items: list["_Item"], outputs: set[int], sizes: Mapping[int, int]) ->
     last: dict[int, int] = {}
     for place, item in enumerate(items):
         for number in item.writes:
-            is_own = not isinstance(item, _SingleItem)
-            owners[number] = {number} if is_own else {owner for source in item.reads for owner in owners.get(source, ())}
+            views = {owner for source in item.reads for owner in owners.get(source, ())} if isinstance(item, _SingleItem) else set()
+            owners[number] = views if type(item) is _SingleItem else {number, *views}
         for number in (*item.reads, *item.writes):
             for owner in owners.get(number, ()):
                 last[owner] = max(last.get(owner, 0), len(items) if number in outputs else place)
@@ -284,7 +284,7 @@ def _slots(items: list["_Item"], outputs: set[int], sizes: Mapping[int, int]) ->
     count = 0
     for place, item in enumerate(items):
         for number in item.writes:
-            if last.get(number, len(items)) == len(items):
+            if type(item) is _SingleItem or last[number] == len(items):
                 continue
             found = next((entry for entry in free if entry[0] == sizes[number]), free[-1] if free else None)
             if found is None:
@@ -330,7 +330,7 @@ class _Item:
 
     @classmethod
     def takes(cls, operation: Operation, program: Program) -> bool:
-        """Whether there is a kernel for this operation."""
+        """Whether this kind of item computes this operation."""
         return False
 
     @property
@@ -355,6 +355,28 @@ class _SingleItem(_Item):
         for number, tensor in zip(operation.outputs, outputs, strict=True):
             dtype, offset = self.owner.storage.get(number, (tensor.dtype, 0))
             values[number] = tensor.to(dtype) if not offset else (tensor.to(torch.int32) + offset).to(dtype)
+
+
+class _CopyItem(_SingleItem):
+    """A layout function that copies a large value, into memory that is kept."""
+
+    @classmethod
+    def takes(cls, operation: Operation, program: Program) -> bool:
+        return operation.kind == "layout" and operation.facts["name"] in ("index_select", "reshape") and len(operation.inputs) == 1
+
+    def run(self, values: dict[int, Tensor], inputs: Mapping[str, Tensor], names: Mapping[int, str]) -> None:
+        source, number = self.reads[0], self.writes[0]
+        x, shape, arguments = values[source], self.owner.program.values[number].shape, self.operation.facts["arguments"]
+        dtype, offset = self.owner.storage[number]
+        if x.dtype != dtype or offset != self.owner.storage.get(source, (dtype, 0))[1] or self.operation.facts["options"]:
+            super().run(values, inputs, names)
+        elif self.operation.facts["name"] == "index_select":
+            values[number] = torch.index_select(x, *arguments[1:], out=self.new(shape)[0])
+        else:
+            try:
+                values[number] = x.view(shape)
+            except RuntimeError:  # it takes a copy
+                values[number] = self.owner.new(number, x.numel()).view(x.shape).copy_(x).view(shape)
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

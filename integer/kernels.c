@@ -217,11 +217,13 @@ CLONES static void simple(const Step *s, int32_t *restrict out, const int32_t *r
     }
     case ADDC: {
         const int32_t low = s->low[0], high = s->high[0];
-        for (int start = 0; start < n; start += period)
-            for (int i = 0; i < period && start + i < n; i++) {
+        for (int start = 0; start < n; start += period) {
+            const int count = n - start < period ? n - start : period;
+            for (int i = 0; i < count; i++) {
                 const int32_t v = a[start + i] + s->table[i];
                 out[start + i] = v < low ? low : v > high ? high : v;
             }
+        }
         break;
     }
     case PRODUCT: for (int i = 0; i < n; i++) out[i] = a[i] * b[i]; break;
@@ -229,11 +231,17 @@ CLONES static void simple(const Step *s, int32_t *restrict out, const int32_t *r
     case ABS: for (int i = 0; i < n; i++) out[i] = a[i] < 0 ? -a[i] : a[i]; break;
     case SQUARE: for (int i = 0; i < n; i++) out[i] = a[i] * a[i]; break;
     case CLAMP:
-        for (int start = 0; start < n; start += period)
-            for (int i = 0; i < period && start + i < n; i++) {
+        if (period == 1) {
+            const int32_t low = s->low[0], high = s->high[0];
+            for (int i = 0; i < n; i++) out[i] = a[i] < low ? low : a[i] > high ? high : a[i];
+        } else for (int start = 0; start < n; start += period) {
+            const int count = n - start < period ? n - start : period;
+            const int32_t *low = s->low, *high = s->high;
+            for (int i = 0; i < count; i++) {
                 const int32_t v = a[start + i];
-                out[start + i] = v < s->low[i] ? s->low[i] : v > s->high[i] ? s->high[i] : v;
+                out[start + i] = v < low[i] ? low[i] : v > high[i] ? high[i] : v;
             }
+        }
         break;
     case LEAKY: {
         const double m = s->multiplier[0];

@@ -43,9 +43,9 @@ int has_winograd(void) {
 
 #if X86
 
-/* B' d of six vectors; in[i * step] */
-AVX2 static inline void input_side(const __m256i *in, int step, __m256i *out) {
-    const __m256i d0 = in[0], d1 = in[step], d2 = in[2 * step], d3 = in[3 * step], d4 = in[4 * step], d5 = in[5 * step];
+/* B' d of six vectors */
+AVX2 static inline void input_side(const __m256i *in, __m256i *out) {
+    const __m256i d0 = in[0], d1 = in[1], d2 = in[2], d3 = in[3], d4 = in[4], d5 = in[5];
     const __m256i d42 = _mm256_sub_epi16(d4, d2), d31 = _mm256_sub_epi16(d3, d1);
     out[0] = _mm256_add_epi16(_mm256_slli_epi16(_mm256_sub_epi16(d0, d2), 2), d42);
     const __m256i a = _mm256_sub_epi16(d4, _mm256_slli_epi16(d2, 2)), b = _mm256_sub_epi16(d3, _mm256_slli_epi16(d1, 2));
@@ -59,31 +59,30 @@ AVX2 static inline void input_side(const __m256i *in, int step, __m256i *out) {
 
 /* B' d B of 16 channels; to[position * step]: 16 numbers */
 AVX2 static inline void input_tile(const char *const *from, int64_t byte, int16_t *to, int64_t step) {
-    __m256i d[POSITIONS], half[POSITIONS];
-    for (int i = 0; i < POSITIONS; i++) d[i] = _mm256_loadu_si256((const __m256i *)(from[i] + byte));
+    __m256i half[POSITIONS];
     for (int column = 0; column < SIDE; column++) {
-        __m256i out[SIDE];
-        input_side(d + column, SIDE, out);
+        __m256i in[SIDE], out[SIDE];
+        for (int i = 0; i < SIDE; i++) in[i] = _mm256_loadu_si256((const __m256i *)(from[i * SIDE + column] + byte));
+        input_side(in, out);
         for (int i = 0; i < SIDE; i++) half[i * SIDE + column] = out[i];
     }
     for (int row = 0; row < SIDE; row++) {
         __m256i out[SIDE];
-        input_side(half + row * SIDE, 1, out);
+        input_side(half + row * SIDE, out);
         for (int i = 0; i < SIDE; i++) _mm256_storeu_si256((__m256i *)(to + (row * SIDE + i) * step), out[i]);
     }
 }
 
-/* A' m of six vectors, times 24, 12, 6, 6; in[i * step] */
-AVX2 static inline void output_side(const __m256i *in, int step, __m256i *out) {
-    const __m256i s = _mm256_add_epi32(in[step], in[2 * step]), d = _mm256_sub_epi32(in[step], in[2 * step]);
-    const __m256i t = _mm256_add_epi32(in[3 * step], in[4 * step]), e = _mm256_sub_epi32(in[3 * step], in[4 * step]);
+/* A' m of six vectors, times 24, 12, 6, 6: where all terms share powers of two, these are left out */
+AVX2 static inline void output_side(const __m256i *in, __m256i *out) {
+    const __m256i s = _mm256_add_epi32(in[1], in[2]), d = _mm256_sub_epi32(in[1], in[2]);
+    const __m256i t = _mm256_add_epi32(in[3], in[4]), e = _mm256_sub_epi32(in[3], in[4]);
     const __m256i first = _mm256_add_epi32(_mm256_slli_epi32(in[0], 1), _mm256_slli_epi32(in[0], 2));
-    const __m256i last = _mm256_add_epi32(_mm256_slli_epi32(in[5 * step], 1), _mm256_slli_epi32(in[5 * step], 2));
+    const __m256i last = _mm256_add_epi32(_mm256_slli_epi32(in[5], 1), _mm256_slli_epi32(in[5], 2));
     out[0] = _mm256_add_epi32(_mm256_add_epi32(first, _mm256_slli_epi32(s, 2)), t);
     out[1] = _mm256_add_epi32(_mm256_slli_epi32(d, 1), e);
     out[2] = _mm256_add_epi32(s, t);
     out[3] = _mm256_add_epi32(_mm256_add_epi32(d, _mm256_slli_epi32(e, 1)), last);
-    /* out[2] and out[3] are 6 times A' m: 4 (s + t) / 24 and (4 d + 8 e + 24 m5) / 24 without their common factor 4 */
 }
 
 #define NINTH 0x38e38e39 /* 9 * NINTH = 1 modulo 2^32 */
@@ -95,12 +94,12 @@ AVX2 static inline void output_tile(const int32_t *m, int64_t step, const int32_
     for (int column = 0; column < SIDE; column++) {
         __m256i in[SIDE], out[OUT];
         for (int i = 0; i < SIDE; i++) in[i] = _mm256_loadu_si256((const __m256i *)(m + (i * SIDE + column) * step));
-        output_side(in, 1, out);
+        output_side(in, out);
         for (int i = 0; i < OUT; i++) half[i * SIDE + column] = out[i];
     }
     for (int row = 0; row < OUT; row++) {
         __m256i out[OUT];
-        output_side(half + row * SIDE, 1, out);
+        output_side(half + row * SIDE, out);
         for (int i = 0; i < OUT; i++) {
             const __m256i y = _mm256_mullo_epi32(out[i], _mm256_set1_epi32(NINTH));
             __m256i *place = (__m256i *)to[row * OUT + i];
