@@ -1,4 +1,5 @@
-"""Programs on the CPU's integer units: layers fused with what follows them elementwise, run by `kernels.c`.
+"""Programs on the CPU's integer units: layers fused with what follows them elementwise, run by `kernels.c` and
+`winograd.c`.
 
 A group is one multiply-accumulate operation (or none) and the elementwise operations on its result; they run tile by tile, while
 the accumulators are in the cache, and only what other groups read is stored. Everything that has no kernel here runs as the

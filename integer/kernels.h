@@ -8,12 +8,12 @@
 #include <stdlib.h>
 #include <string.h>
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(LICQ_PLAIN) /* -DLICQ_PLAIN: plain C, to test it */
 #define X86 1
 #include <immintrin.h>
+/* by features: clones by processor are chosen on the processors of that maker alone */
 #define CLONES __attribute__((target_clones("arch=skylake-avx512", "avx2", "default")))
 #define AVX2 __attribute__((target("avx2")))
-#define AVX2_FMA __attribute__((target("avx2,fma")))
 static inline int32_t four_bytes(const char *p) { int32_t v; memcpy(&v, p, 4); return v; }
 #else
 #define X86 0

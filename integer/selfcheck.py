@@ -39,8 +39,8 @@ def _checks() -> Iterator[Check]:
     for numbers in ((-127, 127), (0, 255), (-8191, 8191)):
         for kind in ("conv", "deconv"):
             yield _product(kind, numbers)
-    for kind, kernel, stride in (("conv", 3, 1), ("conv", 5, 2), ("deconv", 5, 2)):
-        yield _product(kind, (-255, 255), kernel, stride, inputs=114 if stride == 1 else 40)  # sums up to what `winograd.c` allows
+    for kind, kernel, stride, inputs in (("conv", 3, 1, 114), ("conv", 5, 2, 40), ("conv", 5, 2, 3), ("deconv", 5, 2, 114)):
+        yield _product(kind, (-255, 255), kernel, stride, inputs)  # for `winograd.c`, with 114 inputs the largest sums that it takes
     for per_channel in (False, True):
         for largest in (2**31 - 1, 2**20):
             yield _rescale(per_channel, largest)

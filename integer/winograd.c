@@ -109,7 +109,8 @@ AVX2 static inline void output_tile(const int32_t *m, int64_t step, const int32_
     }
 }
 
-/* Products of six tiles with 16 outputs at one position: v of a phase begins at v + phase * phase_step and has rows of `row` bytes. */
+/* Products of six tiles with 16 outputs at one position: v of a phase begins at v + phase * phase_step and has rows of `row` bytes.
+ * What follows an odd number of inputs is multiplied by 0. */
 AVX2 static void position_products(const char *v, int64_t phase_step, const int32_t *phases, int64_t row, int pairs, const char *w, int32_t *m) {
     __m256i sums[GROUP][2];
     for (int t = 0; t < GROUP; t++) sums[t][0] = sums[t][1] = _mm256_setzero_si256();
@@ -131,27 +132,37 @@ AVX2 static void position_products(const char *v, int64_t phase_step, const int3
 
 typedef struct { int64_t image; int i, j; } Place; /* of a tile: its first output in an output phase */
 
-/* v: (position, phase, tile, row) */
+/* where the inputs of a tile begin, (6, 6), in one phase */
+static void find_inputs(const Winograd *job, const Place *place, int phase, const char **from) {
+    const int s = job->stride;
+    for (int a = 0; a < SIDE; a++)
+        for (int b = 0; b < SIDE; b++) {
+            const int y = (place->i + job->first_y + a) * s + phase / s, x = (place->j + job->first_x + b) * s + phase % s;
+            const int inside = y >= 0 && y < job->height && x >= 0 && x < job->width;
+            from[a * SIDE + b] = inside ? job->x + ((place->image * job->height + y) * job->width + x) * job->inputs * 2 : job->border;
+        }
+}
+
+/* whether the inputs of all phases are transformed at once, side by side in one row of 16 */
+static int side_by_side(const Winograd *job) { return job->stride * job->stride * job->inputs <= 16; }
+
+/* v: (position, phase, tile, row), or where phases are side by side (position, tile, row) */
 AVX2 static void transform_inputs(const Winograd *job, const Place *places, int tiles, int most, int16_t *v, int64_t row) {
-    const int s = job->stride, inputs = job->inputs;
-    const int64_t step = (int64_t)s * s * most * row;
+    const int phases = job->stride * job->stride, inputs = job->inputs, together = side_by_side(job);
+    const int64_t step = (together ? 1 : phases) * most * row;
+    const char *from[POSITIONS];
     int16_t few[POSITIONS][16];
     memset(few, 0, sizeof few);
     for (int t = 0; t < tiles; t++)
-        for (int phase = 0; phase < s * s; phase++) {
-            const char *from[POSITIONS];
-            for (int a = 0; a < SIDE; a++)
-                for (int b = 0; b < SIDE; b++) {
-                    const int y = (places[t].i + job->first_y + a) * s + phase / s, x = (places[t].j + job->first_x + b) * s + phase % s;
-                    const int inside = y >= 0 && y < job->height && x >= 0 && x < job->width;
-                    from[a * SIDE + b] = inside ? job->x + ((places[t].image * job->height + y) * job->width + x) * inputs * 2 : job->border;
-                }
-            int16_t *to = v + ((int64_t)phase * most + t) * row;
+        for (int phase = 0; phase < phases; phase++) {
+            int16_t *to = v + ((int64_t)(together ? 0 : phase) * most + t) * row;
+            find_inputs(job, places + t, phase, from);
             if (inputs < 16) {
-                for (int i = 0; i < POSITIONS; i++) {
-                    memcpy(few[i], from[i], 2 * inputs);
-                    from[i] = (const char *)few[i];
-                }
+                const int start = together ? phase * inputs : 0;
+                for (int i = 0; i < POSITIONS; i++)
+                    for (int c = 0; c < inputs; c++) few[i][start + c] = ((const int16_t *)from[i])[c];
+                if (together && phase + 1 < phases) continue;
+                for (int i = 0; i < POSITIONS; i++) from[i] = (const char *)few[i];
                 input_tile(from, 0, to, step);
             } else
                 for (int c = 0; c < inputs; c += 16) { /* the last 16 may overlap those before */
@@ -168,7 +179,8 @@ AVX2 static void transform_outputs(const Winograd *job, const int32_t *m, int bl
     const int64_t step = (int64_t)most * BLOCK;
     static const int32_t none[BLOCK];
     const int32_t *bias = part == 0 ? job->bias + block * BLOCK : none;
-    const int whole = outputs % BLOCK == 0;
+    /* Blocks come last to first: what the last of a pixel writes beyond it, the first of the next pixel writes over. */
+    const int whole = outputs % BLOCK == 0 || (job->spread == 1 && outputs > BLOCK);
     int32_t results[OUT * OUT][BLOCK];
     for (int t = 0; t < tiles; t++) {
         for (int h = 0; h < 2; h++) {
@@ -216,7 +228,7 @@ static int smaller_of(int a, int b) { return a < b ? a : b; }
 
 /* As `products`. */
 int winograd(const Winograd *job, const Step *steps, int step_count, const Array *arrays, int register_count) {
-    const int in_phases = job->stride * job->stride, out_phases = job->spread * job->spread, outputs = job->outputs;
+    const int in_phases = job->stride * job->stride, rows_of_phases = side_by_side(job) ? 1 : in_phases, out_phases = job->spread * job->spread, outputs = job->outputs;
     const int blocks = (out_phases * outputs + BLOCK - 1) / BLOCK;
     /* phases of the output that are made together: one, where each has blocks of its own */
     const int at_once = outputs % BLOCK == 0 ? 1 : out_phases;
@@ -225,15 +237,16 @@ int winograd(const Winograd *job, const Step *steps, int step_count, const Array
     const int64_t row = job->inputs < 16 ? 16 : (job->inputs + 1) / 2 * 2;
     const int pairs = (job->inputs + 1) / 2;
     /* as many tiles as have transformed inputs of about half a megabyte, for weights are read once for all of them */
-    const int room = (int)(600000 / (POSITIONS * in_phases * row * 2)) / GROUP * GROUP;
+    const int room = (int)(600000 / (POSITIONS * rows_of_phases * row * 2)) / GROUP * GROUP;
     const int most = room < GROUP ? GROUP : smaller_of(room, MOST_TILES);
+    const int64_t phase_step = 2 * (rows_of_phases == 1 ? job->inputs : most * row);
     const int64_t size = outputs < TILE_NUMBERS ? TILE_NUMBERS / outputs * outputs : outputs;
     int failed = 0;
 #pragma omp parallel num_threads(job->threads)
     {
-        int16_t *v = calloc((size_t)POSITIONS * in_phases * most * row, 2);
+        int16_t *v = calloc((size_t)POSITIONS * rows_of_phases * most * row, 2);
         int32_t *m = malloc(sizeof(int32_t) * TOGETHER * POSITIONS * most * BLOCK);
-        int32_t *acc = malloc(sizeof(int32_t) * at_once * OUT * OUT * most * outputs);
+        int32_t *acc = malloc(sizeof(int32_t) * ((int64_t)at_once * OUT * OUT * most * outputs + BLOCK));
         int32_t *registers = malloc(sizeof(int32_t) * size * register_count);
         if (!v || !m || !acc || !registers) failed = 1;
 #pragma omp for schedule(dynamic, 1)
@@ -248,20 +261,22 @@ int winograd(const Winograd *job, const Step *steps, int step_count, const Array
             transform_inputs(job, places, many, most, v, row);
             for (int phase = 0; phase < out_phases; phase += at_once) {
                 const int last = outputs % BLOCK == 0 ? (phase + 1) * outputs / BLOCK : blocks;
-                for (int block = phase * outputs / BLOCK; block < last; block += TOGETHER)
+                const int first = phase * outputs / BLOCK;
+                for (int end = last; end > first; end -= TOGETHER) {
+                    const int together = smaller_of(TOGETHER, end - first), block = end - together;
                     for (int part = 0; part < job->parts; part++) {
-                        const int together = smaller_of(TOGETHER, last - block);
                         for (int position = 0; position < POSITIONS; position++)
                             for (int n = 0; n < together; n++) {
                                 const int64_t place = ((int64_t)part * blocks + block + n) * POSITIONS + position;
                                 for (int t = 0; t < many; t += GROUP)
-                                    position_products((const char *)(v + ((int64_t)position * in_phases * most + t) * row), most * row * 2,
+                                    position_products((const char *)(v + ((int64_t)position * rows_of_phases * most + t) * row), phase_step,
                                                       job->phases + place * (in_phases + 1), row * 2, pairs, job->weights + job->starts[place],
                                                       m + ((int64_t)(n * POSITIONS + position) * most + t) * BLOCK);
                             }
-                        for (int n = 0; n < together; n++)
+                        for (int n = together - 1; n >= 0; n--)
                             transform_outputs(job, m + (int64_t)n * POSITIONS * most * BLOCK, block + n, many, most, phase, part, acc);
                     }
+                }
                 for (int p = 0; p < at_once; p++)
                     steps_on_tiles(job, steps, step_count, arrays, places, many, most, phase + p, acc + (int64_t)p * OUT * OUT * most * outputs,
                                    registers, size);

@@ -108,7 +108,8 @@ def test_products_of_the_largest_numbers(kind, kernel, stride, shape, numbers):
 @needs_kernels
 @pytest.mark.parametrize(("kind", "kernel", "stride", "shape", "outputs"), [
     ("conv", 3, 1, (1, 114, 9, 11), 19), ("conv", 3, 1, (2, 16, 4, 8), 32), ("conv", 3, 1, (3, 33, 5, 4), 3), ("conv", 3, 1, (1, 1, 12, 101), 16),
-    ("conv", 5, 2, (2, 40, 13, 22), 48), ("conv", 5, 2, (1, 3, 32, 31), 20), ("conv", 5, 2, (1, 110, 13, 15), 16), ("conv", 3, 2, (1, 17, 16, 15), 33),
+    ("conv", 5, 2, (2, 40, 13, 22), 48), ("conv", 5, 2, (1, 3, 32, 31), 20), ("conv", 5, 2, (2, 4, 12, 13), 17), ("conv", 3, 1, (1, 7, 8, 7), 36), ("conv", 5, 2, (2, 70, 8, 23), 37),
+    ("conv", 5, 2, (1, 110, 13, 15), 16), ("conv", 3, 2, (1, 17, 16, 15), 33),
     ("deconv", 5, 2, (2, 100, 7, 5), 32), ("deconv", 5, 2, (1, 21, 8, 9), 3), ("deconv", 5, 2, (1, 18, 4, 4), 21), ("deconv", 3, 2, (1, 50, 8, 7), 16),
 ])  # fmt: skip
 @pytest.mark.parametrize("threads", [1, 3])
