@@ -363,16 +363,23 @@ class _CopyItem(_SingleItem):
 
     @classmethod
     def takes(cls, operation: Operation, program: Program) -> bool:
-        return operation.kind == "layout" and operation.facts["name"] in ("index_select", "reshape") and len(operation.inputs) == 1
+        return operation.kind == "layout" and operation.facts["name"] in ("index_select", "reshape", "pixel_shuffle") and len(operation.inputs) == 1
 
     def run(self, values: dict[int, Tensor], inputs: Mapping[str, Tensor], names: Mapping[int, str]) -> None:
         source, number = self.reads[0], self.writes[0]
         x, shape, arguments = values[source], self.owner.program.values[number].shape, self.operation.facts["arguments"]
         dtype, offset = self.owner.storage[number]
-        if x.dtype != dtype or offset != self.owner.storage.get(source, (dtype, 0))[1] or self.operation.facts["options"]:
+        shuffled = self.operation.facts["name"] == "pixel_shuffle"
+        if x.dtype != dtype or (shuffled and x.ndim != 4) or offset != self.owner.storage.get(source, (dtype, 0))[1] or self.operation.facts["options"]:
             super().run(values, inputs, names)
         elif self.operation.facts["name"] == "index_select":
             values[number] = torch.index_select(x, *arguments[1:], out=self.new(shape)[0])
+        elif shuffled:  # with channels contiguous, as the kernels read them
+            batch, _, height, width = x.shape
+            side, channels = arguments[1], shape[1]
+            rows = self.owner.new(number, x.numel()).view(batch, height, side, width, side, channels)
+            rows.copy_(x.movedim(1, -1).unflatten(-1, (channels, side, side)).permute(0, 1, 4, 2, 5, 3))
+            values[number] = rows.view(batch, height * side, width * side, channels).movedim(-1, 1)
         else:
             try:
                 values[number] = x.view(shape)
