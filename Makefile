@@ -13,7 +13,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 env: $(STAMP)
 
 # The project is installed editable. `venv` needs ensurepip, which some distributions ship apart: uv does without it.
-$(STAMP): setup.py pyproject.toml integer/kernels.c
+$(STAMP): setup.py pyproject.toml $(wildcard integer/*.[ch])
 	@if command -v uv >/dev/null 2>&1; then \
 	    { [ -x $(BIN)/python ] || uv venv --quiet --python $(PYTHON) $(VENV); } && \
 	    uv pip install --quiet --python $(BIN)/python --reinstall-package licq --refresh-package licq --editable '.[test]'; \

@@ -36,6 +36,7 @@ setup(
     package_dir={"": "."},
     py_modules=["main_ptq", "main_eval"],
     package_data={
+        "integer": ["kernels.h"],
         "models": ["zoo/*.safetensors", "zoo/README.md"],
         "reconstruction": ["presets/*.yaml"],
         "data": ["*.json"],
@@ -43,8 +44,8 @@ setup(
     },
     # no Python module: a library that integer/fast.py calls
     ext_modules=[
-        Extension("integer._kernels", ["integer/kernels.c"], libraries=["m"], extra_compile_args=[*EXACT, "-fopenmp"],
-                  extra_link_args=["-fopenmp"], optional=True),
+        Extension("integer._kernels", ["integer/kernels.c", "integer/winograd.c"], depends=["integer/kernels.h"], libraries=["m"],
+                  extra_compile_args=[*EXACT, "-fopenmp"], extra_link_args=["-fopenmp"], optional=True),
     ],
     cmdclass={"build_ext": BuildKernels},
     install_requires=[

@@ -1,4 +1,5 @@
-"""Programs on the CPU's integer units: layers fused with what follows them elementwise, run by `kernels.c`.
+"""Programs on the CPU's integer units: layers fused with what follows them elementwise, run by `kernels.c` and
+`winograd.c`.
 
 A group is one multiply-accumulate operation (or none) and the elementwise operations on its result; they run tile by tile, while
 the accumulators are in the cache, and only what other groups read is stored. Everything that has no kernel here runs as the
@@ -18,13 +19,13 @@ from torch import Tensor
 
 from integer.program import INT32, Operation, Program, Range
 from integer.reference import MEANING
+from integer.winograd import BLOCK, windows, winograd_weights
 from quant.fixedpoint import multiplier_value
 from quant.integer_functions import layer_norm_constants
 
 S8, U8, S16, S32 = range(4)
 _TYPES = {torch.int8: S8, torch.uint8: U8, torch.int16: S16, torch.int32: S32}
 LOAD, STORE, RESCALE, ADD, PRODUCT, NEG, ABS, SQUARE, CLAMP, LEAKY, TABLE, GDN, ADDC = range(13)
-BLOCK = 16
 _SLACK = 64  # bytes behind a tensor that a kernel may read, though it does not count them
 
 _PRODUCTS = ("conv", "deconv", "linear")
@@ -37,7 +38,7 @@ class _Array(ctypes.Structure):
 
 class _Step(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_int32) for name in ("op", "dst", "a", "b", "period", "first", "last", "pad")),
+        *((name, ctypes.c_int32) for name in ("op", "dst", "a", "b", "period", "first", "last", "quick")),
         *((name, ctypes.c_void_p) for name in ("multiplier", "low", "high", "factor", "table")),
     ]
 
@@ -51,6 +52,15 @@ class _Product(ctypes.Structure):
     ]  # fmt: skip
 
 
+class _Winograd(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "weights", "bias", "border", "starts", "phases")),
+        *((name, ctypes.c_int32) for name in (
+            "batch", "height", "width", "inputs", "stride", "first_y", "first_x", "rows", "columns", "outputs", "spread",
+            "all_columns", "all_rows", "parts", "threads")),
+    ]  # fmt: skip
+
+
 class _LayerNorm(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("x", "eps", "multiplier", "sign", "offset", "low", "high")),
@@ -61,10 +71,12 @@ class _LayerNorm(ctypes.Structure):
 class _Attention(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in (
-            "q", "k", "v", "out", "score_scale", "weight_scale", "offset", "blank", "kind", "table")),
+            "q", "k", "v", "score_scale", "weight_scale", "offset", "blank", "kind", "table")),
         ("batch", ctypes.c_int64),
+        *((name, ctypes.c_int64 * 3) for name in ("q_steps", "k_steps", "v_steps")),
         *((name, ctypes.c_int32) for name in (
-            "heads", "queries", "keys", "inner", "width", "last", "score_low", "score_high", "weight_low", "weight_high", "threads")),
+            "heads", "queries", "keys", "inner", "width", "last", "score_low", "score_high", "weight_low", "weight_high", "threads", "quick")),
+        ("out", _Array),
     ]  # fmt: skip
 
 
@@ -197,11 +209,15 @@ class FastProgram:
         self.storage = {number: self._storage(number) for number in self.readers}
         self.items = [self._item(entry) for entry in self.plan]
         self.dies = _deaths(self.items, set(program.outputs.values()))
+        sizes = {number: int(torch.Size(program.values[number].shape).numel()) * dtype.itemsize for number, (dtype, _) in self.storage.items()}
+        self.slots = _slots(self.items, set(program.outputs.values()), sizes)
+        self.memory: dict[int, Tensor] = {}  # by slot
+        self.keeps = False
 
     def _item(self, entry: Group | Operation) -> "_Item":
         if isinstance(entry, Group):
             return _GroupItem(self, entry)
-        for kind in (_LayerNormItem, _AttentionItem):
+        for kind in (_LayerNormItem, _AttentionItem, _CopyItem):
             if kind.takes(entry, self.program):
                 return kind(self, entry)
         return _SingleItem(self, entry)
@@ -223,6 +239,7 @@ class FastProgram:
     def __call__(self, inputs: Mapping[str, Tensor], keep: bool = False) -> dict[Any, Tensor]:
         """The outputs of the program by name; with `keep`, all that was stored, by number."""
         values: dict[int, Tensor] = dict(self.constants)
+        self.keeps = keep
         numbers = {number: name for name, number in self.program.inputs.items()}
         for place, item in enumerate(self.items):
             item.run(values, inputs, numbers)
@@ -232,6 +249,52 @@ class FastProgram:
         if keep:
             return {number: tensor.to(torch.int64) - self.storage.get(number, (None, 0))[1] for number, tensor in values.items()}
         return {name: values[number].to(self.program.values[number].dtype) for name, number in self.program.outputs.items()}
+
+
+    def new(self, number: int, count: int) -> Tensor:
+        """Memory for a value, flat, with bytes behind it that kernels may read; in the next run the same, so that its pages are there."""
+        dtype, _ = self.storage[number]
+        size, slot = count * dtype.itemsize, self.slots.get(number)
+        if slot is None or self.keeps:
+            return torch.empty(size + _SLACK, dtype=torch.uint8)[:size].view(dtype)
+        if slot not in self.memory or len(self.memory[slot]) < size + _SLACK:
+            self.memory[slot] = torch.empty(size + _SLACK, dtype=torch.uint8)
+        return self.memory[slot][:size].view(dtype)
+
+
+def _slots(items: list["_Item"], outputs: set[int], sizes: Mapping[int, int]) -> dict[int, int]:
+    """The memory of each value that a kernel or a copy writes; values that are not needed at the same time share one, of the same size first.
+
+    What PyTorch makes of a value may be a view of it, which then keeps the memory from others as long as it is needed itself.
+    A program's outputs have none: they leave it.
+    """
+    owners: dict[int, set[int]] = {}  # whose memory a value may be a view of
+    last: dict[int, int] = {}
+    for place, item in enumerate(items):
+        for number in item.writes:
+            views = {owner for source in item.reads for owner in owners.get(source, ())} if isinstance(item, _SingleItem) else set()
+            owners[number] = views if type(item) is _SingleItem else {number, *views}
+        for number in (*item.reads, *item.writes):
+            for owner in owners.get(number, ()):
+                last[owner] = max(last.get(owner, 0), len(items) if number in outputs else place)
+    dying: dict[int, list[int]] = {}
+    for owner, place in last.items():
+        dying.setdefault(place, []).append(owner)
+    slots: dict[int, int] = {}
+    free: list[tuple[int, int]] = []  # size, slot
+    count = 0
+    for place, item in enumerate(items):
+        for number in item.writes:
+            if type(item) is _SingleItem or last[number] == len(items):
+                continue
+            found = next((entry for entry in free if entry[0] == sizes[number]), free[-1] if free else None)
+            if found is None:
+                slots[number], count = count, count + 1
+            else:
+                free.remove(found)
+                slots[number] = found[1]
+        free += [(sizes[owner], slots[owner]) for owner in dying.get(place, ()) if owner in slots]
+    return slots
 
 
 def _readers(plan: list[Group | Operation], program: Program) -> dict[int, list[Group | Operation]]:
@@ -268,7 +331,7 @@ class _Item:
 
     @classmethod
     def takes(cls, operation: Operation, program: Program) -> bool:
-        """Whether there is a kernel for this operation."""
+        """Whether this kind of item computes this operation."""
         return False
 
     @property
@@ -277,9 +340,7 @@ class _Item:
 
     def new(self, shape: tuple[int, ...]) -> tuple[Tensor, int]:
         """A tensor for the one result, and the offset of its numbers."""
-        dtype, offset = self.owner.storage[self.writes[0]]
-        count = int(torch.Size(shape).numel())
-        return torch.empty(count + _SLACK // dtype.itemsize, dtype=dtype)[:count].view(shape), offset
+        return self.owner.new(self.writes[0], int(torch.Size(shape).numel())).view(shape), self.owner.storage[self.writes[0]][1]
 
 
 class _SingleItem(_Item):
@@ -295,6 +356,35 @@ class _SingleItem(_Item):
         for number, tensor in zip(operation.outputs, outputs, strict=True):
             dtype, offset = self.owner.storage.get(number, (tensor.dtype, 0))
             values[number] = tensor.to(dtype) if not offset else (tensor.to(torch.int32) + offset).to(dtype)
+
+
+class _CopyItem(_SingleItem):
+    """A layout function that copies a large value, into memory that is kept."""
+
+    @classmethod
+    def takes(cls, operation: Operation, program: Program) -> bool:
+        return operation.kind == "layout" and operation.facts["name"] in ("index_select", "reshape", "pixel_shuffle") and len(operation.inputs) == 1
+
+    def run(self, values: dict[int, Tensor], inputs: Mapping[str, Tensor], names: Mapping[int, str]) -> None:
+        source, number = self.reads[0], self.writes[0]
+        x, shape, arguments = values[source], self.owner.program.values[number].shape, self.operation.facts["arguments"]
+        dtype, offset = self.owner.storage[number]
+        shuffled = self.operation.facts["name"] == "pixel_shuffle"
+        if x.dtype != dtype or (shuffled and x.ndim != 4) or offset != self.owner.storage.get(source, (dtype, 0))[1] or self.operation.facts["options"]:
+            super().run(values, inputs, names)
+        elif self.operation.facts["name"] == "index_select":
+            values[number] = torch.index_select(x, *arguments[1:], out=self.new(shape)[0])
+        elif shuffled:  # with channels contiguous, as the kernels read them
+            batch, _, height, width = x.shape
+            side, channels = arguments[1], shape[1]
+            rows = self.owner.new(number, x.numel()).view(batch, height, side, width, side, channels)
+            rows.copy_(x.movedim(1, -1).unflatten(-1, (channels, side, side)).permute(0, 1, 4, 2, 5, 3))
+            values[number] = rows.view(batch, height * side, width * side, channels).movedim(-1, 1)
+        else:
+            try:
+                values[number] = x.view(shape)
+            except RuntimeError:  # it takes a copy
+                values[number] = self.owner.new(number, x.numel()).view(x.shape).copy_(x).view(shape)
 
 
 def _pointer(tensor: Tensor | None) -> int | None:
@@ -368,11 +458,16 @@ class _AttentionItem(_Item):
         self.shape = program.values[operation.outputs[0]].shape
         self.job = _Attention(batch=int(torch.Size(batch).numel()), heads=heads, queries=queries, keys=keys, inner=inner, width=width)
         self._kept: list[Tensor | None] = []
-        for name, step in (("score", scores), ("weight", weights)):
-            multiplier = multiplier_value(step.facts["mantissa"], step.facts["shift"]).reshape(-1).expand(heads).contiguous()
-            self._point(f"{name}_scale", multiplier)
-            setattr(self.job, f"{name}_low", int(step.facts["low"].flatten()[0]))
-            setattr(self.job, f"{name}_high", int(step.facts["high"].flatten()[0]))
+        steps = (("score", scores), ("weight", weights))
+        ends = {name: (int(step.facts["low"].flatten()[0]), int(step.facts["high"].flatten()[0])) for name, step in steps}
+        found = {name: nudged(step.facts["mantissa"], step.facts["shift"], program.values[step.inputs[0]].range.largest, max(map(abs, ends[name])))
+                 for name, step in steps}  # fmt: skip
+        self.job.quick = int(None not in found.values())
+        for name, step in steps:
+            exact = multiplier_value(step.facts["mantissa"], step.facts["shift"])
+            self._point(f"{name}_scale", (found[name] if self.job.quick else exact).reshape(-1).expand(heads).contiguous())
+            setattr(self.job, f"{name}_low", ends[name][0])
+            setattr(self.job, f"{name}_high", ends[name][1])
         table = softmax.facts["table"].float().contiguous()
         self._point("table", table)
         self.job.last = len(table) - 1
@@ -407,15 +502,20 @@ class _AttentionItem(_Item):
 
     def run(self, values: dict[int, Tensor], inputs: Mapping[str, Tensor], names: Mapping[int, str]) -> None:
         q, k, v = (values[number] for number in self.reads)
-        held = [part.to(torch.int16).contiguous() for part in (q, k.transpose(-2, -1), v)]
-        out = torch.empty(self.shape, dtype=torch.int32)
+        out, offset = self.new(self.shape)
         job = self.job
-        job.q, job.k, job.v = (part.data_ptr() for part in held)
-        job.out, job.threads = out.data_ptr(), self.threads
+        held = []
+        for name, part in (("q", q), ("k", k.transpose(-2, -1)), ("v", v)):
+            part = part.to(torch.int16)
+            part = part[None] if part.ndim == 3 else part.flatten(0, -4)  # a view of one step along the batch, where there is one
+            part = part if part.stride(-1) == 1 else part.contiguous()
+            held.append(part)
+            setattr(job, name, part.data_ptr())
+            setattr(job, f"{name}_steps", (ctypes.c_int64 * 3)(*part.stride()[:3]))
+        job.out.data, job.out.type, job.out.offset, job.threads = out.data_ptr(), _TYPES[out.dtype], offset, self.threads
         if library().attention(ctypes.byref(job)):
             raise MemoryError("the kernels ran out of memory")
-        dtype, offset = self.owner.storage[self.writes[0]]
-        values[self.writes[0]] = out.to(dtype) if not offset else (out + offset).to(dtype)
+        values[self.writes[0]] = out
 
 
 class _GroupItem(_Item):
@@ -440,7 +540,7 @@ class _GroupItem(_Item):
         if root is not None:
             self.source = root.inputs[0]
             self.source_type = owner.storage[self.source]
-            self._build_products(root)
+            self.jobs = self._winograd(root) or self._direct(root)
 
     # ------------------------------------------------------------------------------------------------------------- steps
 
@@ -492,8 +592,11 @@ class _GroupItem(_Item):
         if len(data) > 1:
             step["b"] = register[data[1]]
         if kind == "rescale":
-            multiplier = multiplier_value(facts["mantissa"], facts["shift"])
             low, high = (-INT32, INT32) if facts["low"] is None else (facts["low"], facts["high"])
+            limit = max(int(torch.as_tensor(end).abs().max()) for end in (low, high))
+            multiplier = nudged(facts["mantissa"], facts["shift"], self.owner.program.values[data[0]].range.largest, limit)
+            step["quick"] = int(multiplier is not None)
+            multiplier = multiplier_value(facts["mantissa"], facts["shift"]) if multiplier is None else multiplier
             names = {"multiplier": multiplier, "low": low, "high": high}
             if int(torch.as_tensor(facts["refinement"]).max()) != 1:
                 names["factor"] = facts["refinement"]
@@ -515,13 +618,18 @@ class _GroupItem(_Item):
             high = INT32 if facts["high"] is None else facts["high"]
             step.update(op=CLAMP, **self._parameters(low=low, high=high))
         elif kind == "leaky":
-            step.update(op=LEAKY, **self._parameters(multiplier=multiplier_value(facts["mantissa"], facts["shift"])))
+            multiplier = nudged(facts["mantissa"], facts["shift"], self.owner.program.values[data[0]].range.largest)
+            quick = multiplier is not None and 0 <= float(multiplier) < 1
+            multiplier = multiplier if quick else multiplier_value(facts["mantissa"], facts["shift"])
+            step.update(op=LEAKY, quick=int(quick), **self._parameters(multiplier=multiplier))
         elif kind == "table":
             entries = facts["table"].to(torch.int32).contiguous()
             self._kept.append(entries)
             step.update(op=TABLE, first=facts["first"], last=len(entries) - 1, table=entries.data_ptr())
         elif kind == "gdn":
-            step.update(op=GDN, first=int(facts["inverse"]), last=int(facts["algorithm"] == "gdn"),
+            largest = self.owner.program.values[data[0]].range.largest, int(facts["low"].abs().max()), int(facts["high"].abs().max())
+            quick = facts["algorithm"] == "gdn" and largest[0] <= 2**15 and max(largest) <= 2**24 and int(facts["shift"].abs().max()) < 512
+            step.update(op=GDN, first=int(facts["inverse"]), last=int(facts["algorithm"] == "gdn"), quick=int(quick),
                         **self._parameters(multiplier=facts["mantissa"].double(), table=facts["shift"], low=facts["low"], high=facts["high"]))  # fmt: skip
         elif kind == "mask":
             step.update(op=PRODUCT, b=self._constant_array(steps, facts["mask"]))
@@ -566,16 +674,39 @@ class _GroupItem(_Item):
         return tensor.movedim(self.channel_dim, -1).contiguous().movedim(-1, self.channel_dim)
 
     def _new(self, number: int) -> Tensor:
-        dtype, _ = self.owner.storage[number]
         shape = [*self.group.shape]
         moved = [*shape[: self.channel_dim], *shape[self.channel_dim + 1 :], shape[self.channel_dim]]
-        count = int(torch.Size(moved).numel())
-        flat = torch.empty(count + _SLACK // dtype.itemsize, dtype=dtype)[:count]
-        return flat.view(moved).movedim(-1, self.channel_dim)
+        return self.owner.new(number, int(torch.Size(moved).numel())).view(moved).movedim(-1, self.channel_dim)
 
     # ---------------------------------------------------------------------------------------------------------- products
 
-    def _build_products(self, root: Operation) -> None:
+    def _winograd(self, root: Operation) -> list[_Winograd]:
+        """The products as one job of `winograd.c`, if it pays and is exact."""
+        values, facts = self.owner.program.values, root.facts
+        if not library().has_winograd() or self.source_type != (torch.int16, 0):
+            return []
+        found = windows(root.kind, facts, values[self.source].range.largest, self.group.shape)
+        if found is None:
+            return []
+        weights, starts, phases = winograd_weights(found)
+        outputs, inputs = facts["weight"].shape[:2]
+        bias = torch.zeros(phases.shape[1] * BLOCK, dtype=torch.int32)
+        if facts["bias"] is not None:
+            bias[: found.spread**2 * outputs] = facts["bias"].to(torch.int32).repeat(found.spread**2)
+        border = torch.zeros(inputs, dtype=torch.int16)
+        parts = {"weights": weights, "bias": bias, "border": border, "starts": starts, "phases": phases}
+        self._kept += parts.values()
+        job = _Winograd(**{name: part.data_ptr() for name, part in parts.items()})
+        job.batch, _, job.height, job.width = values[self.source].shape
+        job.inputs, job.outputs, job.stride, job.spread = inputs, outputs, found.stride, found.spread
+        job.first_y, job.first_x = found.first
+        job.parts = len(found.parts)
+        job.all_rows, job.all_columns = self.group.shape[2:]
+        job.rows, job.columns = -(-job.all_rows // found.spread), -(-job.all_columns // found.spread)
+        return [job]
+
+    def _direct(self, root: Operation) -> list[_Product]:
+        """The products as a job of `products` for each phase of the output."""
         facts = root.facts
         weight = facts["weight"].to(torch.int64)
         x_dtype, offset = self.source_type
@@ -595,7 +726,7 @@ class _GroupItem(_Item):
         outputs = weight.shape[0]
         blocks = -(-outputs // BLOCK)
         bias = torch.zeros(outputs, dtype=torch.int64) if facts["bias"] is None else facts["bias"]
-        self.jobs = []
+        made = []
         for (taps, stride), (first_row, first_column) in zip(jobs, first):
             taps = [tap for tap in taps if bool(weight[:, :, tap[2], tap[3]].any())]  # a masked tap is none
             chosen = torch.stack([weight[:, :, ky, kx] for _, _, ky, kx in taps], 1) if taps else weight.new_zeros(outputs, 0, weight.shape[1])
@@ -620,7 +751,8 @@ class _GroupItem(_Item):
                 job.rows = -(-(job.all_rows - first_row) // spread[0])
                 job.columns = -(-(job.all_columns - first_column) // spread[1])
             job.spread, job.first_row, job.first_column = spread[0], first_row, first_column
-            self.jobs.append(job)
+            made.append(job)
+        return made
 
     # --------------------------------------------------------------------------------------------------------------- run
 
@@ -649,7 +781,8 @@ class _GroupItem(_Item):
             failed = 0
             for job in self.jobs:
                 job.x, job.threads = x.data_ptr(), threads
-                failed |= library().products(ctypes.byref(job), self.steps, self.step_count, table, self.registers)
+                run = library().winograd if isinstance(job, _Winograd) else library().products
+                failed |= run(ctypes.byref(job), self.steps, self.step_count, table, self.registers)
         if failed:
             raise MemoryError("the kernels ran out of memory")
 
@@ -665,6 +798,24 @@ class _GroupItem(_Item):
         flat = torch.empty(rows.numel() + _SLACK, dtype=dtype)[: rows.numel()].view(rows.shape)
         flat.copy_(rows)
         return flat
+
+
+def nudged(mantissa: Tensor, shift: Tensor, largest: int, limit: int = INT32) -> Tensor | None:
+    """A multiplier, a little larger, whose products with whole numbers up to `largest` are never halves, and round as the exact ones do.
+
+    mantissa * 2^-shift (1 + 2^-51): products with it, rounded to float64, are larger than the exact ones by more than one part in
+    2^52 and less than three in 2^52. So an exact half becomes more than a half, and is rounded away from zero by any rounding to
+    nearest; and what lies below a half stays there, if three parts in 2^52 are less than the step between products, 2^-shift for odd
+    mantissas. None where they are more, for a product up to `limit` (those above it are clipped to it), or where a product leaves
+    the range of 32 bits.
+    """
+    mantissa, shift = torch.as_tensor(mantissa).to(torch.int64), torch.as_tensor(shift).to(torch.int64)
+    exact = multiplier_value(mantissa, shift)
+    products = exact.abs() * largest
+    twos = torch.where(mantissa == 0, 1, mantissa & -mantissa).double()  # powers of two: a step is twos * 2^-shift
+    step = (twos * multiplier_value(torch.ones_like(shift), shift)).clamp(max=0.5)
+    fits = bool((products < 2**31 - 2).all()) and bool((products.clamp(max=limit + 1) * 3 * 2.0**-52 < step * 0.99).all())
+    return exact * (1 + 2.0**-51) if fits else None
 
 
 def _phase_taps(facts: Mapping[str, Any], shape: torch.Size, phase: tuple[int, int]) -> list[tuple[int, int, int, int]]:

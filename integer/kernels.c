@@ -6,51 +6,12 @@
  * Plain C called through ctypes; no Python header is needed to build it.
  */
 
-#include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
+#include "kernels.h"
 
-#ifdef _OPENMP
-#include <omp.h>
-#else
-static int omp_get_thread_num(void) { return 0; }
-#endif
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#define X86 1
-#include <immintrin.h>
-#define CLONES __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
-#define AVX2 __attribute__((target("avx2")))
-#else
-#define X86 0
-#define CLONES
-#endif
-
-/* --------------------------------------------------------------------------------------------------------- tensors */
-
-enum { S8, U8, S16, S32 };
 static const int SIZE[] = {1, 1, 2, 4};
 
-typedef struct {
-    char *data;      /* (pixels, channels), channels contiguous */
-    int32_t type;
-    int32_t offset;  /* a stored number is the number plus this */
-} Array;
-
 /* ---------------------------------------------------------------------------------- elementwise steps on a tile's numbers */
-
-enum { LOAD, STORE, RESCALE, ADD, PRODUCT, NEG, ABS, SQUARE, CLAMP, LEAKY, TABLE, GDN, ADDC };
-
-typedef struct {
-    int32_t op, dst, a, b;  /* registers; LOAD and STORE: b is the array */
-    int32_t period;         /* length of the parameter arrays, a multiple of the channels, or 1 */
-    int32_t first, last;    /* TABLE: of the first entry, number of entries - 1; GDN: inverse, algorithm */
-    int32_t pad;
-    const double *multiplier;
-    const int32_t *low, *high, *factor;
-    const int32_t *table;   /* TABLE; GDN: shift */
-} Step;
 
 #define BELOW_HALF 0.49999999999999994
 
@@ -68,23 +29,53 @@ AVX2 static inline __m128i rescale4(__m128i x, __m256d m, __m256d low, __m256d h
     return _mm256_cvttpd_epi32(_mm256_add_pd(p, half));
 }
 
-/* the first count - count % 4 numbers; low and high: of channels, or with `alike` the same for all */
+/* the same of eight numbers, where the multiplier is nudged: the processor's rounding of ties meets none */
+AVX2 static inline __m256i rescale8(__m256i x, __m256d m0, __m256d m1, __m256i low, __m256i high) {
+    const __m128i first = _mm256_cvtpd_epi32(_mm256_mul_pd(_mm256_cvtepi32_pd(_mm256_castsi256_si128(x)), m0));
+    const __m128i second = _mm256_cvtpd_epi32(_mm256_mul_pd(_mm256_cvtepi32_pd(_mm256_extracti128_si256(x, 1)), m1));
+    return _mm256_min_epi32(_mm256_max_epi32(_mm256_set_m128i(second, first), low), high);
+}
+
+/* Parameters of channels, or with m_alike and alike the same for all. These give how many numbers they did: the rest is less than 4 or 8. */
 AVX2 static int rescale_avx2(int32_t *out, const int32_t *x, int count, const double *m, int m_alike, const int32_t *low,
                              const int32_t *high, int alike) {
     int i = 0;
     const __m256d m0 = _mm256_set1_pd(m[0]), l0 = _mm256_set1_pd(low[0]), h0 = _mm256_set1_pd(high[0]);
+    for (; i + 4 <= count; i += 4) {
+        const __m256d l = alike ? l0 : _mm256_cvtepi32_pd(_mm_loadu_si128((const __m128i *)(low + i)));
+        const __m256d h = alike ? h0 : _mm256_cvtepi32_pd(_mm_loadu_si128((const __m128i *)(high + i)));
+        const __m128i number = _mm_loadu_si128((const __m128i *)(x + i));
+        _mm_storeu_si128((__m128i *)(out + i), rescale4(number, m_alike ? m0 : _mm256_loadu_pd(m + i), l, h));
+    }
+    return i;
+}
+
+AVX2 static int rescale_nudged_avx2(int32_t *out, const int32_t *x, int count, const double *m, int m_alike, const int32_t *low,
+                                    const int32_t *high, int alike) {
+    int i = 0;
+    const __m256d m0 = _mm256_set1_pd(m[0]);
+    const __m256i l0 = _mm256_set1_epi32(low[0]), h0 = _mm256_set1_epi32(high[0]);
     if (m_alike)
-        for (; i + 4 <= count; i += 4)
-            _mm_storeu_si128((__m128i *)(out + i), rescale4(_mm_loadu_si128((const __m128i *)(x + i)), m0, l0, h0));
-    else if (alike)
-        for (; i + 4 <= count; i += 4)
-            _mm_storeu_si128((__m128i *)(out + i), rescale4(_mm_loadu_si128((const __m128i *)(x + i)), _mm256_loadu_pd(m + i), l0, h0));
+        for (; i + 8 <= count; i += 8)
+            _mm256_storeu_si256((__m256i *)(out + i), rescale8(_mm256_loadu_si256((const __m256i *)(x + i)), m0, m0, l0, h0));
     else
-        for (; i + 4 <= count; i += 4) {
-            const __m256d l = _mm256_cvtepi32_pd(_mm_loadu_si128((const __m128i *)(low + i)));
-            const __m256d h = _mm256_cvtepi32_pd(_mm_loadu_si128((const __m128i *)(high + i)));
-            _mm_storeu_si128((__m128i *)(out + i), rescale4(_mm_loadu_si128((const __m128i *)(x + i)), _mm256_loadu_pd(m + i), l, h));
+        for (; i + 8 <= count; i += 8) {
+            const __m256i l = alike ? l0 : _mm256_loadu_si256((const __m256i *)(low + i));
+            const __m256i h = alike ? h0 : _mm256_loadu_si256((const __m256i *)(high + i));
+            const __m256i number = _mm256_loadu_si256((const __m256i *)(x + i));
+            _mm256_storeu_si256((__m256i *)(out + i), rescale8(number, _mm256_loadu_pd(m + i), _mm256_loadu_pd(m + i + 4), l, h));
         }
+    return i;
+}
+
+/* x, or where it is negative x times a nudged multiplier between 0 and 1 */
+AVX2 static int leaky_nudged_avx2(int32_t *out, const int32_t *x, int count, double multiplier) {
+    int i = 0;
+    const __m256d m = _mm256_set1_pd(multiplier);
+    for (; i + 8 <= count; i += 8) {
+        const __m256i number = _mm256_loadu_si256((const __m256i *)(x + i));
+        _mm256_storeu_si256((__m256i *)(out + i), rescale8(number, m, m, number, _mm256_set1_epi32(INT32_MAX)));
+    }
     return i;
 }
 #endif
@@ -100,7 +91,8 @@ CLONES static void rescale(int32_t *out, const int32_t *x, int n, const Step *s)
         int32_t *to = out + start;
         int i = 0;
 #if X86
-        if (__builtin_cpu_supports("avx2")) i = rescale_avx2(to, from, count, m, one, low, high, s->first);
+        if (__builtin_cpu_supports("avx2"))
+            i = s->quick ? rescale_nudged_avx2(to, from, count, m, one, low, high, s->first) : rescale_avx2(to, from, count, m, one, low, high, s->first);
 #endif
         if (one) for (; i < count; i++) to[i] = rounded(clip(from[i] * m[0], low[0], high[0]));
         else for (; i < count; i++) to[i] = rounded(clip(from[i] * m[i], low[i], high[i]));
@@ -154,51 +146,35 @@ static inline double gdn_number(double x, double norm, double mantissa, int64_t 
 }
 
 #if X86
-AVX2 static inline __m256i larger4(__m256i a, __m256i b) { return _mm256_blendv_epi8(b, a, _mm256_cmpgt_epi64(a, b)); }
-AVX2 static inline __m256i smaller4(__m256i a, __m256i b) { return _mm256_blendv_epi8(a, b, _mm256_cmpgt_epi64(a, b)); }
-AVX2 static inline __m256d two_to4(__m256i exponent) {
-    return _mm256_castsi256_pd(_mm256_slli_epi64(_mm256_add_epi64(exponent, _mm256_set1_epi64x(1023)), 52));
-}
-AVX2 static inline __m256i length4(__m256d x) {
-    return _mm256_sub_epi64(_mm256_srli_epi64(_mm256_castpd_si256(x), 52), _mm256_set1_epi64x(1022));
-}
-/* floor(x + 1/2) for x >= 0 with halves away from zero */
-AVX2 static inline __m256d half_away4(__m256d x) { return _mm256_floor_pd(_mm256_add_pd(x, _mm256_set1_pd(BELOW_HALF))); }
-AVX2 static inline __m256d one_where4(__m256d mask) { return _mm256_and_pd(mask, _mm256_set1_pd(1.0)); }
+AVX2 static inline __m256d masked4(__m256d x, int64_t bits) { return _mm256_and_pd(x, _mm256_castsi256_pd(_mm256_set1_epi64x(bits))); }
 
-/* `gdn_number` for GDN with a root, four numbers; mantissa, shift, low, high of their channels */
+/* `gdn_number` with a root, four numbers; mantissa, shift, low, high of their channels.
+ *
+ * A norm is shifted to 51 or 52 bits before its root is cut to a whole number: that leaves the root's 26 highest bits, so its other
+ * mantissa bits are cleared. The square root and the quotient are rounded correctly, and neither rounding reaches or crosses a whole
+ * number or a half that the exact value does not: the root of n < 2^52 is at least 2^-27 below the next whole number, and a / b with
+ * a < 2^52 at least 1 / (2 b) > a / b 2^-53 from the next half. Where the reference limits its powers of two, results are clipped or 0.
+ */
 AVX2 static inline __m128i gdn4(__m128i x, __m128i norms, __m256d mantissa, __m256i shift, __m256d low, __m256d high, int inverse) {
-    const __m256d sign = _mm256_set1_pd(-0.0), one = _mm256_set1_pd(1.0);
-    const __m256d number = _mm256_cvtepi32_pd(x), size = _mm256_andnot_pd(sign, number);
-    const __m256d norm = _mm256_max_pd(_mm256_cvtepi32_pd(norms), one);
-    const __m256i k = _mm256_srli_epi64(_mm256_sub_epi64(_mm256_set1_epi64x(52), length4(norm)), 1);
-    const __m256d square = _mm256_mul_pd(norm, two_to4(_mm256_add_epi64(k, k)));
-    __m256d root = _mm256_floor_pd(_mm256_sqrt_pd(square));
-    root = _mm256_sub_pd(root, one_where4(_mm256_cmp_pd(_mm256_mul_pd(root, root), square, _CMP_GT_OQ)));
-    const __m256d next = _mm256_add_pd(root, one);
-    root = _mm256_add_pd(root, one_where4(_mm256_cmp_pd(_mm256_mul_pd(next, next), square, _CMP_LE_OQ)));
+    const __m256d sign = _mm256_set1_pd(-0.0), below_half = _mm256_set1_pd(BELOW_HALF);
+    const __m256d number = _mm256_cvtepi32_pd(x);
+    const __m256d norm = _mm256_cvtepi32_pd(_mm_max_epi32(norms, _mm_set1_epi32(1)));
+    const __m256d root = masked4(_mm256_sqrt_pd(norm), ~((1LL << 27) - 1)); /* times 2^-k */
+    const __m256i bias = _mm256_set1_epi64x(1023);
     __m256d result;
     if (inverse) {
-        const __m256d factor = half_away4(_mm256_mul_pd(_mm256_mul_pd(root, mantissa), _mm256_set1_pd(0x1p-11)));
-        __m256i exponent = _mm256_sub_epi64(_mm256_sub_epi64(_mm256_set1_epi64x(11), k), shift);
-        exponent = larger4(_mm256_set1_epi64x(-1022), smaller4(_mm256_set1_epi64x(1023), exponent));
-        result = half_away4(_mm256_mul_pd(_mm256_mul_pd(size, factor), two_to4(exponent)));
+        const __m256d power = masked4(root, 0x7ffLL << 52); /* 2^(25 - k) */
+        const __m256d whole = _mm256_or_pd(masked4(root, (1LL << 52) - 1), _mm256_set1_pd(0x1p25));
+        const __m256d factor = _mm256_floor_pd(_mm256_add_pd(_mm256_mul_pd(_mm256_mul_pd(whole, mantissa), _mm256_set1_pd(0x1p-11)), below_half));
+        const __m256i exponent = _mm256_sub_epi64(_mm256_set1_epi64x(11 - 25), shift);
+        const __m256d two = _mm256_castsi256_pd(_mm256_slli_epi64(_mm256_add_epi64(exponent, bias), 52));
+        result = _mm256_mul_pd(_mm256_mul_pd(number, factor), _mm256_mul_pd(power, two));
     } else {
-        const __m256d dividend = _mm256_mul_pd(size, mantissa);
-        const __m256i exponent = _mm256_sub_epi64(k, shift), zero = _mm256_setzero_si256();
-        const __m256i room = _mm256_sub_epi64(_mm256_set1_epi64x(52), length4(dividend));
-        const __m256d a = _mm256_mul_pd(dividend, two_to4(smaller4(larger4(exponent, zero), room)));
-        const __m256i down = smaller4(larger4(_mm256_sub_epi64(zero, exponent), zero), _mm256_set1_epi64x(25));
-        const __m256d b = _mm256_mul_pd(root, two_to4(down));
-        __m256d quotient = _mm256_floor_pd(_mm256_add_pd(_mm256_div_pd(a, b), _mm256_set1_pd(0.5)));
-        __m256d rest = _mm256_sub_pd(a, _mm256_mul_pd(quotient, b));
-        rest = _mm256_add_pd(rest, rest);
-        quotient = _mm256_add_pd(quotient, one_where4(_mm256_cmp_pd(rest, b, _CMP_GE_OQ)));
-        quotient = _mm256_sub_pd(quotient, one_where4(_mm256_cmp_pd(rest, _mm256_xor_pd(b, sign), _CMP_LT_OQ)));
-        result = quotient;
+        const __m256d two = _mm256_castsi256_pd(_mm256_slli_epi64(_mm256_sub_epi64(bias, shift), 52));
+        result = _mm256_div_pd(_mm256_mul_pd(number, _mm256_mul_pd(mantissa, two)), root);
     }
-    result = _mm256_or_pd(result, _mm256_and_pd(number, sign));
-    return _mm256_cvtpd_epi32(_mm256_min_pd(_mm256_max_pd(result, low), high));
+    result = _mm256_min_pd(_mm256_max_pd(result, low), high);
+    return _mm256_cvttpd_epi32(_mm256_add_pd(result, _mm256_or_pd(_mm256_and_pd(result, sign), below_half)));
 }
 
 AVX2 static void gdn_avx2(int32_t *restrict out, const int32_t *restrict x, const int32_t *restrict norm, int n, const Step *s) {
@@ -241,11 +217,13 @@ CLONES static void simple(const Step *s, int32_t *restrict out, const int32_t *r
     }
     case ADDC: {
         const int32_t low = s->low[0], high = s->high[0];
-        for (int start = 0; start < n; start += period)
-            for (int i = 0; i < period && start + i < n; i++) {
+        for (int start = 0; start < n; start += period) {
+            const int count = n - start < period ? n - start : period;
+            for (int i = 0; i < count; i++) {
                 const int32_t v = a[start + i] + s->table[i];
                 out[start + i] = v < low ? low : v > high ? high : v;
             }
+        }
         break;
     }
     case PRODUCT: for (int i = 0; i < n; i++) out[i] = a[i] * b[i]; break;
@@ -253,15 +231,25 @@ CLONES static void simple(const Step *s, int32_t *restrict out, const int32_t *r
     case ABS: for (int i = 0; i < n; i++) out[i] = a[i] < 0 ? -a[i] : a[i]; break;
     case SQUARE: for (int i = 0; i < n; i++) out[i] = a[i] * a[i]; break;
     case CLAMP:
-        for (int start = 0; start < n; start += period)
-            for (int i = 0; i < period && start + i < n; i++) {
+        if (period == 1) {
+            const int32_t low = s->low[0], high = s->high[0];
+            for (int i = 0; i < n; i++) out[i] = a[i] < low ? low : a[i] > high ? high : a[i];
+        } else for (int start = 0; start < n; start += period) {
+            const int count = n - start < period ? n - start : period;
+            const int32_t *low = s->low, *high = s->high;
+            for (int i = 0; i < count; i++) {
                 const int32_t v = a[start + i];
-                out[start + i] = v < s->low[i] ? s->low[i] : v > s->high[i] ? s->high[i] : v;
+                out[start + i] = v < low[i] ? low[i] : v > high[i] ? high[i] : v;
             }
+        }
         break;
     case LEAKY: {
         const double m = s->multiplier[0];
-        for (int i = 0; i < n; i++) { const int32_t r = rounded(a[i] * m); out[i] = a[i] < 0 ? r : a[i]; }
+        int i = 0;
+#if X86
+        if (s->quick && __builtin_cpu_supports("avx2")) i = leaky_nudged_avx2(out, a, n, m);
+#endif
+        for (; i < n; i++) { const int32_t r = rounded(a[i] * m); out[i] = a[i] < 0 ? r : a[i]; }
         break;
     }
     case TABLE:
@@ -274,48 +262,52 @@ CLONES static void simple(const Step *s, int32_t *restrict out, const int32_t *r
     }
 }
 
-static void load(int32_t *restrict out, const Array *array, int64_t pixel, int64_t step, int pixels, int channels) {
-    for (int p = 0; p < pixels; p++, pixel += step) {
+#define LOAD_AS(type) { const type *x = (const type *)array->data + start; for (int c = 0; c < count; c++) to[c] = x[c] - offset; break; }
+#define STORE_AS(type) { type *to = (type *)array->data + start; for (int c = 0; c < count; c++) to[c] = (type)(from[c] + offset); break; }
+
+CLONES static void load(int32_t *restrict out, const Array *array, int64_t pixel, int64_t step, int pixels, int channels) {
+    const int runs = step == 1 ? 1 : pixels, count = step == 1 ? pixels * channels : channels;
+    const int32_t offset = array->offset;
+    for (int p = 0; p < runs; p++, pixel += step) {
         const int64_t start = pixel * channels;
-        const int32_t offset = array->offset;
         int32_t *to = out + (int64_t)p * channels;
         switch (array->type) {
-        case S8: { const int8_t *x = (const int8_t *)array->data + start; for (int c = 0; c < channels; c++) to[c] = x[c] - offset; break; }
-        case U8: { const uint8_t *x = (const uint8_t *)array->data + start; for (int c = 0; c < channels; c++) to[c] = x[c] - offset; break; }
-        case S16: { const int16_t *x = (const int16_t *)array->data + start; for (int c = 0; c < channels; c++) to[c] = x[c] - offset; break; }
-        case S32: { const int32_t *x = (const int32_t *)array->data + start; for (int c = 0; c < channels; c++) to[c] = x[c] - offset; break; }
+        case S8: LOAD_AS(int8_t)
+        case U8: LOAD_AS(uint8_t)
+        case S16: LOAD_AS(int16_t)
+        case S32: LOAD_AS(int32_t)
         }
     }
 }
 
-static void store(const int32_t *restrict x, const Array *array, int64_t pixel, int64_t step, int pixels, int channels) {
-    for (int p = 0; p < pixels; p++, pixel += step) {
+CLONES static void store(const int32_t *restrict x, const Array *array, int64_t pixel, int64_t step, int pixels, int channels) {
+    const int runs = step == 1 ? 1 : pixels, count = step == 1 ? pixels * channels : channels;
+    const int32_t offset = array->offset;
+    for (int p = 0; p < runs; p++, pixel += step) {
         const int64_t start = pixel * channels;
-        const int32_t offset = array->offset;
         const int32_t *from = x + (int64_t)p * channels;
         switch (array->type) {
-        case S8: { int8_t *to = (int8_t *)array->data + start; for (int c = 0; c < channels; c++) to[c] = (int8_t)(from[c] + offset); break; }
-        case U8: { uint8_t *to = (uint8_t *)array->data + start; for (int c = 0; c < channels; c++) to[c] = (uint8_t)(from[c] + offset); break; }
-        case S16: { int16_t *to = (int16_t *)array->data + start; for (int c = 0; c < channels; c++) to[c] = (int16_t)(from[c] + offset); break; }
-        case S32: { int32_t *to = (int32_t *)array->data + start; for (int c = 0; c < channels; c++) to[c] = from[c] + offset; break; }
+        case S8: STORE_AS(int8_t)
+        case U8: STORE_AS(uint8_t)
+        case S16: STORE_AS(int16_t)
+        case S32: STORE_AS(int32_t)
         }
     }
 }
 
-/* registers: `count` of `size` numbers each, one after another */
-static void steps_on_tile(const Step *steps, int count, const Array *arrays, int32_t *registers, int64_t size, int64_t pixel, int64_t step,
-                          int pixels, int channels) {
+void steps_on_tile(const Step *steps, int count, const Array *arrays, int32_t *first, int32_t *registers, int64_t size, int64_t pixel,
+                   int64_t step, int pixels, int channels) {
     const int n = pixels * channels;
     for (const Step *s = steps; s < steps + count; s++) {
-        int32_t *out = registers + s->dst * size;
-        const int32_t *a = registers + s->a * size, *b = registers + s->b * size;
+        int32_t *out = s->dst ? registers + (s->dst - 1) * size : first;
+        const int32_t *a = s->a ? registers + (s->a - 1) * size : first, *b = s->b ? registers + (s->b - 1) * size : first;
         switch (s->op) {
         case LOAD: load(out, &arrays[s->b], pixel, step, pixels, channels); break;
         case STORE: store(a, &arrays[s->b], pixel, step, pixels, channels); break;
         case RESCALE: rescale(out, a, n, s); break;
         case GDN:
 #if X86
-            if (s->last && __builtin_cpu_supports("avx2")) { gdn_avx2(out, a, b, n, s); break; }
+            if (s->quick && __builtin_cpu_supports("avx2")) { gdn_avx2(out, a, b, n, s); break; }
 #endif
             gdn(out, a, b, n, s);
             break;
@@ -342,9 +334,6 @@ typedef struct {
     int32_t all_columns, all_rows;           /* of the spread output */
     int32_t threads;
 } Product;
-
-#define BLOCK 16  /* outputs that a microkernel makes at a time */
-#define GROUP 6   /* pixels */
 
 /* acc[p][0..15] = bias + sum over taps and inputs; x[tap * GROUP + p]: where pixel p's inputs of a tap begin */
 typedef void Micro(const char *const *x, int taps, int inputs, const char *weights, const int32_t *bias, int32_t *acc, int64_t row);
@@ -374,8 +363,6 @@ static void micro_u8(const char *const *x, int taps, int inputs, const char *wei
 }
 
 #if X86
-static inline int32_t four_bytes(const char *p) { int32_t v; memcpy(&v, p, 4); return v; }
-
 __attribute__((target("avx2"))) static void micro_s16_avx2(const char *const *x, int taps, int inputs, const char *weights,
                                                            const int32_t *bias, int32_t *acc, int64_t row) {
     __m256i sums[GROUP][2];
@@ -451,7 +438,7 @@ int products(const Product *job, const Step *steps, int step_count, const Array 
     Micro *micro = micro_for(job->type);
     const int outputs = job->outputs, blocks = (outputs + BLOCK - 1) / BLOCK;
     const int64_t row = (int64_t)blocks * BLOCK;
-    int tile = (int)(3072 / row) / GROUP * GROUP;
+    int tile = (int)(TILE_NUMBERS / row) / GROUP * GROUP;
     if (tile < GROUP) tile = GROUP;
     if (tile > job->columns + GROUP - 1) tile = (job->columns + GROUP - 1) / GROUP * GROUP;
     const int size = SIZE[job->type], pack = 4 / size;
@@ -492,7 +479,7 @@ int products(const Product *job, const Step *steps, int step_count, const Array 
                     for (int p = 0; p < pixels; p++) memcpy(registers + (int64_t)p * outputs, acc + p * row, sizeof(int32_t) * outputs);
                 const int64_t pixel = (image * job->all_rows + (int64_t)i * job->spread + job->first_row) * job->all_columns +
                                       (int64_t)j * job->spread + job->first_column;
-                steps_on_tile(steps, step_count, arrays, registers, register_size, pixel, job->spread, pixels, outputs);
+                steps_on_tile(steps, step_count, arrays, registers, registers + register_size, register_size, pixel, job->spread, pixels, outputs);
             }
         }
         free(registers);
@@ -503,7 +490,7 @@ int products(const Product *job, const Step *steps, int step_count, const Array 
 
 /* Steps on arrays alone, (pixels, channels). */
 int elementwise(int64_t pixels, int channels, const Step *steps, int step_count, const Array *arrays, int register_count, int threads) {
-    int tile = 3072 / channels;
+    int tile = TILE_NUMBERS / channels;
     if (tile < 1) tile = 1;
     const int64_t register_size = (int64_t)tile * channels, tiles = (pixels + tile - 1) / tile;
     int failed = 0;
@@ -515,7 +502,7 @@ int elementwise(int64_t pixels, int channels, const Step *steps, int step_count,
         for (int64_t t = 0; t < tiles; t++) {
             if (failed) continue;
             const int count = (int)(pixels - t * tile < tile ? pixels - t * tile : tile);
-            steps_on_tile(steps, step_count, arrays, registers, register_size, t * tile, 1, count, channels);
+            steps_on_tile(steps, step_count, arrays, registers, registers + register_size, register_size, t * tile, 1, count, channels);
         }
         free(registers);
     }
@@ -576,7 +563,6 @@ int layer_norm(const LayerNorm *job) {
 
 typedef struct {
     const int16_t *q, *k, *v;     /* (batch, heads, queries, inner), (batch, heads, keys, inner), (batch, heads, keys, width) */
-    int32_t *out;                 /* (batch, heads, queries, width) */
     const double *score_scale;    /* (heads,), to steps of 1/256 nat */
     const double *weight_scale;   /* (heads,), from probabilities to what multiplies v */
     const int32_t *offset;        /* (kinds, heads, queries, keys) or null */
@@ -584,7 +570,10 @@ typedef struct {
     const int32_t *kind;          /* (batch,), or null: kind 0 */
     const float *table;           /* 2^12 exp(-i / 256) */
     int64_t batch;
+    int64_t q_steps[3], k_steps[3], v_steps[3]; /* of batch, head and row, in numbers */
     int32_t heads, queries, keys, inner, width, last, score_low, score_high, weight_low, weight_high, threads;
+    int32_t quick;                /* both scales are nudged */
+    Array out;                    /* (batch, heads, queries, width) */
 } Attention;
 
 enum { QUERIES = 16 };
@@ -603,20 +592,32 @@ CLONES static void pair_products(const int16_t *restrict a, const int16_t *restr
 }
 
 #if X86
+/* `halves` times 8 columns of four rows */
+AVX2 static inline void pair_tile(const int16_t *const *from, const int16_t *b, int32_t *const *to, int pairs, int n, const int halves) {
+    __m256i sums[4][2];
+    for (int r = 0; r < 4; r++) sums[r][0] = sums[r][1] = _mm256_setzero_si256();
+    for (int p = 0; p < pairs; p++, b += 2 * n) {
+        const __m256i w0 = _mm256_loadu_si256((const __m256i *)b), w1 = halves > 1 ? _mm256_loadu_si256((const __m256i *)b + 1) : w0;
+#pragma GCC unroll 4
+        for (int r = 0; r < 4; r++) {
+            const __m256i pair = _mm256_set1_epi32(four_bytes((const char *)(from[r] + 2 * p)));
+            sums[r][0] = _mm256_add_epi32(sums[r][0], _mm256_madd_epi16(pair, w0));
+            if (halves > 1) sums[r][1] = _mm256_add_epi32(sums[r][1], _mm256_madd_epi16(pair, w1));
+        }
+    }
+    for (int r = 3; r >= 0; r--) /* backwards: rows that are not there repeat the first */
+        for (int h = 0; h < halves; h++) _mm256_storeu_si256((__m256i *)to[r] + h, sums[r][h]);
+}
+
 AVX2 static void pair_products_avx2(const int16_t *restrict a, const int16_t *restrict b, int32_t *restrict out, int rows, int pairs, int n) {
     for (int t = 0; t < rows; t += 4) {
-        const int many = rows - t < 4 ? rows - t : 4;
         const int16_t *from[4];
-        for (int r = 0; r < 4; r++) from[r] = a + (int64_t)(t + (r < many ? r : 0)) * 2 * pairs;
-        for (int i = 0; i < n; i += 8) {
-            __m256i sums[4] = {_mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256()};
-            for (int p = 0; p < pairs; p++) {
-                const __m256i w = _mm256_loadu_si256((const __m256i *)(b + ((int64_t)p * n + i) * 2));
-#pragma GCC unroll 4
-                for (int r = 0; r < 4; r++)
-                    sums[r] = _mm256_add_epi32(sums[r], _mm256_madd_epi16(_mm256_set1_epi32(four_bytes((const char *)(from[r] + 2 * p))), w));
-            }
-            for (int r = 0; r < many; r++) _mm256_storeu_si256((__m256i *)(out + (int64_t)(t + r) * n + i), sums[r]);
+        for (int r = 0; r < 4; r++) from[r] = a + (int64_t)(t + r < rows ? t + r : t) * 2 * pairs;
+        for (int i = 0; i < n; i += 16) {
+            int32_t *to[4];
+            for (int r = 0; r < 4; r++) to[r] = out + (int64_t)(t + r < rows ? t + r : t) * n + i;
+            if (i + 16 <= n) pair_tile(from, b + 2 * i, to, pairs, n, 2);
+            else pair_tile(from, b + 2 * i, to, pairs, n, 1);
         }
     }
 }
@@ -627,6 +628,18 @@ static void multiply_pairs(const int16_t *a, const int16_t *b, int32_t *out, int
     if (__builtin_cpu_supports("avx2")) { pair_products_avx2(a, b, out, rows, pairs, n); return; }
 #endif
     pair_products(a, b, out, rows, pairs, n);
+}
+
+/* from weights to probabilities in 2^-15, of which `total` is one */
+static float softmax_factor(double total) {
+    total = total < 1 ? 1 : total;
+    const int64_t k = length_of(total) + 11;
+    const double a = power_of_two(k);
+    double quotient = floor(a / total + 0.5);
+    const double rest = (a - quotient * total) * 2;
+    quotient += rest >= total ? 1.0 : 0.0;
+    quotient -= rest < -total ? 1.0 : 0.0;
+    return (float)quotient * (float)power_of_two(16 - k);
 }
 
 /* `quant.integer_functions.fixed_softmax` of one row, times a scale, as int16 */
@@ -643,18 +656,72 @@ CLONES static void softmax_row(int32_t *restrict score, const int32_t *restrict 
         for (int i = 0; i < keys; i++) whole += (int32_t)weight[i];
         total = whole;
     } else for (int i = 0; i < keys; i++) total += weight[i];
-    total = total < 1 ? 1 : total;
-    const int64_t k = length_of(total) + 11;
-    const double a = power_of_two(k);
-    double quotient = floor(a / total + 0.5);
-    const double rest = (a - quotient * total) * 2;
-    quotient += rest >= total ? 1.0 : 0.0;
-    quotient -= rest < -total ? 1.0 : 0.0;
-    const float factor = (float)quotient * (float)power_of_two(16 - k);
+    const float factor = softmax_factor(total);
     for (int i = 0; i < keys; i++) {
         const float p = floorf(weight[i] * factor + 0.49999997f);
         out[i] = (int16_t)rounded(clip(p * scale, low, high));
     }
+}
+
+#if X86
+/* The same of a row of sums of products of queries and keys, with nudged scales, for up to 4096 keys. Whole vectors of 8 are read and written. */
+AVX2 static void softmax_row_avx2(int32_t *score, const int32_t *offset, int head, const Attention *job, int16_t *out, float *weight) {
+    const int keys = job->keys, tail = keys % 8;
+    const __m256d score_scale = _mm256_set1_pd(job->score_scale[head]), weight_scale = _mm256_set1_pd(job->weight_scale[head]);
+    const __m256i score_low = _mm256_set1_epi32(job->score_low), score_high = _mm256_set1_epi32(job->score_high);
+    const __m256i weight_low = _mm256_set1_epi32(job->weight_low), weight_high = _mm256_set1_epi32(job->weight_high);
+    const __m256i last = _mm256_set1_epi32(job->last), lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    const __m256i all = _mm256_set1_epi32(-1), some = tail ? _mm256_cmpgt_epi32(_mm256_set1_epi32(tail), lanes) : all;
+    __m256i most = _mm256_set1_epi32(INT32_MIN), sum = _mm256_setzero_si256();
+    for (int i = 0; i < keys; i += 8) {
+        const __m256i there = i + 8 <= keys ? all : some;
+        __m256i s = rescale8(_mm256_loadu_si256((const __m256i *)(score + i)), score_scale, score_scale, score_low, score_high);
+        if (offset) s = _mm256_add_epi32(s, i + 8 <= keys ? _mm256_loadu_si256((const __m256i *)(offset + i)) : _mm256_maskload_epi32(offset + i, some));
+        s = _mm256_blendv_epi8(_mm256_set1_epi32(-(1 << 30)), s, there);
+        _mm256_storeu_si256((__m256i *)(score + i), s);
+        most = _mm256_max_epi32(most, s);
+    }
+    __m128i half = _mm_max_epi32(_mm256_castsi256_si128(most), _mm256_extracti128_si256(most, 1));
+    half = _mm_max_epi32(half, _mm_shuffle_epi32(half, 0x4e));
+    half = _mm_max_epi32(half, _mm_shuffle_epi32(half, 0xb1));
+    const __m256i top = _mm256_broadcastd_epi32(half);
+    for (int i = 0; i < keys; i += 8) {
+        const __m256i below = _mm256_min_epi32(_mm256_sub_epi32(top, _mm256_loadu_si256((const __m256i *)(score + i))), last);
+        __m256 w = _mm256_i32gather_ps(job->table, below, 4);
+        w = _mm256_and_ps(w, _mm256_castsi256_ps(i + 8 <= keys ? all : some));
+        _mm256_storeu_ps(weight + i, w);
+        sum = _mm256_add_epi32(sum, _mm256_cvttps_epi32(w));
+    }
+    half = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
+    half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4e));
+    const __m256 factor = _mm256_set1_ps(softmax_factor(_mm_cvtsi128_si32(_mm_add_epi32(half, _mm_shuffle_epi32(half, 0xb1)))));
+    for (int i = 0; i < keys; i += 8) {
+        const __m256 p = _mm256_add_ps(_mm256_mul_ps(_mm256_loadu_ps(weight + i), factor), _mm256_set1_ps(0.49999997f));
+        const __m256i q = rescale8(_mm256_cvttps_epi32(p), weight_scale, weight_scale, weight_low, weight_high);
+        _mm_storeu_si128((__m128i *)(out + i), _mm_packs_epi32(_mm256_castsi256_si128(q), _mm256_extracti128_si256(q, 1)));
+    }
+}
+#endif
+
+/* pairs of inner numbers: (inner pairs, keys8, 2) */
+CLONES static void pack_keys(const int16_t *restrict k, int64_t step, int keys, int inner, int16_t *restrict packed, int keys8) {
+    if (inner % 2 == 0)
+        for (int p = 0; p < inner / 2; p++)
+            for (int i = 0; i < keys; i++) memcpy(packed + ((int64_t)p * keys8 + i) * 2, k + i * step + 2 * p, 4);
+    else
+        for (int i = 0; i < keys; i++)
+            for (int c = 0; c < inner; c++) packed[((int64_t)(c / 2) * keys8 + i) * 2 + c % 2] = k[i * step + c];
+}
+
+/* pairs of keys: (pairs of keys, width8, 2) */
+CLONES static void pack_values(const int16_t *restrict v, int64_t step, int keys, int width, int16_t *restrict packed, int width8) {
+    for (int i = 0; i + 1 < keys; i += 2) {
+        int16_t *restrict to = packed + (int64_t)i * width8;
+        const int16_t *restrict first = v + i * step, *restrict second = first + step;
+        for (int c = 0; c < width; c++) { to[2 * c] = first[c]; to[2 * c + 1] = second[c]; }
+    }
+    if (keys % 2)
+        for (int c = 0; c < width; c++) packed[(int64_t)(keys - 1) * width8 + 2 * c] = v[(keys - 1) * step + c];
 }
 
 int attention(const Attention *job) {
@@ -665,7 +732,7 @@ int attention(const Attention *job) {
 #pragma omp parallel num_threads(job->threads)
     {
         int16_t *packed_k = calloc((size_t)inner2 * 2 * keys8, 2), *packed_v = calloc((size_t)keys2 * 2 * width8, 2);
-        int16_t *rows = calloc((size_t)QUERIES * 2 * inner2, 2), *weights = calloc((size_t)QUERIES * 2 * keys2, 2);
+        int16_t *rows = calloc((size_t)QUERIES * 2 * inner2, 2), *weights = calloc((size_t)QUERIES * 2 * keys2 + 8, 2);
         int32_t *scores = malloc(sizeof(int32_t) * QUERIES * keys8), *results = malloc(sizeof(int32_t) * QUERIES * width8);
         float *row = malloc(sizeof(float) * keys8);
         if (!packed_k || !packed_v || !rows || !weights || !scores || !results || !row) failed = 1;
@@ -674,33 +741,33 @@ int attention(const Attention *job) {
             if (failed) continue;
             const int head = (int)(line % job->heads);
             const int64_t kind = job->kind ? job->kind[line / job->heads] : 0;
-            const int16_t *k = job->k + line * keys * inner, *v = job->v + line * keys * width;
-            for (int i = 0; i < keys; i++)
-                for (int c = 0; c < inner; c++) packed_k[((int64_t)(c / 2) * keys8 + i) * 2 + c % 2] = k[(int64_t)i * inner + c];
-            for (int i = 0; i < keys; i++)
-                for (int c = 0; c < width; c++) packed_v[((int64_t)(i / 2) * width8 + c) * 2 + i % 2] = v[(int64_t)i * width + c];
+            const int64_t image = line / job->heads;
+            pack_keys(job->k + image * job->k_steps[0] + head * job->k_steps[1], job->k_steps[2], keys, inner, packed_k, keys8);
+            pack_values(job->v + image * job->v_steps[0] + head * job->v_steps[1], job->v_steps[2], keys, width, packed_v, width8);
+            const int16_t *q = job->q + image * job->q_steps[0] + head * job->q_steps[1];
             const double score_scale = job->score_scale[head], weight_scale = job->weight_scale[head];
             for (int t = 0; t < job->queries; t += QUERIES) {
                 const int many = job->queries - t < QUERIES ? job->queries - t : QUERIES;
                 for (int r = 0; r < many; r++)
-                    memcpy(rows + (int64_t)r * 2 * inner2, job->q + (line * job->queries + t + r) * inner, sizeof(int16_t) * inner);
+                    memcpy(rows + (int64_t)r * 2 * inner2, q + (t + r) * job->q_steps[2], sizeof(int16_t) * inner);
                 multiply_pairs(rows, packed_k, scores, many, inner2, keys8);
                 for (int r = 0; r < many; r++) {
                     int32_t *score = scores + (int64_t)r * keys8;
                     const int64_t place = (kind * job->heads + head) * job->queries + t + r;
-                    int i = 0;
-#if X86
-                    if (__builtin_cpu_supports("avx2")) i = rescale_avx2(score, score, keys, &score_scale, 1, &job->score_low, &job->score_high, 1);
-#endif
-                    for (; i < keys; i++) score[i] = rounded(clip(score[i] * score_scale, job->score_low, job->score_high));
+                    const int32_t *offset = job->offset ? job->offset + place * keys : 0;
                     int16_t *weight = weights + (int64_t)r * 2 * keys2;
                     if (job->blank && job->blank[place]) { memset(weight, 0, sizeof(int16_t) * keys); continue; }
-                    softmax_row(score, job->offset ? job->offset + place * keys : 0, keys, job->table, job->last, weight_scale, job->weight_low,
-                                job->weight_high, weight, row);
+#if X86
+                    if (job->quick && keys <= 4096 && __builtin_cpu_supports("avx2")) {
+                        softmax_row_avx2(score, offset, head, job, weight, row); /* may write into the next row, which comes next */
+                        continue;
+                    }
+#endif
+                    for (int i = 0; i < keys; i++) score[i] = rounded(clip(score[i] * score_scale, job->score_low, job->score_high));
+                    softmax_row(score, offset, keys, job->table, job->last, weight_scale, job->weight_low, job->weight_high, weight, row);
                 }
                 multiply_pairs(weights, packed_v, results, many, keys2, width8);
-                for (int r = 0; r < many; r++)
-                    memcpy(job->out + (line * job->queries + t + r) * width, results + (int64_t)r * width8, sizeof(int32_t) * width);
+                for (int r = 0; r < many; r++) store(results + (int64_t)r * width8, &job->out, line * job->queries + t + r, 1, 1, width);
             }
         }
         free(packed_k); free(packed_v); free(rows); free(weights); free(scores); free(results); free(row);

@@ -39,8 +39,12 @@ def _checks() -> Iterator[Check]:
     for numbers in ((-127, 127), (0, 255), (-8191, 8191)):
         for kind in ("conv", "deconv"):
             yield _product(kind, numbers)
+    for kind, kernel, stride, inputs in (("conv", 3, 1, 114), ("conv", 5, 2, 40), ("conv", 5, 2, 3), ("deconv", 5, 2, 114)):
+        yield _product(kind, (-255, 255), kernel, stride, inputs)  # for `winograd.c`, with 114 inputs the largest sums that it takes
     for per_channel in (False, True):
-        yield _rescale(per_channel)
+        for largest in (2**31 - 1, 2**20):
+            yield _rescale(per_channel, largest)
+    yield _leaky()
     for inverse in (False, True):
         yield _gdn(inverse)
     yield _layer_norm()
@@ -52,34 +56,50 @@ def _given(program: Program, out: int, kind: str, **inputs: Tensor) -> Check:
     return kind, program, {name: tensor.to(program.values[program.inputs[name]].dtype) for name, tensor in inputs.items()}
 
 
-def _product(kind: str, numbers: tuple[int, int]) -> Check:
-    shape, outputs, kernel = (1, 37, 9, 11), 19, 3
+def _product(kind: str, numbers: tuple[int, int], kernel: int = 3, stride: int = 2, inputs: int = 37) -> Check:
+    """A product some of whose sums are the largest and the smallest that its range allows."""
+    shape, outputs, pad = (1, inputs, 9, 11), 19, kernel // 2
     program = Program()
-    weight = extremes((outputs, shape[1], kernel, kernel), -127, 127, seed=1).to(torch.int8)
-    facts = {"stride": (2, 2), "padding": (1, 1), "dilation": (1, 1), "groups": 1}
+    weight = extremes((outputs, inputs, kernel, kernel), -127, 127, seed=1).to(torch.int8)
+    weight[0], weight[1] = 127, -127
+    facts = {"stride": (stride, stride), "padding": (pad, pad), "dilation": (1, 1), "groups": 1}
     if kind == "conv":
-        out_shape = F.conv2d(torch.empty(shape), weight.float(), None, 2, 1).shape
+        out_shape = F.conv2d(torch.empty(shape), weight.float(), None, stride, pad).shape
     else:
-        facts["output_padding"] = (1, 1)
-        out_shape = F.conv_transpose2d(torch.empty(shape), weight.float().transpose(0, 1), None, 2, 1, 1).shape
+        facts["output_padding"] = (stride - 1, stride - 1)
+        out_shape = F.conv_transpose2d(torch.empty(shape), weight.float().transpose(0, 1), None, stride, pad, stride - 1).shape
     bound = int(weight.long().abs().flatten(1).sum(1).max()) * max(-numbers[0], numbers[1]) + 2**20
     x = program.input("x", shape, Range(*numbers))
     bias = extremes((outputs,), -(2**20), 2**20, seed=2)
     out = program.add(kind, (x,), tuple(out_shape), Range(-bound, bound), weight=weight, bias=bias, bound=bound, **facts)
-    return _given(program, out, kind, x=extremes(shape, *numbers, seed=3))
+    given = extremes(shape, *numbers, seed=3)
+    given[:, :, :5, :5], given[:, :, :5, 6:] = numbers[0], numbers[1]
+    return _given(program, out, kind, x=given)
 
 
-def _rescale(per_channel: bool) -> Check:
+def _rescale(per_channel: bool, largest: int) -> Check:
+    """Numbers up to the largest, and ties, which the powers of two make. Small ones allow a multiplier without ties (`integer.fast.nudged`)."""
     shape = (1, 5, 20, 30)
     program = Program()
-    x = program.input("x", shape, Range(-(2**31) + 1, 2**31 - 1))
-    multiplier = torch.tensor([2.0**-1, 2.0**-16, 3 * 2.0**-18, 0.3, 1e-7], dtype=torch.float64)[: 5 if per_channel else 1]
+    x = program.input("x", shape, Range(-largest, largest))
+    multiplier = torch.tensor([2.0**-1, 2.0**-16, 3 * 2.0**-18, 0.3, 1e-7 if largest > 2**20 else 1e-4], dtype=torch.float64)[: 5 if per_channel else 1]
     mantissa, shift = (part.reshape(1, -1, 1, 1) for part in quantize_multiplier(multiplier))
     out = program.add("rescale", (x,), shape, Range(-32767, 32767), mantissa=mantissa, shift=shift, low=torch.tensor(-32767),
                       high=torch.tensor(32767), refinement=torch.tensor(1))  # fmt: skip
-    numbers = extremes(shape, -(2**31) + 1, 2**31 - 1)
-    numbers[:, :, :10] = extremes((1, 5, 10, 30), -(2**17), 2**17)  # and ties, which the powers of two make
+    numbers = extremes(shape, -largest, largest)
+    numbers[:, :, :10] = extremes((1, 5, 10, 30), -(2**17), 2**17)
     return _given(program, out, "rescale", x=numbers)
+
+
+def _leaky() -> Check:
+    shape = (1, 5, 20, 31)
+    program = Program()
+    x = program.input("x", shape, Range(-(2**31) + 1, 2**31 - 1))
+    mantissa, shift = quantize_multiplier(torch.tensor(0.01, dtype=torch.float64))
+    out = program.add("leaky", (x,), shape, Range(-(2**25), 2**31 - 1), mantissa=mantissa, shift=shift)
+    numbers = extremes(shape, -(2**31) + 1, 2**31 - 1)
+    numbers[:, :, :10] = -torch.arange(1550).reshape(1, 5, 10, 31)
+    return _given(program, out, "leaky", x=numbers)
 
 
 def _gdn(inverse: bool) -> Check:

@@ -1,17 +1,21 @@
 """The compiled kernels give the reference's numbers, and the passes leave every result as it is."""
 
+import math
+from fractions import Fraction
+
 import pytest
 import torch
 
 from frozen_codecs import frozen, settings
 import integer.fast as fast_module
 from integer.execution import executable, usable
-from integer.fast import FastProgram, Group, library, pack
+from integer.fast import FastProgram, Group, library, nudged, pack
 from integer.lowering import lower
 from integer.passes import optimize
 from integer.program import Program, Range
 from integer.reference import run
 from integer.selfcheck import extremes, first_difference
+from integer.winograd import windows
 from models.registry import list_models
 from quant.fixedpoint import quantize_multiplier
 from tiny_codecs import images
@@ -40,7 +44,12 @@ def test_kernels_and_passes_give_the_references_numbers(name):
         assert torch.equal(before[boundary.symbols], after[boundary.symbols]) and torch.equal(before[boundary.decoded], after[boundary.decoded])
     assert torch.equal(before[whole.outputs["pixels"]], after[program.outputs["pixels"]])
     for made in (program, whole):
-        assert_same(made, FastProgram(made), inputs)
+        fast = FastProgram(made)
+        assert_same(made, fast, inputs)
+        found = fast(inputs)
+        again = fast(pixels(seed=6))  # in the same memory
+        assert all(torch.equal(found[key].long(), after[number].long()) for key, number in made.outputs.items())
+        assert all(torch.equal(tensor.long(), again[key].long()) for key, tensor in run(made, pixels(seed=6)).items())
 
 
 @needs_kernels
@@ -97,19 +106,85 @@ def test_products_of_the_largest_numbers(kind, kernel, stride, shape, numbers):
 
 
 @needs_kernels
+@pytest.mark.parametrize(("kind", "kernel", "stride", "shape", "outputs"), [
+    ("conv", 3, 1, (1, 114, 9, 11), 19), ("conv", 3, 1, (2, 16, 4, 8), 32), ("conv", 3, 1, (3, 33, 5, 4), 3), ("conv", 3, 1, (1, 1, 12, 101), 16),
+    ("conv", 5, 2, (2, 40, 13, 22), 48), ("conv", 5, 2, (1, 3, 32, 31), 20), ("conv", 5, 2, (2, 4, 12, 13), 17), ("conv", 3, 1, (1, 7, 8, 7), 36), ("conv", 5, 2, (2, 70, 8, 23), 37),
+    ("conv", 5, 2, (1, 110, 13, 15), 16), ("conv", 3, 2, (1, 17, 16, 15), 33),
+    ("deconv", 5, 2, (2, 100, 7, 5), 32), ("deconv", 5, 2, (1, 21, 8, 9), 3), ("deconv", 5, 2, (1, 18, 4, 4), 21), ("deconv", 3, 2, (1, 50, 8, 7), 16),
+])  # fmt: skip
+@pytest.mark.parametrize("threads", [1, 3])
+def test_winograd_of_the_largest_sums(kind, kernel, stride, shape, outputs, threads):
+    program = Program()
+    weight = extremes((outputs, shape[1], kernel, kernel), -128, 127, seed=1).to(torch.int8)
+    weight[0], weight[1] = 127, -127
+    facts = {"stride": (stride, stride), "padding": (kernel // 2,) * 2, "dilation": (1, 1), "groups": 1}
+    height, width = (-(-size // stride) if kind == "conv" else size * stride for size in shape[2:])
+    if kind == "deconv":
+        facts["output_padding"] = (stride - 1,) * 2
+    bound = int(weight.long().abs().flatten(1).sum(1).max()) * 255 + 2**20
+    x = program.input("x", shape, Range(-255, 255))
+    bias = extremes((outputs,), -(2**20), 2**20, seed=2)
+    program.outputs["out"] = program.add(kind, (x,), (shape[0], outputs, height, width), Range(-bound, bound), weight=weight, bias=bias, bound=bound, **facts)
+    numbers = extremes(shape, -255, 255, seed=3)
+    numbers[0, :, :4], numbers[-1, :, -3:] = 255, -255
+    fast = FastProgram(program, threads)
+    assert_same(program, fast, {"x": numbers.to(torch.int16)})
+    if library().has_winograd():
+        assert [type(job).__name__ for entry in fast.items if hasattr(entry, "jobs") for job in entry.jobs] == ["_Winograd"]
+
+
+def test_winograd_only_where_its_sums_and_numbers_fit():
+    def found(channels=8, largest=255, kernel=3, stride=1, kind="conv", size=16, dilation=1):
+        weight = torch.full((16, channels, kernel, kernel), 127, dtype=torch.int8)
+        facts = {"weight": weight, "stride": (stride,) * 2, "padding": (kernel // 2,) * 2, "dilation": (dilation,) * 2}
+        return windows(kind, facts, largest, (1, 16, size, size))
+
+    assert found(114).parts == [[0]] and found(116) is None  # 116 * 9 * 127 * 255 > 2^25
+    assert sorted(sum(found(100, kernel=5, stride=2).parts, [])) == [0, 1, 2, 3] and len(found(100, kernel=5, stride=2).parts) == 3
+    assert found(largest=327) is not None and found(largest=328) is None
+    assert found(kernel=1) is None and found(kernel=5) is None and found(dilation=2) is None and found(size=2) is None
+    assert found(100, kernel=5, stride=2, kind="deconv").spread == 2 and found(kernel=7, stride=2) is None
+
+
+@needs_kernels
 @pytest.mark.parametrize("per_channel", [False, True])
-def test_requantization_rounds_halves_away_from_zero(per_channel):
+@pytest.mark.parametrize("largest", [2**31 - 1, 2**20])
+@pytest.mark.parametrize("limit", [127, 32767, None])
+def test_requantization_rounds_halves_away_from_zero(per_channel, largest, limit):
     program = Program()
     channels = 5
-    x = program.input("x", (1, channels, 40, 50), Range(-(2**31) + 1, 2**31 - 1))
-    multiplier = torch.tensor([2.0**-1, 2.0**-16, 3 * 2.0**-18, 0.3, 1e-7], dtype=torch.float64)[: channels if per_channel else 1]
+    x = program.input("x", (1, channels, 40, 51), Range(-largest, largest))
+    multiplier = torch.tensor([2.0**-1, 2.0**-16, 3 * 2.0**-18, 0.3, 1e-4], dtype=torch.float64)[: channels if per_channel else 1]
     mantissa, shift = (part.reshape(1, -1, 1, 1) for part in quantize_multiplier(multiplier))
-    out = program.add("rescale", (x,), (1, channels, 40, 50), Range(-32767, 32767), mantissa=mantissa, shift=shift, low=torch.tensor(-32767),
-                    high=torch.tensor(32767), refinement=torch.tensor(1))  # fmt: skip
+    ends = {"low": None, "high": None} if limit is None else {"low": torch.tensor(-limit), "high": torch.tensor(limit)}
+    out = program.add("rescale", (x,), (1, channels, 40, 51), Range(-(limit or largest), limit or largest), mantissa=mantissa, shift=shift,
+                      refinement=torch.tensor(1), **ends)  # fmt: skip
     program.outputs["out"] = out
-    numbers = extremes((1, channels, 40, 50), -(2**31) + 1, 2**31 - 1)
-    numbers[:, :, :20] = extremes((1, channels, 20, 50), -(2**17), 2**17)  # and ties, which the powers of two make
+    numbers = extremes((1, channels, 40, 51), -largest, largest)
+    numbers[:, :, :20] = extremes((1, channels, 20, 51), -(2**17), 2**17)  # and ties, which the powers of two make
     assert_same(program, FastProgram(program), {"x": numbers.to(torch.int32)})
+
+
+def test_nudged_multipliers_make_no_ties_and_move_no_product_over_one():
+    draw = torch.Generator().manual_seed(0)
+    seen = 0
+    for largest, limit in ((2**24, 127), (2**16, 32767), (2**29, 255), (2**31 - 1, 1)):
+        exponent = -torch.rand(200, generator=draw, dtype=torch.float64) * 26
+        multiplier = torch.cat([torch.exp2(exponent), torch.exp2(exponent.round()), 3 * torch.exp2(exponent.round())])
+        for mantissa, shift in zip(*quantize_multiplier(multiplier)):
+            larger = nudged(mantissa, shift, largest, limit)
+            if larger is None:
+                continue
+            seen += 1
+            exact = Fraction(int(mantissa)) / Fraction(2) ** int(shift)
+            # whole numbers whose products lie at ties and next to them
+            ties = torch.randint(0, min(limit, int(exact * largest)) + 1, (40,), generator=draw).tolist()
+            near = {n for tie in ties for n in range(int((tie + Fraction(1, 2)) / exact) - 1, int((tie + Fraction(1, 2)) / exact) + 3) if 0 <= n <= largest}
+            for n in near:
+                expected = math.floor(n * exact + Fraction(1, 2))
+                assert min(round(float(n) * float(larger)), limit) == min(expected, limit), (n, mantissa, shift)
+    assert seen > 500
+    assert nudged(torch.tensor(2**21 + 1), torch.tensor(40), 2**31 - 1, 32767) is None and nudged(torch.tensor(2**21), torch.tensor(20), 2**30) is None
 
 
 @needs_kernels
