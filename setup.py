@@ -42,7 +42,7 @@ setup(
         "data": ["*.json"],
         "evaluation": ["*.json"],
     },
-    # no Python module: a library that integer/fast.py calls
+    # no Python module: a library that integer/library.py opens
     ext_modules=[
         Extension("integer._kernels", ["integer/kernels.c", "integer/winograd.c"], depends=["integer/kernels.h"], libraries=["m"],
                   extra_compile_args=[*EXACT, "-fopenmp"], extra_link_args=["-fopenmp"], optional=True),

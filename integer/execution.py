@@ -8,7 +8,8 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
-import integer.fast as fast
+from integer.fast import FastProgram
+from integer.library import library
 from integer.passes import optimize
 from integer.program import Program
 from integer.reference import run
@@ -23,7 +24,7 @@ def usable() -> bool:
 
     The environment variable LICQ_KERNELS=reference says no.
     """
-    if os.environ.get("LICQ_KERNELS") == "reference" or fast.library() is None:
+    if os.environ.get("LICQ_KERNELS") == "reference" or library() is None:
         return False
     different = first_difference()
     if different is not None:
@@ -37,5 +38,5 @@ def executable(program: Program, threads: int | None = None, device: torch.devic
     threads: of the kernels; None: PyTorch's.
     """
     if torch.device(device).type == "cpu" and usable():
-        return fast.FastProgram(optimize(program), threads)
+        return FastProgram(optimize(program), threads)
     return partial(run, program)

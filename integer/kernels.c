@@ -320,7 +320,7 @@ void steps_on_tile(const Step *steps, int count, const Array *arrays, int32_t *f
 
 typedef struct {
     const char *x;         /* (batch, height, width, inputs) */
-    const char *weights;   /* see `pack` in integer/fast.py */
+    const char *weights;   /* see `pack` in integer/layers.py */
     const int32_t *bias;   /* of whole blocks of outputs, corrections for offsets of x included */
     const char *border;    /* what stands outside the image: `inputs` numbers */
     const int32_t *taps;   /* (count, 2): row and column that a tap reads, from (row * stride, column * stride) on */

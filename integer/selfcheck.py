@@ -78,7 +78,7 @@ def _product(kind: str, numbers: tuple[int, int], kernel: int = 3, stride: int =
 
 
 def _rescale(per_channel: bool, largest: int) -> Check:
-    """Numbers up to the largest, and ties, which the powers of two make. Small ones allow a multiplier without ties (`integer.fast.nudged`)."""
+    """Numbers up to the largest, and ties, which the powers of two make. Small ones allow a multiplier without ties (`integer.items.nudged`)."""
     shape = (1, 5, 20, 30)
     program = Program()
     x = program.input("x", shape, Range(-largest, largest))

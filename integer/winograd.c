@@ -3,7 +3,7 @@
  * A tile of 4x4 outputs needs 6x6 inputs d and a window g: y = A'[(G g G') . (B' d B)]A, with products number by number, summed over
  * the inputs. Over whole numbers G's rows are multiplied by 4, 6, 6, 24, 24 and 1 and the sums by what is left of 24, so that the
  * result is 24^2 y = 64 * 9 y. All of it is arithmetic modulo 2^32, in which sums may wrap around: 9 has an inverse, and of 64 y the
- * lower 32 bits say y, as long as |y| < 2^25. `integer/fast.py` proves that, and that transformed inputs and windows fit 16 bits.
+ * lower 32 bits say y, as long as |y| < 2^25. `integer/winograd.py` proves that, and that transformed inputs and windows fit 16 bits.
  *
  * A convolution with a stride is one with stride 1 over the phases of its input, taken as further channels; a transposed one gives
  * the phases of its output as further channels. A window of a phase that has fewer than 3 taps along an axis leaves out one or two
@@ -16,7 +16,7 @@ enum { SIDE = 6, POSITIONS = 36, OUT = 4, MOST_TILES = 24, TOGETHER = 2 };
 
 typedef struct {
     const char *x;           /* (batch, height, width, inputs), int16 */
-    const char *weights;     /* transformed, see `winograd_weights` in integer/fast.py */
+    const char *weights;     /* transformed, see `winograd_weights` in integer/winograd.py */
     const int32_t *bias;     /* of whole blocks of virtual outputs: (out_phase, output) */
     const char *border;      /* what stands outside the image: `inputs` numbers */
     const int64_t *starts;   /* (parts, blocks, 36): first byte of the weights of a block at a position */

@@ -7,9 +7,12 @@ import pytest
 import torch
 
 from frozen_codecs import frozen, settings
-import integer.fast as fast_module
 from integer.execution import executable, usable
-from integer.fast import FastProgram, Group, library, nudged, pack
+from integer.fast import FastProgram
+from integer.groups import Group
+from integer.items import nudged
+from integer.layers import pack
+from integer.library import library
 from integer.lowering import lower
 from integer.passes import optimize
 from integer.program import Program, Range
@@ -130,7 +133,7 @@ def test_winograd_of_the_largest_sums(kind, kernel, stride, shape, outputs, thre
     fast = FastProgram(program, threads)
     assert_same(program, fast, {"x": numbers.to(torch.int16)})
     if library().has_winograd():
-        assert [type(job).__name__ for entry in fast.items if hasattr(entry, "jobs") for job in entry.jobs] == ["_Winograd"]
+        assert [type(job).__name__ for entry in fast.items if hasattr(entry, "jobs") for job in entry.jobs] == ["Winograd"]
 
 
 def test_winograd_only_where_its_sums_and_numbers_fit():
@@ -222,13 +225,13 @@ def test_packed_weights_are_in_the_kernels_order():
 @needs_kernels
 def test_the_check_at_load_passes_here_and_notices_a_wrong_kernel(monkeypatch):
     assert first_difference() is None
-    monkeypatch.setitem(fast_module.__dict__, "pack", lambda weight, dtype: pack(weight, dtype).flip(0))
+    monkeypatch.setattr("integer.layers.pack", lambda weight, dtype: pack(weight, dtype).flip(0))
     assert first_difference() == "conv"
 
 
 def test_without_kernels_the_reference_runs(monkeypatch):
     program = lower(frozen("balle2018"), 64, 64)
-    monkeypatch.setattr(fast_module, "library", lambda: None)
+    monkeypatch.setattr("integer.execution.library", lambda: None)
     usable.cache_clear()
     try:
         assert not usable()

@@ -1,0 +1,103 @@
+"""Which operations of a program run together: a multiply-accumulate operation and the elementwise ones on its result."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from integer.program import INT32, Operation, Program
+
+_PRODUCTS = ("conv", "deconv", "linear")
+_ELEMENTWISE = ("rescale", "add", "product", "neg", "abs", "square", "clamp", "leaky", "table", "gdn", "mask")
+
+
+@dataclass
+class Group:
+    """Operations that run together. root: its multiply-accumulate operation, if any. channel_dim: of its values."""
+
+    position: int
+    root: Operation | None
+    shape: tuple[int, ...]
+    channel_dim: int | None
+    operations: list[Operation] = field(default_factory=list)
+
+
+def fits(operation: Operation, program: Program) -> bool:
+    """Whether an operation's results, and what it computes them from, are numbers of 32 bits."""
+    numbers = [*operation.inputs, *operation.outputs]
+    return all(program.values[number].range.largest <= INT32 for number in numbers)
+
+
+def has_kernel(operation: Operation, program: Program) -> bool:
+    """Whether `kernels.c` has this multiply-accumulate operation."""
+    if operation.kind not in _PRODUCTS or not fits(operation, program):
+        return False
+    facts = operation.facts
+    if isinstance(facts.get("padding"), str) or (operation.kind == "deconv" and facts["stride"][0] != facts["stride"][1]):
+        return False
+    inputs = program.values[operation.inputs[0]].range
+    return facts.get("groups", 1) == 1 and inputs.high - inputs.low < 2**16 and facts["weight"].dtype == torch.int8
+
+
+def constants_of(program: Program) -> dict[int, Tensor]:
+    return {op.outputs[0]: op.facts["value"] for op in program.operations if op.kind == "constant"}
+
+
+def parameters_of(operation: Operation) -> list[Tensor]:
+    names = ("mantissa", "shift", "low", "high", "refinement")
+    found = [operation.facts.get(name) for name in names]
+    return [torch.as_tensor(part) for part in found if part is not None]
+
+
+def varying_dim(parameters: list[Tensor], ndim: int) -> int | None:
+    """The one dimension along which parameters vary, -1 for none, None where there is more than one."""
+    dims = {ndim - part.ndim + d for part in parameters for d, size in enumerate(part.shape) if size > 1}
+    return -1 if not dims else dims.pop() if len(dims) == 1 else None
+
+
+def _may_join(operation: Operation, program: Program, constants: Mapping[int, Tensor]) -> bool:
+    if operation.kind not in _ELEMENTWISE or not fits(operation, program):
+        return False
+    shape = program.values[operation.outputs[0]].shape
+    data = [number for number in operation.inputs if number not in constants]
+    return bool(data) and all(program.values[number].shape == shape for number in data) and len(shape) >= 2
+
+
+def groups_of(program: Program) -> list[Group | Operation]:
+    """The program as groups and single operations, in an order in which they can run."""
+    constants = constants_of(program)
+    position: dict[int, int] = {}
+    group_of: dict[int, Group] = {}
+    plan: list[Group | Operation] = []
+    for place, operation in enumerate(program.operations):
+        if operation.kind == "constant":
+            continue
+        out = operation.outputs[0]
+        shape = program.values[out].shape
+        group = None
+        if has_kernel(operation, program):
+            group = Group(place, operation, shape, len(shape) - 1 if operation.kind == "linear" else 1)
+            plan.append(group)
+        elif _may_join(operation, program, constants):
+            data = [number for number in operation.inputs if number not in constants]
+            latest = max(data, key=lambda number: position[number])
+            varying = varying_dim(parameters_of(operation), len(shape))
+            candidate = group_of.get(latest)
+            if varying is not None and candidate is not None and candidate.shape == shape:
+                if varying in (-1, candidate.channel_dim) or candidate.channel_dim is None:
+                    group = candidate
+            if group is None and varying is not None:
+                group = Group(place, None, shape, None)
+                plan.append(group)
+            if group is not None:
+                group.operations.append(operation)
+                if varying != -1 and group.channel_dim is None:
+                    group.channel_dim = varying
+        if group is None:
+            plan.append(operation)
+        for number in operation.outputs:
+            position[number] = place if group is None else group.position
+            if group is not None:
+                group_of[number] = group
+    return plan

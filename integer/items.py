@@ -1,0 +1,233 @@
+"""Steps of a ready program that are no groups: what PyTorch computes, copies, layer normalization, attention."""
+
+import ctypes
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from integer.groups import fits, parameters_of, varying_dim
+from integer.library import TYPES, Attention, LayerNorm, library
+from integer.program import INT32, Operation, Program, Range
+from integer.reference import MEANING
+from quant.fixedpoint import multiplier_value
+from quant.integer_functions import layer_norm_constants
+
+if TYPE_CHECKING:
+    from integer.fast import FastProgram
+
+
+class Item:
+    """A step of the plan: `run` computes the values `writes` from the values `reads`."""
+
+    def __init__(self, owner: "FastProgram", operation: Operation):
+        self.owner, self.operation = owner, operation
+        self.reads, self.writes = operation.inputs, operation.outputs
+
+    @classmethod
+    def takes(cls, operation: Operation, program: Program) -> bool:
+        """Whether this kind of item computes this operation."""
+        return False
+
+    @property
+    def threads(self) -> int:
+        return self.owner.threads or torch.get_num_threads()
+
+    def new(self, shape: tuple[int, ...]) -> tuple[Tensor, int]:
+        """A tensor for the one result, and the offset of its numbers."""
+        return self.owner.new(self.writes[0], int(torch.Size(shape).numel())).view(shape), self.owner.storage[self.writes[0]][1]
+
+
+class SingleItem(Item):
+    """One operation, as the reference computes it."""
+
+    def run(self, values: dict[int, Tensor], inputs: Mapping[str, Tensor], names: Mapping[int, str]) -> None:
+        operation = self.operation
+        if operation.kind == "input":
+            outputs = [inputs[names[operation.outputs[0]]]]
+        else:
+            result = MEANING[operation.kind](operation, *(values[number] for number in operation.inputs))
+            outputs = list(result) if isinstance(result, (list, tuple)) else [result]
+        for number, tensor in zip(operation.outputs, outputs, strict=True):
+            dtype, offset = self.owner.storage.get(number, (tensor.dtype, 0))
+            values[number] = tensor.to(dtype) if not offset else (tensor.to(torch.int32) + offset).to(dtype)
+
+
+class CopyItem(SingleItem):
+    """A layout function that copies a large value, into memory that is kept."""
+
+    @classmethod
+    def takes(cls, operation: Operation, program: Program) -> bool:
+        return operation.kind == "layout" and operation.facts["name"] in ("index_select", "reshape", "pixel_shuffle") and len(operation.inputs) == 1
+
+    def run(self, values: dict[int, Tensor], inputs: Mapping[str, Tensor], names: Mapping[int, str]) -> None:
+        source, number = self.reads[0], self.writes[0]
+        x, shape, arguments = values[source], self.owner.program.values[number].shape, self.operation.facts["arguments"]
+        dtype, offset = self.owner.storage[number]
+        shuffled = self.operation.facts["name"] == "pixel_shuffle"
+        if x.dtype != dtype or (shuffled and x.ndim != 4) or offset != self.owner.storage.get(source, (dtype, 0))[1] or self.operation.facts["options"]:
+            super().run(values, inputs, names)
+        elif self.operation.facts["name"] == "index_select":
+            values[number] = torch.index_select(x, *arguments[1:], out=self.new(shape)[0])
+        elif shuffled:  # with channels contiguous, as the kernels read them
+            batch, _, height, width = x.shape
+            side, channels = arguments[1], shape[1]
+            rows = self.owner.new(number, x.numel()).view(batch, height, side, width, side, channels)
+            rows.copy_(x.movedim(1, -1).unflatten(-1, (channels, side, side)).permute(0, 1, 4, 2, 5, 3))
+            values[number] = rows.view(batch, height * side, width * side, channels).movedim(-1, 1)
+        else:
+            try:
+                values[number] = x.view(shape)
+            except RuntimeError:  # it takes a copy
+                values[number] = self.owner.new(number, x.numel()).view(x.shape).copy_(x).view(shape)
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _fits16(*ranges: Range) -> bool:
+    return all(-(2**15) <= numbers.low and numbers.high < 2**15 for numbers in ranges)
+
+
+def nudged(mantissa: Tensor, shift: Tensor, largest: int, limit: int = INT32) -> Tensor | None:
+    """A multiplier, a little larger, whose products with whole numbers up to `largest` are never halves, and round as the exact ones do.
+
+    mantissa * 2^-shift (1 + 2^-51): products with it, rounded to float64, are larger than the exact ones by more than one part in
+    2^52 and less than three in 2^52. So an exact half becomes more than a half, and is rounded away from zero by any rounding to
+    nearest; and what lies below a half stays there, if three parts in 2^52 are less than the step between products, 2^-shift for odd
+    mantissas. None where they are more, for a product up to `limit` (those above it are clipped to it), or where a product leaves
+    the range of 32 bits.
+    """
+    mantissa, shift = torch.as_tensor(mantissa).to(torch.int64), torch.as_tensor(shift).to(torch.int64)
+    exact = multiplier_value(mantissa, shift)
+    products = exact.abs() * largest
+    twos = torch.where(mantissa == 0, 1, mantissa & -mantissa).double()  # powers of two: a step is twos * 2^-shift
+    step = (twos * multiplier_value(torch.ones_like(shift), shift)).clamp(max=0.5)
+    fits = bool((products < 2**31 - 2).all()) and bool((products.clamp(max=limit + 1) * 3 * 2.0**-52 < step * 0.99).all())
+    return exact * (1 + 2.0**-51) if fits else None
+
+
+class LayerNormItem(Item):
+    """Layer normalization, row by row."""
+
+    @classmethod
+    def takes(cls, operation: Operation, program: Program) -> bool:
+        return operation.kind == "layer_norm" and _fits16(program.values[operation.inputs[0]].range)
+
+    def __init__(self, owner: "FastProgram", operation: Operation):
+        super().__init__(owner, operation)
+        facts = operation.facts
+        self.shape = owner.program.values[operation.outputs[0]].shape
+        count = self.shape[-1]
+        mantissa = facts["mantissa"].expand(count)
+        parts = {
+            "eps": layer_norm_constants(count, facts["eps"]),
+            "multiplier": multiplier_value(mantissa.abs(), facts["shift"].expand(count)),
+            "sign": mantissa.sign(),
+            **{name: facts[name].expand(count) for name in ("offset", "low", "high")},
+        }
+        self._kept = {name: part.double().contiguous() for name, part in parts.items()}
+        self.job = LayerNorm(**{name: part.data_ptr() for name, part in self._kept.items()})
+        self.job.count, self.job.rows = count, int(torch.Size(self.shape[:-1]).numel())
+        self.job.eps_ceiling = math.ceil(count**2 * facts["eps"])
+
+    def run(self, values: dict[int, Tensor], inputs: Mapping[str, Tensor], names: Mapping[int, str]) -> None:
+        x = values[self.reads[0]].to(torch.int16).contiguous()
+        out, offset = self.new(self.shape)
+        job = self.job
+        job.x, job.threads = x.data_ptr(), self.threads
+        job.out.data, job.out.type, job.out.offset = out.data_ptr(), TYPES[out.dtype], offset
+        if library().layer_norm(ctypes.byref(job)):
+            raise MemoryError("the kernels ran out of memory")
+        values[self.writes[0]] = out
+
+
+class AttentionItem(Item):
+    """Attention, head by head, with the scores of a few queries at a time."""
+
+    @classmethod
+    def takes(cls, operation: Operation, program: Program) -> bool:
+        if operation.kind != "attention":
+            return False
+        products, scores, softmax, weights, output = operation.facts["steps"]
+        q, k, v = (program.values[number] for number in operation.inputs)
+        in_range = _fits16(q.range, k.range, v.range, program.values[weights.outputs[0]].range)
+        in_range = in_range and all(fits(step, program) for step in (products, output))
+        ndim = len(q.shape)
+        same = ndim >= 3 and q.shape[:-2] == k.shape[:-2] == v.shape[:-2] and softmax.facts["dim"] % ndim == ndim - 1
+        per_head = all(varying_dim(parameters_of(step), ndim) in (-1, ndim - 3) for step in (scores, weights))
+        alike = all(step.facts[end] is not None and step.facts[end].numel() in (1, q.shape[-3]) and bool(
+            (step.facts[end] == step.facts[end].flatten()[0]).all()) for step in (scores, weights) for end in ("low", "high"))
+        return in_range and same and per_head and alike
+
+    def __init__(self, owner: "FastProgram", operation: Operation):
+        super().__init__(owner, operation)
+        program = owner.program
+        _, scores, softmax, weights, _ = operation.facts["steps"]
+        q, k, v = (program.values[number].shape for number in operation.inputs)
+        *batch, heads, queries, inner = q
+        keys, width = k[-1], v[-1]
+        self.shape = program.values[operation.outputs[0]].shape
+        self.job = Attention(batch=int(torch.Size(batch).numel()), heads=heads, queries=queries, keys=keys, inner=inner, width=width)
+        self._kept: list[Tensor | None] = []
+        steps = (("score", scores), ("weight", weights))
+        ends = {name: (int(step.facts["low"].flatten()[0]), int(step.facts["high"].flatten()[0])) for name, step in steps}
+        found = {name: nudged(step.facts["mantissa"], step.facts["shift"], program.values[step.inputs[0]].range.largest, max(map(abs, ends[name])))
+                 for name, step in steps}  # fmt: skip
+        self.job.quick = int(None not in found.values())
+        for name, step in steps:
+            exact = multiplier_value(step.facts["mantissa"], step.facts["shift"])
+            self._point(f"{name}_scale", (found[name] if self.job.quick else exact).reshape(-1).expand(heads).contiguous())
+            setattr(self.job, f"{name}_low", ends[name][0])
+            setattr(self.job, f"{name}_high", ends[name][1])
+        table = softmax.facts["table"].float().contiguous()
+        self._point("table", table)
+        self.job.last = len(table) - 1
+        self._offsets(softmax, tuple(batch), heads, queries, keys)
+
+    def _point(self, name: str, tensor: Tensor | None) -> None:
+        self._kept.append(tensor)
+        setattr(self.job, name, _pointer(tensor))
+
+    def _offsets(self, softmax: Operation, batch: tuple[int, ...], heads: int, queries: int, keys: int) -> None:
+        """Bias and mask of each kind of window, and the kind of each."""
+        offset, blank, kinds = (softmax.facts[name] for name in ("offset", "blank", "kinds"))
+        if offset is None:
+            return
+        count = int(torch.Size(batch).numel())
+        if kinds is not None:  # (kinds, heads, queries, keys); the last dimension of the batch has one kind each
+            number = offset.shape[0]
+            kind = kinds.expand(batch).reshape(-1)
+        else:
+            full = (1,) * (len(batch) + 3 - offset.ndim) + tuple(offset.shape)
+            number = int(torch.Size(full[: len(batch)]).numel())
+            kind = torch.arange(number).reshape(full[: len(batch)]).expand(batch).reshape(-1)
+            offset = offset.reshape(full)
+            offset = offset.reshape(number, *full[len(batch):])
+            blank = None if blank is None else blank.reshape(*(1,) * (len(full) - blank.ndim), *blank.shape).expand(*full[:-1], 1).reshape(
+                number, *full[len(batch):-1], 1)
+        self._point("offset", offset.expand(number, heads, queries, keys).to(torch.int32).contiguous())
+        if blank is not None:
+            self._point("blank", blank.expand(number, heads, queries, 1).to(torch.uint8).contiguous())
+        self._point("kind", kind.to(torch.int32).contiguous())
+        assert len(kind) == count
+
+    def run(self, values: dict[int, Tensor], inputs: Mapping[str, Tensor], names: Mapping[int, str]) -> None:
+        q, k, v = (values[number] for number in self.reads)
+        out, offset = self.new(self.shape)
+        job = self.job
+        held = []
+        for name, part in (("q", q), ("k", k.transpose(-2, -1)), ("v", v)):
+            part = part.to(torch.int16)
+            part = part[None] if part.ndim == 3 else part.flatten(0, -4)  # a view of one step along the batch, where there is one
+            part = part if part.stride(-1) == 1 else part.contiguous()
+            held.append(part)
+            setattr(job, name, part.data_ptr())
+            setattr(job, f"{name}_steps", (ctypes.c_int64 * 3)(*part.stride()[:3]))
+        job.out.data, job.out.type, job.out.offset, job.threads = out.data_ptr(), TYPES[out.dtype], offset, self.threads
+        if library().attention(ctypes.byref(job)):
+            raise MemoryError("the kernels ran out of memory")
+        values[self.writes[0]] = out
