@@ -1,6 +1,6 @@
 """Symbols to bytes and back, latent by latent, in the order of the plan; entropy coding is CompressAI's rANS."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from support.errors import InputError
 
 _BEHIND = 16  # a byte of a hostile stream can have the decoder read so many behind it
 _BYTES_A_SYMBOL = 4
+_TOGETHER, _MIXTURES_TOGETHER = 2**18, 2**14  # symbols whose rows are made at a time
 _DAMAGED = "the stream holds symbols that this model cannot have written; it is damaged or of another model"
 
 
@@ -51,21 +52,31 @@ class Coder:
         return encoder.flush()
 
     def _push(self, encoder: BufferedRansEncoder, latent: Latent, symbols: Tensor, densities: Mapping[str, Tensor]) -> None:
-        rows = self._rows(latent, densities, symbols.shape)
-        values = (symbols.flatten().numpy().astype(np.int64) - rows.base).tolist()
-        if latent.kind == "mixture":  # three edges around the symbol are all that the encoder needs of a long row
-            rows, values = _shortened(rows, values)
-        encoder.encode_with_indexes(values, rows.rows.tolist(), rows.cdfs, rows.sizes, rows.offsets)
+        whole = symbols.flatten().numpy()
+        for piece, rows in self._rows(latent, densities, symbols.shape):
+            values = (whole[piece].astype(np.int64) - rows.base).tolist()
+            if latent.kind == "mixture":  # three edges around the symbol are all that the encoder needs of a long row
+                rows, values = _shortened(rows, values)
+            encoder.encode_with_indexes(values, rows.rows.tolist(), rows.cdfs, rows.sizes, rows.offsets)
 
-    def _rows(self, latent: Latent, densities: Mapping[str, Tensor], shape: tuple[int, ...]) -> Rows:
-        """The distributions of symbols (channels, positions), flat."""
-        tables = self._tables[latent.node]
-        if latent.kind == "entropy_bottleneck":
-            cdfs, offsets = tables
-            return Rows(np.repeat(np.arange(shape[0]), shape[1]), np.zeros(shape[0] * shape[1], dtype=np.int64), cdfs, offsets)
-        if latent.kind == "mixture":
-            return tables.of(densities["scales"], densities["means"], densities["weights"])
-        return tables.of(densities["scales"], densities["means"] if latent.whole else None)
+    def _rows(self, latent: Latent, densities: Mapping[str, Tensor], shape: tuple[int, ...]) -> Iterator[tuple[slice, Rows]]:
+        """The distributions of symbols (channels, positions), flat, piece by piece: rows take many times the memory of symbols."""
+        tables, count = self._tables[latent.node], shape[0] * shape[1]
+        components = tables.count if latent.kind == "mixture" else 1
+        flat = {name: part.reshape(components, count) for name, part in densities.items()}
+        together = _TOGETHER if latent.kind != "mixture" else _MIXTURES_TOGETHER
+        for start in range(0, count, together):
+            piece = slice(start, min(start + together, count))
+            parts = {name: part[:, piece] for name, part in flat.items()}
+            if latent.kind == "entropy_bottleneck":
+                cdfs, offsets = tables
+                channels = np.arange(piece.start, piece.stop) // shape[1]
+                rows = Rows(channels, np.zeros(len(channels), dtype=np.int64), cdfs, offsets)
+            elif latent.kind == "mixture":
+                rows = tables.of(parts["scales"], parts["means"], parts["weights"])
+            else:
+                rows = tables.of(parts["scales"], parts["means"] if latent.whole else None)
+            yield piece, rows
 
     # ------------------------------------------------------------------------------------------------------------ decode
 
@@ -113,9 +124,11 @@ class Coder:
             values[number] = decoded.to(program.values[number].dtype)
 
     def _pull(self, decoder: RansDecoder, latent: Latent, densities: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
-        rows = self._rows(latent, densities, shape)
-        found = decoder.decode_stream(rows.rows.tolist(), rows.cdfs, rows.sizes, rows.offsets)
-        return torch.from_numpy(np.asarray(found, dtype=np.int64) + rows.base).reshape(shape)
+        found = np.empty(shape[0] * shape[1], dtype=np.int64)
+        for piece, rows in self._rows(latent, densities, shape):
+            found[piece] = decoder.decode_stream(rows.rows.tolist(), rows.cdfs, rows.sizes, rows.offsets)
+            found[piece] += rows.base
+        return torch.from_numpy(found).reshape(shape)
 
 
 def _run(run, needs: tuple[int, ...], values: Mapping[int, Tensor]) -> dict[int, Tensor]:

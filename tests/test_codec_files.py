@@ -54,6 +54,16 @@ def test_files_decode_to_the_pixels_of_the_quantized_network(name):
         assert decoded.dtype == torch.uint8 and torch.equal(decoded, simulated(name, image))
 
 
+@pytest.mark.parametrize("name", ["minnen2018", "balle2018", pytest.param("chen2021", marks=pytest.mark.slow)])
+def test_rows_made_in_small_pieces_give_the_same_file(name, monkeypatch):
+    codec, image = codec_of(name), pixels(64, 128)
+    data = codec.encode(image)
+    monkeypatch.setattr("codec.coder._TOGETHER", 7)
+    monkeypatch.setattr("codec.coder._MIXTURES_TOGETHER", 7)
+    assert codec.encode(image) == data
+    assert torch.equal(codec.decode(data), simulated(name, image))
+
+
 def test_every_architecture_is_here():
     assert {name for name in list_models() if name in SIZES} == set(SIZES)
 
@@ -110,7 +120,7 @@ def test_length_is_that_of_the_density_of_what_is_coded():
     exact = -np.log2(np.maximum(likelihood[common], 1e-30)).sum() / 8
 
     coder = Coder(model)
-    rows = coder._rows(plan.latents[1], {name: found[1][name].flatten() for name in ("scales", "means")}, symbols.shape)
+    ((_, rows),) = coder._rows(plan.latents[1], {name: found[1][name] for name in ("scales", "means")}, (8, 256))
     spent = 0.0
     for row, base, symbol, counts in zip(rows.rows, rows.base, symbols.flatten(), common.flatten()):
         if counts:
