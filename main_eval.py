@@ -9,7 +9,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from codec import commands, verify
+from codec import commands
+from evaluation import verify
 from support import options
 from support.cli import ArgumentParser, main_guard
 from support.errors import InputError

@@ -1,4 +1,4 @@
-"""What a codec computes for some images under the conditions of this process, as hashes; `codec.verify` runs it many times.
+"""What a codec computes for some images under the conditions of this process, as hashes; `evaluation.verify` runs it many times.
 
     python -m codec.fingerprint JOB.json RESULT.json
 

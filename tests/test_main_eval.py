@@ -9,7 +9,7 @@ import torch
 from main_jobs import ARCH, job, one_line, report_of, run, zoo  # noqa: F401
 
 import main_eval
-from codec import verify
+from evaluation import verify
 from data.images import load_image, load_pixels
 from data.padding import crop_back, pad_to_multiple
 from models.checkpoints import load_checkpoint, save_checkpoint
