@@ -1,14 +1,14 @@
 """A .licq file: what is needed to decode it with its model, and to notice that it is damaged or of another.
 
-    bytes     4  "LICQ"
-              1  version
+    bytes     2  "LQ"
+              1  version in its lower four bits; 16: a gain follows; 32 times the number of streams less one
               4  the model: first bytes of the SHA-256 of its file
-    varints      width, height, gain (0: the codec has one rate; else that of a variable-rate codec, times 2^16), number of streams,
-                 their lengths
+    varints      width, height, the gain of a variable-rate codec times 2^16, the streams' lengths but the last one's
     bytes  4 each  CRC-32 of everything before it that is not a checksum, and of its stream
                  the streams
 
-Varints have seven bits a byte, lowest first; the last byte is below 128.
+Varints have seven bits a byte, lowest first; the last byte is below 128. 15 bytes beside one stream of a 768x512 image: at 0.2 bits per
+pixel, 0.15 % of the file.
 """
 
 import zlib
@@ -16,15 +16,16 @@ from dataclasses import dataclass
 
 from support.errors import InputError
 
-MAGIC = b"LICQ"
-VERSION = 1
+MAGIC = b"LQ"
+VERSION = 2
 MODEL_BYTES = 4
 GAIN_UNIT = 2.0**-16
 MAX_PIXELS = 2**26
 """Of one image; more in a file is taken for damage."""
 TILE = 2048
 """Images of more than TILE x TILE pixels are computed in tiles, unless another size is asked for."""
-_MAX_STREAMS = 4096
+MAX_STREAMS = 8
+_VERSION_BITS, _WITH_GAIN, _STREAMS = 15, 16, 32  # parts of the third byte
 _DAMAGED = "the file is truncated or damaged; get an intact copy or encode the image again"
 
 
@@ -42,8 +43,9 @@ class Container:
     streams: tuple[bytes, ...]
 
     def to_bytes(self) -> bytes:
-        numbers = (self.width, self.height, self.gain, len(self.streams), *map(len, self.streams))
-        head = MAGIC + bytes([VERSION]) + self.model + b"".join(map(_varint, numbers))
+        kind = VERSION + _WITH_GAIN * bool(self.gain) + _STREAMS * (len(self.streams) - 1)
+        numbers = (self.width, self.height, *([self.gain] if self.gain else ()), *map(len, self.streams[:-1]))
+        head = MAGIC + bytes([kind]) + self.model + b"".join(map(_varint, numbers))
         sums = b"".join(_checksum(head, stream) for stream in self.streams)
         return head + sums + b"".join(self.streams)
 
@@ -59,26 +61,26 @@ class Container:
         place = len(MAGIC)
         if len(data) <= place:
             raise InputError(_DAMAGED)
-        if data[place] != VERSION:
-            raise InputError(f"the file has version {data[place]} of the format, this program reads {VERSION}; encode the image again")
+        kind = data[place]
+        if kind & _VERSION_BITS != VERSION:
+            raise InputError(f"the file has version {kind & _VERSION_BITS} of the format, this program reads {VERSION}; encode the image again")
+        with_gain, count = bool(kind & _WITH_GAIN), kind // _STREAMS + 1
         place += 1
         model = data[place : place + MODEL_BYTES]
         place += MODEL_BYTES
         numbers = []
-        for _ in range(4):
+        for _ in range(2 + with_gain + count - 1):
             number, place = _read_varint(data, place)
             numbers.append(number)
-        width, height, gain, count = numbers
-        if not (0 < width * height <= MAX_PIXELS and 0 < count <= _MAX_STREAMS):
+        width, height, *rest = numbers
+        gain = rest.pop(0) if with_gain else 0
+        if not 0 < width * height <= MAX_PIXELS or (with_gain and not gain):
             raise InputError(_DAMAGED)
-        lengths = []
-        for _ in range(count):
-            number, place = _read_varint(data, place)
-            lengths.append(number)
         head = data[:place]
         sums = [data[place + 4 * i : place + 4 * i + 4] for i in range(count)]
         place += 4 * count
-        if len(data) != place + sum(lengths):
+        lengths = [*rest, len(data) - place - sum(rest)]
+        if lengths[-1] < 0:
             raise InputError(_DAMAGED)
         streams = []
         for length, stated in zip(lengths, sums):
