@@ -39,4 +39,4 @@ def executable(program: Program, threads: int | None = None, device: torch.devic
     """
     if torch.device(device).type == "cpu" and usable():
         return FastProgram(optimize(program), threads)
-    return partial(run, program)
+    return partial(run, program.to(device))

@@ -21,7 +21,7 @@ kinds
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -162,6 +162,10 @@ class Program:
                 (last,) = alive
         return last
 
+    def to(self, device: torch.device | str) -> "Program":
+        """The same program with its constants on a device."""
+        return replace(self, operations=_moved(self.operations, device))
+
     def part(self, inputs: dict[str, int], outputs: dict[str, int]) -> "Program":
         """The operations that `outputs` need, from `inputs` on; both are values of this program by name.
 
@@ -182,3 +186,15 @@ class Program:
         operations = [Operation("input", (), (value,), node=name) for name, value in inputs.items()]
         operations += [op for op in self.operations if not given.intersection(op.outputs) and needed.intersection(op.outputs)]
         return Program(operations, self.values, dict(inputs), dict(outputs))
+
+
+def _moved(part: Any, device: torch.device | str) -> Any:
+    if isinstance(part, Tensor):
+        return part.to(device)
+    if isinstance(part, Operation):
+        return replace(part, facts=_moved(part.facts, device))
+    if isinstance(part, dict):
+        return {name: _moved(value, device) for name, value in part.items()}
+    if isinstance(part, (list, tuple)) and not isinstance(part, torch.Size):
+        return type(part)(_moved(value, device) for value in part)
+    return part

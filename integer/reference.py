@@ -16,6 +16,7 @@ from integer.lowering import Input
 from integer.program import Operation, Program
 from quant.fixedpoint import requantize
 from quant.integer_functions import fixed_softmax, integer_gdn, integer_layer_norm
+from support.determinism import exact_products
 
 EXACT_FLOAT32 = 2**24
 _IN_FLOAT = {"unfold", "max_pool2d", "upsample_nearest2d"}  # layout functions that PyTorch lacks for whole numbers
@@ -24,9 +25,10 @@ _IN_FLOAT = {"unfold", "max_pool2d", "upsample_nearest2d"}  # layout functions t
 def run(program: Program, inputs: Mapping[str, Tensor], keep: bool = False) -> dict[str, Tensor] | dict[int, Tensor]:
     """The outputs of a program by name; with `keep`, every value by number.
 
-    inputs: whole numbers by name, of the shapes and ranges that the program states.
+    inputs: whole numbers by name, of the shapes and ranges that the program states, on the device of its constants (`Program.to`).
     """
-    return interpret(program, inputs, MEANING, lambda number, tensor: tensor.to(program.values[number].dtype), keep)
+    with exact_products(next(iter(inputs.values())).device):
+        return interpret(program, inputs, MEANING, lambda number, tensor: tensor.to(program.values[number].dtype), keep)
 
 
 def interpret(program: Program, inputs: Mapping[str, Tensor], meaning: Mapping[str, Callable],
@@ -61,9 +63,9 @@ def _constant(operation: Operation) -> Tensor:
 
 def _rescale(operation: Operation, x: Tensor) -> Tensor:
     facts = operation.facts
-    out = requantize(x.to(torch.int64), facts["mantissa"].to(x.device), facts["shift"].to(x.device))
+    out = requantize(x.to(torch.int64), facts["mantissa"], facts["shift"])
     if facts["low"] is not None:
-        out = torch.minimum(torch.maximum(out, facts["low"].to(x.device)), facts["high"].to(x.device)) * facts["refinement"].to(x.device)
+        out = torch.minimum(torch.maximum(out, facts["low"]), facts["high"]) * facts["refinement"]
     return out
 
 
@@ -76,11 +78,11 @@ def _products(multiply: Callable[[Operation, Tensor, Tensor], Tensor], channel_d
     def compute(operation: Operation, x: Tensor) -> Tensor:
         weight, bias = operation.facts["weight"], operation.facts["bias"]
         dtype = float_type(operation)
-        out = multiply(operation, x.to(dtype), weight.to(x.device, dtype)).to(torch.int64)
+        out = multiply(operation, x.to(dtype), weight.to(dtype)).to(torch.int64)
         if bias is not None:
             shape = [1] * out.ndim
             shape[channel_dim] = -1
-            out += bias.to(x.device).reshape(shape)
+            out += bias.reshape(shape)
         return out
 
     return compute
@@ -114,8 +116,8 @@ def _add(operation: Operation, a: Tensor, b: Tensor) -> Tensor:
 def _clamp(operation: Operation, x: Tensor) -> Tensor:
     low, high = operation.facts["low"], operation.facts["high"]
     out = x.to(torch.int64)
-    out = out if low is None else torch.maximum(out, low.to(x.device))
-    return out if high is None else torch.minimum(out, high.to(x.device))
+    out = out if low is None else torch.maximum(out, low)
+    return out if high is None else torch.minimum(out, high)
 
 
 def _leaky(operation: Operation, x: Tensor) -> Tensor:
@@ -124,15 +126,15 @@ def _leaky(operation: Operation, x: Tensor) -> Tensor:
 
 
 def _table(operation: Operation, x: Tensor) -> Tensor:
-    table = operation.facts["table"].to(x.device)
+    table = operation.facts["table"]
     return table[(x.to(torch.int64) - operation.facts["first"]).clamp(0, len(table) - 1)]
 
 
 def _softmax(operation: Operation, q: Tensor) -> Tensor:
     facts = operation.facts
-    offset, kinds, blank = (None if part is None else part.to(q.device) for part in (facts["offset"], facts["kinds"], facts["blank"]))
-    offset = None if offset is None else offset.float()
-    p = fixed_softmax(q.float(), facts["table"].to(q.device), offset, kinds, facts["dim"])
+    kinds, blank = facts["kinds"], facts["blank"]
+    offset = None if facts["offset"] is None else facts["offset"].float()
+    p = fixed_softmax(q.float(), facts["table"], offset, kinds, facts["dim"])
     if blank is not None:
         p = p.masked_fill(blank if kinds is None else blank.index_select(0, kinds), 0.0)
     return p
@@ -140,16 +142,15 @@ def _softmax(operation: Operation, q: Tensor) -> Tensor:
 
 def _layer_norm(operation: Operation, x: Tensor) -> Tensor:
     facts = operation.facts
-    low, high, mantissa, shift, offset = (facts[key].to(x.device) for key in ("low", "high", "mantissa", "shift", "offset"))
+    low, high, mantissa, shift, offset = (facts[key] for key in ("low", "high", "mantissa", "shift", "offset"))
     out = requantize(integer_layer_norm(x, facts["eps"]).to(torch.int64), mantissa.abs(), shift) * mantissa.sign() + offset
     return torch.minimum(torch.maximum(out, low), high)
 
 
 def _gdn(operation: Operation, x: Tensor, norm: Tensor) -> Tensor:
     facts = operation.facts
-    low, high = facts["low"].to(x.device), facts["high"].to(x.device)
     out = integer_gdn(x, norm, facts["mantissa"], facts["shift"], facts["inverse"], facts["algorithm"])
-    return torch.minimum(torch.maximum(out, low.double()), high.double())
+    return torch.minimum(torch.maximum(out, facts["low"].double()), facts["high"].double())
 
 
 def _attention(operation: Operation, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -170,8 +171,6 @@ def _filled(parts: Any, inputs: list[Tensor]) -> Any:
         return type(parts)(_filled(part, inputs) for part in parts)
     if isinstance(parts, Input):
         return inputs[parts.index]
-    if isinstance(parts, Tensor):
-        return parts.to(inputs[0].device)
     return parts
 
 
@@ -197,7 +196,7 @@ MEANING: dict[str, Callable] = {
     "square": lambda operation, x: x.to(torch.int64).square(),
     "sum": lambda operation, x: x.to(torch.int64).sum(operation.facts["dim"], operation.facts["keepdim"]),
     "clamp": _clamp,
-    "mask": lambda operation, x: x.to(torch.int64) * operation.facts["mask"].to(x.device),
+    "mask": lambda operation, x: x.to(torch.int64) * operation.facts["mask"],
     "leaky": _leaky,
     "table": _table,
     "softmax": _softmax,

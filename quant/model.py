@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from quant.config import QuantConfig
-
 from quant.fixedpoint import quantize_multiplier, requantize
 from quant.grid import Grid
 from quant.modules import QuantModule
@@ -17,6 +17,7 @@ from quant.qtensor import QTensor, to_real
 from quant.rewriter import rewrite
 from quant.runtime import Runtime
 from quant.serialization import load_quantized, save_quantized
+from support.determinism import exact_products
 from support.errors import InputError
 
 PIXEL = 1 / 255
@@ -65,7 +66,8 @@ class QuantModel(nn.Module):
         else:
             scale = torch.as_tensor(PIXEL, dtype=torch.float64, device=x.device)
             image = QTensor(torch.round(x * 255), scale, runtime, pixels=True)
-        output = self.model(image)
+        with exact_products(x.device) if self.frozen else nullcontext():
+            output = self.model(image)
         x_hat = output["x_hat"]
         if self.frozen and isinstance(x_hat, QTensor) and x_hat.is_integer:
             x_hat = self._pixels(x_hat)

@@ -1,7 +1,9 @@
 """The same numbers twice: seeds, threads, and the versions a result depends on."""
 
+import contextlib
 import platform
 import random
+from collections.abc import Iterator
 from importlib import metadata
 
 import numpy as np
@@ -37,6 +39,24 @@ def set_threads(threads: int | None) -> int:
             raise InputError(f"--threads {threads} is out of range; choose 1 or more")
         torch.set_num_threads(threads)
     return torch.get_num_threads()
+
+
+@contextlib.contextmanager
+def exact_products(device: torch.device) -> Iterator[None]:
+    """On a GPU, sums of products of the numbers as they are: no TF32, and no cuDNN, which may take Winograd's or Fourier's way.
+
+    On whole numbers below the bounds of the overflow certificate these are exact then, as they are on a CPU (design, section 4).
+    """
+    if device.type != "cuda":
+        yield
+        return
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.backends.cudnn.flags(enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
 
 
 def versions() -> dict[str, str]:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from frozen_codecs import frozen, make_frozen, settings
 from integer.lowering import lower
@@ -11,6 +12,7 @@ from integer.reference import run
 from models.registry import get_architecture, list_models
 from quant.config import QuantConfig
 from quant.model import QuantModel
+from support.determinism import exact_products
 from support.errors import InputError
 from tiny_codecs import images, tiny_codec
 
@@ -106,3 +108,21 @@ def test_what_is_no_integer_program_is_refused():
     codec.quantize_nodes(False, ["g_s.0"])
     with pytest.raises(InputError, match="kept in float"):
         lower(codec, 64, 64)
+
+
+@pytest.mark.parametrize("name", ["balle2018", "minnen2018", "lu2022", *(pytest.param(name, marks=pytest.mark.slow) for name in ("tic", "chen2021", "balle2018-vbr"))])
+def test_on_a_gpu_every_number_is_there(name):
+    """No GPU is needed: tensors without data, on a pretended one, through the reference; a constant left on the CPU would be an error."""
+    program = lower(frozen(name), 64, 128)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        found = run(program.to("cuda"), {"pixels": torch.empty((1, 3, 64, 128), dtype=torch.uint8, device="cuda")})
+    assert found["pixels"].device.type == "cuda" and found["pixels"].shape == (1, 3, 64, 128)
+
+
+def test_products_on_a_gpu_leave_cudnn_and_tf32_out():
+    before = torch.backends.cudnn.enabled, torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    with exact_products(torch.device("cuda")):
+        assert not torch.backends.cudnn.enabled and torch.get_float32_matmul_precision() == "highest"
+    assert torch.get_float32_matmul_precision() == "high" and torch.backends.cudnn.enabled == before[0]
+    torch.set_float32_matmul_precision(before[1])
