@@ -130,7 +130,7 @@ def compare(args: Namespace, arch: str) -> str:
         inputs = [parts[part].numpy() for parts in given]
         runs = peer_runs(Part(pair.model, names).eval(), inputs, peers, args.threads, f"{arch}, {part}")
         tasks = {"PyTorch": ours[f"{part} float"], **{head: lambda run=run: run(inputs[0]) for head, run in runs.items()}, "licq": ours[f"{part} integer"]}
-        found = times(tasks, args.repeats)
+        found = times(tasks, args.repeats, args.cpu_time)
         rows.append([part, *(f"{1000 * found[head]:.1f} ms" if head in found else "-" for head in heads)])
         wanted = tasks["PyTorch"]().numpy()
         for head, values in ratios.items():
