@@ -5,8 +5,11 @@ import signal
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from typing import Any
+
+from support.errors import InputError
 
 _MEMORY_A_JOB = 2 * 2**30  # bytes
 _START = 3  # a process has to have so many pieces of work to be worth its start
@@ -36,5 +39,7 @@ def ordered(function: Callable[[Any], Any], pieces: Sequence[Any], jobs: int) ->
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+    except BrokenProcessPool as error:
+        raise InputError("a job died, most likely for lack of memory; use fewer --jobs or a smaller --tile") from error
     finally:
         executor.shutdown(cancel_futures=True)

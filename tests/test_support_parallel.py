@@ -29,6 +29,15 @@ def test_an_error_of_one_piece_is_raised_after_the_results_before_it(jobs):
         next(results)
 
 
+def dies(number: int) -> None:
+    os._exit(1)
+
+
+def test_a_process_that_dies_is_one_line():
+    with pytest.raises(InputError, match="a job died"):
+        list(ordered(dies, [1, 2], 2))
+
+
 def test_jobs_by_default_are_bounded():
     assert default_jobs(1, None) == default_jobs(2, None) == 1
     processors = len(os.sched_getaffinity(0))
