@@ -22,7 +22,9 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from codec.coder import Coder
-from codec.plan import Plan, Sizes, cut
+from codec.latents import cut
+from codec.plan import Plan
+from codec.sizes import Sizes
 from integer.execution import executable
 from integer.lowering import lower
 from integer.program import Program

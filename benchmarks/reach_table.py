@@ -11,7 +11,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from tabulate import tabulate
 
-from codec.plan import Plan, Sizes, analysis_part
+from codec.plan import Plan
+from codec.sizes import Sizes, analysis_part
 from integer.lowering import lower
 from models.registry import create_model, get_architecture
 from quant.config import QuantConfig

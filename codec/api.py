@@ -10,7 +10,8 @@ from torch import Tensor
 
 from codec.coder import Coder
 from codec.container import GAIN_UNIT, MAX_PIXELS, MODEL_BYTES, TILE, Container
-from codec.plan import Plan, Sizes
+from codec.plan import Plan
+from codec.sizes import Sizes
 from data.padding import crop_back, pad_to_multiple
 from integer.execution import executable
 from integer.lowering import lower

@@ -7,7 +7,8 @@ import torch
 from compressai.ans import BufferedRansEncoder, RansDecoder
 from torch import Tensor
 
-from codec.plan import Gathering, Latent, Plan, Step
+from codec.latents import Latent
+from codec.plan import Gathering, Plan, Step
 from codec.tables import GaussianRows, MixtureRows, Rows, bottleneck_rows
 from quant.boundaries import QuantEntropyBottleneck, QuantGaussianMixture
 from quant.model import QuantModel

@@ -4,93 +4,21 @@ Latents come one after the other: z, then those of y. For each, `before` compute
 already; where a context model reads the latent's own symbols, `context` is run again as these come in.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from codec.latents import Latent, cut, find_latents
 from codec.order import Reading, dependents, passes, readings, wavefronts, window_side
+from codec.sizes import Sizes, analysis_part, synthesis_part
 from integer.execution import executable
 from integer.passes import without_duplicates
 from integer.program import Operation, Program, Range
-from integer.reach import BATCH, Reach, reach
 from integer.tiles import Tiled
 from support.errors import InputError
-
-
-@dataclass
-class Latent:
-    """One latent, by the numbers of its values in the program.
-
-    node: the entropy model's. latent: before it is rounded. symbols: every value that stands for them. decoded: those that stand for what the decoder makes
-    of them, where that is plain (symbols, with the means where they are differences). whole: the symbols are round(latent);
-    else they are differences from the means.
-    """
-
-    node: str
-    kind: str
-    latent: int
-    symbols: tuple[int, ...]
-    decoded: tuple[int, ...]
-    densities: dict[str, int]
-    whole: bool
-    shape: tuple[int, ...]
-
-    @property
-    def given(self) -> tuple[int, ...]:
-        """The values that are known when the symbols are."""
-        return (*self.symbols, *self.decoded)
-
-    def names(self) -> Iterator[tuple[str, int]]:
-        """Values that a decoder has, by names that are the same for all sizes of images."""
-        yield from ((f"given{place}", number) for place, number in enumerate(self.given))
-        yield from self.densities.items()
-
-
-def find_latents(program: Program) -> list[Latent]:
-    """The latents of a program without duplicates, in the order in which they are coded.
-
-    Raises:
-        InputError: y_hat is not made of the symbols whose rate the codec estimates.
-    """
-    read = {number for operation in program.operations for number in operation.inputs} | set(program.outputs.values())
-    of_z = [boundary for boundary in program.boundaries if boundary.kind == "entropy_bottleneck"]
-    latents = []
-    for z in of_z:
-        same = [b for b in program.boundaries if b.latent == z.latent and _same_constant(program, b.means, z.means)]
-        symbols = tuple({z.symbols: 0, **{b.symbols: 0 for b in same}})
-        latents.append(Latent(z.node, "entropy_bottleneck", z.latent, symbols, (), {}, False, program.values[z.symbols].shape))
-    coded: set[int] = set()
-    for density in program.boundaries:
-        if density.kind not in ("gaussian", "mixture"):
-            continue
-        group = [b for b in program.boundaries if b.latent == density.latent and b.decoded not in coded]
-        used = [b for b in group if b.decoded in read]
-        offsets = next((b for b in used if b.kind == "offsets"), None)
-        if not used:  # y is scaled for the density
-            offsets = next((b for b in program.boundaries if b.kind == "offsets" and b.decoded in read and b.decoded not in coded), None)
-        used = [offsets] if offsets else used
-        others = [b for b in program.boundaries if offsets and b.kind == "round" and b.decoded in read and b.decoded not in coded]
-        whole = density.whole or any(b.means is None for b in used if b.kind == "round")
-        final = offsets or next((b for b in used if b.symbols == density.symbols), None) or (used[-1] if used else None)
-        if final is None or others or (whole and any(b.means is not None and not b.whole for b in used)):
-            raise InputError(
-                f"{density.node}: this codec's forward computes y_hat from other symbols than those whose rate it estimates, so no "
-                "bitstream gives its images; evaluate it with estimated rates (without --real)"
-            )
-        densities = {name: number for name in ("scales", "means", "weights") if (number := getattr(density, name)) is not None}
-        decoded = tuple({b.decoded: 0 for b in used})
-        coded.update(decoded)
-        shape = program.values[final.symbols].shape
-        latents.append(Latent(density.node, density.kind, final.latent, (final.symbols,), () if offsets else decoded, densities, whole, shape))
-    return latents
-
-
-def _same_constant(program: Program, a: int | None, b: int | None) -> bool:
-    values = {op.outputs[0]: op.facts["value"] for op in program.operations if op.kind == "constant"}
-    return a == b or (a in values and b in values and torch.equal(values[a].flatten(), values[b].flatten()))
 
 
 @dataclass
@@ -140,79 +68,8 @@ class Gathering:
     by_channel: bool
 
 
-def cut(program: Program, known: set[int], outputs: Mapping[str, int]) -> Program:
-    """What computes `outputs` from those of the `known` values that it needs; its inputs are named by their numbers."""
-    producers = program.producers()
-    used, seen, pending = set(), set(), list(outputs.values())
-    while pending:
-        number = pending.pop()
-        if number in seen:
-            continue
-        seen.add(number)
-        if number in known:
-            used.add(number)
-            continue
-        operation = producers[number]
-        if operation.kind == "input":
-            raise InputError(f"{operation.node}: the decoder would need what only the encoder has")
-        pending.extend(operation.inputs)
-    return program.part({str(number): number for number in sorted(used)}, dict(outputs))
-
-
 def _inputs(program: Program) -> tuple[int, ...]:
     return tuple(program.inputs.values())
-
-
-def analysis_part(program: Program) -> Program:
-    """From the pixels to the one value, "latent", that everything which is coded follows from."""
-    pixels = program.inputs["pixels"]
-    wanted = (number for latent in find_latents(program) for number in (latent.symbols[0], *latent.densities.values()))
-    return program.part({"pixels": pixels}, {"latent": program.waist(pixels, wanted)})
-
-
-def synthesis_part(program: Program, latents: Sequence[Latent], known: set[int]) -> Program:
-    """From what is decoded to the pixels; inputs have names that are the same for all sizes of images."""
-    part = cut(program, known, {"pixels": program.outputs["pixels"]})
-    names = {number: f"{place}.{name}" for place, latent in enumerate(latents) for name, number in latent.names()}
-    return program.part({names.get(number, str(number)): number for number in part.inputs.values()}, dict(part.outputs))
-
-
-class Sizes:
-    """The programs of one codec for images of any size, and what is known of all of them.
-
-    Args:
-        lowered: (height, width, batch) -> the program; sides are multiples of `multiple`.
-        tile: images of more than tile x tile pixels are computed in tiles of about that size; None: never.
-        progress: show how many tiles are done.
-    """
-
-    def __init__(self, lowered: Callable[[int, int, int], Program], multiple: int = 64, tile: int | None = None, progress: bool = False):
-        self.lowered, self.multiple, self.tile, self.progress = lowered, multiple, tile, progress
-        self._reaches: dict[str, Reach | None] = {}
-
-    def program(self, height: int, width: int, batch: int = 1) -> Program:
-        return without_duplicates(self.lowered(height, width, batch))
-
-    def with_room(self, positions: int, pixels: int) -> Program:
-        """The program of a small image of which a latent has at least so many positions, each of pixels x pixels."""
-        across = (self.multiple // pixels) ** 2
-        return self.program(self.multiple, self.multiple * -(-positions // across))
-
-    def tiled(self, name: str, part: Callable[[Program], Program], height: int, width: int, threads: int | None) -> Tiled | None:
-        """A part in tiles; None where the image is small, or the part's results reach over all of it."""
-        if self.tile is None or height * width <= self.tile**2:
-            return None
-        far = self.reach(name, part)
-        shown = f"{name} transform" if self.progress else ""
-        return far and Tiled(lambda h, w: part(self.program(h, w)), height, width, far, self.tile, self.multiple, threads, shown)
-
-    def reach(self, name: str, part: Callable[[Program], Program]) -> Reach | None:
-        """The reach of a part, traced once; None where it is the whole image's."""
-        if name not in self._reaches:
-            sides = (self.multiple * times for times in (4, 8, 16))
-            found = (reach(part(self.program(side, side, BATCH)), side, side, self.multiple) for side in sides)
-            self._reaches[name] = next((result for result in found if result), None)
-        return self._reaches[name]
 
 
 class Plan:

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from codec.api import Codec
-from codec.plan import Plan, Sizes, analysis_part
+from codec.plan import Plan
+from codec.sizes import Sizes, analysis_part
 from frozen_codecs import frozen
 from integer.lowering import lower
 from integer.passes import without_duplicates

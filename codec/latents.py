@@ -1,0 +1,101 @@
+"""The latents of a codec, found in its program, and parts of the program between what is known and what is wanted."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from integer.program import Program
+from support.errors import InputError
+
+
+@dataclass
+class Latent:
+    """One latent, by the numbers of its values in the program.
+
+    node: the entropy model's. latent: before it is rounded. symbols: every value that stands for them. decoded: those that stand for what the decoder makes
+    of them, where that is plain (symbols, with the means where they are differences). whole: the symbols are round(latent);
+    else they are differences from the means.
+    """
+
+    node: str
+    kind: str
+    latent: int
+    symbols: tuple[int, ...]
+    decoded: tuple[int, ...]
+    densities: dict[str, int]
+    whole: bool
+    shape: tuple[int, ...]
+
+    @property
+    def given(self) -> tuple[int, ...]:
+        """The values that are known when the symbols are."""
+        return (*self.symbols, *self.decoded)
+
+    def names(self) -> Iterator[tuple[str, int]]:
+        """Values that a decoder has, by names that are the same for all sizes of images."""
+        yield from ((f"given{place}", number) for place, number in enumerate(self.given))
+        yield from self.densities.items()
+
+
+def find_latents(program: Program) -> list[Latent]:
+    """The latents of a program without duplicates, in the order in which they are coded.
+
+    Raises:
+        InputError: y_hat is not made of the symbols whose rate the codec estimates.
+    """
+    read = {number for operation in program.operations for number in operation.inputs} | set(program.outputs.values())
+    of_z = [boundary for boundary in program.boundaries if boundary.kind == "entropy_bottleneck"]
+    latents = []
+    for z in of_z:
+        same = [b for b in program.boundaries if b.latent == z.latent and _same_constant(program, b.means, z.means)]
+        symbols = tuple({z.symbols: 0, **{b.symbols: 0 for b in same}})
+        latents.append(Latent(z.node, "entropy_bottleneck", z.latent, symbols, (), {}, False, program.values[z.symbols].shape))
+    coded: set[int] = set()
+    for density in program.boundaries:
+        if density.kind not in ("gaussian", "mixture"):
+            continue
+        group = [b for b in program.boundaries if b.latent == density.latent and b.decoded not in coded]
+        used = [b for b in group if b.decoded in read]
+        offsets = next((b for b in used if b.kind == "offsets"), None)
+        if not used:  # y is scaled for the density
+            offsets = next((b for b in program.boundaries if b.kind == "offsets" and b.decoded in read and b.decoded not in coded), None)
+        used = [offsets] if offsets else used
+        others = [b for b in program.boundaries if offsets and b.kind == "round" and b.decoded in read and b.decoded not in coded]
+        whole = density.whole or any(b.means is None for b in used if b.kind == "round")
+        final = offsets or next((b for b in used if b.symbols == density.symbols), None) or (used[-1] if used else None)
+        if final is None or others or (whole and any(b.means is not None and not b.whole for b in used)):
+            raise InputError(
+                f"{density.node}: this codec's forward computes y_hat from other symbols than those whose rate it estimates, so no "
+                "bitstream gives its images; evaluate it with estimated rates (without --real)"
+            )
+        densities = {name: number for name in ("scales", "means", "weights") if (number := getattr(density, name)) is not None}
+        decoded = tuple({b.decoded: 0 for b in used})
+        coded.update(decoded)
+        shape = program.values[final.symbols].shape
+        latents.append(Latent(density.node, density.kind, final.latent, (final.symbols,), () if offsets else decoded, densities, whole, shape))
+    return latents
+
+
+def _same_constant(program: Program, a: int | None, b: int | None) -> bool:
+    values = {op.outputs[0]: op.facts["value"] for op in program.operations if op.kind == "constant"}
+    return a == b or (a in values and b in values and torch.equal(values[a].flatten(), values[b].flatten()))
+
+
+def cut(program: Program, known: set[int], outputs: Mapping[str, int]) -> Program:
+    """What computes `outputs` from those of the `known` values that it needs; its inputs are named by their numbers."""
+    producers = program.producers()
+    used, seen, pending = set(), set(), list(outputs.values())
+    while pending:
+        number = pending.pop()
+        if number in seen:
+            continue
+        seen.add(number)
+        if number in known:
+            used.add(number)
+            continue
+        operation = producers[number]
+        if operation.kind == "input":
+            raise InputError(f"{operation.node}: the decoder would need what only the encoder has")
+        pending.extend(operation.inputs)
+    return program.part({str(number): number for number in sorted(used)}, dict(outputs))
