@@ -83,6 +83,20 @@ def _pointwise_stack(*widths: int) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
+class PassSum(nn.Module):
+    """What the passes have found, added up; passes to come count as zeros.
+
+    Every pass adds up all of it in the same way, so that a position has the same numbers after its own pass and after the last one when
+    the sums are quantized too: the decoder sees the first, the rate is estimated from the last.
+    """
+
+    def forward(self, *found: Tensor) -> Tensor:
+        total = found[0]
+        for part in found[1:]:
+            total = total + part
+        return total
+
+
 class TinyLIC(CompressionModel):
     """Convolutions and neighborhood attention with a four-stage context model.
 
@@ -169,6 +183,7 @@ class TinyLIC(CompressionModel):
             )
             for i, size in enumerate(self.slices)
         )
+        self.pass_sums = nn.ModuleList(PassSum() for _ in self.slices)
         self.apply(self._init_weights)
 
     @staticmethod
@@ -223,12 +238,13 @@ class TinyLIC(CompressionModel):
             2: [(even_even + odd_odd, self.sc_transform_5, even_odd + odd_even)],
             3: [],
         }[index]
-        sc_params = torch.zeros_like(cc_params) if passes else None
-        scales_hat, means_hat = gaussian(sc_params)
-        for known, transform, served in passes:
+        none = torch.zeros_like(cc_params)
+        found = [none] * len(passes)
+        scales_hat, means_hat = gaussian(none if passes else None)
+        for place, (known, transform, served) in enumerate(passes):
             y_known = self.round_y(y, means_hat) * known
-            sc_params = sc_params + transform(y_known) * served
-            scales_hat, means_hat = gaussian(sc_params)
+            found[place] = transform(y_known) * served
+            scales_hat, means_hat = gaussian(self.pass_sums[index](*found))
         _, likelihoods = self.gaussian_conditional(y, scales_hat, means=means_hat)
         return self.round_y(y, means_hat), likelihoods
 

@@ -7,6 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from frozen_codecs import frozen, make_frozen, settings
 from integer.lowering import lower
+from integer.passes import without_duplicates
 from integer.program import INT32
 from integer.reference import run
 from models.registry import get_architecture, list_models
@@ -126,3 +127,16 @@ def test_products_on_a_gpu_leave_cudnn_and_tf32_out():
         assert not torch.backends.cudnn.enabled and torch.get_float32_matmul_precision() == "highest"
     assert torch.get_float32_matmul_precision() == "high" and torch.backends.cudnn.enabled == before[0]
     torch.set_float32_matmul_precision(before[1])
+
+
+def test_what_a_pass_has_decoded_stays_what_it_is():
+    """At the positions that later passes read, the first roundings of a latent are the last one: a decoder has only one of them."""
+    program = without_duplicates(lower(frozen("lu2022"), 256, 256))
+    values = run(program, {"pixels": (images(1, 256, 256, seed=8) * 255).round().to(torch.uint8)}, keep=True)
+    final = {boundary.latent: boundary.decoded for boundary in program.boundaries}
+    masks = {operation.inputs[0]: operation.facts["mask"] for operation in program.operations if operation.kind == "mask"}
+    passes = [boundary for boundary in program.boundaries if boundary.decoded in masks and boundary.decoded != final[boundary.latent]]
+    assert len(passes) == 5
+    for boundary in passes:
+        known = masks[boundary.decoded]
+        assert 0 < int(known.sum()) and torch.equal(values[boundary.decoded] * known, values[final[boundary.latent]] * known)
