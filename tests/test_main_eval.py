@@ -153,7 +153,8 @@ def test_real_rates_are_those_of_files_and_near_the_estimate(saved, tmp_path, ca
         assert quant["bpp_estimated"] == before["quant"]["bpp"] and quant["psnr"] == before["quant"]["psnr"]
         whole_bytes = quant["bpp"] * 96 * 64 / 8
         assert whole_bytes == pytest.approx(round(2 * whole_bytes) / 2, abs=1e-6)  # a mean of two images
-        assert abs(quant["bpp"] - quant["bpp_estimated"]) * 96 * 64 / 8 < 40  # head, last bytes, outliers
+        # head and last bytes on one side; on the other outliers, which the estimate's smallest likelihood makes dearer than an escape
+        assert -46 < (quant["bpp"] - quant["bpp_estimated"]) * 96 * 64 / 8 < 34
 
 
 def command(*words) -> int:
