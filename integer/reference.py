@@ -27,7 +27,7 @@ def run(program: Program, inputs: Mapping[str, Tensor], keep: bool = False) -> d
 
     inputs: whole numbers by name, of the shapes and ranges that the program states, on the device of its constants (`Program.to`).
     """
-    with exact_products(next(iter(inputs.values())).device):
+    with exact_products(next((x.device for x in inputs.values()), torch.device("cpu"))):
         return interpret(program, inputs, MEANING, lambda number, tensor: tensor.to(program.values[number].dtype), keep)
 
 

@@ -64,6 +64,15 @@ def test_rows_made_in_small_pieces_give_the_same_file(name, monkeypatch):
     assert torch.equal(codec.decode(data), simulated(name, image))
 
 
+@pytest.mark.parametrize("name", ["balle2018", "minnen2018"])
+def test_the_reference_reads_and_writes_the_files_of_the_kernels(name, monkeypatch):
+    image = pixels(64, 128)
+    data = codec_of(name).encode(image)
+    monkeypatch.setattr("integer.execution.usable", lambda: False)
+    assert codec_of(name).encode(image) == data
+    assert torch.equal(codec_of(name).decode(data), simulated(name, image))
+
+
 def test_every_architecture_is_here():
     assert {name for name in list_models() if name in SIZES} == set(SIZES)
 
