@@ -11,7 +11,7 @@ from torch import Tensor
 from integer.groups import fits, parameters_of, varying_dim
 from integer.library import TYPES, Attention, LayerNorm, library
 from integer.program import INT32, Operation, Program, Range
-from integer.reference import MEANING
+from integer.reference import MEANING, results_of
 from quant.fixedpoint import multiplier_value
 from quant.integer_functions import layer_norm_constants
 
@@ -44,13 +44,7 @@ class SingleItem(Item):
     """One operation, as the reference computes it."""
 
     def run(self, values: dict[int, Tensor], inputs: Mapping[str, Tensor], names: Mapping[int, str]) -> None:
-        operation = self.operation
-        if operation.kind == "input":
-            outputs = [inputs[names[operation.outputs[0]]]]
-        else:
-            result = MEANING[operation.kind](operation, *(values[number] for number in operation.inputs))
-            outputs = list(result) if isinstance(result, (list, tuple)) else [result]
-        for number, tensor in zip(operation.outputs, outputs, strict=True):
+        for number, tensor in results_of(self.operation, values, inputs, names, MEANING):
             dtype, offset = self.owner.storage.get(number, (tensor.dtype, 0))
             values[number] = tensor.to(dtype) if not offset else (tensor.to(torch.int32) + offset).to(dtype)
 

@@ -5,7 +5,7 @@ below 2^24, so that no order of summation rounds, else float64. Values are kept 
 to be enough, so a wrong proof would show.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -38,18 +38,24 @@ def interpret(program: Program, inputs: Mapping[str, Tensor], meaning: Mapping[s
     last = _last_use(program)
     values: dict[int, Tensor] = {}
     for place, operation in enumerate(program.operations):
-        if operation.kind == "input":
-            outputs = [inputs[numbers[operation.outputs[0]]]]
-        else:
-            result = meaning[operation.kind](operation, *(values[number] for number in operation.inputs))
-            outputs = list(result) if isinstance(result, (list, tuple)) else [result]
-        for number, tensor in zip(operation.outputs, outputs, strict=True):
+        for number, tensor in results_of(operation, values, inputs, numbers, meaning):
             values[number] = stored(number, tensor)
         if not keep:
             for number in operation.inputs:
                 if last[number] == place:
                     values.pop(number, None)
     return values if keep else {name: values[number] for name, number in program.outputs.items()}
+
+
+def results_of(operation: Operation, values: Mapping[int, Tensor], inputs: Mapping[str, Tensor], names: Mapping[int, str],
+               meaning: Mapping[str, Callable]) -> Iterator[tuple[int, Tensor]]:  # fmt: skip
+    """(number, tensor) of each result of an operation on `values`; an input's is that of its name."""
+    if operation.kind == "input":
+        outputs = [inputs[names[operation.outputs[0]]]]
+    else:
+        result = meaning[operation.kind](operation, *(values[number] for number in operation.inputs))
+        outputs = list(result) if isinstance(result, (list, tuple)) else [result]
+    return zip(operation.outputs, outputs, strict=True)
 
 
 def _last_use(program: Program) -> dict[int, int]:
