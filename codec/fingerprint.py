@@ -2,8 +2,9 @@
 
     python -m codec.fingerprint JOB.json RESULT.json
 
-A job: {"model": a quantized model's file or null, "float": [file, architecture, quality] or null, "images": [files], "threads": N,
-"batch": N, "tile": side or null, "device": name, "keep": folder, "base": whether this process makes what the others compare with}.
+A job: {"model": a quantized model's file or null, "level": rate of a variable-rate one or null, "float": [file, architecture, quality or
+level] or null, "images": [files], "threads": N, "batch": N, "tile": side or null, "device": name, "keep": folder, "base": whether this
+process makes what the others compare with}.
 """
 
 import hashlib
@@ -124,6 +125,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(job["threads"])
     folder = Path(job["keep"])
     codec = Codec.load(job["model"], job["threads"], tile=job["tile"]) if job["model"] else None
+    if codec and job["level"] is not None:
+        codec.model.model.set_level(job["level"])
     model = load_checkpoint(*job["float"]).to(job["device"]) if job["float"] else None
     found: dict[str, Any] = {"torch": torch.__version__, "capability": torch.backends.cpu.get_cpu_capability(), "integer": [], "float": []}
     for place, path in enumerate(job["images"]):

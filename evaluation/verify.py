@@ -85,19 +85,15 @@ def run(argv: Sequence[str]) -> int:
     from evaluation.inputs import evaluation_set
     from support.files import write_json, write_text
 
-    files = models_of(args.model)
-    if args.quality is not None:
-        files = [file for file in files if file.parent.name == f"q{args.quality}"]
-    if not files:
-        raise InputError(f"{args.model} holds no quality {args.quality}; choose another with --quality")
+    model, level = model_at(models_of(args.model), args.quality)
     for path in args.python:
         if not os.access(path, os.X_OK):
             raise InputError(f"--python {path} is no program; give the path of an environment's python")
     images = [str(path) for path in evaluation_set(args.data)[0].paths][: args.images]
-    source = float_of(files[0]) if args.with_float else None
+    source = float_of(model, level) if args.with_float else None
     chosen = conditions(args.python, torch.cuda.is_available())
-    results = measure(files[0], source, images, chosen, progress=not args.quiet)
-    text = table(results, chosen, files[0], len(images))
+    results = measure(model, source, images, chosen, level, progress=not args.quiet)
+    text = table(results, chosen, model, len(images))
     print(text)
     if args.out:
         write_text(args.out, text + "\n")
@@ -105,17 +101,39 @@ def run(argv: Sequence[str]) -> int:
     return _DIFFERENT if any(count for result in compared(results, "integer") if result for count in result.values()) else 0
 
 
-def float_of(file: Path) -> list | None:
-    """[file, architecture, quality] of the float codec that a model was made from, None where it is not there."""
+def model_at(files: Sequence[Path], quality: int | None) -> tuple[Path, int | None]:
+    """(the model of a quality, None: the first; the rate that a variable-rate codec is to be set to, None for the others).
+
+    Raises:
+        InputError: there is no such quality.
+    """
+    rates = _extra(files[0]).get("rates")
+    if rates:
+        if quality is not None and str(quality) not in rates:
+            raise InputError(f"{files[0]} was quantized for the rates {', '.join(rates)}; choose one of them with --quality")
+        return files[0], int(next(iter(rates))) if quality is None else quality
+    found = files if quality is None else [file for file in files if file.parent.name == f"q{quality}"]
+    if not found:
+        raise InputError(f"no quality {quality} among {', '.join(map(str, files))}; choose another with --quality")
+    return found[0], None
+
+
+def _extra(file: Path) -> dict[str, Any]:
     from quant.serialization import read_quantized
 
-    extra = read_quantized(file)[0].get("extra") or {}
-    origin = extra.get("checkpoint") or {}
-    path = Path(origin.get("path", ""))
-    return [str(path), extra["arch"], extra["quality"]] if path.is_file() and isinstance(extra.get("quality"), int) else None
+    return read_quantized(file)[0].get("extra") or {}
 
 
-def measure(model: Path, source: list | None, images: list[str], chosen: list[Condition], progress: bool = True) -> list[dict[str, Any]]:
+def float_of(file: Path, level: int | None = None) -> list | None:
+    """[file, architecture, quality or level] of the float codec that a model was made from, None where it is not there."""
+    extra = _extra(file)
+    path = Path((extra.get("checkpoint") or {}).get("path", ""))
+    quality = extra.get("quality") if level is None else level
+    return [str(path), extra["arch"], quality] if path.is_file() and isinstance(quality, int) else None
+
+
+def measure(model: Path, source: list | None, images: list[str], chosen: list[Condition],
+            level: int | None = None, progress: bool = True) -> list[dict[str, Any]]:
     """What `codec.fingerprint` says under each condition, one process after the other.
 
     Raises:
@@ -126,8 +144,9 @@ def measure(model: Path, source: list | None, images: list[str], chosen: list[Co
     results = []
     with tempfile.TemporaryDirectory() as folder:
         for place, condition in enumerate(progress_bar(chosen, desc="conditions", unit="process", enabled=progress)):
-            job = {"model": str(model.resolve()), "float": None if condition.only_integer else source, "images": [str(Path(i).resolve()) for i in images],
-                   "threads": condition.threads, "batch": condition.batch, "tile": condition.tile, "device": condition.device, "keep": folder, "base": place == 0}  # fmt: skip
+            job = {"model": str(model.resolve()), "level": level, "float": None if condition.only_integer else source,
+                   "images": [str(Path(image).resolve()) for image in images], "threads": condition.threads, "batch": condition.batch,
+                   "tile": condition.tile, "device": condition.device, "keep": folder, "base": place == 0}  # fmt: skip
             given, found = Path(folder) / "job.json", Path(folder) / "result.json"
             given.write_text(json.dumps(job))
             found.unlink(missing_ok=True)
