@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import lzma
 import re
 import zipfile
 from collections.abc import Mapping
@@ -21,6 +22,9 @@ from support.files import atomic_path
 QUANTIZED_FORMAT = "licq-quantized"  # what the header of a quantized model's file states as its format
 CDF_STATE = ("_quantized_cdf", "_offset", "_cdf_length")
 _PACKED = "_cdf_steps"
+_COMPRESSED = "xz"  # the one tensor of a compressed file
+_HEADER = "header"  # inside it, beside the tensors: the metadata
+_RATIO = 64  # no file of ours shrinks to less than a part of so many
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "network", "net")
 _LAMBDA_KEYS = ("lambda", "lmbda")
 _OLD_BOTTLENECK = re.compile(r"(.*\b(?:entropy_bottleneck|factorized_entropy_func)\.)_(matri|bias|factor)(?:x|es|ces|s)?\.?(\d+)")
@@ -85,14 +89,22 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return _read_safetensors(path)
 
 
-def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], compress: bool = False) -> None:
     """Write a safetensors file, whole or not at all, with metadata and a SHA-256 of the tensors as JSON in its header.
+
+    Args:
+        compress: as one tensor, `xz`: the bytes that a safetensors file with the tensors and the metadata would have, in xz's
+            format. The many names and small tensors of a quantized model are otherwise a third of its file.
 
     Raises:
         InputError: the file cannot be written.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     stated = json.dumps({**metadata, "sha256": _digest(tensors)}, sort_keys=True)
+    if compress:
+        inside = safetensors.torch.save({**tensors, _HEADER: torch.frombuffer(bytearray(stated.encode()), dtype=torch.uint8)})
+        tensors = {_COMPRESSED: torch.frombuffer(bytearray(lzma.compress(inside)), dtype=torch.uint8)}
+        stated = json.dumps({"size": len(inside), "sha256": _digest(tensors)}, sort_keys=True)
     with atomic_path(path) as temporary:
         temporary.write_bytes(safetensors.torch.save(tensors, metadata={"licq": stated}))
 
@@ -188,12 +200,31 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except (safetensors.SafetensorError, json.JSONDecodeError, OSError) as error:
         raise _damaged(path, error) from error
     expected = metadata.pop("sha256", None)
-    if expected is not None and expected != _digest(tensors):
+    if (expected is not None or tensors.keys() == {_COMPRESSED}) and expected != _digest(tensors):
         raise _damaged(path, "its tensors do not have the SHA-256 that it states")
+    if tensors.keys() == {_COMPRESSED}:
+        tensors, metadata = _decompress(path, tensors[_COMPRESSED], metadata.get("size"))
     try:
         return unpack_cdfs(tensors), metadata
     except (KeyError, RuntimeError, ValueError) as error:
         raise _damaged(path, f"its CDF tables cannot be unpacked: {error}") from error
+
+
+def _decompress(path: Path, content: Tensor, size: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    data = content.numpy().tobytes()
+    if not isinstance(size, int) or not 0 < size <= _RATIO * len(data):
+        raise _damaged(path, "it does not state its size")
+    try:
+        inside = lzma.LZMADecompressor().decompress(data, max_length=size)
+        if len(inside) != size:
+            raise ValueError(f"its tensors take {len(inside)} bytes, and it states {size}")
+        tensors = safetensors.torch.load(inside)
+        metadata = json.loads(tensors.pop(_HEADER).numpy().tobytes())
+    except (lzma.LZMAError, safetensors.SafetensorError, ValueError, KeyError) as error:
+        raise _damaged(path, error) from error
+    if metadata.pop("sha256", None) != _digest(tensors):
+        raise _damaged(path, "its tensors do not have the SHA-256 that it states")
+    return tensors, metadata
 
 
 def _read_pytorch(path: Path, head: bytes) -> Any:

@@ -2,8 +2,8 @@
 
 The file holds what the program reads and nothing else: whole-number weights and biases, scales, ranges, tables,
 multipliers, the entropy models, and the parameters of what stayed in float. Float weights that became whole numbers
-are not in it. Whole numbers are stored in the smallest integer type that holds them, many of less than eight bits packed. The
-header's JSON says how to rebuild the program around the codec's own forward; a SHA-256 seals tensors and header.
+are not in it. Whole numbers are stored in the smallest integer type that holds them, many of less than eight bits packed, and
+all is compressed. The header's JSON says how to rebuild the program around the codec's own forward; a SHA-256 seals tensors and header.
 """
 
 import hashlib
@@ -63,7 +63,7 @@ def save_quantized(model: "QuantModel", path: str | Path, extra: Mapping[str, An
     # through JSON and back, so that the seal is on what a reader will see
     content = {"types": types, "packed": packed, "constants": sorted(constants), "extra": dict(extra or {})}
     header = json.loads(json.dumps({**_description(model), **content}))
-    write_tensors(path, tensors, {**header, "sha256_header": _seal(header)})
+    write_tensors(path, tensors, {**header, "sha256_header": _seal(header)}, compress=True)
     return Path(path).stat().st_size
 
 

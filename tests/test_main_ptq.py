@@ -11,12 +11,12 @@ import pytest
 import torch
 from main_jobs import ARCH, contents, job, refused, report_of, run, without_times, zoo  # noqa: F401
 from PIL import Image
-from safetensors.torch import load_file
 
 import main_ptq
 from data.calibration import sample_crops
 from evaluation.float_models import find_float_models
 from evaluation.inputs import evaluation_set
+from models.checkpoint_files import read_tensors
 from models.checkpoints import load_checkpoint
 from models.registry import LAMBDAS, create_model, list_models
 from reconstruction.config import LOSSES, UNITS
@@ -325,7 +325,7 @@ def test_run_stopped_anywhere_and_resumed_gives_the_same_report(job, finished, r
     assert without_times(report_of(job)) == finished
     assert not list((tmp_path / "out").rglob("units")) and not list((tmp_path / "out").rglob("partial.json"))
     for quality in (1, 3):
-        ours, theirs = (load_file(folder / f"q{quality}" / "model.safetensors") for folder in (tmp_path / "out", reference))
+        ours, theirs = (read_tensors(folder / f"q{quality}" / "model.safetensors")[0] for folder in (tmp_path / "out", reference))
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
     before = contents(tmp_path / "out")
     assert run(job, resume=True, **LEARNING) == 0  # all finished: nothing is computed again
@@ -380,8 +380,8 @@ def test_qualities_of_several_commands_come_together(job):
 def test_deleted_model_is_made_again(job, tmp_path):
     assert run(job) == 0
     model = tmp_path / "out" / "q1" / "model.safetensors"
-    before = load_file(model)
+    before = read_tensors(model)[0]
     model.unlink()
     assert run(job, resume=True) == 0
-    after = load_file(model)
+    after = read_tensors(model)[0]
     assert all(torch.equal(before[key], after[key]) for key in before)
