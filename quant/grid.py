@@ -4,12 +4,13 @@ import torch
 from torch import Tensor, nn
 
 from quant.config import FLOAT_BITS, SYMMETRY
-from quant.fixedpoint import Limits, fixed_point_scale, int_range, requantize_ste, round_half_away, round_ste
+from quant.fixedpoint import Limits, fixed_point_scale, int_range, power_of_two_scale, requantize_ste, round_half_away, round_ste
 from quant.qtensor import QTensor
 from quant.ranges import RangeSpec
 
 _SAMPLES = 4096  # values kept per channel for the range estimators
 SECOND_DIGIT = 6  # bits at most that a split channel has more: enough, and accumulators stay inside 32 bits
+SCALES = {"fixed_point": fixed_point_scale, "power_of_two": power_of_two_scale}
 LATENT_HEADROOM = 4.0  # rounded latents have heavy tails: other images reach further than the calibration crops
 
 
@@ -32,6 +33,7 @@ class Grid(nn.Module):
         headroom: factor on the range, for grids that must not clip and are not learned.
         fixed: a scale that is given instead of found (power-of-two grids at the codec's boundaries).
         symmetry: which channels have a zero point: symmetric (none), one_sided (where one side is hardly used), asymmetric (all).
+        scales: fixed_point (eqs. 3 and 4) or power_of_two.
     """
 
     def __init__(
@@ -43,11 +45,13 @@ class Grid(nn.Module):
         headroom: float = 1.0,
         fixed: float | None = None,
         symmetry: str = "one_sided",
+        scales: str = "fixed_point",
     ):
         super().__init__()
         self.bits, self.frac_bits, self.channel_dim = bits, frac_bits, channel_dim
         self.spec, self.headroom, self.symmetry = RangeSpec.parse(spec), headroom, symmetry
         self.fixed = fixed
+        self.make_scale = SCALES[scales]
         self.pixels = False
         self.latent = False
         self.whole = True  # every value seen was a whole number
@@ -190,7 +194,7 @@ class Grid(nn.Module):
         signed_max, unsigned_max = float(int_range(self.bits)[1]), float(2**self.bits - 1)
         span = torch.where(shifted, (self.high - self.low).double() / unsigned_max,
                            torch.maximum(-self.low, self.high).double() / signed_max)  # fmt: skip
-        scale = fixed_point_scale(n * span, self.frac_bits)
+        scale = self.make_scale(n * span, self.frac_bits)
         with torch.no_grad():
             more = torch.ones((), device=self.low.device)  # steps, times those of an unsplit channel
             if self.split_steps is not None:
