@@ -55,7 +55,8 @@ def build_parser() -> ArgumentParser:
                        help="method: a name from reconstruction/presets/ or the path of a YAML file (default: licq)")
     group.add_argument("--loss", choices=options.LOSSES,
                        help="what a unit minimizes: error of its output (mse), the same weighted by sensitivity (fisher), the "
-                            "squared change of J (rd), J itself (rd_direct), divergence (kl) (default: the preset's; licq: rd)")
+                            "squared change of J (rd), J itself (rd_direct), divergence (kl), error of its stage's output (stage), of the "
+                            "codec's outputs (output) (default: the preset's; licq: rd)")
     group.add_argument("--unit", choices=options.UNITS, help="what is reconstructed at once (default: the preset's; licq: block)")
     group.add_argument("--iters", metavar="N", type=options.count, help="optimizer steps per unit (default: the preset's)")
     group.add_argument("--set", dest="knobs", metavar="KNOB=VALUE", type=options.assignment, action="append", default=[],

@@ -32,6 +32,7 @@ class QuantModule(nn.Module):
 
     kind = ""
     gives_latents = False  # its (first) output is y_hat or z_hat
+    gives_levels = False  # its output is on levels that are no multiples of a step
 
     def __init__(self, config: QuantConfig):
         super().__init__()
@@ -74,6 +75,8 @@ class QuantModule(nn.Module):
         output = runtime.wrap(output)
         if self.gives_latents:
             (output[0] if isinstance(output, tuple) else output).latent = True
+        elif self.gives_levels:
+            output.levels = True
         return output
 
     def wraps(self, index: int) -> bool:
@@ -109,7 +112,7 @@ class QuantModule(nn.Module):
             grid.thaw()
 
     def learnable(self) -> dict[str, list[nn.Parameter]]:
-        """What reconstruction may learn here, by knob: range_w, range_b, range_a, rounding, weight, bias."""
+        """What reconstruction may learn here, by knob: range_w, range_b, range_a, rounding, border, weight, bias."""
         return {}
 
 
@@ -201,6 +204,7 @@ class QuantMAC(QuantModule):
             symmetry=config.a_symmetry,
             scales=config.scales,
         )
+        self.input_grid.droppable = self.input_power == 1
         self.log_n_bias = nn.Parameter(torch.zeros(()), requires_grad=False)
         self.bias_change = nn.Parameter(torch.zeros(self.outputs), requires_grad=False)  # a learned correction
         self.register_buffer("weight_int", None)
@@ -399,6 +403,7 @@ class QuantMAC(QuantModule):
             knobs["weight"] = [self.module.weight]
         if self.config.a_bits != FLOAT_BITS and not self.input_grid.exact:
             knobs["range_a"] = [self.input_grid.log_n]
+            knobs["border"] = [] if self.input_grid.border is None else [self.input_grid.border]
         if self.module.bias is not None:
             knobs["bias"] = [self.bias_change]
             if self.config.bias_bits == 8:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from models.qvrf import VariableRate
+from quant.config import QuantConfig
 from quant.model import QuantModel
 from quant.rounding import ROUNDINGS
 from reconstruction.balance import balance_scales
@@ -17,6 +18,7 @@ from reconstruction.config import AWARE, PtqConfig, ReconstructionConfig
 from reconstruction.driver import Reconstruction
 from reconstruction.gptq import compensate_rounding, turned
 from reconstruction.objective import Objective
+from reconstruction.search import best_norm, measured_cost, search_ranges
 from reconstruction.sensitivity import measure_sensitivities, predicted_losses
 from reconstruction.split import split_channels
 from reconstruction.state import StateFolder, fingerprint, learned, restore
@@ -55,7 +57,7 @@ def quantize(
     Returns:
         A frozen `QuantModel`. Its `history` has J of the float codec (`j_float`), of the quantized one before and after
         (`j_start`, `j_end`), the same for each unit, what channel splitting added (`splitting`), the rise of J that rounding
-        noise still makes in each layer (`predicted`), seconds in all and `seconds_by_step` of this process, and the peak
+        noise still makes in each layer (`predicted`), what a search of ranges found (`search`), seconds in all and `seconds_by_step` of this process, and the peak
         memory of the process in MB.
 
     Raises:
@@ -72,14 +74,23 @@ def quantize(
     started = time.monotonic()
     identity = fingerprint(model, images, config.to_dict(), lmbda, metric)
     state = StateFolder(None if folder is None else Path(folder) / "units", identity, resume)
-    qmodel = QuantModel(model, config.quant).to(device)
     knobs = config.reconstruction
     images = images.to(device)
     measured, observed, batches = _batches(images, knobs)
     harder = stressed(images[: knobs.measured]).split(knobs.batch) if knobs.stress else ()
     clock = _Clock()
-    with progress_bar(total=len(observed) + len(harder), desc="observing ranges", unit="batch", enabled=progress, leave=False) as bar:
-        qmodel.observe(_counted(observed, bar), _counted(harder, bar))
+
+    def observing(quant: QuantConfig) -> QuantModel:
+        qmodel = QuantModel(model, quant).to(device)
+        with progress_bar(total=len(observed) + len(harder), desc="observing ranges", unit="batch", enabled=progress, leave=False) as bar:
+            qmodel.observe(_counted(observed, bar), _counted(harder, bar))
+        return qmodel
+
+    searched = None
+    quant = config.quant
+    if knobs.range_search == "powell":
+        quant, searched = best_norm(quant, lambda tried: measured_cost(observing(tried), measured, objective), state, progress)
+    qmodel = observing(quant)
     clock.lap("observing")
     sensitivities = measure_sensitivities(qmodel, measured, objective, knobs.seed, progress)
     aim = sensitivities if knobs.loss in AWARE else measure_sensitivities(qmodel, measured, None, knobs.seed, progress)
@@ -88,6 +99,9 @@ def quantize(
     if knobs.balance:
         balance_scales(qmodel, aim, knobs.balance, progress)
     clock.lap("splitting and balancing")
+    if searched is not None:
+        searched |= search_ranges(qmodel, measured, objective, knobs.search_evals, state, progress)
+        clock.lap("searching ranges")
     resumed = 0.0
     if knobs.round_init == "gptq" and ROUNDINGS[config.quant.rounding].starts_anywhere:
         shown = observed if len(images) >= knobs.observed else turned(observed)
@@ -97,7 +111,7 @@ def quantize(
         qmodel.quantize_nodes(True)
         timed = progress_bar(measured, desc="measuring J", unit="batch", enabled=progress, leave=False)
         j_start = torch.cat([objective(qmodel(batch), batch) for batch in timed]).double().mean()
-    history = {"j_start": float(j_start), "splitting": splitting}
+    history = {"j_start": float(j_start), "splitting": splitting, "search": searched}
     history |= Reconstruction(qmodel, batches, len(measured), config.reconstruction, objective, state, progress).run()
     clock.lap("learning")
     history["predicted"] = predicted_losses(qmodel, sensitivities)
