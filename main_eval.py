@@ -174,7 +174,7 @@ def evaluate_all(args: argparse.Namespace, files: list[Path]) -> int:
         arch=arch, preset=settings["preset"], loss=settings["reconstruction"].get("loss"),
         unit=settings["reconstruction"].get("unit"), w_bits=settings["quant"].get("w_bits"), a_bits=settings["quant"].get("a_bits"),
         dataset=dataset.name, images=len(dataset), points=points, warnings=warnings, metric=metric,
-        anchors=anchors_of(arch, dataset, metric, webp=not files, progress=not args.quiet),
+        anchors=anchors_of(arch, dataset, metric, progress=not args.quiet),
         config={**settings["quant"], **settings["reconstruction"], "metric": metric, "device": str(device)}
         | ({"calibration": common["calibration"]} if common else {}),
         **({"kept_in_float": coverage_lines(coverage), "left_alone": coverage["left_alone"]} if coverage else {}))
