@@ -54,7 +54,8 @@ def build_report(*, arch: str, preset: str | None, loss: str, unit: str, w_bits:
     `bd_rate_psnr` and `bd_rate_ms_ssim` (on the dB scale) are percent of rate of the quantized against the float
     codec, PCHIP, from two points on; `bd_rate_psnr_cubic` needs four. One that cannot be had is None, and
     `bd_rate_notes` says why under the same key. With a baseline in every point there are the same three with the
-    ending `_baseline`; where files were written, `bd_rate_psnr_files` holds their rates against the estimates; with anchors `anchor_bd_rate_psnr` holds the float and the quantized codec against each.
+    ending `_baseline`; where files were written, `bd_rate_psnr_files` holds their rates against the estimates; with anchors
+    `anchor_bd_rate_psnr` holds {anchor's name: {"fp32", "quant"}}, of the float and of the quantized codec against each.
 
     Args:
         points: from `make_point`; sorted by rate here.
