@@ -121,6 +121,8 @@ def evaluate(model: nn.Module, images: Dataset | str | Path | Sequence[Path | st
         device = parameter.device if parameter is not None else torch.device("cpu")
     else:
         model.to(device)
+    if codec is not None:
+        codec.settle_rate()
     started = time.monotonic()
     with _evaluating(model):
         results = [_evaluate_one(model, item, index, pad, device, codec)

@@ -15,6 +15,7 @@ from codec.coder import Coder
 from codec.container import MAGIC, Container
 from codec.plan import Plan
 from data.padding import pad_to_multiple
+from evaluation.evaluate import evaluate
 from frozen_codecs import frozen
 from integer.lowering import lower
 from models.registry import create_model, list_models
@@ -108,6 +109,16 @@ def test_a_file_says_its_rate(name):
         frozen(name).model.set_factor(gain)
         assert torch.equal(decoded, simulated(name, image))
     frozen(name).model.set_level(1)
+
+
+def test_an_evaluation_with_files_is_at_the_gain_that_files_state():
+    """A gain that lies between two of theirs gave other symbols in the network than in the file."""
+    codec = codec_of("qvrf-balle2018")
+    codec.model.model.set_factor(1.37 + 0.49 / 2**16)
+    x = images(1, 64, 64, 5)[0]
+    before = float(codec.model.model.rate)
+    report = evaluate(codec.model, [x], codec=codec, progress=False)
+    assert report.bpp_source == "bitstream" and float(codec.model.model.rate) == round(before * 2**16) / 2**16 != before
 
 
 @pytest.mark.parametrize("kind", [FactorizedPrior, JointAutoregressiveHierarchicalPriors])
