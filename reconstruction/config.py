@@ -172,6 +172,9 @@ class PtqConfig:
                 raise InputError(f"{path}: it builds on itself; name another preset as its base")
             base = cls.from_preset(name)
             knobs = {**base.quant.to_dict(), **base.reconstruction.to_dict(), **knobs}
+        low = knobs.pop("below_8_bits", {})  # knobs for weights of fewer bits
+        if overrides.get("w_bits", knobs.get("w_bits", QuantConfig.w_bits)) < 8:
+            knobs |= low
         knobs = {**knobs, **overrides}
         quant = {field.name for field in dataclasses.fields(QuantConfig)}
         reconstruction = {field.name for field in dataclasses.fields(ReconstructionConfig)}

@@ -40,6 +40,12 @@ def test_a_preset_may_build_on_another(tmp_path):
         PtqConfig.from_preset(str(tmp_path / "own.yaml"))
 
 
+def test_few_bits_may_have_knobs_of_their_own():
+    eight, four = (PtqConfig.from_preset("licq", w_bits=bits) for bits in (8, 4))
+    assert (eight.quant.w_range, four.quant.w_range) == ("max", "mse") and four.reconstruction.joint_iters > eight.reconstruction.joint_iters
+    assert PtqConfig.from_preset("licq", w_bits=4, joint_iters=7).reconstruction.joint_iters == 7
+
+
 def test_a_learned_border_is_lowered_and_kept(tmp_path):
     config = method(loss="mse", unit="layer", learn=("border",), lr_rounding=0.1, joint_iters=0)
     qmodel = quantize(codec("balle2018"), images(), config, lmbda=0.01, progress=False)
