@@ -295,8 +295,8 @@ CLONES static void store(const int32_t *restrict x, const Array *array, int64_t 
     }
 }
 
-void steps_on_tile(const Step *steps, int count, const Array *arrays, int32_t *first, int32_t *registers, int64_t size, int64_t pixel,
-                   int64_t step, int pixels, int channels) {
+static void steps_on_piece(const Step *steps, int count, const Array *arrays, int32_t *first, int32_t *registers, int64_t size, int64_t pixel,
+                           int64_t step, int pixels, int channels) {
     const int n = pixels * channels;
     for (const Step *s = steps; s < steps + count; s++) {
         int32_t *out = s->dst ? registers + (s->dst - 1) * size : first;
@@ -314,6 +314,15 @@ void steps_on_tile(const Step *steps, int count, const Array *arrays, int32_t *f
         default: simple(s, out, a, b, n);
         }
     }
+}
+
+void steps_on_tile(const Step *steps, int count, const Array *arrays, int32_t *first, int32_t *registers, int64_t size, int64_t pixel,
+                   int64_t step, int pixels, int channels) {
+    int piece = channels < PIECE_NUMBERS ? PIECE_NUMBERS / channels : 1;
+    if (piece > 8) piece -= piece % 8; /* whole vectors */
+    for (int done = 0; done < pixels; done += piece)
+        steps_on_piece(steps, count, arrays, first + (int64_t)done * channels, registers, size, pixel + done * step, step,
+                       pixels - done < piece ? pixels - done : piece, channels);
 }
 
 /* -------------------------------------------------------------------------------------------------------- products */

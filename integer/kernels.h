@@ -42,6 +42,7 @@ typedef struct {
 
 #define BLOCK 16  /* outputs that a microkernel makes at a time */
 #define GROUP 6   /* pixels, or tiles of pixels */
+#define PIECE_NUMBERS 576 /* that all steps are done on before the next: their registers stay in the first cache */
 #define TILE_NUMBERS 3072  /* that steps work on at a time: few registers of them stay in the cache next to the processor */
 
 /* The steps on `pixels` pixels from `pixel` on, `step` apart. Register 0 is `first`; the others are `registers`, `size` numbers each. */
