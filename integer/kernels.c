@@ -177,11 +177,44 @@ AVX2 static inline __m128i gdn4(__m128i x, __m128i norms, __m256d mantissa, __m2
     return _mm256_cvttpd_epi32(_mm256_add_pd(result, _mm256_or_pd(_mm256_and_pd(result, sign), below_half)));
 }
 
+/* `gdn_number` with a root, eight numbers, where float32 settles it; else `settled` is 0 somewhere and `gdn4` must say.
+ *
+ * `scale` is mantissa * 2^-shift, a float32 of 22 bits. In units of 2^-24, the relative errors are: of the norm as a float32 1/2 (halved by
+ * the root); of the processor's 1/sqrt, at most 1.5 * 2^-12, after Newton's step 1.5 * 1.5^2 < 3.4, of its four roundings 4; of up to three
+ * more products 3; and what the reference's own cuts move, 1/2 for the root of 26 bits and 1/2 for the factor (a mantissa of 10 bits or
+ * more is asked for). The sum is below 12, and `margin` is 16. So where a number with a margin around it lies between two halves, the
+ * reference rounds to the same; and where it was clipped to a limit below 2^16, the reference's is less than 1/2 inside the limit or beyond.
+ */
+AVX2 static inline __m256i gdn8(__m256i x, __m256i norms, __m256 scale, __m256i low, __m256i high, int inverse, int *settled) {
+    const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(INT32_MAX)), margin = _mm256_set1_ps(0x1p-20f);
+    const __m256 norm = _mm256_cvtepi32_ps(_mm256_max_epi32(norms, _mm256_set1_epi32(1)));
+    const __m256 guess = _mm256_rsqrt_ps(norm);
+    const __m256 half = _mm256_mul_ps(_mm256_mul_ps(guess, guess), _mm256_mul_ps(norm, _mm256_set1_ps(0.5f)));
+    __m256 root = _mm256_mul_ps(guess, _mm256_sub_ps(_mm256_set1_ps(1.5f), half)); /* its inverse */
+    if (inverse) root = _mm256_mul_ps(root, norm);
+    __m256 p = _mm256_mul_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(x), scale), root);
+    p = _mm256_min_ps(_mm256_max_ps(p, _mm256_cvtepi32_ps(low)), _mm256_cvtepi32_ps(high));
+    const __m256i nearest = _mm256_cvtps_epi32(p);
+    const __m256 rest = _mm256_and_ps(_mm256_sub_ps(p, _mm256_cvtepi32_ps(nearest)), magnitude);
+    const __m256 reach = _mm256_add_ps(rest, _mm256_mul_ps(_mm256_and_ps(p, magnitude), margin));
+    *settled = _mm256_movemask_ps(_mm256_cmp_ps(reach, _mm256_set1_ps(0.4999f), _CMP_LT_OQ)) == 0xff;
+    return nearest;
+}
+
 AVX2 static void gdn_avx2(int32_t *restrict out, const int32_t *restrict x, const int32_t *restrict norm, int n, const Step *s) {
     for (int start = 0; start < n; start += s->period) {
         const int count = n - start < s->period ? n - start : s->period;
         int i = 0;
         for (; i + 4 <= count; i += 4) {
+            for (; s->scale && i + 8 <= count; i += 8) {
+                int settled;
+                const __m256i q = gdn8(_mm256_loadu_si256((const __m256i *)(x + start + i)), _mm256_loadu_si256((const __m256i *)(norm + start + i)),
+                                       _mm256_loadu_ps(s->scale + i), _mm256_loadu_si256((const __m256i *)(s->low + i)),
+                                       _mm256_loadu_si256((const __m256i *)(s->high + i)), s->first, &settled);
+                if (!settled) break;
+                _mm256_storeu_si256((__m256i *)(out + start + i), q);
+            }
+            if (i + 4 > count) break;
             const __m256i shift = _mm256_cvtepi32_epi64(_mm_loadu_si128((const __m128i *)(s->table + i)));
             const __m256d low = _mm256_cvtepi32_pd(_mm_loadu_si128((const __m128i *)(s->low + i)));
             const __m256d high = _mm256_cvtepi32_pd(_mm_loadu_si128((const __m128i *)(s->high + i)));

@@ -38,6 +38,7 @@ typedef struct {
     const double *multiplier;
     const int32_t *low, *high, *factor;
     const int32_t *table;   /* TABLE; GDN: shift */
+    const float *scale;     /* GDN: mantissa * 2^-shift, or null where `gdn8` may not be used */
 } Step;
 
 #define BLOCK 16  /* outputs that a microkernel makes at a time */

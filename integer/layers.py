@@ -132,7 +132,8 @@ class GroupItem(Item):
             largest = self.owner.program.values[data[0]].range.largest, int(facts["low"].abs().max()), int(facts["high"].abs().max())
             quick = facts["algorithm"] == "gdn" and largest[0] <= 2**15 and max(largest) <= 2**24 and int(facts["shift"].abs().max()) < 512
             step.update(op=GDN, first=int(facts["inverse"]), last=int(facts["algorithm"] == "gdn"), quick=int(quick),
-                        **self._parameters(multiplier=facts["mantissa"].double(), table=facts["shift"], low=facts["low"], high=facts["high"]))  # fmt: skip
+                        **self._parameters(multiplier=facts["mantissa"].double(), table=facts["shift"], low=facts["low"], high=facts["high"],
+                                           **self._gdn_scale(facts, quick)))  # fmt: skip
         elif kind == "mask":
             step.update(op=PRODUCT, b=self._constant_array(steps, facts["mask"]))
         elif kind == "product" and len(data) == 1:
@@ -141,6 +142,14 @@ class GroupItem(Item):
         else:
             step["op"] = {"product": PRODUCT, "neg": NEG, "abs": ABS, "square": SQUARE}[kind]
         steps.append(step)
+
+    @staticmethod
+    def _gdn_scale(facts: Mapping[str, Any], quick: bool) -> dict[str, Tensor]:
+        """What `gdn8` in `kernels.c` multiplies by, where its proof holds and float32 neither overflows nor gets near its smallest numbers."""
+        mantissa, shift = facts["mantissa"], facts["shift"]
+        limits = max(int(facts[end].abs().max()) for end in ("low", "high"))
+        fits = quick and limits < 2**16 and 2**10 <= int(mantissa.min()) and int(mantissa.max()) <= 2**24 and int(shift.abs().max()) <= 60
+        return {"scale": multiplier_value(mantissa, shift).float()} if fits else {}
 
     def _is_per_channel(self, tensor: Tensor) -> bool:
         return varying_dim([tensor], len(self.group.shape)) in (-1, self.channel_dim)
@@ -152,7 +161,7 @@ class GroupItem(Item):
         period = 1 if alike and "table" not in tensors else self.channels * max(1, -(-64 // self.channels))
         pointers: dict[str, Any] = {"period": period}
         for name, part in tensors.items():
-            dtype = torch.float64 if name == "multiplier" else torch.int32
+            dtype = {"multiplier": torch.float64, "scale": torch.float32}.get(name, torch.int32)
             flat = part.to(dtype).reshape(-1)
             flat = flat.expand(period) if flat.numel() == 1 else flat.repeat(period // flat.numel())
             flat = flat.contiguous()
@@ -295,7 +304,8 @@ class GroupItem(Item):
         rows = x.movedim(channel_dim, -1)
         is_ready = rows.is_contiguous() and x.dtype == dtype
         behind = x.untyped_storage().nbytes() - (x.storage_offset() + x.numel()) * x.element_size()
-        if is_ready and (rows.shape[-1] * x.element_size() % 4 == 0 or behind >= 4):
+        row = rows.shape[-1] * x.element_size()  # the direct kernel reads four bytes at a time, Winograd's at least 32
+        if is_ready and behind >= (max(32 - row, 0) if isinstance(self.jobs[0], Winograd) else -row % 4):
             return x
         flat = torch.empty(rows.numel() + SLACK, dtype=dtype)[: rows.numel()].view(rows.shape)
         flat.copy_(rows)

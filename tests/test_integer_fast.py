@@ -11,7 +11,7 @@ from integer.execution import executable, usable
 from integer.fast import FastProgram
 from integer.groups import Group
 from integer.items import nudged
-from integer.layers import pack
+from integer.layers import GroupItem, pack
 from integer.library import library
 from integer.lowering import lower
 from integer.passes import optimize
@@ -114,6 +114,7 @@ def test_products_of_the_largest_numbers(kind, kernel, stride, shape, numbers):
     ("conv", 5, 2, (2, 40, 13, 22), 48), ("conv", 5, 2, (1, 3, 32, 31), 20), ("conv", 5, 2, (2, 4, 12, 13), 17), ("conv", 3, 1, (1, 7, 8, 7), 36), ("conv", 5, 2, (2, 70, 8, 23), 37),
     ("conv", 5, 2, (1, 110, 13, 15), 16), ("conv", 3, 2, (1, 17, 16, 15), 33),
     ("deconv", 5, 2, (2, 100, 7, 5), 32), ("deconv", 5, 2, (1, 21, 8, 9), 3), ("deconv", 5, 2, (1, 18, 4, 4), 21), ("deconv", 3, 2, (1, 50, 8, 7), 16),
+    ("conv", 3, 1, (1, 18, 26, 39), 18), ("conv", 5, 2, (2, 3, 66, 70), 36), ("conv", 3, 2, (1, 4, 60, 50), 8), ("conv", 3, 1, (1, 5, 23, 37), 7), ("deconv", 5, 2, (1, 21, 18, 23), 6),
 ])  # fmt: skip
 @pytest.mark.parametrize("threads", [1, 3])
 def test_winograd_of_the_largest_sums(kind, kernel, stride, shape, outputs, threads):
@@ -209,6 +210,29 @@ def test_gdn_of_the_largest_numbers(inverse, algorithm):
     norms[:, :, 0] = torch.arange(31) ** 2
     norms[:, :, 1] = 2**31 - 1
     assert_same(program, FastProgram(program), {"x": extremes(shape, -32767, 32767).to(torch.int16), "norm": norms.to(torch.int32)})
+
+
+@needs_kernels
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("exponent", range(-22, 23, 3))
+def test_gdn_at_and_next_to_halves(inverse, exponent):
+    """Norms that are powers of four and their neighbours, gains that are powers of two and next to them: halves, where they are in reach."""
+    program = Program()
+    x_shape = (1, 8, 64, 48)
+    x = program.input("x", x_shape, Range(-32767, 32767))
+    norm = program.input("norm", x_shape, Range(0, 2**31 - 1))
+    mantissa = torch.tensor([2**21, 2**21, 2**21 + 1, 2**22 - 1, 2**21 + 2**20, 2**21, 3 * 2**20 + 1, 2**21 + 2**11]).reshape(1, 8, 1, 1)
+    shift = torch.full_like(mantissa, 21 + exponent)
+    ends = {"low": torch.tensor([-32768, -127, -9, 0] * 2).reshape(1, 8, 1, 1), "high": torch.tensor([32767, 127, 9, 255] * 2).reshape(1, 8, 1, 1)}
+    out = program.add("gdn", (x, norm), x_shape, Range(-32768, 32767), mantissa=mantissa, shift=shift, inverse=inverse, algorithm="gdn", **ends)
+    program.outputs["out"] = out
+    assert GroupItem._gdn_scale(program.operations[-1].facts, True)
+    draw = torch.Generator().manual_seed(5)
+    norms = (4 ** (torch.arange(48) % 16))[None] + torch.tensor([-1, 0, 1, 2])[:, None].repeat(16, 1)
+    numbers = torch.randint(-32767, 32768, x_shape, generator=draw)
+    small = torch.rand(x_shape, generator=draw) < 0.5
+    numbers = torch.where(small, numbers % 129 - 64, numbers)
+    assert_same(program, FastProgram(program), {"x": numbers.to(torch.int16), "norm": norms.clamp(0, 2**31 - 1).expand(x_shape).to(torch.int32)})
 
 
 def test_packed_weights_are_in_the_kernels_order():
