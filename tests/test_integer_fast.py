@@ -235,6 +235,30 @@ def test_gdn_at_and_next_to_halves(inverse, exponent):
     assert_same(program, FastProgram(program), {"x": numbers.to(torch.int16), "norm": norms.clamp(0, 2**31 - 1).expand(x_shape).to(torch.int32)})
 
 
+@needs_kernels
+@pytest.mark.parametrize("inverse", [False, True])
+def test_gdn_where_the_gain_brings_it_as_near_to_a_half_as_it_can(inverse):
+    program = Program()
+    shape = (1, 8192, 4, 8)
+    x, norm = program.input("x", shape, Range(-32767, 32767)), program.input("norm", shape, Range(0, 2**31 - 1))
+    draw = torch.Generator().manual_seed(6)
+
+    def random(low, high):  # evenly in the logarithm
+        return (low * (high / low) ** torch.rand(1, shape[1], 1, 1, generator=draw, dtype=torch.float64)).floor()
+
+    number, root, wanted = random(1, 32768), random(1, 2**31).sqrt(), random(1, 32768) + 0.5
+    gain = wanted / number * (1 / root if inverse else root)
+    shift = 21 - gain.log2().floor().long()
+    mantissa = (gain * torch.exp2(shift.double())).round().long()
+    ends = {"low": torch.full_like(mantissa, -32767), "high": torch.full_like(mantissa, 32767)}
+    out = program.add("gdn", (x, norm), shape, Range(-32767, 32767), mantissa=mantissa, shift=shift, inverse=inverse, algorithm="gdn", **ends)
+    program.outputs["out"] = out
+    assert GroupItem._gdn_scale(program.operations[-1].facts, True)
+    numbers = (number.long() * torch.tensor([1, -1, 1, -1])[:, None]).expand(shape)
+    norms = (root.square().round().long() + torch.arange(-4, 4)).expand(shape).clamp(0, 2**31 - 1)
+    assert_same(program, FastProgram(program), {"x": numbers.to(torch.int16), "norm": norms.to(torch.int32)})
+
+
 def test_packed_weights_are_in_the_kernels_order():
     weight = torch.arange(17 * 2 * 3).reshape(17, 2, 3)
     packed = pack(weight, torch.int16)
