@@ -158,7 +158,7 @@ class GroupItem(Item):
         """Pointers to parameters as long as the longest, repeated so that loops over them are not short; and their `period`."""
         tensors = {name: torch.as_tensor(part) for name, part in parts.items()}
         alike = all(part.numel() == 1 for part in tensors.values())
-        period = 1 if alike and "table" not in tensors else self.channels * max(1, -(-64 // self.channels))
+        period = 1 if alike and "table" not in tensors else self.channels * max(1, -(-256 // self.channels))
         pointers: dict[str, Any] = {"period": period}
         for name, part in tensors.items():
             dtype = {"multiplier": torch.float64, "scale": torch.float32}.get(name, torch.int32)
