@@ -377,31 +377,36 @@ typedef struct {
     int32_t threads;
 } Product;
 
-/* acc[p][0..15] = bias + sum over taps and inputs; x[tap * GROUP + p]: where pixel p's inputs of a tap begin */
+/* acc[p][0..15] = bias + sum over taps and inputs; x[tap * GROUP + p]: where pixel p's inputs of a tap begin. A row of acc may be shorter
+ * than 16: pixels are written in their order. */
 typedef void Micro(const char *const *x, int taps, int inputs, const char *weights, const int32_t *bias, int32_t *acc, int64_t row);
 
 static void micro_s16(const char *const *x, int taps, int inputs, const char *weights, const int32_t *bias, int32_t *acc, int64_t row) {
     const int16_t *w = (const int16_t *)weights;
-    for (int p = 0; p < GROUP; p++) memcpy(acc + p * row, bias, BLOCK * 4);
+    int32_t sums[GROUP][BLOCK];
+    for (int p = 0; p < GROUP; p++) memcpy(sums[p], bias, sizeof sums[p]);
     for (int tap = 0; tap < taps; tap++, x += GROUP)
         for (int i = 0; i < inputs; i += 2, w += 2 * BLOCK)
             for (int p = 0; p < GROUP; p++) {
                 const int16_t *from = (const int16_t *)x[p] + i;
                 const int32_t first = from[0], second = from[1];
-                for (int o = 0; o < BLOCK; o++) acc[p * row + o] += first * w[2 * o] + second * w[2 * o + 1];
+                for (int o = 0; o < BLOCK; o++) sums[p][o] += first * w[2 * o] + second * w[2 * o + 1];
             }
+    for (int p = 0; p < GROUP; p++) memcpy(acc + p * row, sums[p], sizeof sums[p]);
 }
 
 static void micro_u8(const char *const *x, int taps, int inputs, const char *weights, const int32_t *bias, int32_t *acc, int64_t row) {
     const int8_t *w = (const int8_t *)weights;
-    for (int p = 0; p < GROUP; p++) memcpy(acc + p * row, bias, BLOCK * 4);
+    int32_t sums[GROUP][BLOCK];
+    for (int p = 0; p < GROUP; p++) memcpy(sums[p], bias, sizeof sums[p]);
     for (int tap = 0; tap < taps; tap++, x += GROUP)
         for (int i = 0; i < inputs; i += 4, w += 4 * BLOCK)
             for (int p = 0; p < GROUP; p++) {
                 const uint8_t *from = (const uint8_t *)x[p] + i;
                 for (int o = 0; o < BLOCK; o++)
-                    for (int j = 0; j < 4; j++) acc[p * row + o] += (int32_t)from[j] * w[4 * o + j];
+                    for (int j = 0; j < 4; j++) sums[p][o] += (int32_t)from[j] * w[4 * o + j];
             }
+    for (int p = 0; p < GROUP; p++) memcpy(acc + p * row, sums[p], sizeof sums[p]);
 }
 
 #if X86
@@ -479,19 +484,18 @@ static Micro *micro_for(int type) {
 int products(const Product *job, const Step *steps, int step_count, const Array *arrays, int register_count) {
     Micro *micro = micro_for(job->type);
     const int outputs = job->outputs, blocks = (outputs + BLOCK - 1) / BLOCK;
-    const int64_t row = (int64_t)blocks * BLOCK;
-    int tile = (int)(TILE_NUMBERS / row) / GROUP * GROUP;
+    int tile = TILE_NUMBERS / (blocks * BLOCK) / GROUP * GROUP;
     if (tile < GROUP) tile = GROUP;
     if (tile > job->columns + GROUP - 1) tile = (job->columns + GROUP - 1) / GROUP * GROUP;
     const int size = SIZE[job->type], pack = 4 / size;
     const int groups = (job->inputs + pack - 1) / pack;
     const int64_t block_bytes = (int64_t)job->count * groups * 4 * BLOCK;
     const int64_t lines = (int64_t)job->batch * job->rows;
-    const int64_t register_size = tile * row;
+    const int64_t register_size = (int64_t)tile * outputs + BLOCK;
     int failed = 0;
 #pragma omp parallel num_threads(job->threads)
     {
-        int32_t *registers = malloc(sizeof(int32_t) * register_size * (register_count + 1));
+        int32_t *registers = malloc(sizeof(int32_t) * register_size * register_count);
         const char **places = malloc(sizeof(char *) * job->count * tile);
         if (!registers || !places) failed = 1;
 #pragma omp for schedule(dynamic, 1)
@@ -499,7 +503,6 @@ int products(const Product *job, const Step *steps, int step_count, const Array 
             if (failed) continue;
             const int64_t image = line / job->rows;
             const int i = (int)(line % job->rows);
-            int32_t *acc = row == outputs ? registers : registers + register_count * register_size;
             for (int j = 0; j < job->columns; j += tile) {
                 const int pixels = job->columns - j < tile ? job->columns - j : tile;
                 const int padded = (pixels + GROUP - 1) / GROUP * GROUP;
@@ -513,12 +516,11 @@ int products(const Product *job, const Step *steps, int step_count, const Array 
                             places[(g / GROUP * job->count + tap) * GROUP + p] =
                                 inside ? job->x + ((image * job->height + y) * job->width + x) * job->inputs * size : job->border;
                         }
-                for (int block = 0; block < blocks; block++)
+                /* last to first: what the last block of a pixel writes beyond it, the first of the next pixel writes over */
+                for (int block = blocks - 1; block >= 0; block--)
                     for (int g = 0; g < padded; g += GROUP)
                         micro(places + (int64_t)g * job->count, job->count, job->inputs, job->weights + block * block_bytes,
-                              job->bias + block * BLOCK, acc + g * row + block * BLOCK, row);
-                if (row != outputs)
-                    for (int p = 0; p < pixels; p++) memcpy(registers + (int64_t)p * outputs, acc + p * row, sizeof(int32_t) * outputs);
+                              job->bias + block * BLOCK, registers + (int64_t)g * outputs + block * BLOCK, outputs);
                 const int64_t pixel = (image * job->all_rows + (int64_t)i * job->spread + job->first_row) * job->all_columns +
                                       (int64_t)j * job->spread + job->first_column;
                 steps_on_tile(steps, step_count, arrays, registers, registers + register_size, register_size, pixel, job->spread, pixels, outputs);
