@@ -131,7 +131,7 @@ def _readers(plan: list[Group | Operation], program: Program) -> dict[int, list[
     """Which entries of the plan read each value that is stored."""
     readers: dict[int, list[Group | Operation]] = {number: [] for number in program.outputs.values()}
     for entry in plan:
-        operations = ([entry.root] if entry.root else []) + entry.operations if isinstance(entry, Group) else [entry]
+        operations = entry.members if isinstance(entry, Group) else [entry]
         own = {number for operation in operations for number in operation.outputs} if isinstance(entry, Group) else set()
         for operation in operations:
             for number in operation.inputs:

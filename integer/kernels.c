@@ -328,6 +328,16 @@ CLONES static void store(const int32_t *restrict x, const Array *array, int64_t 
     }
 }
 
+/* A pixel shuffle: the channels of a pixel are those of side * side pixels, row by row. */
+static void store_shuffled(const int32_t *x, const Array *array, int64_t pixel, int pixels, int channels, int side, int columns) {
+    const int run = channels / side; /* of a row of the square */
+    for (int p = 0; p < pixels; p++)
+        for (int a = 0; a < side; a++) {
+            const int64_t row = (pixel + p) / columns * side + a;
+            store(x + (int64_t)p * channels + a * run, array, row * columns + (pixel + p) % columns, 1, 1, run);
+        }
+}
+
 static void steps_on_piece(const Step *steps, int count, const Array *arrays, int32_t *first, int32_t *registers, int64_t size, int64_t pixel,
                            int64_t step, int pixels, int channels) {
     const int n = pixels * channels;
@@ -336,7 +346,10 @@ static void steps_on_piece(const Step *steps, int count, const Array *arrays, in
         const int32_t *a = s->a ? registers + (s->a - 1) * size : first, *b = s->b ? registers + (s->b - 1) * size : first;
         switch (s->op) {
         case LOAD: load(out, &arrays[s->b], pixel, step, pixels, channels); break;
-        case STORE: store(a, &arrays[s->b], pixel, step, pixels, channels); break;
+        case STORE:
+            if (s->first) store_shuffled(a, &arrays[s->b], pixel, pixels, channels, s->first, s->last);
+            else store(a, &arrays[s->b], pixel, step, pixels, channels);
+            break;
         case RESCALE: rescale(out, a, n, s); break;
         case GDN:
 #if X86

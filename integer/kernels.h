@@ -33,7 +33,8 @@ enum { LOAD, STORE, RESCALE, ADD, PRODUCT, NEG, ABS, SQUARE, CLAMP, LEAKY, TABLE
 typedef struct {
     int32_t op, dst, a, b;  /* registers; LOAD and STORE: b is the array */
     int32_t period;         /* length of the parameter arrays, a multiple of the channels, or 1 */
-    int32_t first, last;    /* TABLE: of the first entry, number of entries - 1; GDN: inverse, algorithm */
+    int32_t first, last;    /* TABLE: of the first entry, number of entries - 1; GDN: inverse, algorithm;
+                             * STORE: side of the square of pixels that a pixel's channels are, or 0, and pixels in a row */
     int32_t quick;          /* RESCALE, LEAKY: the multiplier is nudged (`nudged` in integer/fast.py); GDN: `gdn4` has room for it */
     const double *multiplier;
     const int32_t *low, *high, *factor;

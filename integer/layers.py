@@ -2,12 +2,13 @@
 
 import ctypes
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from integer.groups import Group, varying_dim
+from integer.groups import Group, shuffled_channels, varying_dim
 from integer.items import Item, nudged
 from integer.library import (
     ABS, ADD, ADDC, CLAMP, GDN, LEAKY, LOAD, NEG, PRODUCT, RESCALE, SLACK, SQUARE, STORE, TABLE, TYPES, Array, Product, Step, Winograd, library,
@@ -25,13 +26,16 @@ class GroupItem(Item):
 
     def __init__(self, owner: "FastProgram", group: Group):
         self.owner, self.group = owner, group
-        own = {number for operation in group.operations for number in operation.outputs}
+        own = {number for operation in group.members for number in operation.outputs}
         root = group.root
-        if root is not None:
-            own.add(root.outputs[0])
         ndim = len(group.shape)
         self.channel_dim = ndim - 1 if group.channel_dim is None else group.channel_dim
         self.channels = group.shape[self.channel_dim]
+        self.order: Tensor | None = None  # of the channels, if another one
+        if group.shuffle is not None:
+            self.order = shuffled_channels(self.channels, group.shuffle.facts["arguments"][1])
+            facts = {name: part if part is None else part[self.order] for name, part in root.facts.items() if name in ("weight", "bias")}
+            root = replace(root, facts={**root.facts, **facts})
         self.writes = tuple(number for number in own if number in owner.readers)
         outside = [n for op in group.operations for n in op.inputs if n not in own and n not in owner.constants]
         self.loads = tuple(dict.fromkeys(outside))
@@ -62,8 +66,12 @@ class GroupItem(Item):
             return self.registers - 1
 
         def write(number: int) -> None:
+            step = {"op": STORE, "a": register[number]}
+            if group.shuffle is not None and number == group.shuffle.inputs[0]:
+                step.update(first=group.shuffle.facts["arguments"][1], last=group.shape[3])
+                number = group.shuffle.outputs[0]
             if number in self.writes:
-                steps.append({"op": STORE, "a": register[number], "b": len(self.loads) + self.writes.index(number)})
+                steps.append({**step, "b": len(self.loads) + self.writes.index(number)})
 
         if group.root is not None:
             register[group.root.outputs[0]] = take()
@@ -163,6 +171,7 @@ class GroupItem(Item):
         for name, part in tensors.items():
             dtype = {"multiplier": torch.float64, "scale": torch.float32}.get(name, torch.int32)
             flat = part.to(dtype).reshape(-1)
+            flat = flat[self.order] if self.order is not None and flat.numel() > 1 else flat
             flat = flat.expand(period) if flat.numel() == 1 else flat.repeat(period // flat.numel())
             flat = flat.contiguous()
             self._kept.append(flat)
@@ -185,7 +194,7 @@ class GroupItem(Item):
         return tensor.movedim(self.channel_dim, -1).contiguous().movedim(-1, self.channel_dim)
 
     def _new(self, number: int) -> Tensor:
-        shape = [*self.group.shape]
+        shape = [*self.owner.program.values[number].shape]
         moved = [*shape[: self.channel_dim], *shape[self.channel_dim + 1 :], shape[self.channel_dim]]
         return self.owner.new(number, int(torch.Size(moved).numel())).view(moved).movedim(-1, self.channel_dim)
 

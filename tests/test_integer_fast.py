@@ -13,7 +13,7 @@ from integer.groups import Group
 from integer.items import nudged
 from integer.layers import GroupItem, pack
 from integer.library import library
-from integer.lowering import lower
+from integer.lowering import Input, lower
 from integer.passes import optimize
 from integer.program import Program, Range
 from integer.reference import run
@@ -167,6 +167,28 @@ def test_requantization_rounds_halves_away_from_zero(per_channel, largest, limit
     numbers = extremes((1, channels, 40, 51), -largest, largest)
     numbers[:, :, :20] = extremes((1, channels, 20, 51), -(2**17), 2**17)  # and ties, which the powers of two make
     assert_same(program, FastProgram(program), {"x": numbers.to(torch.int32)})
+
+
+@needs_kernels
+@pytest.mark.parametrize("read", ["shuffled", "both"])
+@pytest.mark.parametrize(("channels", "side", "kernel"), [(5, 2, 3), (16, 2, 3), (3, 3, 1), (1, 2, 5)])
+def test_shuffled_pixels_are_stored_as_the_reference_has_them(channels, side, kernel, read):
+    program = Program()
+    batch, inputs, height, width, outputs = 2, 7, 13, 21, channels * side**2
+    x = program.input("x", (batch, inputs, height, width), Range(-127, 127))
+    weight, bias = extremes((outputs, inputs, kernel, kernel), -127, 127, seed=1).to(torch.int8), extremes((outputs,), -(2**16), 2**16, seed=2)
+    facts = {"stride": (1, 1), "padding": (kernel // 2,) * 2, "dilation": (1, 1), "groups": 1}
+    shape = (batch, outputs, height, width)
+    sums = program.add("conv", (x,), shape, Range(-(2**22), 2**22), weight=weight, bias=bias, bound=2**22, **facts)
+    multipliers = torch.exp2(-torch.arange(outputs, dtype=torch.float64) % 7 - 9)
+    mantissa, shift = (part.reshape(1, -1, 1, 1) for part in quantize_multiplier(multipliers))
+    ends = {"low": torch.arange(outputs).reshape(1, -1, 1, 1) - 120, "high": torch.tensor(110)}
+    small = program.add("rescale", (sums,), shape, Range(-120, 110), mantissa=mantissa, shift=shift, refinement=torch.tensor(1), **ends)
+    out = program.add("layout", (small,), (batch, channels, height * side, width * side), Range(-120, 110), name="pixel_shuffle", arguments=(Input(0), side), options={})
+    program.outputs.update({"out": out} if read == "shuffled" else {"out": out, "small": small})
+    fast = FastProgram(program, 2)
+    assert [entry.shuffle is not None for entry in fast.plan if isinstance(entry, Group)] == [read == "shuffled"]
+    assert_same(program, fast, {"x": extremes((batch, inputs, height, width), -127, 127, seed=3).to(torch.int8)})
 
 
 def test_nudged_multipliers_make_no_ties_and_move_no_product_over_one():
