@@ -189,14 +189,8 @@ class GroupItem(Item):
 
     def _physical(self, tensor: Tensor) -> Tensor:
         """The tensor with its channels contiguous in memory; its shape stays."""
-        if self.channel_dim == tensor.ndim - 1:
-            return tensor.contiguous()
-        return tensor.movedim(self.channel_dim, -1).contiguous().movedim(-1, self.channel_dim)
-
-    def _new(self, number: int) -> Tensor:
-        shape = [*self.owner.program.values[number].shape]
-        moved = [*shape[: self.channel_dim], *shape[self.channel_dim + 1 :], shape[self.channel_dim]]
-        return self.owner.new(number, int(torch.Size(moved).numel())).view(moved).movedim(-1, self.channel_dim)
+        rows = tensor.movedim(self.channel_dim, -1)
+        return tensor if rows.is_contiguous() else rows.contiguous().movedim(-1, self.channel_dim)
 
     # ---------------------------------------------------------------------------------------------------------- products
 
@@ -284,7 +278,7 @@ class GroupItem(Item):
             if number is None:
                 tensor, offset = self.fixed[place], 0
             elif number in self.writes and place >= len(self.loads):
-                tensor, offset = self._new(number), owner.storage[number][1]
+                tensor, offset = owner.new(number, owner.program.values[number].shape, self.channel_dim), owner.storage[number][1]
                 values[number] = tensor
             else:
                 tensor, offset = self._physical(values[number]), owner.storage[number][1]
@@ -312,9 +306,9 @@ class GroupItem(Item):
         channel_dim = 1 if self.group.root.kind != "linear" else x.ndim - 1
         rows = x.movedim(channel_dim, -1)
         is_ready = rows.is_contiguous() and x.dtype == dtype
-        behind = x.untyped_storage().nbytes() - (x.storage_offset() + x.numel()) * x.element_size()
         row = rows.shape[-1] * x.element_size()  # the direct kernel reads four bytes at a time, Winograd's at least 32
-        if is_ready and behind >= (max(32 - row, 0) if isinstance(self.jobs[0], Winograd) else -row % 4):
+        needed = max(32 - row, 0) if isinstance(self.jobs[0], Winograd) else -row % 4
+        if is_ready and (not needed or x.untyped_storage().nbytes() - (x.storage_offset() + x.numel()) * x.element_size() >= needed):
             return x
         flat = torch.empty(rows.numel() + SLACK, dtype=dtype)[: rows.numel()].view(rows.shape)
         flat.copy_(rows)
