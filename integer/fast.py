@@ -6,6 +6,7 @@ the accumulators are in the cache, and only what other groups read is stored. Ev
 reference does. Numbers are the reference's to the bit.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -43,6 +44,7 @@ class FastProgram:
         sizes = {number: int(torch.Size(program.values[number].shape).numel()) * dtype.itemsize for number, (dtype, _) in self.storage.items()}
         self.slots = _slots(self.items, set(program.outputs.values()), sizes)
         self.memory: dict[int, Tensor] = {}  # by slot
+        self.views: dict[tuple[int, tuple[int, ...], int], Tensor] = {}  # of the memory, see `new`
         self.keeps = False
 
     def _item(self, entry: Group | Operation) -> Item:
@@ -81,15 +83,29 @@ class FastProgram:
             return {number: tensor.to(torch.int64) - self.storage.get(number, (None, 0))[1] for number, tensor in values.items()}
         return {name: values[number].to(self.program.values[number].dtype) for name, number in self.program.outputs.items()}
 
-    def new(self, number: int, count: int) -> Tensor:
-        """Memory for a value, flat, with bytes behind it that kernels may read; in the next run the same, so that its pages are there."""
+    def new(self, number: int, shape: tuple[int, ...], channel_dim: int = -1) -> Tensor:
+        """Memory for a value, with bytes behind it that kernels may read; in the next run the same, so that its pages are there.
+
+        channel_dim: of the shape, the one whose numbers lie side by side.
+        """
+        slot = self.slots.get(number)
+        is_kept = slot is not None and not self.keeps
+        if is_kept and (number, shape, channel_dim) in self.views:
+            return self.views[number, shape, channel_dim]
         dtype, _ = self.storage[number]
-        size, slot = count * dtype.itemsize, self.slots.get(number)
-        if slot is None or self.keeps:
-            return torch.empty(size + SLACK, dtype=torch.uint8)[:size].view(dtype)
-        if slot not in self.memory or len(self.memory[slot]) < size + SLACK:
-            self.memory[slot] = torch.empty(size + SLACK, dtype=torch.uint8)
-        return self.memory[slot][:size].view(dtype)
+        size = math.prod(shape) * dtype.itemsize
+        memory = self.memory.get(slot) if is_kept else None
+        if memory is None or len(memory) < size + SLACK:
+            memory = torch.empty(size + SLACK, dtype=torch.uint8)
+            if is_kept:
+                self.memory[slot] = memory
+                self.views = {key: view for key, view in self.views.items() if self.slots[key[0]] != slot}
+        rows = [*shape]
+        rows.append(rows.pop(channel_dim))
+        made = memory[:size].view(dtype).view(rows).movedim(-1, channel_dim)
+        if is_kept:
+            self.views[number, shape, channel_dim] = made
+        return made
 
 
 def _slots(items: list[Item], outputs: set[int], sizes: Mapping[int, int]) -> dict[int, int]:
@@ -131,7 +147,7 @@ def _readers(plan: list[Group | Operation], program: Program) -> dict[int, list[
     """Which entries of the plan read each value that is stored."""
     readers: dict[int, list[Group | Operation]] = {number: [] for number in program.outputs.values()}
     for entry in plan:
-        operations = ([entry.root] if entry.root else []) + entry.operations if isinstance(entry, Group) else [entry]
+        operations = entry.members if isinstance(entry, Group) else [entry]
         own = {number for operation in operations for number in operation.outputs} if isinstance(entry, Group) else set()
         for operation in operations:
             for number in operation.inputs:

@@ -14,13 +14,22 @@ _ELEMENTWISE = ("rescale", "add", "product", "neg", "abs", "square", "clamp", "l
 
 @dataclass
 class Group:
-    """Operations that run together. root: its multiply-accumulate operation, if any. channel_dim: of its values."""
+    """Operations that run together. root: its multiply-accumulate operation, if any. channel_dim: of its values.
+
+    shuffle: a pixel shuffle of the one value that others read, which is stored shuffled.
+    """
 
     position: int
     root: Operation | None
     shape: tuple[int, ...]
     channel_dim: int | None
     operations: list[Operation] = field(default_factory=list)
+    shuffle: Operation | None = None
+
+    @property
+    def members(self) -> list[Operation]:
+        """All operations, in their order."""
+        return [part for part in (self.root, *self.operations, self.shuffle) if part is not None]
 
 
 def fits(operation: Operation, program: Program) -> bool:
@@ -100,4 +109,33 @@ def groups_of(program: Program) -> list[Group | Operation]:
             position[number] = place if group is None else group.position
             if group is not None:
                 group_of[number] = group
-    return plan
+    return _with_shuffles(plan, program)
+
+
+def _with_shuffles(plan: list[Group | Operation], program: Program) -> list[Group | Operation]:
+    """The plan with the pixel shuffles of convolutions' results in their groups, where only the shuffled value is read by others.
+
+    The channels of such a group are computed in another order, so it has no other input and no constants but the parameters of channels.
+    """
+    readers: dict[int, list[Operation]] = {}
+    for operation in program.operations:
+        for number in operation.inputs:
+            readers.setdefault(number, []).append(operation)
+    maker = {number: entry for entry in plan if isinstance(entry, Group) for part in entry.members for number in part.outputs}
+    joined = []
+    for entry in plan:
+        group = maker.get(entry.inputs[0]) if isinstance(entry, Operation) and entry.kind == "layout" and entry.facts["name"] == "pixel_shuffle" else None
+        if group is None or group.root is None or group.root.kind != "conv" or group.channel_dim != 1 or group.shuffle is not None:
+            continue
+        own = {number for part in group.members for number in part.outputs}
+        inside = {*map(id, group.members), id(entry)}
+        alone = all(id(reader) in inside for number in own for reader in readers.get(number, ()))
+        if alone and own.isdisjoint(program.outputs.values()) and all(own.issuperset(part.inputs) for part in group.operations):
+            group.shuffle = entry
+            joined.append(id(entry))
+    return [entry for entry in plan if id(entry) not in joined]
+
+
+def shuffled_channels(channels: int, side: int) -> Tensor:
+    """The order in which the channels of a value must be computed so that a shuffled pixel's lie side by side."""
+    return torch.arange(channels).reshape(-1, side**2).T.flatten()

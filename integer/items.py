@@ -37,7 +37,7 @@ class Item:
 
     def new(self, shape: tuple[int, ...]) -> tuple[Tensor, int]:
         """A tensor for the one result, and the offset of its numbers."""
-        return self.owner.new(self.writes[0], int(torch.Size(shape).numel())).view(shape), self.owner.storage[self.writes[0]][1]
+        return self.owner.new(self.writes[0], shape), self.owner.storage[self.writes[0]][1]
 
 
 class SingleItem(Item):
@@ -68,14 +68,14 @@ class CopyItem(SingleItem):
         elif shuffled:  # with channels contiguous, as the kernels read them
             batch, _, height, width = x.shape
             side, channels = arguments[1], shape[1]
-            rows = self.owner.new(number, x.numel()).view(batch, height, side, width, side, channels)
+            rows = self.owner.new(number, (batch, height, side, width, side, channels))
             rows.copy_(x.movedim(1, -1).unflatten(-1, (channels, side, side)).permute(0, 1, 4, 2, 5, 3))
             values[number] = rows.view(batch, height * side, width * side, channels).movedim(-1, 1)
         else:
             try:
                 values[number] = x.view(shape)
             except RuntimeError:  # it takes a copy
-                values[number] = self.owner.new(number, x.numel()).view(x.shape).copy_(x).view(shape)
+                values[number] = self.owner.new(number, tuple(x.shape)).copy_(x).view(shape)
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

@@ -177,11 +177,44 @@ AVX2 static inline __m128i gdn4(__m128i x, __m128i norms, __m256d mantissa, __m2
     return _mm256_cvttpd_epi32(_mm256_add_pd(result, _mm256_or_pd(_mm256_and_pd(result, sign), below_half)));
 }
 
+/* `gdn_number` with a root, eight numbers, where float32 settles it; else `settled` is 0 somewhere and `gdn4` must say.
+ *
+ * `scale` is mantissa * 2^-shift, a float32 of 22 bits. In units of 2^-24, the relative errors are: of the norm as a float32 1/2 (halved by
+ * the root); of the processor's 1/sqrt, at most 1.5 * 2^-12, after Newton's step 1.5 * 1.5^2 < 3.4, of its four roundings 4; of up to three
+ * more products 3; and what the reference's own cuts move, 1/2 for the root of 26 bits and 1/2 for the factor (a mantissa of 10 bits or
+ * more is asked for). The sum is below 12, and `margin` is 16. So where a number with a margin around it lies between two halves, the
+ * reference rounds to the same; and where it was clipped to a limit below 2^16, the reference's is less than 1/2 inside the limit or beyond.
+ */
+AVX2 static inline __m256i gdn8(__m256i x, __m256i norms, __m256 scale, __m256i low, __m256i high, int inverse, int *settled) {
+    const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(INT32_MAX)), margin = _mm256_set1_ps(0x1p-20f);
+    const __m256 norm = _mm256_cvtepi32_ps(_mm256_max_epi32(norms, _mm256_set1_epi32(1)));
+    const __m256 guess = _mm256_rsqrt_ps(norm);
+    const __m256 half = _mm256_mul_ps(_mm256_mul_ps(guess, guess), _mm256_mul_ps(norm, _mm256_set1_ps(0.5f)));
+    __m256 root = _mm256_mul_ps(guess, _mm256_sub_ps(_mm256_set1_ps(1.5f), half)); /* its inverse */
+    if (inverse) root = _mm256_mul_ps(root, norm);
+    __m256 p = _mm256_mul_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(x), scale), root);
+    p = _mm256_min_ps(_mm256_max_ps(p, _mm256_cvtepi32_ps(low)), _mm256_cvtepi32_ps(high));
+    const __m256i nearest = _mm256_cvtps_epi32(p);
+    const __m256 rest = _mm256_and_ps(_mm256_sub_ps(p, _mm256_cvtepi32_ps(nearest)), magnitude);
+    const __m256 reach = _mm256_add_ps(rest, _mm256_mul_ps(_mm256_and_ps(p, magnitude), margin));
+    *settled = _mm256_movemask_ps(_mm256_cmp_ps(reach, _mm256_set1_ps(0.4999f), _CMP_LT_OQ)) == 0xff;
+    return nearest;
+}
+
 AVX2 static void gdn_avx2(int32_t *restrict out, const int32_t *restrict x, const int32_t *restrict norm, int n, const Step *s) {
     for (int start = 0; start < n; start += s->period) {
         const int count = n - start < s->period ? n - start : s->period;
         int i = 0;
         for (; i + 4 <= count; i += 4) {
+            for (; s->scale && i + 8 <= count; i += 8) {
+                int settled;
+                const __m256i q = gdn8(_mm256_loadu_si256((const __m256i *)(x + start + i)), _mm256_loadu_si256((const __m256i *)(norm + start + i)),
+                                       _mm256_loadu_ps(s->scale + i), _mm256_loadu_si256((const __m256i *)(s->low + i)),
+                                       _mm256_loadu_si256((const __m256i *)(s->high + i)), s->first, &settled);
+                if (!settled) break;
+                _mm256_storeu_si256((__m256i *)(out + start + i), q);
+            }
+            if (i + 4 > count) break;
             const __m256i shift = _mm256_cvtepi32_epi64(_mm_loadu_si128((const __m128i *)(s->table + i)));
             const __m256d low = _mm256_cvtepi32_pd(_mm_loadu_si128((const __m128i *)(s->low + i)));
             const __m256d high = _mm256_cvtepi32_pd(_mm_loadu_si128((const __m128i *)(s->high + i)));
@@ -295,15 +328,28 @@ CLONES static void store(const int32_t *restrict x, const Array *array, int64_t 
     }
 }
 
-void steps_on_tile(const Step *steps, int count, const Array *arrays, int32_t *first, int32_t *registers, int64_t size, int64_t pixel,
-                   int64_t step, int pixels, int channels) {
+/* A pixel shuffle: the channels of a pixel are those of side * side pixels, row by row. */
+static void store_shuffled(const int32_t *x, const Array *array, int64_t pixel, int pixels, int channels, int side, int columns) {
+    const int run = channels / side; /* of a row of the square */
+    for (int p = 0; p < pixels; p++)
+        for (int a = 0; a < side; a++) {
+            const int64_t row = (pixel + p) / columns * side + a;
+            store(x + (int64_t)p * channels + a * run, array, row * columns + (pixel + p) % columns, 1, 1, run);
+        }
+}
+
+static void steps_on_piece(const Step *steps, int count, const Array *arrays, int32_t *first, int32_t *registers, int64_t size, int64_t pixel,
+                           int64_t step, int pixels, int channels) {
     const int n = pixels * channels;
     for (const Step *s = steps; s < steps + count; s++) {
         int32_t *out = s->dst ? registers + (s->dst - 1) * size : first;
         const int32_t *a = s->a ? registers + (s->a - 1) * size : first, *b = s->b ? registers + (s->b - 1) * size : first;
         switch (s->op) {
         case LOAD: load(out, &arrays[s->b], pixel, step, pixels, channels); break;
-        case STORE: store(a, &arrays[s->b], pixel, step, pixels, channels); break;
+        case STORE:
+            if (s->first) store_shuffled(a, &arrays[s->b], pixel, pixels, channels, s->first, s->last);
+            else store(a, &arrays[s->b], pixel, step, pixels, channels);
+            break;
         case RESCALE: rescale(out, a, n, s); break;
         case GDN:
 #if X86
@@ -314,6 +360,15 @@ void steps_on_tile(const Step *steps, int count, const Array *arrays, int32_t *f
         default: simple(s, out, a, b, n);
         }
     }
+}
+
+void steps_on_tile(const Step *steps, int count, const Array *arrays, int32_t *first, int32_t *registers, int64_t size, int64_t pixel,
+                   int64_t step, int pixels, int channels) {
+    int piece = channels < PIECE_NUMBERS ? PIECE_NUMBERS / channels : 1;
+    if (piece > 8) piece -= piece % 8; /* whole vectors */
+    for (int done = 0; done < pixels; done += piece)
+        steps_on_piece(steps, count, arrays, first + (int64_t)done * channels, registers, size, pixel + done * step, step,
+                       pixels - done < piece ? pixels - done : piece, channels);
 }
 
 /* -------------------------------------------------------------------------------------------------------- products */
@@ -335,31 +390,36 @@ typedef struct {
     int32_t threads;
 } Product;
 
-/* acc[p][0..15] = bias + sum over taps and inputs; x[tap * GROUP + p]: where pixel p's inputs of a tap begin */
+/* acc[p][0..15] = bias + sum over taps and inputs; x[tap * GROUP + p]: where pixel p's inputs of a tap begin. A row of acc may be shorter
+ * than 16: pixels are written in their order. */
 typedef void Micro(const char *const *x, int taps, int inputs, const char *weights, const int32_t *bias, int32_t *acc, int64_t row);
 
 static void micro_s16(const char *const *x, int taps, int inputs, const char *weights, const int32_t *bias, int32_t *acc, int64_t row) {
     const int16_t *w = (const int16_t *)weights;
-    for (int p = 0; p < GROUP; p++) memcpy(acc + p * row, bias, BLOCK * 4);
+    int32_t sums[GROUP][BLOCK];
+    for (int p = 0; p < GROUP; p++) memcpy(sums[p], bias, sizeof sums[p]);
     for (int tap = 0; tap < taps; tap++, x += GROUP)
         for (int i = 0; i < inputs; i += 2, w += 2 * BLOCK)
             for (int p = 0; p < GROUP; p++) {
                 const int16_t *from = (const int16_t *)x[p] + i;
                 const int32_t first = from[0], second = from[1];
-                for (int o = 0; o < BLOCK; o++) acc[p * row + o] += first * w[2 * o] + second * w[2 * o + 1];
+                for (int o = 0; o < BLOCK; o++) sums[p][o] += first * w[2 * o] + second * w[2 * o + 1];
             }
+    for (int p = 0; p < GROUP; p++) memcpy(acc + p * row, sums[p], sizeof sums[p]);
 }
 
 static void micro_u8(const char *const *x, int taps, int inputs, const char *weights, const int32_t *bias, int32_t *acc, int64_t row) {
     const int8_t *w = (const int8_t *)weights;
-    for (int p = 0; p < GROUP; p++) memcpy(acc + p * row, bias, BLOCK * 4);
+    int32_t sums[GROUP][BLOCK];
+    for (int p = 0; p < GROUP; p++) memcpy(sums[p], bias, sizeof sums[p]);
     for (int tap = 0; tap < taps; tap++, x += GROUP)
         for (int i = 0; i < inputs; i += 4, w += 4 * BLOCK)
             for (int p = 0; p < GROUP; p++) {
                 const uint8_t *from = (const uint8_t *)x[p] + i;
                 for (int o = 0; o < BLOCK; o++)
-                    for (int j = 0; j < 4; j++) acc[p * row + o] += (int32_t)from[j] * w[4 * o + j];
+                    for (int j = 0; j < 4; j++) sums[p][o] += (int32_t)from[j] * w[4 * o + j];
             }
+    for (int p = 0; p < GROUP; p++) memcpy(acc + p * row, sums[p], sizeof sums[p]);
 }
 
 #if X86
@@ -437,19 +497,18 @@ static Micro *micro_for(int type) {
 int products(const Product *job, const Step *steps, int step_count, const Array *arrays, int register_count) {
     Micro *micro = micro_for(job->type);
     const int outputs = job->outputs, blocks = (outputs + BLOCK - 1) / BLOCK;
-    const int64_t row = (int64_t)blocks * BLOCK;
-    int tile = (int)(TILE_NUMBERS / row) / GROUP * GROUP;
+    int tile = TILE_NUMBERS / (blocks * BLOCK) / GROUP * GROUP;
     if (tile < GROUP) tile = GROUP;
     if (tile > job->columns + GROUP - 1) tile = (job->columns + GROUP - 1) / GROUP * GROUP;
     const int size = SIZE[job->type], pack = 4 / size;
     const int groups = (job->inputs + pack - 1) / pack;
     const int64_t block_bytes = (int64_t)job->count * groups * 4 * BLOCK;
     const int64_t lines = (int64_t)job->batch * job->rows;
-    const int64_t register_size = tile * row;
+    const int64_t register_size = (int64_t)tile * outputs + BLOCK;
     int failed = 0;
 #pragma omp parallel num_threads(job->threads)
     {
-        int32_t *registers = malloc(sizeof(int32_t) * register_size * (register_count + 1));
+        int32_t *registers = malloc(sizeof(int32_t) * register_size * register_count);
         const char **places = malloc(sizeof(char *) * job->count * tile);
         if (!registers || !places) failed = 1;
 #pragma omp for schedule(dynamic, 1)
@@ -457,7 +516,6 @@ int products(const Product *job, const Step *steps, int step_count, const Array 
             if (failed) continue;
             const int64_t image = line / job->rows;
             const int i = (int)(line % job->rows);
-            int32_t *acc = row == outputs ? registers : registers + register_count * register_size;
             for (int j = 0; j < job->columns; j += tile) {
                 const int pixels = job->columns - j < tile ? job->columns - j : tile;
                 const int padded = (pixels + GROUP - 1) / GROUP * GROUP;
@@ -471,12 +529,11 @@ int products(const Product *job, const Step *steps, int step_count, const Array 
                             places[(g / GROUP * job->count + tap) * GROUP + p] =
                                 inside ? job->x + ((image * job->height + y) * job->width + x) * job->inputs * size : job->border;
                         }
-                for (int block = 0; block < blocks; block++)
+                /* last to first: what the last block of a pixel writes beyond it, the first of the next pixel writes over */
+                for (int block = blocks - 1; block >= 0; block--)
                     for (int g = 0; g < padded; g += GROUP)
                         micro(places + (int64_t)g * job->count, job->count, job->inputs, job->weights + block * block_bytes,
-                              job->bias + block * BLOCK, acc + g * row + block * BLOCK, row);
-                if (row != outputs)
-                    for (int p = 0; p < pixels; p++) memcpy(registers + (int64_t)p * outputs, acc + p * row, sizeof(int32_t) * outputs);
+                              job->bias + block * BLOCK, registers + (int64_t)g * outputs + block * BLOCK, outputs);
                 const int64_t pixel = (image * job->all_rows + (int64_t)i * job->spread + job->first_row) * job->all_columns +
                                       (int64_t)j * job->spread + job->first_column;
                 steps_on_tile(steps, step_count, arrays, registers, registers + register_size, register_size, pixel, job->spread, pixels, outputs);

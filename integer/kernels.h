@@ -33,15 +33,18 @@ enum { LOAD, STORE, RESCALE, ADD, PRODUCT, NEG, ABS, SQUARE, CLAMP, LEAKY, TABLE
 typedef struct {
     int32_t op, dst, a, b;  /* registers; LOAD and STORE: b is the array */
     int32_t period;         /* length of the parameter arrays, a multiple of the channels, or 1 */
-    int32_t first, last;    /* TABLE: of the first entry, number of entries - 1; GDN: inverse, algorithm */
+    int32_t first, last;    /* TABLE: of the first entry, number of entries - 1; GDN: inverse, algorithm;
+                             * STORE: side of the square of pixels that a pixel's channels are, or 0, and pixels in a row */
     int32_t quick;          /* RESCALE, LEAKY: the multiplier is nudged (`nudged` in integer/fast.py); GDN: `gdn4` has room for it */
     const double *multiplier;
     const int32_t *low, *high, *factor;
     const int32_t *table;   /* TABLE; GDN: shift */
+    const float *scale;     /* GDN: mantissa * 2^-shift, or null where `gdn8` may not be used */
 } Step;
 
 #define BLOCK 16  /* outputs that a microkernel makes at a time */
 #define GROUP 6   /* pixels, or tiles of pixels */
+#define PIECE_NUMBERS 576 /* that all steps are done on before the next: their registers stay in the first cache */
 #define TILE_NUMBERS 3072  /* that steps work on at a time: few registers of them stay in the cache next to the processor */
 
 /* The steps on `pixels` pixels from `pixel` on, `step` apart. Register 0 is `first`; the others are `registers`, `size` numbers each. */

@@ -2,12 +2,13 @@
 
 import ctypes
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from integer.groups import Group, varying_dim
+from integer.groups import Group, shuffled_channels, varying_dim
 from integer.items import Item, nudged
 from integer.library import (
     ABS, ADD, ADDC, CLAMP, GDN, LEAKY, LOAD, NEG, PRODUCT, RESCALE, SLACK, SQUARE, STORE, TABLE, TYPES, Array, Product, Step, Winograd, library,
@@ -25,13 +26,16 @@ class GroupItem(Item):
 
     def __init__(self, owner: "FastProgram", group: Group):
         self.owner, self.group = owner, group
-        own = {number for operation in group.operations for number in operation.outputs}
+        own = {number for operation in group.members for number in operation.outputs}
         root = group.root
-        if root is not None:
-            own.add(root.outputs[0])
         ndim = len(group.shape)
         self.channel_dim = ndim - 1 if group.channel_dim is None else group.channel_dim
         self.channels = group.shape[self.channel_dim]
+        self.order: Tensor | None = None  # of the channels, if another one
+        if group.shuffle is not None:
+            self.order = shuffled_channels(self.channels, group.shuffle.facts["arguments"][1])
+            facts = {name: part if part is None else part[self.order] for name, part in root.facts.items() if name in ("weight", "bias")}
+            root = replace(root, facts={**root.facts, **facts})
         self.writes = tuple(number for number in own if number in owner.readers)
         outside = [n for op in group.operations for n in op.inputs if n not in own and n not in owner.constants]
         self.loads = tuple(dict.fromkeys(outside))
@@ -62,8 +66,12 @@ class GroupItem(Item):
             return self.registers - 1
 
         def write(number: int) -> None:
+            step = {"op": STORE, "a": register[number]}
+            if group.shuffle is not None and number == group.shuffle.inputs[0]:
+                step.update(first=group.shuffle.facts["arguments"][1], last=group.shape[3])
+                number = group.shuffle.outputs[0]
             if number in self.writes:
-                steps.append({"op": STORE, "a": register[number], "b": len(self.loads) + self.writes.index(number)})
+                steps.append({**step, "b": len(self.loads) + self.writes.index(number)})
 
         if group.root is not None:
             register[group.root.outputs[0]] = take()
@@ -132,7 +140,8 @@ class GroupItem(Item):
             largest = self.owner.program.values[data[0]].range.largest, int(facts["low"].abs().max()), int(facts["high"].abs().max())
             quick = facts["algorithm"] == "gdn" and largest[0] <= 2**15 and max(largest) <= 2**24 and int(facts["shift"].abs().max()) < 512
             step.update(op=GDN, first=int(facts["inverse"]), last=int(facts["algorithm"] == "gdn"), quick=int(quick),
-                        **self._parameters(multiplier=facts["mantissa"].double(), table=facts["shift"], low=facts["low"], high=facts["high"]))  # fmt: skip
+                        **self._parameters(multiplier=facts["mantissa"].double(), table=facts["shift"], low=facts["low"], high=facts["high"],
+                                           **self._gdn_scale(facts, quick)))  # fmt: skip
         elif kind == "mask":
             step.update(op=PRODUCT, b=self._constant_array(steps, facts["mask"]))
         elif kind == "product" and len(data) == 1:
@@ -142,6 +151,14 @@ class GroupItem(Item):
             step["op"] = {"product": PRODUCT, "neg": NEG, "abs": ABS, "square": SQUARE}[kind]
         steps.append(step)
 
+    @staticmethod
+    def _gdn_scale(facts: Mapping[str, Any], quick: bool) -> dict[str, Tensor]:
+        """What `gdn8` in `kernels.c` multiplies by, where its proof holds and float32 neither overflows nor gets near its smallest numbers."""
+        mantissa, shift = facts["mantissa"], facts["shift"]
+        limits = max(int(facts[end].abs().max()) for end in ("low", "high"))
+        fits = quick and limits < 2**16 and 2**10 <= int(mantissa.min()) and int(mantissa.max()) <= 2**24 and int(shift.abs().max()) <= 60
+        return {"scale": multiplier_value(mantissa, shift).float()} if fits else {}
+
     def _is_per_channel(self, tensor: Tensor) -> bool:
         return varying_dim([tensor], len(self.group.shape)) in (-1, self.channel_dim)
 
@@ -149,11 +166,12 @@ class GroupItem(Item):
         """Pointers to parameters as long as the longest, repeated so that loops over them are not short; and their `period`."""
         tensors = {name: torch.as_tensor(part) for name, part in parts.items()}
         alike = all(part.numel() == 1 for part in tensors.values())
-        period = 1 if alike and "table" not in tensors else self.channels * max(1, -(-64 // self.channels))
+        period = 1 if alike and "table" not in tensors else self.channels * max(1, -(-256 // self.channels))
         pointers: dict[str, Any] = {"period": period}
         for name, part in tensors.items():
-            dtype = torch.float64 if name == "multiplier" else torch.int32
+            dtype = {"multiplier": torch.float64, "scale": torch.float32}.get(name, torch.int32)
             flat = part.to(dtype).reshape(-1)
+            flat = flat[self.order] if self.order is not None and flat.numel() > 1 else flat
             flat = flat.expand(period) if flat.numel() == 1 else flat.repeat(period // flat.numel())
             flat = flat.contiguous()
             self._kept.append(flat)
@@ -171,14 +189,8 @@ class GroupItem(Item):
 
     def _physical(self, tensor: Tensor) -> Tensor:
         """The tensor with its channels contiguous in memory; its shape stays."""
-        if self.channel_dim == tensor.ndim - 1:
-            return tensor.contiguous()
-        return tensor.movedim(self.channel_dim, -1).contiguous().movedim(-1, self.channel_dim)
-
-    def _new(self, number: int) -> Tensor:
-        shape = [*self.group.shape]
-        moved = [*shape[: self.channel_dim], *shape[self.channel_dim + 1 :], shape[self.channel_dim]]
-        return self.owner.new(number, int(torch.Size(moved).numel())).view(moved).movedim(-1, self.channel_dim)
+        rows = tensor.movedim(self.channel_dim, -1)
+        return tensor if rows.is_contiguous() else rows.contiguous().movedim(-1, self.channel_dim)
 
     # ---------------------------------------------------------------------------------------------------------- products
 
@@ -266,7 +278,7 @@ class GroupItem(Item):
             if number is None:
                 tensor, offset = self.fixed[place], 0
             elif number in self.writes and place >= len(self.loads):
-                tensor, offset = self._new(number), owner.storage[number][1]
+                tensor, offset = owner.new(number, owner.program.values[number].shape, self.channel_dim), owner.storage[number][1]
                 values[number] = tensor
             else:
                 tensor, offset = self._physical(values[number]), owner.storage[number][1]
@@ -294,8 +306,9 @@ class GroupItem(Item):
         channel_dim = 1 if self.group.root.kind != "linear" else x.ndim - 1
         rows = x.movedim(channel_dim, -1)
         is_ready = rows.is_contiguous() and x.dtype == dtype
-        behind = x.untyped_storage().nbytes() - (x.storage_offset() + x.numel()) * x.element_size()
-        if is_ready and (rows.shape[-1] * x.element_size() % 4 == 0 or behind >= 4):
+        row = rows.shape[-1] * x.element_size()  # the direct kernel reads four bytes at a time, Winograd's at least 32
+        needed = max(32 - row, 0) if isinstance(self.jobs[0], Winograd) else -row % 4
+        if is_ready and (not needed or x.untyped_storage().nbytes() - (x.storage_offset() + x.numel()) * x.element_size() >= needed):
             return x
         flat = torch.empty(rows.numel() + SLACK, dtype=dtype)[: rows.numel()].view(rows.shape)
         flat.copy_(rows)

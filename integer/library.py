@@ -20,7 +20,7 @@ class Array(ctypes.Structure):
 class Step(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int32) for name in ("op", "dst", "a", "b", "period", "first", "last", "quick")),
-        *((name, ctypes.c_void_p) for name in ("multiplier", "low", "high", "factor", "table")),
+        *((name, ctypes.c_void_p) for name in ("multiplier", "low", "high", "factor", "table", "scale")),
     ]
 
 

@@ -109,38 +109,54 @@ AVX2 static inline void output_tile(const int32_t *m, int64_t step, const int32_
     }
 }
 
-/* Products of six tiles with 16 outputs at one position: v of a phase begins at v + phase * phase_step and has rows of `row` bytes.
- * What follows an odd number of inputs is multiplied by 0. */
-AVX2 static void position_products(const char *v, int64_t phase_step, const int32_t *phases, int64_t row, int pairs, const char *w, int32_t *m) {
-    __m256i sums[GROUP][2];
-    for (int t = 0; t < GROUP; t++) sums[t][0] = sums[t][1] = _mm256_setzero_si256();
+/* Products of 6 tiles with 16 outputs, or where `halves` is 1 of 12 tiles with 8, at one position: v of a phase begins at v + phase * phase_step
+ * and has rows of `row` bytes. What follows an odd number of inputs is multiplied by 0. */
+AVX2 static inline __attribute__((always_inline)) void products_at(const char *v, int64_t phase_step, const int32_t *phases, int64_t row, int pairs,
+                                                                   const char *w, int32_t *m, const int halves) {
+    const int tiles = 2 * GROUP / halves;
+    __m256i sums[2 * GROUP];
+    for (int s = 0; s < 2 * GROUP; s++) sums[s] = _mm256_setzero_si256();
     for (int p = 0; p < phases[0]; p++) {
-        const char *low = v + phases[1 + p] * phase_step, *high = low + 3 * row;
-        for (int i = 0; i < pairs; i++, low += 4, high += 4, w += 4 * BLOCK) {
-            const __m256i w0 = _mm256_loadu_si256((const __m256i *)w), w1 = _mm256_loadu_si256((const __m256i *)w + 1);
-#pragma GCC unroll 6
-            for (int t = 0; t < GROUP; t++) {
-                const __m256i pair = _mm256_set1_epi32(four_bytes(t < 3 ? low + t * row : high + (t - 3) * row));
-                sums[t][0] = _mm256_add_epi32(sums[t][0], _mm256_madd_epi16(pair, w0));
-                sums[t][1] = _mm256_add_epi32(sums[t][1], _mm256_madd_epi16(pair, w1));
+        const char *from[4]; /* every third row */
+        for (int t = 0; t < 4; t++) from[t] = v + phases[1 + p] * phase_step + 3 * t * row;
+        for (int64_t i = 0; i < pairs; i++, w += 4 * BLOCK) {
+            const __m256i w0 = _mm256_loadu_si256((const __m256i *)w), w1 = _mm256_loadu_si256((const __m256i *)w + (halves > 1));
+#pragma GCC unroll 12
+            for (int t = 0; t < tiles; t++) {
+                const __m256i pair = _mm256_set1_epi32(four_bytes(from[t / 3] + t % 3 * row + 4 * i));
+                sums[t] = _mm256_add_epi32(sums[t], _mm256_madd_epi16(pair, w0));
+                if (halves > 1) sums[GROUP + t] = _mm256_add_epi32(sums[GROUP + t], _mm256_madd_epi16(pair, w1));
             }
         }
     }
-    for (int t = 0; t < GROUP; t++)
-        for (int h = 0; h < 2; h++) _mm256_storeu_si256((__m256i *)(m + t * BLOCK) + h, sums[t][h]);
+    for (int t = 0; t < tiles; t++)
+        for (int h = 0; h < halves; h++) _mm256_storeu_si256((__m256i *)(m + t * BLOCK) + h, sums[h * GROUP + t]);
+}
+
+/* of `tiles` tiles, a multiple of 6; outputs: of the block */
+AVX2 static void position_products(const char *v, int64_t phase_step, const int32_t *phases, int64_t row, int pairs, const char *w, int32_t *m,
+                                   int tiles, int outputs) {
+    int t = 0;
+    if (outputs <= BLOCK / 2)
+        for (; t + 2 * GROUP <= tiles; t += 2 * GROUP) products_at(v + t * row, phase_step, phases, row, pairs, w, m + t * BLOCK, 1);
+    for (; t < tiles; t += GROUP) products_at(v + t * row, phase_step, phases, row, pairs, w, m + t * BLOCK, 2);
 }
 
 typedef struct { int64_t image; int i, j; } Place; /* of a tile: its first output in an output phase */
 
-/* where the inputs of a tile begin, (6, 6), in one phase */
-static void find_inputs(const Winograd *job, const Place *place, int phase, const char **from) {
-    const int s = job->stride;
+/* where the inputs of a tile begin, (6, 6), in one phase; whether all lie inside the image */
+static inline int find_inputs(const Winograd *job, const Place *place, int phase, const char **from) {
+    const int s = job->stride, top = (place->i + job->first_y) * s + phase / s, left = (place->j + job->first_x) * s + phase % s;
+    const int64_t pixel = job->inputs * 2, line = job->width * pixel;
+    const char *first = job->x + place->image * job->height * line + top * line + left * pixel;
+    const int inside = top >= 0 && top + (SIDE - 1) * s < job->height && left >= 0 && left + (SIDE - 1) * s < job->width;
     for (int a = 0; a < SIDE; a++)
         for (int b = 0; b < SIDE; b++) {
-            const int y = (place->i + job->first_y + a) * s + phase / s, x = (place->j + job->first_x + b) * s + phase % s;
-            const int inside = y >= 0 && y < job->height && x >= 0 && x < job->width;
-            from[a * SIDE + b] = inside ? job->x + ((place->image * job->height + y) * job->width + x) * job->inputs * 2 : job->border;
+            const int y = top + a * s, x = left + b * s;
+            const int there = inside || (y >= 0 && y < job->height && x >= 0 && x < job->width);
+            from[a * SIDE + b] = there ? first + a * s * line + b * s * pixel : job->border;
         }
+    return inside;
 }
 
 /* whether the inputs of all phases are transformed at once, side by side in one row of 16 */
@@ -151,16 +167,19 @@ AVX2 static void transform_inputs(const Winograd *job, const Place *places, int 
     const int phases = job->stride * job->stride, inputs = job->inputs, together = side_by_side(job);
     const int64_t step = (together ? 1 : phases) * most * row;
     const char *from[POSITIONS];
-    int16_t few[POSITIONS][16];
+    int16_t few[POSITIONS][32];
     memset(few, 0, sizeof few);
     for (int t = 0; t < tiles; t++)
         for (int phase = 0; phase < phases; phase++) {
             int16_t *to = v + ((int64_t)(together ? 0 : phase) * most + t) * row;
-            find_inputs(job, places + t, phase, from);
+            const int inside = find_inputs(job, places + t, phase, from);
             if (inputs < 16) {
                 const int start = together ? phase * inputs : 0;
-                for (int i = 0; i < POSITIONS; i++)
-                    for (int c = 0; c < inputs; c++) few[i][start + c] = ((const int16_t *)from[i])[c];
+                if (inside) /* of 16 numbers those behind a phase's are written over by the next one's, or have no weights */
+                    for (int i = 0; i < POSITIONS; i++) _mm256_storeu_si256((__m256i *)(few[i] + start), _mm256_loadu_si256((const __m256i *)from[i]));
+                else
+                    for (int i = 0; i < POSITIONS; i++)
+                        for (int c = 0; c < inputs; c++) few[i][start + c] = ((const int16_t *)from[i])[c];
                 if (together && phase + 1 < phases) continue;
                 for (int i = 0; i < POSITIONS; i++) from[i] = (const char *)few[i];
                 input_tile(from, 0, to, step);
@@ -181,9 +200,10 @@ AVX2 static void transform_outputs(const Winograd *job, const int32_t *m, int bl
     const int32_t *bias = part == 0 ? job->bias + block * BLOCK : none;
     /* Blocks come last to first: what the last of a pixel writes beyond it, the first of the next pixel writes over. */
     const int whole = outputs % BLOCK == 0 || (job->spread == 1 && outputs > BLOCK);
+    const int there = job->spread * job->spread * outputs - block * BLOCK;
     int32_t results[OUT * OUT][BLOCK];
     for (int t = 0; t < tiles; t++) {
-        for (int h = 0; h < 2; h++) {
+        for (int h = 0; h < (there > BLOCK / 2 ? 2 : 1); h++) {
             int32_t *to[OUT * OUT];
             for (int r = 0; r < OUT; r++)
                 for (int c = 0; c < OUT; c++)
@@ -268,10 +288,10 @@ int winograd(const Winograd *job, const Step *steps, int step_count, const Array
                         for (int position = 0; position < POSITIONS; position++)
                             for (int n = 0; n < together; n++) {
                                 const int64_t place = ((int64_t)part * blocks + block + n) * POSITIONS + position;
-                                for (int t = 0; t < many; t += GROUP)
-                                    position_products((const char *)(v + ((int64_t)position * rows_of_phases * most + t) * row), phase_step,
-                                                      job->phases + place * (in_phases + 1), row * 2, pairs, job->weights + job->starts[place],
-                                                      m + ((int64_t)(n * POSITIONS + position) * most + t) * BLOCK);
+                                position_products((const char *)(v + (int64_t)position * rows_of_phases * most * row), phase_step,
+                                                  job->phases + place * (in_phases + 1), row * 2, pairs, job->weights + job->starts[place],
+                                                  m + (int64_t)(n * POSITIONS + position) * most * BLOCK, (many + GROUP - 1) / GROUP * GROUP,
+                                                  out_phases * outputs - (block + n) * BLOCK);
                             }
                         for (int n = together - 1; n >= 0; n--)
                             transform_outputs(job, m + (int64_t)n * POSITIONS * most * BLOCK, block + n, many, most, phase, part, acc);

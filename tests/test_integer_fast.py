@@ -11,9 +11,9 @@ from integer.execution import executable, usable
 from integer.fast import FastProgram
 from integer.groups import Group
 from integer.items import nudged
-from integer.layers import pack
+from integer.layers import GroupItem, pack
 from integer.library import library
-from integer.lowering import lower
+from integer.lowering import Input, lower
 from integer.passes import optimize
 from integer.program import Program, Range
 from integer.reference import run
@@ -114,6 +114,7 @@ def test_products_of_the_largest_numbers(kind, kernel, stride, shape, numbers):
     ("conv", 5, 2, (2, 40, 13, 22), 48), ("conv", 5, 2, (1, 3, 32, 31), 20), ("conv", 5, 2, (2, 4, 12, 13), 17), ("conv", 3, 1, (1, 7, 8, 7), 36), ("conv", 5, 2, (2, 70, 8, 23), 37),
     ("conv", 5, 2, (1, 110, 13, 15), 16), ("conv", 3, 2, (1, 17, 16, 15), 33),
     ("deconv", 5, 2, (2, 100, 7, 5), 32), ("deconv", 5, 2, (1, 21, 8, 9), 3), ("deconv", 5, 2, (1, 18, 4, 4), 21), ("deconv", 3, 2, (1, 50, 8, 7), 16),
+    ("conv", 3, 1, (1, 18, 26, 39), 18), ("conv", 5, 2, (2, 3, 66, 70), 36), ("conv", 3, 2, (1, 4, 60, 50), 8), ("conv", 3, 1, (1, 5, 23, 37), 7), ("deconv", 5, 2, (1, 21, 18, 23), 6),
 ])  # fmt: skip
 @pytest.mark.parametrize("threads", [1, 3])
 def test_winograd_of_the_largest_sums(kind, kernel, stride, shape, outputs, threads):
@@ -168,6 +169,28 @@ def test_requantization_rounds_halves_away_from_zero(per_channel, largest, limit
     assert_same(program, FastProgram(program), {"x": numbers.to(torch.int32)})
 
 
+@needs_kernels
+@pytest.mark.parametrize("read", ["shuffled", "both"])
+@pytest.mark.parametrize(("channels", "side", "kernel"), [(5, 2, 3), (16, 2, 3), (3, 3, 1), (1, 2, 5)])
+def test_shuffled_pixels_are_stored_as_the_reference_has_them(channels, side, kernel, read):
+    program = Program()
+    batch, inputs, height, width, outputs = 2, 7, 13, 21, channels * side**2
+    x = program.input("x", (batch, inputs, height, width), Range(-127, 127))
+    weight, bias = extremes((outputs, inputs, kernel, kernel), -127, 127, seed=1).to(torch.int8), extremes((outputs,), -(2**16), 2**16, seed=2)
+    facts = {"stride": (1, 1), "padding": (kernel // 2,) * 2, "dilation": (1, 1), "groups": 1}
+    shape = (batch, outputs, height, width)
+    sums = program.add("conv", (x,), shape, Range(-(2**22), 2**22), weight=weight, bias=bias, bound=2**22, **facts)
+    multipliers = torch.exp2(-torch.arange(outputs, dtype=torch.float64) % 7 - 9)
+    mantissa, shift = (part.reshape(1, -1, 1, 1) for part in quantize_multiplier(multipliers))
+    ends = {"low": torch.arange(outputs).reshape(1, -1, 1, 1) - 120, "high": torch.tensor(110)}
+    small = program.add("rescale", (sums,), shape, Range(-120, 110), mantissa=mantissa, shift=shift, refinement=torch.tensor(1), **ends)
+    out = program.add("layout", (small,), (batch, channels, height * side, width * side), Range(-120, 110), name="pixel_shuffle", arguments=(Input(0), side), options={})
+    program.outputs.update({"out": out} if read == "shuffled" else {"out": out, "small": small})
+    fast = FastProgram(program, 2)
+    assert [entry.shuffle is not None for entry in fast.plan if isinstance(entry, Group)] == [read == "shuffled"]
+    assert_same(program, fast, {"x": extremes((batch, inputs, height, width), -127, 127, seed=3).to(torch.int8)})
+
+
 def test_nudged_multipliers_make_no_ties_and_move_no_product_over_one():
     draw = torch.Generator().manual_seed(0)
     seen = 0
@@ -209,6 +232,53 @@ def test_gdn_of_the_largest_numbers(inverse, algorithm):
     norms[:, :, 0] = torch.arange(31) ** 2
     norms[:, :, 1] = 2**31 - 1
     assert_same(program, FastProgram(program), {"x": extremes(shape, -32767, 32767).to(torch.int16), "norm": norms.to(torch.int32)})
+
+
+@needs_kernels
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("exponent", range(-22, 23, 3))
+def test_gdn_at_and_next_to_halves(inverse, exponent):
+    """Norms that are powers of four and their neighbours, gains that are powers of two and next to them: halves, where they are in reach."""
+    program = Program()
+    x_shape = (1, 8, 64, 48)
+    x = program.input("x", x_shape, Range(-32767, 32767))
+    norm = program.input("norm", x_shape, Range(0, 2**31 - 1))
+    mantissa = torch.tensor([2**21, 2**21, 2**21 + 1, 2**22 - 1, 2**21 + 2**20, 2**21, 3 * 2**20 + 1, 2**21 + 2**11]).reshape(1, 8, 1, 1)
+    shift = torch.full_like(mantissa, 21 + exponent)
+    ends = {"low": torch.tensor([-32768, -127, -9, 0] * 2).reshape(1, 8, 1, 1), "high": torch.tensor([32767, 127, 9, 255] * 2).reshape(1, 8, 1, 1)}
+    out = program.add("gdn", (x, norm), x_shape, Range(-32768, 32767), mantissa=mantissa, shift=shift, inverse=inverse, algorithm="gdn", **ends)
+    program.outputs["out"] = out
+    assert GroupItem._gdn_scale(program.operations[-1].facts, True)
+    draw = torch.Generator().manual_seed(5)
+    norms = (4 ** (torch.arange(48) % 16))[None] + torch.tensor([-1, 0, 1, 2])[:, None].repeat(16, 1)
+    numbers = torch.randint(-32767, 32768, x_shape, generator=draw)
+    small = torch.rand(x_shape, generator=draw) < 0.5
+    numbers = torch.where(small, numbers % 129 - 64, numbers)
+    assert_same(program, FastProgram(program), {"x": numbers.to(torch.int16), "norm": norms.clamp(0, 2**31 - 1).expand(x_shape).to(torch.int32)})
+
+
+@needs_kernels
+@pytest.mark.parametrize("inverse", [False, True])
+def test_gdn_where_the_gain_brings_it_as_near_to_a_half_as_it_can(inverse):
+    program = Program()
+    shape = (1, 8192, 4, 8)
+    x, norm = program.input("x", shape, Range(-32767, 32767)), program.input("norm", shape, Range(0, 2**31 - 1))
+    draw = torch.Generator().manual_seed(6)
+
+    def random(low, high):  # evenly in the logarithm
+        return (low * (high / low) ** torch.rand(1, shape[1], 1, 1, generator=draw, dtype=torch.float64)).floor()
+
+    number, root, wanted = random(1, 32768), random(1, 2**31).sqrt(), random(1, 32768) + 0.5
+    gain = wanted / number * (1 / root if inverse else root)
+    shift = 21 - gain.log2().floor().long()
+    mantissa = (gain * torch.exp2(shift.double())).round().long()
+    ends = {"low": torch.full_like(mantissa, -32767), "high": torch.full_like(mantissa, 32767)}
+    out = program.add("gdn", (x, norm), shape, Range(-32767, 32767), mantissa=mantissa, shift=shift, inverse=inverse, algorithm="gdn", **ends)
+    program.outputs["out"] = out
+    assert GroupItem._gdn_scale(program.operations[-1].facts, True)
+    numbers = (number.long() * torch.tensor([1, -1, 1, -1])[:, None]).expand(shape)
+    norms = (root.square().round().long() + torch.arange(-4, 4)).expand(shape).clamp(0, 2**31 - 1)
+    assert_same(program, FastProgram(program), {"x": numbers.to(torch.int16), "norm": norms.to(torch.int32)})
 
 
 def test_packed_weights_are_in_the_kernels_order():
