@@ -10,9 +10,9 @@ from tabulate import tabulate
 from evaluation.metrics import ms_ssim_db
 
 # Okabe and Ito's colours, told apart also by colour-blind readers; markers and dashes tell the curves apart in print.
-_FLOAT = dict(color="#000000", marker="o", markersize=7, markerfacecolor="none", linestyle="-", linewidth=1.3)
-_QUANT = dict(color="#D55E00", marker="s", markersize=3.8, linestyle="--", linewidth=1.3)
-_BASELINE = dict(color="#0072B2", marker="^", markersize=5, linestyle=":", linewidth=1.3)
+FLOAT_STYLE = dict(color="#000000", marker="o", markersize=7, markerfacecolor="none", linestyle="-", linewidth=1.3)
+QUANT_STYLE = dict(color="#D55E00", marker="s", markersize=3.8, linestyle="--", linewidth=1.3)
+BASELINE_STYLE = dict(color="#0072B2", marker="^", markersize=5, linestyle=":", linewidth=1.3)
 _ANCHORS = [dict(color="#888888", linestyle="-.", linewidth=1.1), dict(color="#009E73", linestyle=(0, (1, 1)), linewidth=1.1),
             dict(color="#CC79A7", linestyle=(0, (5, 2)), linewidth=1.1)]
 
@@ -123,7 +123,7 @@ def draw_rd(report: dict, path: str | Path) -> None:
     FigureCanvasAgg(figure)
     names = {"fp32": f"{report['arch']}, float", "quant": _with_bd(codec_label(report), report.get("bd_rate_psnr")),
              "baseline": _with_bd(baseline_label(report), report.get("bd_rate_psnr_baseline"))}
-    styles = {"fp32": _FLOAT, "quant": _QUANT, "baseline": _BASELINE}
+    styles = {"fp32": FLOAT_STYLE, "quant": QUANT_STYLE, "baseline": BASELINE_STYLE}
     for axis, measure in zip(figure.subplots(1, len(measures), squeeze=False)[0], measures):
         own = []
         for codec in codecs:
