@@ -12,16 +12,18 @@ from data.datasets import Dataset, is_local, open_dataset
 from data.images import load_pixels
 from support.errors import InputError
 from support.files import sha256
+from support.progress import progress as progress_bar
 
 FALLBACK = "photos"
 CALIBRATION = "photos-calib"
 _MS_SSIM_SIDE = 161  # pixels, the smallest side that MS-SSIM's five scales fit into
 
 
-def evaluation_set(name_or_folder: str | None, metric: str = "mse") -> tuple[Dataset, str | None]:
+def evaluation_set(name_or_folder: str | None, metric: str = "mse", only: slice = slice(None),
+                   progress: bool = False) -> tuple[Dataset, str | None]:
     """The images to evaluate on, each of them readable, and a remark for the user where they are a second choice.
 
-    None means kodak where it is found in LICQ_DATA or the cache, else photos.
+    None means kodak where it is found in LICQ_DATA or the cache, else photos. `only`: these of them.
 
     Raises:
         InputError: no such data set, an image that is not 8-bit RGB, or one too small for the metric.
@@ -33,7 +35,8 @@ def evaluation_set(name_or_folder: str | None, metric: str = "mse") -> tuple[Dat
             remark = ("evaluated on photos, 3 images that installed packages ship, because kodak was not found; set LICQ_DATA "
                       "to the folder that holds kodak/")
     dataset = open_dataset(name_or_folder)
-    for path in dataset.paths:
+    dataset = Dataset(dataset.name, dataset.paths[only])
+    for path in progress_bar(dataset.paths, desc="reading images", unit="image", enabled=progress, leave=False):
         side = min(load_pixels(path).shape[:2])
         if metric == "ms-ssim" and side < _MS_SSIM_SIDE:
             raise InputError(f"{path}: {side} pixels are too few for MS-SSIM, which needs {_MS_SSIM_SIDE}; leave it out or use "

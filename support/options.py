@@ -64,6 +64,14 @@ def factors(text: str) -> list[float]:
     return _positive_numbers(text, 1.5)
 
 
+def image_range(text: str) -> slice:
+    """FIRST:END, images counted from 0, END not included."""
+    first, _, end = text.partition(":")
+    if not (first.isdecimal() and end.isdecimal() and int(first) < int(end)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form FIRST:END, e.g. 0:64")
+    return slice(int(first), int(end))
+
+
 def share(text: str) -> float:
     """A number from 0 to 1."""
     try:
