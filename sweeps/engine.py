@@ -112,7 +112,7 @@ class Engine:
                 if outcome is not None:
                     bar.update()
                     yield outcome
-                elif time.monotonic() - shown > max(bar.mininterval, 1):
+                elif not quiet and time.monotonic() - shown > max(bar.mininterval, 1):
                     bar.set_postfix_str(_last_words(tasks))
                     shown = time.monotonic()
 

@@ -57,7 +57,10 @@ class Store:
             with atomic_path(self._path(name, key)) as temporary:
                 temporary.write_bytes(data)
         for key in removed:
-            self._path(name, key).unlink(missing_ok=True)
+            path = self._path(name, key)
+            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # it holds other files
+                path.parent.rmdir()
 
     def attempts_of(self, name: str) -> int:
         """How often a task was begun."""

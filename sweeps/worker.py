@@ -3,9 +3,9 @@
 The input stays open as long as whoever started it lives and wants it to go on; when it closes, the worker ends.
 """
 
-import _thread
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -17,7 +17,7 @@ _GRACE = 8  # seconds between an interrupt and the end
 
 def _watch() -> None:
     sys.stdin.read()
-    _thread.interrupt_main()
+    os.kill(os.getpid(), signal.SIGINT)
     time.sleep(_GRACE)
     os._exit(1)
 
