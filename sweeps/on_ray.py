@@ -21,7 +21,7 @@ from sweeps.engine import RETRIES, Engine, Outcome, Task, died, has_begun, run_h
 
 try:
     import ray
-    from ray.exceptions import RayError, WorkerCrashedError
+    from ray.exceptions import OutOfMemoryError, RayError, WorkerCrashedError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 except ImportError as error:
     raise InputError("--ray needs the package ray; install it with pip install 'licq[ray]'") from error
@@ -132,7 +132,7 @@ def on_ray(tasks: Sequence[Task], engine: Engine) -> Iterator[Outcome | None]:
                 attempts = ray.get(store.attempts_of.remote(task.name))
                 try:
                     error, seconds = ray.get(reference)
-                except WorkerCrashedError:
+                except (WorkerCrashedError, OutOfMemoryError):
                     error, seconds = died(attempts), time.monotonic() - began
                 except RayError as failure:
                     error, seconds = f"Ray: {str(failure).strip().splitlines()[-1]}", time.monotonic() - began

@@ -12,12 +12,16 @@ from support.files import write_json, write_text
 
 
 def main(words: list[str]) -> int:
-    """words: WHAT --out FOLDER [--resume]; WHAT is good, refused, defect, slow, killed (once, in unit 2) or mortal (always)."""
+    """words: WHAT --out FOLDER [--resume]; WHAT is good, refused, defect, slow, gpu, killed (once, in unit 2) or mortal (always)."""
     what, out = words[0], Path(words[words.index("--out") + 1])
     if what == "refused":
         raise InputError("this run is bad; mend it")
     if what == "defect":
         raise KeyError("oops")
+    if what == "gpu":  # waits for another one beside it
+        write_text(out / "gpu.txt", os.environ["CUDA_VISIBLE_DEVICES"])
+        time.sleep(3)
+        return 0
     if "--resume" not in words:
         for path in out.glob("units/*"):
             path.unlink()
@@ -27,7 +31,7 @@ def main(words: list[str]) -> int:
         path = out / "units" / f"{unit}.json"
         if not path.exists():
             if what == "mortal" or what == "killed" and unit == 2 and "--resume" not in words:
-                time.sleep(2.5)  # what is finished has arrived
+                time.sleep(1.25 * unit)  # what is finished has arrived
                 os.kill(os.getpid(), signal.SIGKILL)
             if what == "slow":
                 time.sleep(60)

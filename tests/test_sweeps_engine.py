@@ -65,15 +65,19 @@ def test_a_task_whose_worker_always_dies_is_one_line(tmp_path):
     assert "died 3 times" in found["mortal0"].error and found["mortal0"].attempts == 3 and found["good1"].error is None
 
 
-@pytest.mark.parametrize("ended", ["interrupted", "killed"])
+@pytest.mark.parametrize("ended", [signal.SIGINT, signal.SIGKILL])
 def test_workers_end_with_their_command(tmp_path, ended):
+    a_worker_ends_with_its_command("Engine(1)", tmp_path, ended)
+
+
+def a_worker_ends_with_its_command(engine: str, tmp_path: Path, ended: signal.Signals) -> None:
     code = ("import sys; from sweeps.engine import Engine, Task\n"
-            f"for _ in Engine(1).run([Task('slow', 'sweep_entry', ('slow',), {str(tmp_path / 'slow')!r})], 'test', 'run'): pass")
+            f"for _ in {engine}.run([Task('slow', 'sweep_entry', ('slow',), {str(tmp_path / 'slow')!r})], 'test', 'run'): pass")
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
     log = tmp_path / "slow" / "log.txt"
-    until(lambda: log.is_file() and log.read_text())
+    until(lambda: log.is_file() and log.read_text(), 60)
     worker = int(log.read_text().split()[1])
-    process.send_signal(signal.SIGINT if ended == "interrupted" else signal.SIGKILL)
+    process.send_signal(ended)
     assert process.wait(20) != 0
     until(lambda: not alive(worker))
 
