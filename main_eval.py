@@ -7,7 +7,9 @@
 
 import argparse
 import functools
+import hashlib
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -153,7 +155,8 @@ class Subject:
 
 def look(args: argparse.Namespace, files: list[Path]) -> Subject:
     """Everything is looked at first; nothing is written but an empty folder."""
-    from evaluation.inputs import evaluation_set, pick_device
+    from data.datasets import Dataset
+    from evaluation.inputs import check_images, find_evaluation_set, pick_device
     from models.registry import get_architecture, list_models
     from support.determinism import set_threads
     from support.files import writable_folder
@@ -174,7 +177,11 @@ def look(args: argparse.Namespace, files: list[Path]) -> Subject:
     floats = find_floats(args, saved)
     arch = common["arch"] if common else next(iter(floats.values())).arch
     metric = common["metric"] if common else args.metric
-    dataset, remark = evaluation_set(args.data, metric, args.shard or slice(None), progress=not args.quiet)
+    dataset, remark = find_evaluation_set(args.data)
+    if args.shard:
+        dataset = Dataset(dataset.name, dataset.paths[args.shard])
+    if not (args.workers or args.ray):  # where there are many images, each part looks at its own
+        check_images(dataset, metric, progress=not args.quiet)
     if files:
         root = files[0].parent.parent if files[0].parent.name.startswith("q") else files[0].parent
         out = Path(args.out or root / f"eval_{dataset.name}")
@@ -227,7 +234,6 @@ def evaluate_all(subject: Subject, engine: Engine, argv: list[str]) -> int:
 
     from evaluation.anchors import anchors_of
     from evaluation.evaluate import Report
-    from evaluation.inputs import images_digest
     from evaluation.presentation import coverage_lines, render_summary
     from evaluation.report import build_report, make_point, write_report
     from support.determinism import versions
@@ -237,7 +243,7 @@ def evaluate_all(subject: Subject, engine: Engine, argv: list[str]) -> int:
     settings = {"versions": versions(), "threads": engine.threads or torch.get_num_threads(), "device": str(subject.device), "real": args.real,
                 "quantized": [sha256(file) for file in subject.files], "rates": [quality for quality, _, _ in subject.points()],
                 "float": {str(quality): model.sha256 for quality, model in subject.floats.items()},
-                "evaluation": {"dataset": dataset.name, "images": len(dataset), "sha256": images_digest(dataset.paths)}}
+                "dataset": dataset.name, "images": len(dataset), "files": files_digest(dataset.paths)}
     parts = measured_in_shards(len(dataset), out, settings, engine, words_of_shards(argv, engine), args.resume, args.quiet,
                                functools.partial(measure, subject))
 
@@ -269,6 +275,12 @@ def evaluate_all(subject: Subject, engine: Engine, argv: list[str]) -> int:
     for remark in subject.remarks:
         print(f"note: {remark}")
     return 0
+
+
+def files_digest(paths: Sequence[Path]) -> str:
+    """SHA-256 over names, sizes and times of change: enough to resume by, where contents would take minutes."""
+    facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
 def words_of_shards(argv: list[str], engine: Engine) -> list[str]:

@@ -19,13 +19,13 @@ from support.errors import InputError
 from support.files import writable_folder, write_json
 from support.version import __version__
 from sweeps.engine import Engine, Task
-from sweeps.grid import Sweep, load_sweep
+from sweeps.grid import Sweep, list_sweeps, load_sweep
 
 
 def add_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
     """--sweep and where its runs go."""
-    parser.add_argument("--sweep", metavar="NAME", help="many runs from one file: a name from sweeps/files/ or the path of a YAML file; "
-                                                        "other flags hold for every run (default: one run)")
+    parser.add_argument("--sweep", metavar="NAME", help=f"many runs from one file: {', '.join(list_sweeps())} or the path of a YAML file; "
+                                                        "other flags hold for every run; docs/sweeps.md says more (default: one run)")
     options.add_engine(parser)
 
 
