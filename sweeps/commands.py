@@ -67,7 +67,7 @@ def run(argv: Sequence[str], parser: ArgumentParser, check: Callable[[argparse.N
     finished = (read_json(out / "finished.json") or {}) if before else {}
     write_json(out / "sweep.json", {"settings": settings})
     write_json(out / "finished.json", finished)
-    names = {name for name, outcome in finished.items() if outcome["error"] is None}
+    names = {name for name, outcome in finished.items() if outcome["error"] is None and (out / "runs" / name).is_dir()}
     tasks = [Task(one.name, "main_ptq", tuple(words[one.name]), str((out / "runs" / one.name).resolve()), str((out / "shared").resolve()),
                   before is not None) for one in sweep.runs if one.name not in names]  # fmt: skip
     if names and not args.quiet:
