@@ -6,14 +6,29 @@
 """
 
 import argparse
+import functools
+import hashlib
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from codec import commands
 from evaluation import verify
 from support import options
 from support.cli import ArgumentParser, main_guard
 from support.errors import InputError
+from support.files import write_json
+from sweeps.engine import Engine
+from sweeps.shards import PART, forget_shards, measured_in_shards
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from data.datasets import Dataset
+    from quant.model import QuantModel
 
 EPILOG = """\
 The folder of --out gets report.html, report.md, report.json, rd.png and compressai/*.json, of the same form as main_ptq.py's.
@@ -50,6 +65,13 @@ def build_parser() -> ArgumentParser:
                        help="do not evaluate the float codecs beside the quantized ones; no BD-rate then (default: evaluated)")
     group.add_argument("--out", metavar="FOLDER", help="results (default: eval_<data> in the models' folder; for `float` "
                                                        "runs/<arch>_float_<data>)")
+    group.add_argument("--resume", action="store_true", help="go on where the same command was stopped, after the last part of the images "
+                                                             "that was finished (default: start anew)")
+    group = parser.add_argument_group("large folders of images, in parts")
+    options.add_engine(group)
+    group.add_argument("--shard", metavar="FIRST:END", type=options.image_range,
+                       help="measure only these images, counted from 0, and write OUT/part.json: what --workers and --ray do with each "
+                            "part (default: all, and a report)")
     return parser
 
 
@@ -59,7 +81,8 @@ def main(argv: list[str] | None = None) -> int:
         return commands.run(argv)
     if argv and argv[0] == "verify":
         return verify.run(argv[1:])
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
     args.quality = options.merge_qualities(args.quality)
     only_float = args.model == ["float"]
     if only_float and not args.with_float:
@@ -67,7 +90,12 @@ def main(argv: list[str] | None = None) -> int:
     if only_float and args.real:
         raise InputError("--real is for quantized models: a float codec's files cannot be decoded safely elsewhere; leave it out")
     files = [] if only_float else find_models(args.model, args.quality)
-    return evaluate_all(args, files)
+    engine = Engine.from_args(args)
+    subject = look(args, files)
+    if args.shard:
+        write_json(subject.out / PART, measure(subject, slice(None)))
+        return 0
+    return evaluate_all(subject, engine, argv)
 
 
 def find_models(words: list[str], qualities: list[int] | str | None) -> list[Path]:
@@ -100,21 +128,52 @@ def find_models(words: list[str], qualities: list[int] | str | None) -> list[Pat
     return files
 
 
-def evaluate_all(args: argparse.Namespace, files: list[Path]) -> int:
-    """Everything is looked at first, then measured, then written."""
-    from evaluation.anchors import anchors_of
-    from evaluation.crops import make_crops, save_picture
-    from evaluation.evaluate import evaluate
-    from evaluation.inputs import evaluation_set, pick_device
-    from evaluation.presentation import coverage_lines, render_summary
-    from evaluation.report import build_report, make_point, write_report
-    from models.registry import get_architecture, list_models
-    from quant.model import QuantModel
-    from support.determinism import set_threads
-    from support.files import sha256, writable_folder
+@dataclass(frozen=True)
+class Subject:
+    """What is measured on what; built by `look`.
 
-    if args.real:
-        from codec.api import Codec
+    files, saved: quantized models and what main_ptq.py wrote into each; common: what they share. floats: by quality.
+    dataset: with --shard those images alone. remarks: for the user.
+    """
+
+    args: argparse.Namespace
+    device: "torch.device"
+    files: list[Path]
+    saved: list[dict]
+    common: dict | None
+    floats: dict
+    arch: str
+    metric: str
+    dataset: "Dataset"
+    remarks: list[str]
+    out: Path
+
+    def points(self) -> list[tuple[float, Path | None, dict]]:
+        """(quality, file of the quantized model, what it says of itself) of each rate point."""
+        if not self.files:
+            return [(quality, None, {}) for quality in sorted(self.floats)]
+        return [(extra["quality"], file, extra) for file, extra in zip(self.files, self.saved)]
+
+    def codecs(self, index: int) -> tuple["QuantModel | None", "nn.Module | None"]:
+        """The quantized model and the float codec of a rate point, set to its rate; None where there is none."""
+        from quant.model import QuantModel
+
+        quality, file, extra = self.points()[index]
+        quant = QuantModel.load(file) if file else None
+        network = self.floats[quality].load() if quality in self.floats else None
+        for model in (quant and quant.model, network):
+            if model is not None and "level" in extra:
+                model.set_level(extra["level"])
+        return quant, network
+
+
+def look(args: argparse.Namespace, files: list[Path]) -> Subject:
+    """Everything is looked at first; nothing is written but an empty folder."""
+    from data.datasets import Dataset
+    from evaluation.inputs import check_images, find_evaluation_set, pick_device
+    from models.registry import get_architecture, list_models
+    from support.determinism import set_threads
+    from support.files import writable_folder
 
     device = pick_device(args.device)
     set_threads(args.threads)
@@ -132,67 +191,128 @@ def evaluate_all(args: argparse.Namespace, files: list[Path]) -> int:
     floats = find_floats(args, saved)
     arch = common["arch"] if common else next(iter(floats.values())).arch
     metric = common["metric"] if common else args.metric
-    dataset, remark = evaluation_set(args.data, metric)
+    dataset, remark = find_evaluation_set(args.data)
+    if args.shard:
+        dataset = Dataset(dataset.name, dataset.paths[args.shard])
+    if not (args.workers or args.ray):  # where there are many images, each part looks at its own
+        check_images(dataset, metric, progress=not args.quiet)
     if files:
         root = files[0].parent.parent if files[0].parent.name.startswith("q") else files[0].parent
         out = Path(args.out or root / f"eval_{dataset.name}")
     else:
         out = Path(args.out or f"runs/{arch}_float_{dataset.name}")
     writable_folder(out)
-    pad = get_architecture(arch).multiple
+    remarks = [remark] if remark else []
+    remarks += [f"the float codec of quality {extra['quality']} is another file than the one that was quantized"
+                for extra in saved if extra["quality"] in floats and floats[extra["quality"]].sha256 != extra["checkpoint"]["sha256"]]
+    return Subject(args, device, files, saved, common, floats, arch, metric, dataset, remarks, out)
 
-    def measure(model, codec=None):
-        return evaluate(model, dataset, pad=pad, device=device, codec=codec, progress=not args.quiet)
 
-    warnings = [remark] if remark else []
-    warnings += [f"the float codec of quality {extra['quality']} is another file than the one that was quantized"
-                 for extra in saved if extra["quality"] in floats and floats[extra["quality"]].sha256 != extra["checkpoint"]["sha256"]]
-    points, pictures, coverage = [], {}, None
-    total = len(files) or len(floats)
-    for index in range(total):
-        extra = saved[index] if files else {}
-        quality = extra.get("quality") if files else sorted(floats)[index]
-        source = floats.get(quality)
+def measure(subject: Subject, which: slice) -> dict:
+    """The codecs on some of the images, as JSON: {"points": one dictionary a rate point, "anchors": see classical_points}."""
+    from data.datasets import Dataset
+    from evaluation.anchors import classical_points
+    from evaluation.evaluate import evaluate
+    from models.registry import get_architecture
+    from quant.model import QuantModel
+    from support.files import sha256
+
+    args = subject.args
+    if args.real:
+        from codec.api import Codec
+
+    images = Dataset(subject.dataset.name, subject.dataset.paths[which])
+    pad = get_architecture(subject.arch).multiple
+    points, wanted = [], subject.points()
+    for index, (quality, file, extra) in enumerate(wanted):
         if not args.quiet:
-            print(f"{arch} quality {quality} ({index + 1} of {total})", file=sys.stderr)
-        codec = QuantModel.load(files[index]) if files else None
-        network = source.load() if source else None
-        for model in (codec and codec.model, network):
-            if model is not None and "level" in extra:
-                model.set_level(extra["level"])
-        real = Codec(codec, bytes.fromhex(sha256(files[index])), args.threads, pad) if codec and args.real else None
-        quant = measure(codec, real) if codec else None
-        fp32 = measure(network) if network is not None else None
-        lmbda = extra.get("lambda") or source.lmbda
-        crops = {}
+            print(f"{subject.arch} quality {quality} ({index + 1} of {len(wanted)})", file=sys.stderr)
+        quant, network = subject.codecs(index)
+        codec = Codec(quant, bytes.fromhex(sha256(file)), args.threads, pad) if quant and args.real else None
+        point = {name: evaluate(model, images, pad=pad, device=subject.device, codec=codec if name == "quant" else None,
+                                progress=not args.quiet).to_dict()
+                 for name, model in (("quant", quant), ("fp32", network)) if model is not None}
+        points.append(point | ({"fp32_model_bytes": 4 * sum(p.numel() for p in network.parameters())} if network is not None else {}))
+    classical = classical_points(images.paths, progress=not args.quiet)
+    return {"points": points, "anchors": {name: values.tolist() for name, values in classical.items()}}
+
+
+def evaluate_all(subject: Subject, engine: Engine, argv: list[str]) -> int:
+    """Measure, here or in parts elsewhere, and write the report."""
+    import numpy as np
+    import torch
+
+    from evaluation.anchors import anchors_of
+    from evaluation.crops import make_crops, save_picture
+    from evaluation.evaluate import Report
+    from evaluation.presentation import coverage_lines, render_summary
+    from evaluation.report import build_report, make_point, write_report
+    from models.registry import get_architecture
+    from support.determinism import versions
+    from support.files import sha256
+
+    args, common, out, dataset = subject.args, subject.common, subject.out, subject.dataset
+    settings = {"versions": versions(), "threads": engine.threads or torch.get_num_threads(), "device": str(subject.device), "real": args.real,
+                "quantized": [sha256(file) for file in subject.files], "rates": [quality for quality, _, _ in subject.points()],
+                "float": {str(quality): model.sha256 for quality, model in subject.floats.items()},
+                "dataset": dataset.name, "images": len(dataset), "files": files_digest(dataset.paths)}
+    parts = measured_in_shards(len(dataset), out, settings, engine, words_of_shards(argv, engine), args.resume, args.quiet,
+                               functools.partial(measure, subject))
+
+    def joined(index: int, codec: str) -> Report | None:
+        measured = [part["points"][index] for part in parts]
+        return Report.joined([Report.from_dict(point[codec]) for point in measured]) if codec in measured[0] else None
+
+    points, pictures = [], {}
+    for index, (quality, file, extra) in enumerate(subject.points()):
+        quality, fp32, quant = round(quality, 3), joined(index, "fp32"), joined(index, "quant")
+        lmbda, crops = extra.get("lambda") or subject.floats[quality].lmbda, {}
         if quant and fp32:
-            crops["crops"], picture = make_crops(round(quality, 3), codecs=(network, codec), reports=(fp32, quant), paths=dataset.paths,
-                                                 lmbda=lmbda, metric=metric, pad=pad, device=device)
-            pictures[crops["crops"]["file"]] = picture
-        coverage = coverage or extra.get("coverage")
+            facts, picture = make_crops(quality, codecs=subject.codecs(index)[::-1], reports=(fp32, quant), paths=dataset.paths, lmbda=lmbda,
+                                        metric=subject.metric, pad=get_architecture(subject.arch).multiple, device=subject.device)  # fmt: skip
+            crops, pictures[facts["file"]] = {"crops": facts}, picture
         points.append(make_point(
-            quality=round(quality, 3), lmbda=lmbda, metric=metric, fp32=fp32, quant=quant,
-            calibration_seconds=extra.get("calibration_seconds"), peak_memory_mb=extra.get("peak_memory_mb"),
-            model_bytes=files[index].stat().st_size if files else None,
-            fp32_model_bytes=4 * sum(p.numel() for p in network.parameters()) if network is not None else None,
-            model=str(files[index]) if files else None, **crops))
-    settings = common["config"] if common else {"preset": None, "quant": {}, "reconstruction": {}}
+            quality=quality, lmbda=lmbda, metric=subject.metric, fp32=fp32, quant=quant, calibration_seconds=extra.get("calibration_seconds"),
+            peak_memory_mb=extra.get("peak_memory_mb"), model_bytes=file.stat().st_size if file else None,
+            fp32_model_bytes=parts[0]["points"][index].get("fp32_model_bytes"), model=str(file) if file else None, **crops))
+    anchors = {name: np.concatenate([np.array(part["anchors"][name], float) for part in parts], axis=1) for name in parts[0]["anchors"]}
+    coverage = next((extra["coverage"] for extra in subject.saved if extra.get("coverage")), None)
+    config = common["config"] if common else {"preset": None, "quant": {}, "reconstruction": {}}
     report = build_report(
-        arch=arch, preset=settings["preset"], loss=settings["reconstruction"].get("loss"),
-        unit=settings["reconstruction"].get("unit"), w_bits=settings["quant"].get("w_bits"), a_bits=settings["quant"].get("a_bits"),
-        dataset=dataset.name, images=len(dataset), points=points, warnings=warnings, metric=metric,
-        anchors=anchors_of(arch, dataset, metric, progress=not args.quiet),
-        config={**settings["quant"], **settings["reconstruction"], "metric": metric, "device": str(device)}
+        arch=subject.arch, preset=config["preset"], loss=config["reconstruction"].get("loss"),
+        unit=config["reconstruction"].get("unit"), w_bits=config["quant"].get("w_bits"), a_bits=config["quant"].get("a_bits"),
+        dataset=dataset.name, images=len(dataset), points=points, warnings=subject.remarks, metric=subject.metric,
+        anchors=anchors_of(subject.arch, dataset, subject.metric, points=anchors),
+        config={**config["quant"], **config["reconstruction"], "metric": subject.metric, "device": str(subject.device)}
         | ({"calibration": common["calibration"]} if common else {}),
         **({"kept_in_float": coverage_lines(coverage), "left_alone": coverage["left_alone"]} if coverage else {}))
     for file, picture in pictures.items():
         save_picture(out / file, picture)
     write_report(out, report)
+    forget_shards(out)
     print(render_summary(report))
     print(f"\nreport:  {out / 'report.html'}, report.md, report.json, rd.png")
-    for warning in warnings:
-        print(f"note: {warning}")
+    for remark in subject.remarks:
+        print(f"note: {remark}")
     return 0
+
+
+def files_digest(paths: Sequence[Path]) -> str:
+    """SHA-256 over names, sizes and times of change: enough to resume by, where contents would take minutes."""
+    facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
+
+
+def words_of_shards(argv: list[str], engine: Engine) -> list[str]:
+    """The command line without what is the whole evaluation's, for its parts."""
+    whole = ArgumentParser(add_help=False, allow_abbrev=False)
+    options.add_engine(whole)
+    for flag in ("--out", "--threads"):
+        whole.add_argument(flag)
+    for flag in ("--resume", "--quiet"):
+        whole.add_argument(flag, action="store_true")
+    rest = whole.parse_known_args(argv)[1]
+    return rest if engine.threads is None else [*rest, "--threads", str(engine.threads)]
 
 
 def read_extra(path: Path) -> dict:
@@ -301,4 +421,4 @@ def _where(origin: dict, extra: dict) -> Path:
 
 
 if __name__ == "__main__":
-    sys.exit(main_guard(main, interrupted="nothing was written; run the command again"))
+    sys.exit(main_guard(main, interrupted="the same command with --resume goes on after the last finished part, of 64 images at most"))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from support import options
 from support.cli import ArgumentParser, main_guard
 from support.errors import InputError
+from sweeps import commands
 
 if TYPE_CHECKING:
     import torch
@@ -86,14 +87,21 @@ def build_parser() -> ArgumentParser:
     group.add_argument("--no-baseline", dest="baseline", action="store_false",
                        help="leave out the comparison with plain quantization: maximum ranges, nearest rounding, one scale per "
                             "activation tensor, no reconstruction (default: compared)")
-    group.add_argument("--sweep", action="store_true", help="many settings in one run; not in this release")
+    group.add_argument("--shared", metavar="FOLDER",
+                       help="keep there what other runs need too, and take it from there: results of float codecs and JPEG's curves "
+                            "(default: nowhere)")
+    commands.add_flags(parser.add_argument_group("sweep"))
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    parser = build_parser()
+    args = parser.parse_args(argv)
     if args.sweep:
-        raise InputError("--sweep belongs to a later release; run main_ptq.py once for each setting")
+        return commands.run(argv, parser, build_config)
+    if args.workers or args.ray or args.gpu_share is not None:
+        raise InputError("--workers, --ray and --gpu_share are for --sweep; a single run is one task")
     args.quality = options.merge_qualities(args.quality)
     run = prepare(args)
     points = [quantize_quality(run, index) for index in range(len(run.models))]
@@ -198,10 +206,13 @@ def quantize_quality(run: Run, index: int) -> dict:
     from evaluation.crops import save_crops
     from evaluation.evaluate import Report, evaluate
     from evaluation.report import make_point
+    from evaluation.shared import shared
 
     source, args = run.models[index], run.args
     folder = run.folder.quality(source.quality, {"quality": source.quality, "lambda": source.lmbda,
                                                  "checkpoint_sha256": source.sha256}, shared=run.is_variable)
+    what = {"result": "float codec", "arch": source.arch, **folder.settings["evaluation"], "device": str(run.device),
+            **{key: folder.settings[key] for key in ("quality", "lambda", "checkpoint_sha256")}}
     complete = {"fp32", "quant", "crops"} | ({"baseline"} if args.baseline else set())
     done = complete <= folder.parts.keys()
     run.say(f"{source.arch} quality {source.quality} ({index + 1} of {len(run.models)})"
@@ -211,7 +222,7 @@ def quantize_quality(run: Run, index: int) -> dict:
     def measure(model: "nn.Module") -> dict:
         return evaluate(model, run.dataset, pad=run.multiple, device=run.device, progress=not args.quiet).to_dict()
 
-    fp32 = folder.part("fp32", lambda: measure(load()))
+    fp32 = folder.part("fp32", lambda: shared(args.shared, what, lambda: measure(load())))
     baseline = folder.part("baseline", lambda: measure(plain_baseline(load(), run, source.quality))) if args.baseline else None
     quant = folder.part("quant", lambda: _reconstruct(load(), run, index, folder, measure))
     reports = Report.from_dict(fp32), Report.from_dict(quant["report"])
@@ -308,13 +319,17 @@ def finish(run: Run, points: list[dict]) -> int:
     from evaluation.anchors import anchors_of
     from evaluation.presentation import coverage_lines, render_summary
     from evaluation.report import build_report, write_report
+    from evaluation.shared import shared
 
     config, args = run.config, run.args
+    arch = run.models[0].arch
+    anchors = shared(args.shared, {"result": "anchors", "arch": arch, **run.folder.settings["evaluation"], "metric": args.metric},
+                     lambda: anchors_of(arch, run.dataset, args.metric, progress=not args.quiet))
     coverage = points[0]["coverage"]
     report = build_report(
-        arch=run.models[0].arch, preset=config.preset, loss=config.reconstruction.loss, unit=config.reconstruction.unit,
+        arch=arch, preset=config.preset, loss=config.reconstruction.loss, unit=config.reconstruction.unit,
         w_bits=config.quant.w_bits, a_bits=config.quant.a_bits, dataset=run.dataset.name, images=len(run.dataset), points=points,
-        anchors=anchors_of(run.models[0].arch, run.dataset, args.metric, progress=not args.quiet), warnings=run.warnings,
+        anchors=anchors, warnings=run.warnings,
         baseline=BASELINE if args.baseline else None, metric=args.metric,
         config={**config.quant.to_dict(), **config.reconstruction.to_dict(), "metric": args.metric,
                 "calibration": run.folder.settings["calibration"], "device": str(run.device)},

@@ -7,7 +7,7 @@ from setuptools.command.build_ext import build_ext
 HERE = Path(__file__).resolve().parent
 README = HERE / "README.md"
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "support" / "version.py").read_text()).group(1)
-PACKAGES = ["support", "models", "quant", "reconstruction", "integer", "codec", "data", "evaluation"]
+PACKAGES = ["support", "models", "quant", "reconstruction", "integer", "codec", "data", "evaluation", "sweeps"]
 
 # Neither contraction nor reassociation: the kernels' floating-point steps are exact one by one. Partial sums may wrap around.
 EXACT = ["-O3", "-std=gnu11", "-fwrapv", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
@@ -41,6 +41,7 @@ setup(
         "reconstruction": ["presets/*.yaml"],
         "data": ["*.json"],
         "evaluation": ["*.json", "*.j2"],
+        "sweeps": ["files/*.yaml"],
     },
     # no Python module: a library that integer/library.py opens
     ext_modules=[
@@ -66,7 +67,8 @@ setup(
         "scikit-image",  # for its photographs: `--eval photos` works without a download (data/datasets.json)
     ],
     extras_require={
-        "test": ["pytest", "pytest-xdist", "bjontegaard"],
+        "ray": ["ray>=2.9"],  # sweeps and evaluations on a cluster; docs/sweeps.md
+        "test": ["pytest", "pytest-xdist", "bjontegaard", "ray>=2.9"],
         "bench": ["onnx", "onnxscript", "onnxruntime", "openvino", "nncf"],  # what benchmarks/peers.py compares with
     },
 )

@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,15 +29,23 @@ def can_write(codec: str) -> bool:
 
 def anchor_curve(paths: Sequence[Path], codec: str = "jpeg", qualities: Sequence[int] | None = None,
                  with_ms_ssim: bool = False, progress: bool = False, **options) -> list[dict]:
-    """R-D points of Pillow's `codec` ("jpeg", "webp" or "avif"), means over the images, one a quality setting.
-
-    Bytes are those of the whole file, headers included, metadata left out. Pillow's defaults otherwise: JPEG is
-    baseline 4:2:0 with the standard Huffman tables, AVIF 4:2:0 at speed 6 (slower ones gain up to 0.4 dB); `options`
-    (e.g. subsampling="4:4:4", optimize=True) go to Pillow's `save`.
+    """R-D points of Pillow's `codec` ("jpeg", "webp" or "avif"), means over the images, one a quality setting; see `anchor_points`.
 
     Returns:
         [{"quality", "bpp", "psnr", "ms_ssim"}] by rising quality; ms_ssim is None unless asked for (it takes most of
         the time).
+    """
+    qualities = sorted(qualities or QUALITIES[codec])
+    return _curve(anchor_points(paths, codec, qualities, with_ms_ssim, progress, **options), qualities)
+
+
+def anchor_points(paths: Sequence[Path], codec: str = "jpeg", qualities: Sequence[int] | None = None,
+                  with_ms_ssim: bool = False, progress: bool = False, **options) -> np.ndarray:
+    """bpp, PSNR and MS-SSIM (NaN unless asked for) of Pillow's `codec`: (qualities, images, 3) by rising quality.
+
+    Bytes are those of the whole file, headers included, metadata left out. Pillow's defaults otherwise: JPEG is
+    baseline 4:2:0 with the standard Huffman tables, AVIF 4:2:0 at speed 6 (slower ones gain up to 0.4 dB); `options`
+    (e.g. subsampling="4:4:4", optimize=True) go to Pillow's `save`.
 
     Raises:
         InputError: no images, or a Pillow without that codec.
@@ -61,6 +69,10 @@ def anchor_curve(paths: Sequence[Path], codec: str = "jpeg", qualities: Sequence
             similarity = ms_ssim(original, decoded) if with_ms_ssim else None
             points[row, column] = (8 * coded.tell() / (image.width * image.height), psnr(original, decoded),
                                    np.nan if similarity is None else similarity)
+    return points
+
+
+def _curve(points: np.ndarray, qualities: Sequence[int]) -> list[dict]:
     return [{"quality": int(quality), "bpp": float(row[:, 0].mean()), "psnr": float(row[:, 1].mean()),
              "ms_ssim": _mean_of_known(row[:, 2])} for quality, row in zip(qualities, points)]
 
@@ -82,10 +94,19 @@ def published_curve(arch: str, dataset: Dataset, metric: str = "mse") -> list[di
     return [{"bpp": bpp, "psnr": psnr, "ms_ssim": ms_ssim} for bpp, psnr, ms_ssim in zip(entry["bpp"], entry["psnr"], entry["ms_ssim"])]
 
 
-def anchors_of(arch: str, dataset: Dataset, metric: str = "mse", progress: bool = False) -> dict[str, list[dict]]:
-    """The curves of a report, by name: JPEG, WebP and AVIF where Pillow has them, and what was published for the architecture."""
-    curves = {name: anchor_curve(dataset.paths, codec, with_ms_ssim=True, progress=progress)
-              for codec, name in _NAMES.items() if can_write(codec)}
+def classical_points(paths: Sequence[Path], progress: bool = False) -> dict[str, np.ndarray]:
+    """`anchor_points` of JPEG, WebP and AVIF where Pillow has them, which `anchors_of` takes the means of."""
+    return {codec: anchor_points(paths, codec, with_ms_ssim=True, progress=progress) for codec in QUALITIES if can_write(codec)}
+
+
+def anchors_of(arch: str, dataset: Dataset, metric: str = "mse", progress: bool = False,
+               points: Mapping[str, np.ndarray] | None = None) -> dict[str, list[dict]]:
+    """The curves of a report, by name: JPEG, WebP and AVIF where Pillow has them, and what was published for the architecture.
+
+    `points`: the data set's `classical_points` if they are known.
+    """
+    points = points or classical_points(dataset.paths, progress)
+    curves = {_NAMES[codec]: _curve(values, QUALITIES[codec]) for codec, values in points.items()}
     published = published_curve(arch, dataset, metric)
     return curves | ({f"published {arch}": published} if published else {})
 

@@ -84,6 +84,12 @@ class Report:
                        for image in stored["images"])
         return cls(stored["name"], images, stored["bpp_source"], stored["seconds"])
 
+    @classmethod
+    def joined(cls, reports: Sequence["Report"]) -> "Report":
+        """One codec's reports on parts of a data set, in their order, as one."""
+        images = tuple(image for report in reports for image in report.per_image)
+        return cls(reports[0].name, images, reports[0].bpp_source, sum(report.seconds for report in reports))
+
 
 def delta_j_percent(reference: Report, other: Report, lmbda: float, metric: str = "mse") -> float:
     """How much larger J is for `other` than for `reference`, in percent of the reference's."""

@@ -12,9 +12,9 @@ from evaluation.metrics import ms_ssim_db
 from evaluation.presentation import baseline_label, codec_label, image_deltas, is_everywhere, percent
 
 # Okabe and Ito's colours, told apart also by colour-blind readers; markers and dashes tell the curves apart in print.
-_FLOAT = dict(color="#000000", marker="o", markersize=7, markerfacecolor="none", linestyle="-", linewidth=1.3)
-_QUANT = dict(color="#D55E00", marker="s", markersize=3.8, linestyle="--", linewidth=1.3)
-_BASELINE = dict(color="#0072B2", marker="^", markersize=5, linestyle=":", linewidth=1.3)
+FLOAT_STYLE = dict(color="#000000", marker="o", markersize=7, markerfacecolor="none", linestyle="-", linewidth=1.3)
+QUANT_STYLE = dict(color="#D55E00", marker="s", markersize=3.8, linestyle="--", linewidth=1.3)
+BASELINE_STYLE = dict(color="#0072B2", marker="^", markersize=5, linestyle=":", linewidth=1.3)
 _ANCHORS = [dict(color="#888888", linestyle="-.", linewidth=1.1), dict(color="#009E73", linestyle=(0, (1, 1)), linewidth=1.1),
             dict(color="#CC79A7", linestyle=(0, (5, 2)), linewidth=1.1), dict(color="#56B4E9", linestyle=(0, (4, 1, 1, 1)), linewidth=1.1)]
 
@@ -73,8 +73,8 @@ def rises_svg(rises: dict[str, tuple[float, float]]) -> bytes:
     axis = figure.subplots()
     places = range(len(rises))
     inputs, weights = ([pair[part] for pair in rises.values()] for part in (0, 1))
-    axis.barh(places, inputs, height=0.7, color=_BASELINE["color"], label="inputs")
-    axis.barh(places, weights, left=inputs, height=0.7, color=_QUANT["color"], label="weights")
+    axis.barh(places, inputs, height=0.7, color=BASELINE_STYLE["color"], label="inputs")
+    axis.barh(places, weights, left=inputs, height=0.7, color=QUANT_STYLE["color"], label="weights")
     axis.set_yticks(places, list(rises), fontsize=8)
     axis.invert_yaxis()
     axis.set_xlabel("predicted rise of J [%]")
@@ -98,7 +98,7 @@ def _codecs(report: dict) -> list[str]:
 def _draw_curves(axis, report: dict, measure: str) -> None:
     names = {"fp32": f"{report['arch']}, float", "quant": _with_bd(codec_label(report), report.get(f"bd_rate_{measure}")),
              "baseline": _with_bd(baseline_label(report), report.get(f"bd_rate_{measure}_baseline"))}
-    styles = {"fp32": _FLOAT, "quant": _QUANT, "baseline": _BASELINE}
+    styles = {"fp32": FLOAT_STYLE, "quant": QUANT_STYLE, "baseline": BASELINE_STYLE}
     own = []
     for codec in _codecs(report):
         rate, quality = _curve([point[codec] for point in report["points"]], measure)

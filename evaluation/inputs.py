@@ -12,6 +12,7 @@ from data.datasets import Dataset, is_local, open_dataset
 from data.images import load_pixels
 from support.errors import InputError
 from support.files import sha256
+from support.progress import progress as progress_bar
 
 FALLBACK = "photos"
 CALIBRATION = "photos-calib"
@@ -19,12 +20,19 @@ _MS_SSIM_SIDE = 161  # pixels, the smallest side that MS-SSIM's five scales fit 
 
 
 def evaluation_set(name_or_folder: str | None, metric: str = "mse") -> tuple[Dataset, str | None]:
-    """The images to evaluate on, each of them readable, and a remark for the user where they are a second choice.
+    """The images to evaluate on, each of them readable, and a remark for the user; see `find_evaluation_set` and `check_images`."""
+    dataset, remark = find_evaluation_set(name_or_folder)
+    check_images(dataset, metric)
+    return dataset, remark
+
+
+def find_evaluation_set(name_or_folder: str | None) -> tuple[Dataset, str | None]:
+    """The images to evaluate on, not looked into, and a remark for the user where they are a second choice.
 
     None means kodak where it is found in LICQ_DATA or the cache, else photos.
 
     Raises:
-        InputError: no such data set, an image that is not 8-bit RGB, or one too small for the metric.
+        InputError: no such data set.
     """
     remark = None
     if name_or_folder is None:
@@ -32,13 +40,16 @@ def evaluation_set(name_or_folder: str | None, metric: str = "mse") -> tuple[Dat
         if name_or_folder == FALLBACK:
             remark = ("evaluated on photos, 3 images that installed packages ship, because kodak was not found; set LICQ_DATA "
                       "to the folder that holds kodak/")
-    dataset = open_dataset(name_or_folder)
-    for path in dataset.paths:
+    return open_dataset(name_or_folder), remark
+
+
+def check_images(dataset: Dataset, metric: str = "mse", progress: bool = False) -> None:
+    """Raises InputError for an image that is not 8-bit RGB, or too small for the metric."""
+    for path in progress_bar(dataset.paths, desc="reading images", unit="image", enabled=progress, leave=False):
         side = min(load_pixels(path).shape[:2])
         if metric == "ms-ssim" and side < _MS_SSIM_SIDE:
             raise InputError(f"{path}: {side} pixels are too few for MS-SSIM, which needs {_MS_SSIM_SIDE}; leave it out or use "
                              "--metric mse")
-    return dataset, remark
 
 
 def calibration_crops(name_or_folder: str | None, num: int, crop: int, crops_per_image: int, reductions: Sequence[int], seed: int,

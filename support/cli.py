@@ -35,10 +35,6 @@ def main_guard(function: Callable[[], int | None],
         status = function()
         sys.stdout.flush()  # here, so that a closed pipe is met inside the guard
         return status or 0
-    except InputError as error:
-        return _fail(str(error))
-    except argparse.ArgumentError as error:
-        return _fail(str(error))
     except SystemExit as leaving:  # a plain argparse parser has said its part already
         if isinstance(leaving.code, str):
             return _fail(leaving.code)
@@ -53,17 +49,23 @@ def main_guard(function: Callable[[], int | None],
         except (OSError, ValueError):
             pass
         return EXIT_BROKEN_PIPE
-    except MemoryError:
-        return _fail(_OUT_OF_MEMORY)
-    except OSError as error:
-        if error.errno not in _STORAGE_ERRORS:
+    except Exception as error:
+        message = explain(error)
+        if message is None:
             raise
+        return _fail(message)
+
+
+def explain(error: Exception) -> str | None:
+    """The one line for a user who can mend the cause of `error`; None where it is a defect of ours."""
+    if isinstance(error, (InputError, argparse.ArgumentError)):
+        return " ".join(str(error).split())
+    if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and _is_out_of_memory(error):
+        return _OUT_OF_MEMORY
+    if isinstance(error, OSError) and error.errno in _STORAGE_ERRORS:
         where = f" {error.filename}" if error.filename else ""
-        return _fail(f"cannot write{where}: {error.strerror}; free some space or choose another folder with --out")
-    except RuntimeError as error:
-        if not _is_out_of_memory(error):
-            raise
-        return _fail(_OUT_OF_MEMORY)
+        return f"cannot write{where}: {error.strerror}; free some space or choose another folder with --out"
+    return None
 
 
 _OUT_OF_MEMORY = "out of memory; use a smaller --crop, fewer images (--num_calib), or another --device"

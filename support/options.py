@@ -64,6 +64,25 @@ def factors(text: str) -> list[float]:
     return _positive_numbers(text, 1.5)
 
 
+def image_range(text: str) -> slice:
+    """FIRST:END, images counted from 0, END not included."""
+    first, _, end = text.partition(":")
+    if not (first.isdecimal() and end.isdecimal() and int(first) < int(end)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form FIRST:END, e.g. 0:64")
+    return slice(int(first), int(end))
+
+
+def share(text: str) -> float:
+    """A number from 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is no share; choose 0 to 1")
+    return value
+
+
 def _positive_numbers(text: str, example: float) -> list[float]:
     values = []
     for item in text.split(","):
@@ -159,6 +178,18 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cuda where there is one, else cpu)")
     group.add_argument("--threads", metavar="N", type=threads, help="CPU threads, 1 to 256 (default: PyTorch's choice)")
     group.add_argument("--quiet", action="store_true", help="no progress on standard error (default: progress with time left)")
+
+
+def add_engine(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """--workers --ray --gpu_share: where the tasks of a command run, all in this process by default."""
+    parser.add_argument("--workers", metavar="N", type=positive,
+                        help="run so many tasks at a time, each in a process of its own, with an equal share of the processors, and on "
+                             "one of the GPUs if there are any (default: one after the other in this process)")
+    parser.add_argument("--ray", metavar="ADDRESS", nargs="?", const="auto",
+                        help="run the tasks on the Ray cluster at this address; without one, on the cluster that this machine belongs "
+                             "to, else on this machine (default: no Ray)")
+    parser.add_argument("--gpu_share", metavar="X", type=share,
+                        help="with --ray: share of a GPU that a task takes, 0 to 1 (default: 1 where the cluster has GPUs)")
 
 
 def _whole(text: str) -> int:

@@ -117,8 +117,8 @@ def test_script_ends_with_status_and_one_line(tmp_path):
     def script(*arguments):
         return subprocess.run([sys.executable, "main_ptq.py", *arguments], cwd=ROOT, capture_output=True, text=True)
 
-    sweep = script("--sweep", "--out", str(tmp_path / "out"))
-    assert sweep.returncode == 2 and "later release" in sweep.stderr and sweep.stderr.count("\n") == 1
+    sweep = script("--sweep", "nowhere", "--out", str(tmp_path / "out"))
+    assert sweep.returncode == 2 and "table1" in sweep.stderr and sweep.stderr.count("\n") == 1
     shown = script("--help")
     assert shown.returncode == 0 and "(default: 10)" in shown.stdout and shown.stderr == ""
 
@@ -174,7 +174,8 @@ def test_knobs_are_converted_to_the_type_of_their_default():
     ({"set": "joint_iters=few"}, ["joint_iters", "whole number"]),
     ({"set": "lr_range=nan"}, ["lr_range", "number"]),
     ({"set": "learn=luck"}, ["luck"]),
-    ({"sweep": True}, ["later release"]),
+    ({"sweep": "nowhere"}, ["no sweep nowhere", "table1"]),
+    ({"workers": 2}, ["--workers", "--sweep"]),
     ({"colour": "red"}, ["--colour"]),
     ({"eval": "/nowhere"}, ["/nowhere", "photos"]),
     ({"calib": "/nowhere"}, ["/nowhere", "photos"]),

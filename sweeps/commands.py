@@ -1,0 +1,93 @@
+"""main_ptq.py --sweep: the runs of a sweep file, one after the other or many at once, and one summary.
+
+    OUT/sweep.json            the settings: every run's command line
+    OUT/finished.json         how the runs ended that have ended
+    OUT/runs/<name>/          each an ordinary run of main_ptq.py, with log.txt, what it said
+    OUT/shared/               what several runs need and one has measured: float codecs, JPEG curves
+    OUT/summary.md, summary.csv, points.csv, plot.png
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from evaluation.run_folder import read_json, refuse_other_settings
+from support import options
+from support.cli import ArgumentParser
+from support.errors import InputError
+from support.files import writable_folder, write_json
+from support.version import __version__
+from sweeps.engine import Engine, Task
+from sweeps.grid import Sweep, list_sweeps, load_sweep
+
+
+def add_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """--sweep and where its runs go."""
+    parser.add_argument("--sweep", metavar="NAME", help=f"many runs from one file: {', '.join(list_sweeps())} or the path of a YAML file; "
+                                                        "other flags hold for every run; docs/sweeps.md says more (default: one run)")
+    options.add_engine(parser)
+
+
+def run(argv: Sequence[str], parser: ArgumentParser, check: Callable[[argparse.Namespace], object]) -> int:
+    """The exit status of main_ptq.py with --sweep.
+
+    Args:
+        parser: main_ptq.py's. check: raises InputError for settings of a run that make no sense.
+
+    Raises:
+        InputError: a sweep that cannot be run, or, when everything else is done and written, runs that failed.
+    """
+    own = ArgumentParser(prog=parser.prog, add_help=False, allow_abbrev=False)
+    add_flags(own)
+    own.add_argument("--out")
+    own.add_argument("--threads", type=options.threads)
+    own.add_argument("--resume", action="store_true")
+    own.add_argument("--quiet", action="store_true")
+    args, changes = own.parse_known_args(argv)
+    sweep = load_sweep(args.sweep, parser, changes)
+    if args.ray and args.gpu_share is None:
+        args.gpu_share = sweep.gpu_share
+    out = Path(args.out or f"runs/sweep_{sweep.name}")
+    before = read_json(out / "sweep.json") if args.resume else None
+    if before and args.threads is None:
+        args.threads = before["settings"]["threads"]  # the last digits of every run depend on it
+    engine = Engine.from_args(args)
+    threads = [] if engine.threads is None else ["--threads", str(engine.threads)]
+    words = {one.name: [*one.words, *(threads if "--threads" not in one.words else [])] for one in sweep.runs}
+    for name in words:
+        try:
+            check(parser.parse_args(words[name]))
+        except InputError as error:
+            raise InputError(f"--sweep {args.sweep}, run {name}: {error}") from error
+    settings = {"licq": __version__, "sweep": sweep.name, "threads": engine.threads, "runs": words}
+    if before:
+        refuse_other_settings(out, before["settings"], settings)
+    writable_folder(out)
+    finished = (read_json(out / "finished.json") or {}) if before else {}
+    write_json(out / "sweep.json", {"settings": settings})
+    write_json(out / "finished.json", finished)
+    names = {name for name, outcome in finished.items() if outcome["error"] is None and (out / "runs" / name).is_dir()}
+    tasks = [Task(one.name, "main_ptq", tuple(words[one.name]), str((out / "runs" / one.name).resolve()), str((out / "shared").resolve()),
+                  before is not None) for one in sweep.runs if one.name not in names]  # fmt: skip
+    if names and not args.quiet:
+        print(f"{len(names)} of {len(sweep.runs)} runs were finished before", file=sys.stderr)
+    for outcome in engine.run(tasks, f"sweep {sweep.name}", "run", args.quiet):
+        finished[outcome.task.name] = {"error": outcome.error, "attempts": outcome.attempts, "seconds": outcome.seconds}
+        write_json(out / "finished.json", finished)
+        if outcome.error and not args.quiet:
+            print(f"run {outcome.task.name} failed: {outcome.error}", file=sys.stderr)
+    return _finish(out, sweep, finished)
+
+
+def _finish(out: Path, sweep: Sweep, finished: dict[str, dict]) -> int:
+    from sweeps.summary import Result, write_summary
+
+    results = [Result.of(one, out / "runs" / one.name, finished[one.name]["error"]) for one in sweep.runs]
+    print(f"{sweep.title}\n\n{write_summary(out, sweep, results)}\n\nsummary:  {out / 'summary.md'}, summary.csv, points.csv")
+    failed = [result for result in results if result.error]
+    if failed:
+        more = f" and {len(failed) - 3} more" if len(failed) > 3 else ""
+        raise InputError(f"{len(failed)} of {len(results)} runs failed: {', '.join(result.run.name for result in failed[:3])}{more} "
+                         f"({failed[0].error}); mend that and go on with --resume; {out / 'summary.md'} has the others")
+    return 0

@@ -1,0 +1,92 @@
+"""The summary says what the reports say: means and spreads, failures, curves."""
+
+import csv
+import json
+from statistics import stdev
+
+import pytest
+from PIL import Image
+
+import main_ptq
+from sweeps.grid import load_sweep
+from sweeps.summary import Result, write_summary
+
+SWEEP = """
+title: Trial
+grid:
+  method: [{name: A, preset: licq}, {name: B, preset: nearest}]
+  w_bits: [8, 4]
+seeds: [0, 1, 2]
+table: {rows: method, columns: w_bits, value: [bd_rate_psnr, calibration_seconds]}
+plot:
+  - {x: w_bits, y: bd_rate_psnr, lines: method}
+  - {x: bpp, y: psnr, lines: method}
+"""
+
+
+def report(bd_rate: float) -> dict:
+    """A report.json as far as the summary reads it."""
+    def means(shift):
+        return {"bpp": 0.5 + shift, "bpp_estimated": 0.5 + shift, "psnr": 30 - shift, "ms_ssim": 0.9}
+
+    points = [{"quality": quality, "lambda": 0.01, "fp32": means(quality), "quant": means(quality + bd_rate / 100), "delta_j_percent": bd_rate,
+               "calibration_seconds": 2.0, "peak_memory_mb": 10.0 * quality, "model_bytes": 100} for quality in (1, 2)]
+    return {"points": points, "bd_rate_psnr": bd_rate, "bd_rate_psnr_cubic": None, "bd_rate_ms_ssim": None}
+
+
+@pytest.fixture
+def summary(tmp_path):
+    """Folder of a summary of 12 runs; of B at 4 bits one has failed, and at 8 bits all have."""
+    (tmp_path / "trial.yaml").write_text(SWEEP)
+    sweep = load_sweep(str(tmp_path / "trial.yaml"), main_ptq.build_parser())
+    results = []
+    for run in sweep.runs:
+        folder = tmp_path / "runs" / run.name
+        folder.mkdir(parents=True)
+        (folder / "report.json").write_text(json.dumps(report({"A": 1.0, "B": 3.0}[run.labels["method"]] + 0.1 * int(run.labels["seed"]))))
+        bad = run.labels["method"] == "B" and (run.labels["w_bits"] == "8" or run.labels["seed"] == "2")
+        results.append(Result.of(run, folder, "no images | of tecnick" if bad else None))
+    printed = write_summary(tmp_path, sweep, results)
+    return tmp_path, printed
+
+
+def test_table_has_mean_and_spread_over_the_seeds(summary):
+    folder, printed = summary
+    text = (folder / "summary.md").read_text()
+    assert printed in text and "12 runs, 8 of them finished" in text and "seeds 0, 1, 2" in text
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines() if line.startswith("|")]
+    assert lines[0] == ["method", "w_bits 8", "w_bits 4"]
+    assert lines[2] == ["A", *[f"+1.10 ± {stdev([1.0, 1.1, 1.2]):.2f}"] * 2]
+    assert lines[3] == ["B", "failed", f"+3.05 ± {stdev([3.0, 3.1]):.2f} (2 of 3)"]
+    assert "no images \\| of tecnick" in text
+
+
+def test_csv_has_every_run_and_every_point(summary):
+    folder, _ = summary
+    with open(folder / "summary.csv") as stream:
+        runs = list(csv.DictReader(stream))
+    assert len(runs) == 12 and [run["status"] for run in runs].count("failed") == 4
+    first = runs[0]
+    assert (first["run"], first["method"], first["w_bits"], first["seed"]) == ("A_w_bits8_seed0", "A", "8", "0")
+    assert (float(first["bd_rate_psnr"]), float(first["calibration_seconds"]), float(first["peak_memory_mb"])) == (1.0, 4.0, 20.0)
+    assert first["bd_rate_ms_ssim"] == "" and runs[-1]["error"] == "no images | of tecnick"
+    with open(folder / "points.csv") as stream:
+        points = list(csv.DictReader(stream))
+    assert len(points) == 16 and float(points[1]["quant_bpp"]) == 2.51 and points[1]["baseline_bpp"] == ""
+
+
+def test_plots_are_drawn(summary):
+    folder, _ = summary
+    sizes = [Image.open(folder / name).size for name in ("plot1.png", "plot2.png")]
+    assert sizes[0] == (676, 520) and sizes[1][0] == 2 * 676  # R-D curves: a panel for each number of bits
+    assert "![Trial](plot1.png)" in (folder / "summary.md").read_text()
+
+
+def test_runs_that_only_analyze_are_listed(tmp_path):
+    (tmp_path / "trial.yaml").write_text("grid: {w_bits: [8, 4]}")
+    sweep = load_sweep(str(tmp_path / "trial.yaml"), main_ptq.build_parser())
+    for run in sweep.runs:
+        (tmp_path / "runs" / run.name).mkdir(parents=True)
+        (tmp_path / "runs" / run.name / "analysis.md").write_text("# found")
+    assert write_summary(tmp_path, sweep, [Result.of(run, tmp_path / "runs" / run.name, None) for run in sweep.runs]) == ""
+    assert "[w_bits4](runs/w_bits4/analysis.md)" in (tmp_path / "summary.md").read_text()
