@@ -1,6 +1,9 @@
 """Bits of single layers, and the search for them: against brute force, through files and down to the integer program."""
 
+import dataclasses
+import itertools
 import json
+import random
 
 import pytest
 import torch
@@ -8,8 +11,10 @@ import torch
 from quant.bits import read_bits
 from quant.config import QuantConfig
 from quant.model import QuantModel
-from reconstruction.api import quantize
+from reconstruction.api import prepare, quantize
 from reconstruction.config import PtqConfig
+from reconstruction.mixed_precision import Budget, Layer, allocate, measure_layers, totals
+from reconstruction.objective import Objective
 from support.errors import InputError
 from test_integer_lowering import assert_program_equals_model
 from tiny_codecs import images, tiny_codec
@@ -97,3 +102,94 @@ def test_one_side_alone_is_a_layer_whose_other_side_is_nearly_exact(only, config
         node.only = None
         error = (both - real).square().mean()
         assert (alone - both).square().mean() < 0.02 * error or error < 1e-6 * real.square().mean(), layer  # exact here
+
+
+# ---------------------------------------------------------------------------------------------------------- the search
+
+
+def drawn_layers(count: int, seed: int) -> list[Layer]:
+    """Layers of drawn sizes and losses; the last one's inputs have one width whatever the candidates."""
+    draw = random.Random(seed)
+
+    def falling(choices: tuple) -> dict:
+        return dict(zip(choices, sorted((draw.random() * 4 ** -choices[0] for _ in choices), reverse=True)))
+
+    layers = [Layer(f"layer{n}", draw.randint(50, 5000), draw.uniform(1, 900), falling((4, 5, 8)), falling((4, 8)), {4: 4, 8: 8}, 8)
+              for n in range(count - 1)]  # fmt: skip
+    return [*layers, Layer("latent", 700, 30.0, falling((4, 5, 8)), {8: 1e-5}, {8: 14}, 14)]
+
+
+def every_allocation(layers: list[Layer]):
+    pairs = [[(w, a) for w in layer.w_loss for a in layer.a_loss] for layer in layers]
+    for chosen in itertools.product(*pairs):
+        yield {layer.name: {"w_bits": w, "a_bits": a} for layer, (w, a) in zip(layers, chosen)}
+
+
+@pytest.mark.parametrize("budget, least", [
+    (Budget(mean_bits=5.5), "loss"), (Budget(megabytes=0.004), "loss"), (Budget(relative_bops=0.5), "loss"), (Budget(bops=60e3), "loss"),
+    (Budget(mean_bits=6, relative_bops=0.6), "loss"), (Budget(loss=1e-3), "mean_bits"), (Budget(loss=2e-3), "bops"), (Budget(), "loss")])  # fmt: skip
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_search_finds_what_brute_force_finds(budget, least, seed):
+    layers = drawn_layers(5, seed)
+    limits = {name: value for name, value in dataclasses.asdict(budget).items() if value is not None}
+    every = [totals(layers, bits) for bits in every_allocation(layers)]
+    inside = [found for found in every if all(getattr(found, name) <= limit for name, limit in limits.items())]
+    assert len(every) == 3888
+    if not inside:
+        with pytest.raises(InputError, match="least"):
+            allocate(layers, budget, least)
+        return
+    found = totals(layers, allocate(layers, budget, least))
+    assert all(getattr(found, name) <= limit * (1 + 1e-6) for name, limit in limits.items())
+    assert getattr(found, least) == pytest.approx(min(getattr(other, least) for other in inside), rel=1e-6)
+
+
+def test_totals_are_those_of_the_definition():
+    layers = [Layer("a", 1000, 10.0, {4: 0.5, 8: 0.1}, {8: 0.2}, {8: 8}, 8), Layer("b", 3000, 2.0, {4: 0.3, 8: 0.0}, {4: 0.4, 8: 0.1}, {4: 4, 8: 8}, 8)]
+    found = totals(layers, {"a": {"w_bits": 8, "a_bits": 8}, "b": {"w_bits": 4, "a_bits": 4}})
+    assert (found.mean_bits, found.megabytes, found.loss) == pytest.approx((5.0, 0.0025, 1.0))
+    assert found.bops == 10 * 64 + 2 * 16 and found.relative_bops == pytest.approx(672 / 768)
+
+
+@pytest.mark.parametrize("budget, words", [(Budget(mean_bits=3.9), "4 bits a weight"), (Budget(megabytes=1e-5), "MB"), (Budget(relative_bops=0.1), "of the operations"),
+                                           (Budget(loss=1e-9), "predicted loss")])
+def test_a_budget_that_nothing_meets_is_refused(budget, words):
+    with pytest.raises(InputError, match=words):
+        allocate(drawn_layers(4, 0), budget)
+
+
+def test_many_layers_take_no_time():
+    layers = drawn_layers(200, 3)
+    found = totals(layers, allocate(layers, Budget(mean_bits=5.5, relative_bops=0.5)))
+    assert found.mean_bits <= 5.5 * (1 + 1e-6) and found.relative_bops <= 0.5 * (1 + 1e-6)
+    uniform = totals(layers, {layer.name: {"w_bits": 5, "a_bits": max(layer.a_loss) if len(layer.a_loss) == 1 else 4} for layer in layers})
+    assert found.loss < uniform.loss
+
+
+def test_losses_of_layers_are_measured_and_remembered():
+    model, crops, kept = tiny_codec("balle2018"), images(2), {}
+
+    def remember(name, compute):
+        if name not in kept:
+            kept[name] = json.loads(json.dumps(compute()))
+        return kept[name]
+
+    config = PtqConfig.from_preset(joint_iters=0, stress=False, measured=2, observed=2, balance=0, round_init="nearest")
+    objective = Objective(LAMBDA)
+    layers = {layer.name: layer for layer in measure_layers(model, crops, config, objective, (4, 8), (4, 8), remember, progress=False)}
+    assert set(layers) == set(QuantModel(model, QuantConfig()).layers)
+    first, latent, gdn = layers["g_a.0"], layers["g_s.0"], layers["g_a.1"]
+    assert (first.weights, first.macs) == (6 * 3 * 25, 6 * 3 * 25 / 4) and first.a_width == {4: 4, 8: 8}
+    assert latent.a_width == {8: 14} and latent.width_8 == 14 and gdn.a_width == {4: 8, 8: 16}
+    assert all(layer.w_loss[4] >= layer.w_loss[8] >= 0 for layer in layers.values())
+    assert sum(layer.w_loss[4] for layer in layers.values()) > 4 * sum(layer.w_loss[8] for layer in layers.values())
+    # by hand: the codec prepared with 4 bits of weights, the weights of one layer alone
+    start = prepare(model, crops, dataclasses.replace(config, quant=dataclasses.replace(config.quant, w_bits=4)), objective, progress=False)
+    node = start.qmodel.nodes["g_a.2"]
+    with torch.no_grad():
+        real = objective(start.qmodel(crops), crops).double().mean()
+        node.quantized, node.only = True, "weights"
+        by_hand = float(objective(start.qmodel(crops), crops).double().mean() - real)
+    assert kept["weights 4 g_a.2"] == pytest.approx(by_hand, rel=1e-3, abs=1e-6)
+    again = measure_layers(None, crops, config, objective, (4, 8), (4, 8), remember, progress=False)  # without a model: all is there
+    assert {layer.name: layer for layer in again} == layers
