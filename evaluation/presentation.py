@@ -7,6 +7,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
+from evaluation.analysis_report import bits_section
 from evaluation.metrics import ms_ssim_db
 
 # Okabe and Ito's colours, told apart also by colour-blind readers; markers and dashes tell the curves apart in print.
@@ -30,6 +31,8 @@ def codec_label(report: dict) -> str:
     if report["w_bits"] is None:
         return "float"
     method = report["loss"] if report["preset"] in (None, DEFAULT_PRESET) else report["preset"]
+    if any(point.get("bits") for point in report["points"]):
+        return f"mixed bits {method}"
     return f"W{report['w_bits']}A{report['a_bits']} {method}"
 
 
@@ -44,7 +47,7 @@ def render_markdown(report: dict) -> str:
     parts = [f"# {report['arch']}, {label}, on {report['dataset']}", _finding(report), "![R-D curves](rd.png)",
              "## Rate and distortion", _points_table(report), _explanation(report),
              "## BD-rate", _bd_table(report), *_notes(report),
-             "## Cost", _cost_table(report), *_remaining(report)]
+             "## Cost", _cost_table(report), *bits_section(report), *_remaining(report)]
     left = _lines(report.get("kept_in_float") or []) + _lines(report.get("left_alone") or {})
     if left:
         parts += ["## Left in float", "\n".join(f"- {item}" for item in left)]

@@ -71,6 +71,13 @@ class Probe:
         calls = {name: tuple(call for call in self.trace.leaves if call[0] == name) for name in names}
         return [Unit(name, (name,), of[0], of) for name, of in calls.items()]
 
+    def layer(self, name: str) -> Unit:
+        """One of `layers`. Raises InputError."""
+        layers = {unit.name: unit for unit in self.layers()}
+        if name not in layers:
+            raise InputError(f"no layer {name!r} to analyze; the layers are {', '.join(layers)}")
+        return layers[name]
+
     def change(self, unit: Unit, side: str) -> Cost:
         """By how much the costs rise when only this unit is quantized: its weights, all but its weights, or both."""
         self._reach(unit.start)
@@ -224,10 +231,7 @@ def measure_landscape(probe: Probe, layer: str, remember: Remember, progress: bo
     Raises:
         InputError: no such layer.
     """
-    units = {unit.name: unit for unit in probe.layers()}
-    if layer not in units:
-        raise InputError(f"--landscape {layer}: no such layer; the layers are {', '.join(units)}")
-    unit, node = units[layer], probe.qmodel.nodes[layer]
+    unit, node = probe.layer(layer), probe.qmodel.nodes[layer]
     weight, reference = node.folded_weight()
     node.weight_quantizer.set_rounding("nearest", weight, node.least_scale(reference))
     sides = ["weights"] + ([] if node.input_grid.exact else ["inputs"])
@@ -251,12 +255,12 @@ def measure_landscape(probe: Probe, layer: str, remember: Remember, progress: bo
                 found.append(point("both"))
         return found
 
-    total = len(FACTORS) * len(sides) + (len(COARSE) if len(sides) == 2 else 0)
-    with progress_bar(total=total, desc=f"landscape of {layer}", unit="step", enabled=progress) as bar:
+    total = len(FACTORS) * len(sides) + (len(COARSE) ** 2 if len(sides) == 2 else 0)
+    with progress_bar(total=total, desc=f"landscape of {layer}", unit="point", enabled=progress) as bar:
 
         def step(name: str, compute: Callable[[], Any]) -> Any:
             value = remember(f"landscape {layer} {name}", compute)
-            bar.update()
+            bar.update(len(value) if isinstance(value, list) else 1)
             return value
 
         curves = {side: [step(f"{side} {n}", lambda: curve(side, n)) for n in FACTORS] for side in sides}
@@ -292,15 +296,14 @@ def analyze(probe: Probe, sensitivities: dict[str, Sensitivity], kind: str, land
         {"float": Cost, "all": rise with everything quantized, "unit": kind, "layers": `measure_units` of layers, "units": of
         `kind`, "channels": `measure_channels`, "landscape": `measure_landscape`}.
     """
-    known = [unit.name for unit in probe.layers()]
-    if landscape is not None and landscape not in known:
-        raise InputError(f"--landscape {landscape}: no such layer; the layers are {', '.join(known)}")
+    if landscape is not None:
+        probe.layer(landscape)
     channels = measure_channels(probe, progress)
     every = remember("all", lambda: asdict(probe.all_units()))
     layers = measure_units(probe, sensitivities, "layer", remember, progress)
     units = layers if kind == "layer" else measure_units(probe, sensitivities, kind, remember, progress)
     if landscape is None:
         plain = [name for name in layers if isinstance(probe.qmodel.nodes[name], PLAIN_LAYERS)]
-        landscape = max(plain or known, key=lambda name: layers[name]["both"]["j"])
+        landscape = max(plain, key=lambda name: layers[name]["both"]["j"])
     return {"float": asdict(probe.real), "all": every, "unit": kind, "layers": layers, "units": units, "channels": channels,
             "landscape": measure_landscape(probe, landscape, remember, progress)}  # fmt: skip

@@ -7,15 +7,17 @@ multiple-choice knapsack problem, which a MILP solver answers exactly.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import lil_array
 from torch import Tensor, nn
 
 from quant.bits import Bits
+from quant.model import QuantModel
 from quant.modules import QuantMAC
 from quant.norms import SQUARED_BITS
 from reconstruction.analysis import Probe, Remember
@@ -183,7 +185,7 @@ def measure_layers(model: nn.Module, images: Tensor, config: PtqConfig, objectiv
 
         def rise() -> float:
             at = probe(w, a)
-            return at.change(next(unit for unit in at.layers() if unit.name == name), side).j
+            return at.change(at.layer(name), side).j
 
         found[name][side][w if side == "weights" else a] = remember(f"{side} {w if side == 'weights' else a} {name}", rise)
     return [Layer(name, own["weights"], own["macs"], _falling(found[name]["weights"]), _falling(found[name]["inputs"]),
@@ -205,20 +207,38 @@ def _probe(start: Start, objective: Objective) -> Probe:
 
 def _facts(probe: Probe, a_choices: Sequence[int]) -> dict:
     """{layer: {"weights", "macs", "a_width", "width_8"}}; where the candidates make no difference the most stands for all."""
-    qmodel, batch = probe.qmodel, probe.batches[0]
-    units = {unit.name: unit for unit in probe.layers()}
-    with qmodel.runtime.recording([call for unit in units.values() for call in unit.outputs]) as record:
-        qmodel(batch)
-    pixels, facts = batch.shape[-1] * batch.shape[-2], {}
-    for name, unit in units.items():
-        node = qmodel.nodes[name]
+    macs, facts = macs_of_a_pixel(probe.qmodel, probe.batches[0]), {}
+    for name, each in macs.items():
+        node = probe.qmodel.nodes[name]
         widths = {bits: input_width(node, bits) for bits in a_choices}
         if len(set(widths.values())) == 1:
             widths = {max(widths): widths[max(widths)]}
-        weight = node.float_weight()
-        facts[name] = {"weights": weight.numel(), "macs": sum(operations(node, record[call].q) for call in unit.outputs) / pixels,
-                       "a_width": widths, "width_8": input_width(node, 8)}  # fmt: skip
+        facts[name] = {"weights": node.float_weight().numel(), "macs": each, "a_width": widths, "width_8": input_width(node, 8)}
     return facts
+
+
+@torch.no_grad()
+def macs_of_a_pixel(qmodel: QuantModel, batch: Tensor) -> dict[str, float]:
+    """Multiply-accumulate operations of each layer for a pixel of the image."""
+    calls = [(name, call) for name, node in qmodel.nodes.items() if isinstance(node, QuantMAC) for call in range(node.calls)]
+    with qmodel.runtime.recording(calls) as record:
+        qmodel(batch)
+    macs: dict[str, float] = {}
+    for (name, _), output in record.items():
+        macs[name] = macs.get(name, 0.0) + operations(qmodel.nodes[name], output.q) / (batch.shape[-1] * batch.shape[-2])
+    return macs
+
+
+def describe(qmodel: QuantModel, batch: Tensor) -> dict:
+    """{"layers": `Bits` of every layer, "mean_bits", "megabytes", "relative_bops", "bops"} of a quantized codec."""
+    macs = macs_of_a_pixel(qmodel, batch)
+    nodes = {name: qmodel.nodes[name] for name in macs}
+    bits = {name: {"w_bits": node.config.w_bits, "a_bits": node.config.a_bits} for name, node in nodes.items()}
+    layers = [Layer(name, node.float_weight().numel(), macs[name], {node.config.w_bits: 0.0}, {node.config.a_bits: 0.0},
+                    {node.config.a_bits: input_width(node, node.config.a_bits)}, input_width(node, 8)) for name, node in nodes.items()]  # fmt: skip
+    facts = asdict(totals(layers, bits))
+    del facts["loss"]
+    return {"layers": bits} | facts
 
 
 def input_width(node: QuantMAC, a_bits: int) -> int:
