@@ -63,7 +63,7 @@ class BdRateSearch:
             if attempts[-1].stays_below(limit) and bd_rate >= NEAR * limit:
                 break
             ratio = _AIM * limit / bd_rate if bd_rate is not None and bd_rate > 0 else (_MOST if bd_rate is not None else 1 / _MOST)
-            aim *= min(max(ratio, 1 / _MOST), _MOST)
+            aim = attempts[-1].start_percent * min(max(ratio, 1 / _MOST), _MOST)
         return attempts
 
     def at(self, percent: float) -> list[Bits]:

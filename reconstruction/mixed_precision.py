@@ -29,6 +29,8 @@ from support.errors import InputError
 from support.progress import progress as progress_bar
 
 GAP = 1e-9  # relative, of the solver
+_BELIEF = 0.1
+_SMALLEST = 1e-9  # bits per pixel
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,8 @@ def allocate(layers: Sequence[Layer], budget: Budget, least: str = "loss") -> Bi
         scale = bound or 1.0  # the solver's tolerances are absolute
         constraints.append(LinearConstraint(row(name)[None] / scale, -np.inf, bound / scale))
     aim = row({"loss": "loss", "mean_bits": "size", "bops": "bops"}[least])
-    solved = milp(aim / (np.abs(aim).max() or 1.0), integrality=np.ones(len(pairs)), bounds=Bounds(0, 1), constraints=constraints,
+    # the solver is content with 1e-6 of absolute gap: small losses must be more than that
+    solved = milp(aim * (1e6 / (aim.max() or 1.0)), integrality=np.ones(len(pairs)), bounds=Bounds(0, 1), constraints=constraints,
                   options={"mip_rel_gap": GAP})  # fmt: skip
     if solved.x is None:
         raise InputError(f"no allocation of bits is inside the budget ({solved.message.strip()}); give more, or other --bits_choices")
@@ -163,8 +166,7 @@ def measure_layers(model: nn.Module, images: Tensor, config: PtqConfig, objectiv
 
     The codec is prepared as for learning (`reconstruction.api.prepare`: ranges, splitting, balance, GPTQ) with one number of bits
     of the weights in all layers, and the most of the inputs; each layer's weights alone are then whole numbers, and J is measured
-    with all else in float. Inputs likewise. Losses are made to fall with the bits: noise of the measurement can be below zero, and
-    larger than what the last bit is worth.
+    with all else in float. Inputs likewise. `falling` says what is made of them.
     """
     top = max(w_choices), max(a_choices)
     latest: dict[tuple[int, int], Probe] = {}
@@ -188,7 +190,7 @@ def measure_layers(model: nn.Module, images: Tensor, config: PtqConfig, objectiv
             return at.change(at.layer(name), side).j
 
         found[name][side][w if side == "weights" else a] = remember(f"{side} {w if side == 'weights' else a} {name}", rise)
-    return [Layer(name, own["weights"], own["macs"], _falling(found[name]["weights"]), _falling(found[name]["inputs"]),
+    return [Layer(name, own["weights"], own["macs"], falling(found[name]["weights"]), falling(found[name]["inputs"]),
                   _own(own), own["width_8"]) for name, own in facts.items()]  # fmt: skip
 
 
@@ -247,13 +249,17 @@ def input_width(node: QuantMAC, a_bits: int) -> int:
     return 2 * min(bits, SQUARED_BITS) if node.power == 2 else bits
 
 
-def _falling(losses: Mapping[int, float]) -> dict[int, float]:
-    """Losses that are not negative and do not rise with the bits."""
-    falling, least = {}, 0.0
+def falling(losses: Mapping[int, float]) -> dict[int, float]:
+    """Measured losses by number of bits, made to fall with the bits and to stay above zero.
+
+    A loss is at least that of every larger number of bits; and at least a tenth (`_BELIEF`) of what the noise model, 4^-b, makes of
+    the loss at the fewest bits: a rise of J that is lost in the noise of the measurement is small, but more bits still buy something.
+    """
+    fewest, found, least = min(losses), {}, 0.0
     for bits in sorted(losses, reverse=True):
-        least = max(least, losses[bits])
-        falling[bits] = least
-    return dict(sorted(falling.items()))
+        found[bits] = least = max(least, losses[bits])
+    worst = max(found[fewest], _SMALLEST)
+    return {bits: max(found[bits], worst * (1.0 if bits == fewest else _BELIEF * 4.0 ** (fewest - bits))) for bits in sorted(losses)}
 
 
 def start_loss(model: nn.Module, images: Tensor, config: PtqConfig, objective: Objective, bits: Bits, device: Any = None,

@@ -7,13 +7,17 @@ import random
 
 import pytest
 import torch
+from main_jobs import contents, job, refused, report_of, run, zoo  # noqa: F401
 
+import main_ptq
+from evaluation import layer_runs
+from evaluation.bit_search import ROUNDS, BdRateSearch, chosen
 from quant.bits import read_bits
 from quant.config import QuantConfig
 from quant.model import QuantModel
 from reconstruction.api import prepare, quantize
 from reconstruction.config import PtqConfig
-from reconstruction.mixed_precision import Budget, Layer, allocate, measure_layers, totals
+from reconstruction.mixed_precision import Budget, Layer, allocate, falling, measure_layers, totals
 from reconstruction.objective import Objective
 from support.errors import InputError
 from test_integer_lowering import assert_program_equals_model
@@ -166,6 +170,13 @@ def test_many_layers_take_no_time():
     assert found.loss < uniform.loss
 
 
+def test_losses_fall_with_the_bits_and_are_never_nothing():
+    assert falling({4: 0.5, 6: 0.1, 8: 0.02}) == {4: 0.5, 6: 0.1, 8: 0.02}
+    assert falling({4: 0.1, 6: 0.3, 8: -1.0}) == {4: 0.3, 6: 0.3, 8: pytest.approx(0.1 * 0.3 / 256)}
+    nothing = falling({8: -0.1, 4: -0.2, 5: 0.0})
+    assert list(nothing) == [4, 5, 8] and nothing[4] > nothing[5] > nothing[8] > 0
+
+
 def test_losses_of_layers_are_measured_and_remembered():
     model, crops, kept = tiny_codec("balle2018"), images(2), {}
 
@@ -193,3 +204,120 @@ def test_losses_of_layers_are_measured_and_remembered():
     assert kept["weights 4 g_a.2"] == pytest.approx(by_hand, rel=1e-3, abs=1e-6)
     again = measure_layers(None, crops, config, objective, (4, 8), (4, 8), remember, progress=False)  # without a model: all is there
     assert {layer.name: layer for layer in again} == layers
+
+
+class Curve:
+    """Two codecs whose prepared loss is `ratio` times what is predicted, and whose BD-rate is `learned` times that."""
+
+    def __init__(self, ratio: float, learned: float, seed: int = 0):
+        self.layers = [drawn_layers(6, seed), drawn_layers(6, seed + 10)]
+        self.ratio, self.learned = ratio, learned
+        self.search = BdRateSearch(self.layers, [0.5, 1.0], self.start, self.quantize, "mean_bits")
+
+    def start(self, number, bits):
+        return self.ratio * totals(self.layers[number], bits).loss
+
+    def quantize(self, number, bits):
+        return self.learned * sum(100 * self.start(q, own) / bpp for q, (own, bpp) in enumerate(zip(bits, (0.5, 1.0)))) / 2
+
+
+@pytest.mark.parametrize("ratio, learned", [(1.0, 1.0), (0.3, 1.0), (2.0, 0.5), (1.0, 0.1), (1.0, 3.0)])
+def test_bits_are_given_up_until_the_bd_rate_is_near_its_limit(ratio, learned):
+    curve = Curve(ratio, learned)
+    most = [{layer.name: {"w_bits": 8, "a_bits": max(layer.a_loss)} for layer in layers} for layers in curve.layers]
+    least = [{layer.name: {"w_bits": 4, "a_bits": min(layer.a_loss)} for layer in layers} for layers in curve.layers]
+    low, high = curve.quantize(0, most), curve.quantize(0, least)
+    limit = (low * high) ** 0.5
+    attempts = curve.search.run(limit)
+    best = chosen(attempts, limit)
+    assert best.stays_below(limit) and best.bd_rate > 0.4 * limit and len(attempts) <= ROUNDS
+    assert best.cost == min(attempt.cost for attempt in attempts if attempt.stays_below(limit))
+    assert best.cost < sum(totals(layers, bits).mean_bits for layers, bits in zip(curve.layers, most))
+    hopeless = curve.search.run(low / 3)
+    assert not chosen(hopeless, low / 3).stays_below(low / 3)
+    generous = Curve(ratio, learned)
+    attempts = generous.search.run(100 * ratio * high)
+    assert attempts[0].cost == 8 and len(attempts) == 1  # 4 bits a weight for both codecs; nothing is left to try
+
+
+# -------------------------------------------------------------------------------------------------------- command line
+
+NARROW = {"set": "balance=0", "bits_choices": "4,8", "no-baseline": True}
+
+
+def test_a_budget_is_met_written_and_read_again(job, capsys, tmp_path):
+    assert run(job, budget_size=6, bits_file=tmp_path / "bits.json", **NARROW) == 0
+    capsys.readouterr()
+    bits = json.loads((tmp_path / "bits.json").read_text())
+    assert json.loads((tmp_path / "out" / "q1" / "bits.json").read_text()) == bits
+    assert {side["w_bits"] for side in bits.values()} == {4, 8} and {side["a_bits"] for side in bits.values()} == {8}
+    point = report_of(job)["points"][0]
+    found = point["bits"]
+    codec = QuantModel.load(tmp_path / "out" / "q1" / "model.safetensors")
+    sizes = {name: (node.weight_int.numel(), node.config.w_bits) for name, node in codec.layers.items()}
+    mean = sum(n * b for n, b in sizes.values()) / sum(n for n, _ in sizes.values())
+    assert found["mean_bits"] == pytest.approx(mean) and 5.5 < mean <= 6 and found["layers"] == bits and found["loss"] > 0
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "## Bits of the layers" in text and "mean bits at most 6" in text and "mixed bits rd" in text
+    before = contents(tmp_path / "out")
+    assert run(job, budget_size=6, bits_file=tmp_path / "bits.json", resume=True, **NARROW) == 0
+    assert contents(tmp_path / "out") == before
+    capsys.readouterr()
+    refused(capsys, job, "bits.budget_size", "--resume", untouched=False, resume=True, budget_size=5, **NARROW)
+    job["--out"] = tmp_path / "again"
+    assert run(job, bits_file=tmp_path / "bits.json", **{"set": "balance=0", "no-baseline": True}) == 0
+    again = report_of(job)["points"][0]
+    assert again["quant"] == point["quant"] and again["bits"]["layers"] == bits
+    capsys.readouterr()
+    bits["g_a.0"]["w_bits"] = 5
+    (tmp_path / "bits.json").write_text(json.dumps(bits))
+    refused(capsys, job, "bits.1.g_a.0.w_bits", untouched=False, resume=True, bits_file=tmp_path / "bits.json", **{"set": "balance=0", "no-baseline": True})
+
+
+def test_the_bd_rate_is_kept_below_its_limit(job, tmp_path, monkeypatch, capsys):
+    made = []
+    monkeypatch.setattr(layer_runs, "measure_layers", lambda model, *_, **__: drawn_for(model))
+    monkeypatch.setattr(layer_runs, "start_loss", lambda model, crops, config, objective, bits, *_: {"bpp": 1.0, "j": 2.0, "loss": totals(drawn_for(model), bits).loss})
+    monkeypatch.setattr(main_ptq, "summarize", lambda attempt, points, whole=main_ptq.summarize: made.append(attempt) or
+                        {**whole(attempt, points), "bd_rate_psnr": mean_loss(attempt)})
+    assert run(job, quality="1,3", max_bd_rate=0.5, bits_file=tmp_path / "bits-{quality}.json", **NARROW) == 0
+    rounds = made[:-1]
+    below = [attempt for attempt in rounds if mean_loss(attempt) <= 0.5]
+    assert rounds and below
+    report = report_of(job)
+    for point in report["points"]:
+        quality = point["quality"]
+        bits = json.loads((tmp_path / f"bits-{quality}.json").read_text())
+        assert point["bits"]["layers"] == bits and any(attempt.bits[quality] == bits for attempt in below)
+        codec = QuantModel.load(tmp_path / "out" / f"q{quality}" / "model.safetensors")
+        assert {name: node.config.w_bits for name, node in codec.layers.items()} == {name: sides["w_bits"] for name, sides in bits.items()}
+        assert "below a BD-rate of 0.5 %" in point["bits"]["how"]
+    before = contents(tmp_path / "out")
+    assert run(job, quality="1,3", max_bd_rate=0.5, bits_file=tmp_path / "bits-{quality}.json", resume=True, **NARROW) == 0
+    assert contents(tmp_path / "out") == before
+
+
+def drawn_for(model) -> list[Layer]:
+    names = list(QuantModel(model, QuantConfig()).layers)
+    return [dataclasses.replace(layer, name=name, w_loss={4: 0.004 * (n % 5), 8: 0.0}, a_loss={8: 1e-6}, a_width={8: 8})
+            for n, (name, layer) in enumerate(zip(names, drawn_layers(len(names), 1)))]
+
+
+def mean_loss(attempt) -> float:
+    losses = [100 * sum(0.004 * (n % 5) for n, sides in enumerate(bits.values()) if sides["w_bits"] == 4) for bits in attempt.bits.values()]
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("changes, expected", [
+    ({"bits_file": "/nowhere.json"}, ["--bits_file", "cannot be read"]), ({"budget_size": 0}, ["--budget_size", "positive"]),
+    ({"budget_size": "2GB"}, ["--budget_size"]), ({"budget_bops": "x"}, ["--budget_bops"]), ({"max_bd_rate": 1}, ["two qualities"]),
+    ({"max_bd_rate": 1, "budget_size": 5}, ["exclude each other"]), ({"bits_choices": "4,8"}, ["--bits_choices is for a search"]),
+    ({"bits_choices": "1,8", "budget_size": 6}, ["--bits_choices", "2 to 16"]), ({"cost": "size", "budget_size": 6}, ["--cost belongs"]),
+    ({"quality": "1,3", "budget_size": 6, "bits_file": "bits.json"}, ["{quality}"])])  # fmt: skip
+def test_bad_flags_are_one_line(job, capsys, changes, expected):
+    refused(capsys, job, *expected, **changes)
+
+
+def test_an_unknown_layer_is_one_line(job, capsys, tmp_path):
+    (tmp_path / "bits.json").write_text('{"g_q.0": {"w_bits": 4}}')
+    refused(capsys, job, "--bits_file", "bits.json", "no layer 'g_q.0'", "g_a.0", bits_file=tmp_path / "bits.json")
