@@ -214,7 +214,6 @@ def measure(subject: Subject, which: slice) -> dict:
     from evaluation.anchors import classical_points
     from evaluation.evaluate import evaluate
     from models.registry import get_architecture
-    from quant.model import QuantModel
     from support.files import sha256
 
     args = subject.args

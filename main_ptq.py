@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from data.datasets import Dataset
     from evaluation.float_models import FloatModel
     from evaluation.run_folder import QualityFolder, RunFolder
+    from quant.bits import Bits
     from quant.model import QuantModel
     from reconstruction.config import PtqConfig
 
@@ -79,6 +80,7 @@ def build_parser() -> ArgumentParser:
     group.add_argument("--eval", dest="data", metavar="SET",
                        help="evaluation images: a folder or a data set's name (default: kodak where it is found through "
                             "LICQ_DATA or the cache, else photos, 3 photos that installed packages ship)")
+    add_layers(parser)
     options.add_machine(parser)
     group = parser.add_argument_group("run")
     group.add_argument("--out", metavar="FOLDER", help="results (default: runs/<arch>_w<w_bits>a<a_bits>_<loss>; with a preset "
@@ -94,6 +96,29 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
+def add_layers(parser: ArgumentParser) -> None:
+    """What is done with single layers; docs/analysis.md."""
+    group = parser.add_argument_group("single layers")
+    group.add_argument("--analyze", action="store_true",
+                       help="do not quantize but measure where it would cost: each layer and each --unit quantized alone, ranges and "
+                            "outliers of channels, the landscape of J at one layer; tables and pictures for each quality")
+    group.add_argument("--landscape", metavar="LAYER", help="the layer of --analyze's landscape (default: the one that costs most)")
+    group.add_argument("--bits_file", metavar="FILE",
+                       help='bits of single layers, JSON or YAML: {"g_a.0": {"w_bits": 6, "a_bits": 8}, ...}; {quality} in the name stands '
+                            "for the quality. With one of the next three it is written (default: --w_bits and --a_bits everywhere)")
+    group.add_argument("--budget_size", metavar="B", type=options.size_budget,
+                       help="search bits of weights with the least loss of J within this size: mean bits of a weight, e.g. 6, or all "
+                            "weights in megabytes, e.g. 1.5MB")
+    group.add_argument("--budget_bops", metavar="B", type=options.bops_budget,
+                       help="search bits of weights and inputs with the least loss within so many bit operations: a share of those of 8 "
+                            "bits, e.g. 0.5, or for a pixel, e.g. 900k or 1.2M")
+    group.add_argument("--max_bd_rate", metavar="X", type=options.positive_number,
+                       help="search the cheapest model whose BD-rate (PSNR, against float) stays below X percent; needs two qualities")
+    group.add_argument("--bits_choices", metavar="B", type=options.bits_choices, help="candidates of a search, separated by commas (default: 4,5,6,7,8)")
+    group.add_argument("--cost", choices=("size", "bops"), help="what --max_bd_rate makes small: the size of the weights, or bit operations, "
+                                                                "by the bits of weights and inputs (default: size)")
+
+
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = build_parser()
@@ -104,8 +129,20 @@ def main(argv: list[str] | None = None) -> int:
         raise InputError("--workers, --ray and --gpu_share are for --sweep; a single run is one task")
     args.quality = options.merge_qualities(args.quality)
     run = prepare(args)
-    points = [quantize_quality(run, index) for index in range(len(run.models))]
-    return finish(run, points)
+    if args.analyze:
+        from evaluation.layer_runs import analyze_run
+
+        return analyze_run(run)
+    if args.max_bd_rate is not None:
+        from evaluation.layer_runs import below_bd_rate
+
+        run = below_bd_rate(run, lambda attempt: (points := quantize_all(attempt), summarize(attempt, points)["bd_rate_psnr"]))
+    return finish(run, quantize_all(run))
+
+
+def quantize_all(run: "Run") -> list[dict]:
+    """The points of all qualities."""
+    return [quantize_quality(run, index) for index in range(len(run.models))]
 
 
 @dataclass(frozen=True)
@@ -115,6 +152,7 @@ class Run:
     models: FloatModels. multiple: sides of inputs are multiples of it. crops: (n, 3, crop, crop) in 0..1, or with the planes of
     `models.qvrf.VariableRate`. shared: what several qualities of a variable-rate codec use.
     warnings: remarks for the user. started: monotonic seconds.
+    bits: of single layers, by quality. how: where they come from. taken_from: the run that has made the models with them already.
     """
 
     args: argparse.Namespace
@@ -128,6 +166,9 @@ class Run:
     warnings: list[str]
     started: float
     shared: dict = field(default_factory=dict)
+    bits: dict = field(default_factory=dict)
+    how: str = ""
+    taken_from: "RunFolder | None" = None
 
     @property
     def is_variable(self) -> bool:
@@ -145,11 +186,13 @@ def prepare(args: argparse.Namespace) -> Run:
     """Check settings, checkpoints, images, the device and the folder, in this order: nothing is written before the last."""
     from evaluation.float_models import find_float_models
     from evaluation.inputs import calibration_crops, evaluation_set, images_digest, pick_device
+    from evaluation.layer_runs import check_flags, named_layers, settings_of_layers
     from evaluation.run_folder import RunFolder
     from models.registry import get_architecture
     from support.determinism import seed_everything, set_threads
     from support.version import __version__
 
+    check_flags(args)
     config = build_config(args)
     device = pick_device(args.device)
     set_threads(args.threads)
@@ -159,15 +202,20 @@ def prepare(args: argparse.Namespace) -> Run:
     dataset, remark = evaluation_set(args.data, args.metric)
     crops, calibration, scarce = calibration_crops(args.calib, args.num_calib, args.crop, args.crops_per_image,
                                                    args.crop_reductions, args.seed, multiple, args.metric, dataset)
+    if args.max_bd_rate is not None and len(models) < 2:
+        raise InputError("--max_bd_rate needs two qualities at least, for a BD-rate is between curves; give more with --quality")
+    bits = {}
     for source in models:
         network = source.load()
+        bits |= named_layers(args, source.quality, network, len(models) > 1 and not get_architecture(source.arch).variable)
     if get_architecture(models[0].arch).variable:
         crops = with_rates(network, crops, models, args.seed)
         calibration["levels"] = [source.quality for source in models]
     settings = {"licq": __version__, "arch": models[0].arch, "metric": args.metric, "config": config.to_dict(),
                 "calibration": calibration,
                 "evaluation": {"dataset": dataset.name, "images": len(dataset), "sha256": images_digest(dataset.paths)}}
-    method = config.reconstruction.loss if config.preset == "licq" else config.preset
+    settings |= settings_of_layers(args, bits)
+    method = "analysis" if args.analyze else config.reconstruction.loss if config.preset == "licq" else config.preset
     out = args.out or f"runs/{models[0].arch}_w{config.quant.w_bits}a{config.quant.a_bits}_{method}"
     folder = RunFolder(out, settings, args.resume)
     idle = None
@@ -175,7 +223,8 @@ def prepare(args: argparse.Namespace) -> Run:
     if args.unit and not learning.iters and not (args.unit == "network" and learning.joint_iters):
         idle = f"--unit {args.unit} has no effect: units are reconstructed in 0 steps each; give their number, e.g. --iters 20"
     return Run(args=args, config=config, device=device, models=models, multiple=multiple, dataset=dataset, crops=crops,
-               folder=folder, warnings=[remark for remark in (remark, scarce, idle) if remark], started=time.monotonic())
+               folder=folder, warnings=[remark for remark in (remark, scarce, idle) if remark], started=time.monotonic(),
+               bits=bits)
 
 
 def with_rates(network: "nn.Module", crops: "Tensor", models: list["FloatModel"], seed: int) -> "Tensor":
@@ -205,6 +254,7 @@ def quantize_quality(run: Run, index: int) -> dict:
     """One rate point, of which finished parts are taken from the folder; returns the point of report.json."""
     from evaluation.crops import save_crops
     from evaluation.evaluate import Report, evaluate
+    from evaluation.layer_runs import bits_of_quality
     from evaluation.report import make_point
     from evaluation.shared import shared
 
@@ -223,8 +273,10 @@ def quantize_quality(run: Run, index: int) -> dict:
         return evaluate(model, run.dataset, pad=run.multiple, device=run.device, progress=not args.quiet).to_dict()
 
     fp32 = folder.part("fp32", lambda: shared(args.shared, what, lambda: measure(load())))
-    baseline = folder.part("baseline", lambda: measure(plain_baseline(load(), run, source.quality))) if args.baseline else None
-    quant = folder.part("quant", lambda: _reconstruct(load(), run, index, folder, measure))
+    own = bits_of_quality(run, index, load, folder)
+    bits = own and own["layers"]
+    baseline = folder.part("baseline", lambda: measure(plain_baseline(load(), run, source.quality, bits))) if args.baseline else None
+    quant = folder.part("quant", lambda: _reconstruct(load(), run, index, folder, measure, own))
     reports = Report.from_dict(fp32), Report.from_dict(quant["report"])
     crops = folder.part("crops", lambda: save_crops(
         run.folder.path, source.quality, codecs=(load(), _saved(run, index, folder)), reports=reports, paths=run.dataset.paths,
@@ -236,30 +288,30 @@ def quantize_quality(run: Run, index: int) -> dict:
         calibration_seconds=quant["history"]["seconds"], peak_memory_mb=quant["history"].get("peak_memory_mb"),
         model_bytes=quant["model_bytes"], fp32_model_bytes=quant["fp32_model_bytes"],
         checkpoint={"origin": source.origin, "path": str(source.path), "sha256": source.sha256},
-        history=quant["history"], coverage=quant["coverage"], crops=crops)
+        history=quant["history"], coverage=quant["coverage"], crops=crops, **({"bits": quant["bits"]} if own else {}))
 
 
-def plain_baseline(model: "nn.Module", run: Run, quality: int) -> "QuantModel":
+def plain_baseline(model: "nn.Module", run: Run, quality: int, bits: "Bits | None" = None) -> "QuantModel":
     """The same bits with maximum ranges, nearest rounding, one scale per activation tensor, nothing learned.
 
     Of a variable-rate codec there is one for all qualities, as of the other.
     """
     if not run.is_variable:
-        return _plain(model, run)
+        return _plain(model, run, bits)
     if "plain" not in run.shared:
-        run.shared["plain"] = _plain(model, run)
+        run.shared["plain"] = _plain(model, run, bits)
     run.shared["plain"].model.set_level(quality)
     return run.shared["plain"]
 
 
-def _plain(model: "nn.Module", run: Run) -> "QuantModel":
+def _plain(model: "nn.Module", run: Run, own: "Bits | None") -> "QuantModel":
     from quant.config import QuantConfig
     from quant.model import QuantModel
 
     bits = {name: getattr(run.config.quant, name) for name in ("w_bits", "a_bits", "bias_bits", "strict_int8")}
     plain = QuantModel(model, QuantConfig(**bits, latent_bits=min(run.config.quant.a_bits, 16), a_granularity="tensor",
                                           w_range="max", a_range="max", a_headroom=1.0, a_symmetry="one_sided",
-                                          rounding="nearest"))
+                                          rounding="nearest"), own)
     plain.to(run.device)
     plain.observe(run.crops[: run.config.reconstruction.observed].to(run.device).split(2))
     plain.freeze()
@@ -271,16 +323,23 @@ BASELINE = ("maximum ranges, nearest rounding, per-channel weights, one scale pe
 
 
 def _reconstruct(model: "nn.Module", run: Run, index: int, folder: "QualityFolder",
-                 measure: Callable[["nn.Module"], dict]) -> dict:
-    """Quantize, measure, save: the finished part of result.json. A variable-rate codec is quantized with its first quality."""
+                 measure: Callable[["nn.Module"], dict], own: dict | None) -> dict:
+    """Quantize, measure, save: the finished part of result.json. A variable-rate codec is quantized with its first quality.
+
+    own: the bits of single layers, see `bits_of_quality`.
+    """
+    from evaluation.layer_runs import described_bits, take_model, write_bits
     from reconstruction.api import quantize
     from support.files import sha256
 
     args, source = run.args, run.models[index]
+    if run.taken_from is not None:
+        return take_model(run, index, folder, own)
     if run.is_variable and index:
         first = run.folder.quality_parts(run.models[0].quality)["quant"]
         return first | {"report": measure(_saved(run, index, folder))}
-    codec = quantize(model, run.crops, run.config, lmbda=source.lmbda, metric=args.metric, device=run.device,
+    codec = quantize(model, run.crops, run.config, lmbda=source.lmbda, metric=args.metric,
+                     bits=own and own["layers"], device=run.device,
                      folder=folder.path, resume=args.resume, progress=not args.quiet)
     report = measure(codec)
     rates = {"rates": {other.quality: other.lmbda for other in run.models}} if run.is_variable else {}
@@ -291,9 +350,12 @@ def _reconstruct(model: "nn.Module", run: Run, index: int, folder: "QualityFolde
                        "own_lambda": source.own_lambda},
         "calibration_seconds": codec.history["seconds"], "peak_memory_mb": codec.history.get("peak_memory_mb"),
         "coverage": codec.coverage()})
+    if own is not None:
+        own = described_bits(own, codec, run.crops)
+        write_bits(run, index, folder.path, own["layers"])
     return {"report": report, "history": codec.history, "coverage": codec.coverage(), "model_sha256": sha256(folder.model),
             "model_bytes": folder.model.stat().st_size,
-            "fp32_model_bytes": 4 * sum(parameter.numel() for parameter in model.parameters())}
+            "fp32_model_bytes": 4 * sum(parameter.numel() for parameter in model.parameters()), **({"bits": own} if own else {})}
 
 
 def _saved(run: Run, index: int, folder: "QualityFolder") -> "QuantModel":
@@ -314,11 +376,11 @@ def _time_left(run: Run, index: int) -> str:
     return f", about {max(1, round(seconds / 60))} min left"
 
 
-def finish(run: Run, points: list[dict]) -> int:
-    """The report, and its essence on standard output."""
+def summarize(run: Run, points: list[dict]) -> dict:
+    """The dictionary of report.json."""
     from evaluation.anchors import anchors_of
-    from evaluation.presentation import coverage_lines, render_summary
-    from evaluation.report import build_report, write_report
+    from evaluation.presentation import coverage_lines
+    from evaluation.report import build_report
     from evaluation.shared import shared
 
     config, args = run.config, run.args
@@ -326,7 +388,7 @@ def finish(run: Run, points: list[dict]) -> int:
     anchors = shared(args.shared, {"result": "anchors", "arch": arch, **run.folder.settings["evaluation"], "metric": args.metric},
                      lambda: anchors_of(arch, run.dataset, args.metric, progress=not args.quiet))
     coverage = points[0]["coverage"]
-    report = build_report(
+    return build_report(
         arch=arch, preset=config.preset, loss=config.reconstruction.loss, unit=config.reconstruction.unit,
         w_bits=config.quant.w_bits, a_bits=config.quant.a_bits, dataset=run.dataset.name, images=len(run.dataset), points=points,
         anchors=anchors, warnings=run.warnings,
@@ -334,6 +396,14 @@ def finish(run: Run, points: list[dict]) -> int:
         config={**config.quant.to_dict(), **config.reconstruction.to_dict(), "metric": args.metric,
                 "calibration": run.folder.settings["calibration"], "device": str(run.device)},
         kept_in_float=coverage_lines(coverage), left_alone=coverage["left_alone"])
+
+
+def finish(run: Run, points: list[dict]) -> int:
+    """The report, and its essence on standard output."""
+    from evaluation.presentation import render_summary
+    from evaluation.report import write_report
+
+    report = summarize(run, points)
     write_report(run.folder.path, report)
     print(render_summary(report))
     print(f"\nreport:  {run.folder.path / 'report.html'}, report.md, report.json, rd.png"

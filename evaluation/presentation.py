@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from tabulate import tabulate
 
+from evaluation.analysis_report import bits_section
 from evaluation.evaluate import ImageResult
 
 
@@ -33,6 +34,8 @@ def codec_label(report: dict) -> str:
     if report["w_bits"] is None:
         return "float"
     method = report["loss"] if report["preset"] in (None, DEFAULT_PRESET) else report["preset"]
+    if any(point.get("bits") for point in report["points"]):
+        return f"mixed bits {method}"
     return f"W{report['w_bits']}A{report['a_bits']} {method}"
 
 
@@ -46,7 +49,7 @@ def render_markdown(report: dict) -> str:
     parts = [f"# {title(report)}", finding(report), "![R-D curves](rd.png)",
              "## Rate and distortion", points_table(report).markdown(), explanation(report),
              "## BD-rate", bd_table(report).markdown(), _bullets(bd_notes(report)),
-             "## Cost", cost_table(report).markdown(), *_remaining(report)]
+             "## Cost", cost_table(report).markdown(), *bits_section(report), *_remaining(report)]
     if "kept_in_float" in report:
         parts += ["## Left in float", _bullets(left_in_float(report)) or "Nothing."]
     if report.get("warnings"):

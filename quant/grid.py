@@ -114,7 +114,7 @@ class Grid(nn.Module):
         floor = peak.max().clamp(min=2**-8) * 2**-8
         silent = peak < floor
         low, high = torch.where(silent, -floor, low), torch.where(silent, floor, high)
-        headroom = self.headroom
+        headroom = 1.0 if self.pixels else self.headroom  # an image is not outside of 0..1, and 8 bits have its steps just so
         if self.latent:
             # eight bits have no room to spare
             headroom, self.symmetry = LATENT_HEADROOM if self.bits > 8 else headroom, "symmetric"

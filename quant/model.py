@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quant.bits import Bits, check_layers
 from quant.config import QuantConfig
 from quant.fixedpoint import quantize_multiplier, requantize
 from quant.grid import Grid
-from quant.modules import QuantModule
+from quant.modules import QuantMAC, QuantModule
 from quant.qtensor import QTensor, to_real
 from quant.rewriter import rewrite
 from quant.runtime import Runtime
@@ -29,9 +30,14 @@ class QuantModel(nn.Module):
     Args:
         model: any module whose forward returns {"x_hat", "likelihoods"}; it is copied, not changed.
         config: see `QuantConfig`.
+        bits: of single layers, {layer: {"w_bits": b, "a_bits": b}}; the others have those of `config`. Products of attention,
+            which have no weights, always do.
+
+    Raises:
+        InputError: `bits` names a layer that the codec does not have.
     """
 
-    def __init__(self, model: nn.Module, config: QuantConfig):
+    def __init__(self, model: nn.Module, config: QuantConfig, bits: Bits | None = None):
         super().__init__()
         self.config = config
         runtime = Runtime(config)
@@ -41,6 +47,9 @@ class QuantModel(nn.Module):
             parameter.requires_grad_(False)
         self.rewrite = rewrite(self.model, config, runtime)
         self.functions = runtime.functions
+        check_layers(bits or {}, self.layers)
+        for name, sides in (bits or {}).items():
+            self.layers[name].set_bits(**sides)
         self.frozen = False
         self.loaded = False  # from a file: whole numbers only, nothing left to learn from
         self.extra: dict[str, Any] = {}  # what the file's writer wanted to be found again
@@ -134,6 +143,11 @@ class QuantModel(nn.Module):
     def nodes(self) -> dict[str, QuantModule]:
         """Every node by name, in the order of first execution."""
         return self.runtime.nodes
+
+    @property
+    def layers(self) -> dict[str, QuantMAC]:
+        """The multiply-accumulate layers by name, also those that have not run: what can have bits of its own."""
+        return {name: node for name, node in self.rewrite.nodes.items() if isinstance(node, QuantMAC)}
 
     def quantize_nodes(self, quantized: bool, names: Iterable[str] | None = None) -> None:
         """Switch nodes (default: all) between quantized and float."""

@@ -1,5 +1,6 @@
 """Quantized layers: the base class `QuantModule` and the multiply-accumulate layers."""
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -189,6 +190,8 @@ class QuantMAC(QuantModule):
     """
 
     channel_dim = 1
+    power = 1  # of the input that the weights multiply
+    only: str | None = None  # for measurements: "weights" or "inputs" are whole numbers, the rest is real
 
     def __init__(self, module: nn.Module, config: QuantConfig):
         super().__init__(config)
@@ -196,7 +199,7 @@ class QuantMAC(QuantModule):
         mask = getattr(module, "mask", None)
         self.weight_quantizer = WeightQuantizer(config, None if mask is None else self.canonical(mask))
         self.input_grid = Grid(
-            config.a_bits,
+            self.input_bits,
             config.frac_bits,
             self.channel_dim if config.a_granularity == "channel" else None,
             config.a_range,
@@ -212,10 +215,21 @@ class QuantMAC(QuantModule):
         self.register_buffer("out_scale", None)
         self.register_buffer("bound", None)
 
+    def set_bits(self, w_bits: int | None = None, a_bits: int | None = None) -> None:
+        """Give this layer bits of its own, before it is observed; None: as they are."""
+        config = self.config
+        self.config = dataclasses.replace(config, w_bits=w_bits or config.w_bits, a_bits=a_bits or config.a_bits)
+        self.weight_quantizer.bits, self.input_grid.bits = self.config.w_bits, self.input_bits
+
     # what a kind of layer says of itself ----------------------------------------------------------------------
 
     groups = 1
     input_power = 1  # the inputs enter the sums to this power; the noise models of `quant.transforms` are of the first
+
+    @property
+    def input_bits(self) -> int:
+        """Of the input grid; layers that read latents have more, as shows when they are observed."""
+        return self.config.a_bits
 
     @property
     def outputs(self) -> int:
@@ -325,7 +339,32 @@ class QuantMAC(QuantModule):
             return requantize_ste(b_int.double(), scale / out_scale).clamp(-(2.0**31), 2.0**31 - 1)
         return round_ste(bias.double() / out_scale).clamp(-(2.0**31), 2.0**31 - 1)
 
+    def rounded_weight(self) -> Tensor:
+        """The canonical weight that the whole numbers stand for, without the spread of the input scales."""
+        w_int, scale = self.integer_weight()
+        if self.config.a_bits == FLOAT_BITS:
+            return (WeightQuantizer._view(scale, w_int) * w_int).float()
+        step = self.input_grid.parameters_of_grid()[0] / self.input_grid.refinement
+        return (WeightQuantizer._view(scale, w_int) * w_int / self.per_input(step**self.power, w_int)).float()
+
+    def real_with(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The original computation with another weight (canonical)."""
+        y = self.product(x, weight)
+        if self.module.bias is None:
+            return y
+        shape = [1] * y.ndim
+        shape[self.channel_dim % y.ndim] = -1
+        return y + self.float_bias().reshape(shape)
+
+    def one_side(self, x: QTensor) -> QTensor:
+        """Only the weights, or only the inputs, in whole numbers: what each of them costs by itself."""
+        if self.only == "weights":
+            return x.like(self.real_with(x.real(), self.rounded_weight()), None)
+        return x.like(self.real_with(self.input_grid(x).real(), self.float_weight()), None)
+
     def integer(self, x: QTensor) -> QTensor:
+        if self.only is not None:
+            return self.one_side(x)
         x = self.input_grid(x)
         if self.config.w_bits == FLOAT_BITS or not x.is_integer:
             return self._weights_or_inputs_only(x)
@@ -353,12 +392,7 @@ class QuantMAC(QuantModule):
             if self.config.w_bits != FLOAT_BITS:
                 w_int, scale = self.weight_quantizer(weight)
                 weight = (w_int * WeightQuantizer._view(scale, w_int)).float()
-        y = self.product(x.real(), weight)
-        if self.module.bias is not None:
-            shape = [1] * y.ndim
-            shape[self.channel_dim % y.ndim] = -1
-            y = y + self.float_bias().reshape(shape)
-        return x.like(y, None)
+        return x.like(self.real_with(x.real(), weight), None)
 
     def freeze(self) -> None:
         super().freeze()

@@ -30,8 +30,6 @@ class QuantGDN(QuantMAC):
     def __init__(self, module: nn.Module, config: QuantConfig):
         self.power = 1 if isinstance(module, GDN1) else 2
         super().__init__(module, config)
-        if self.power == 2 and config.a_bits != FLOAT_BITS:
-            self.input_grid.bits = min(config.a_bits, SQUARED_BITS)
         bits, frac_bits = config.carrier_bits, config.frac_bits
         headroom = config.headroom if bits > 8 else 1.0
         self.x_grid = Grid(bits, frac_bits, 1, headroom=headroom, symmetry="symmetric")
@@ -42,6 +40,11 @@ class QuantGDN(QuantMAC):
     @property
     def outputs(self) -> int:
         return self.module.beta.numel()
+
+    @property
+    def input_bits(self) -> int:
+        a_bits = self.config.a_bits
+        return min(a_bits, SQUARED_BITS) if self.power == 2 and a_bits != FLOAT_BITS else a_bits
 
     def float_weight(self) -> Tensor:
         gamma = self.module.gamma_reparam(self.module.gamma)
@@ -75,9 +78,23 @@ class QuantGDN(QuantMAC):
         spread = self.per_input((scale / reference) ** self.power, weight)
         return (weight * spread).float(), reference**self.power
 
+    def real_with(self, x: Tensor, weight: Tensor, magnitude: Tensor | None = None) -> Tensor:
+        norm = self.product((x.abs() if magnitude is None else magnitude) ** self.power, weight)
+        norm = norm + self.float_bias().reshape(1, -1, 1, 1)
+        norm = torch.sqrt(norm) if self.power == 2 else norm
+        return x * norm if self.module.inverse else x / norm
+
+    def one_side(self, x: QTensor) -> QTensor:
+        if self.only == "weights":
+            return super().one_side(x)
+        magnitude = self.input_grid(x.like(x.q.abs(), x.scale)).real()
+        return x.like(self.real_with(x.real(), self.float_weight(), magnitude), None)
+
     def integer(self, x: QTensor) -> QTensor:
         if 32 in (self.config.w_bits, self.config.a_bits):
             return x.like(self.real(x.real()), None)
+        if self.only is not None:
+            return self.one_side(x)
         magnitude = self.input_grid(x.like(x.q.abs(), x.scale))
         squared = magnitude.q.square() if self.power == 2 else magnitude.q
         if self.weight_int is not None:

@@ -1,5 +1,6 @@
 """One call from a float codec to a quantized one."""
 
+import dataclasses
 import resource
 import time
 from collections.abc import Iterable, Iterator
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from models.qvrf import VariableRate
+from quant.bits import Bits
 from quant.config import QuantConfig
 from quant.model import QuantModel
 from quant.rounding import ROUNDINGS
@@ -19,7 +21,7 @@ from reconstruction.driver import Reconstruction
 from reconstruction.gptq import compensate_rounding, turned
 from reconstruction.objective import Objective
 from reconstruction.search import best_norm, measured_cost, search_ranges
-from reconstruction.sensitivity import measure_sensitivities, predicted_losses
+from reconstruction.sensitivity import Sensitivity, measure_sensitivities, predicted_losses
 from reconstruction.split import split_channels
 from reconstruction.state import StateFolder, fingerprint, learned, restore
 from reconstruction.stress import stressed
@@ -34,6 +36,7 @@ def quantize(
     *,
     lmbda: float,
     metric: str = "mse",
+    bits: Bits | None = None,
     device: torch.device | str | None = None,
     folder: Path | None = None,
     resume: bool = False,
@@ -49,6 +52,7 @@ def quantize(
         config: the method; default the preset "licq".
         lmbda: weight of the distortion in J = R + lambda * D that the codec was trained with.
         metric: "mse" (D = 255^2 * mse) or "ms-ssim" (D = 1 - MS-SSIM).
+        bits: of single layers, see `QuantModel`; default those of `config` for all.
         device: where to run; default where the model is.
         folder: where finished units are kept for `resume`; default nowhere.
         resume: go on behind the last finished unit in `folder`; the result is that of an uninterrupted run.
@@ -61,33 +65,97 @@ def quantize(
         memory of the process in MB.
 
     Raises:
-        InputError: images of a wrong shape, a lambda that is not positive, a folder of another calibration.
+        InputError: images of a wrong shape, a lambda that is not positive, bits of an unknown layer, a folder of another
+            calibration.
     """
     config = config or PtqConfig.from_preset()
-    channels = 5 if isinstance(model, VariableRate) else 3
-    if images.ndim != 4 or images.shape[1] != channels or not len(images):
-        raise InputError(f"calibration images of shape {tuple(images.shape)}; (n, {channels}, H, W) is needed")
     objective = Objective(lmbda, metric)
+    _check_images(model, images)
+    started = time.monotonic()
+    own = [dict(bits)] if bits else []
+    identity = fingerprint(model, images, config.to_dict(), lmbda, metric, *own)
+    state = StateFolder(None if folder is None else Path(folder) / "units", identity, resume)
+    start = prepare(model, images, config, objective, bits=bits, device=device, state=state, progress=progress)
+    qmodel, measured = start.qmodel, start.batches[: start.measured]
+    with torch.no_grad():
+        qmodel.quantize_nodes(True)
+        timed = progress_bar(measured, desc="measuring J", unit="batch", enabled=progress, leave=False)
+        j_start = torch.cat([objective(qmodel(batch), batch) for batch in timed]).double().mean()
+    history = {"j_start": float(j_start), "splitting": start.splitting, "search": start.search}
+    history |= Reconstruction(qmodel, start.batches, start.measured, config.reconstruction, objective, state, progress).run()
+    start.clock.lap("learning")
+    history["predicted"] = predicted_losses(qmodel, start.sensitivities)
+    qmodel.freeze()
+    history["seconds_by_step"] = start.clock.laps
+    history["seconds"] = time.monotonic() - started + start.resumed_seconds + history.pop("resumed_seconds")
+    history["peak_memory_mb"] = peak_memory_mb(next(qmodel.parameters()).device)
+    qmodel.history = history
+    return qmodel
+
+
+class _Clock:
+    """Seconds of each step."""
+
+    def __init__(self):
+        self.laps: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def lap(self, name: str) -> None:
+        now = time.monotonic()
+        self.laps[name], self._last = now - self._last, now
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """What learning starts from.
+
+    qmodel: observed, with its split and balanced scales and the first rounding; not frozen, its nodes in float.
+    batches: the crops; J is measured on the first `measured` of them.
+    sensitivities: of J. splitting: what channel splitting added. search: what a search of ranges found. resumed_seconds: that an earlier process has spent.
+    """
+
+    qmodel: QuantModel
+    batches: list[Tensor]
+    measured: int
+    sensitivities: dict[str, Sensitivity]
+    splitting: dict
+    search: dict | None
+    resumed_seconds: float
+    clock: _Clock
+
+
+def prepare(
+    model: nn.Module,
+    images: Tensor,
+    config: PtqConfig,
+    objective: Objective,
+    *,
+    bits: Bits | None = None,
+    device: torch.device | str | None = None,
+    state: StateFolder | None = None,
+    progress: bool = True,
+) -> Start:
+    """The steps of `quantize` before anything is learned: ranges, splitting, balance, the first rounding.
+
+    Args:
+        state: where GPTQ's start is kept and taken from; default nowhere. The others are those of `quantize`.
+    """
     if device is None:
         parameter = next(model.parameters(), None)
         device = images.device if parameter is None else parameter.device
-    started = time.monotonic()
-    identity = fingerprint(model, images, config.to_dict(), lmbda, metric)
-    state = StateFolder(None if folder is None else Path(folder) / "units", identity, resume)
-    knobs = config.reconstruction
+    clock, knobs = _Clock(), config.reconstruction
+    state = state or StateFolder(None, "", False)
     images = images.to(device)
     measured, observed, batches = _batches(images, knobs)
     harder = stressed(images[: knobs.measured]).split(knobs.batch) if knobs.stress else ()
-    clock = _Clock()
 
     def observing(quant: QuantConfig) -> QuantModel:
-        qmodel = QuantModel(model, quant).to(device)
+        qmodel = QuantModel(model, quant, bits).to(device)
         with progress_bar(total=len(observed) + len(harder), desc="observing ranges", unit="batch", enabled=progress, leave=False) as bar:
             qmodel.observe(_counted(observed, bar), _counted(harder, bar))
         return qmodel
 
-    searched = None
-    quant = config.quant
+    quant, searched = config.quant, None
     if knobs.range_search == "powell":
         quant, searched = best_norm(quant, lambda tried: measured_cost(observing(tried), measured, objective), state, progress)
     qmodel = observing(quant)
@@ -107,20 +175,13 @@ def quantize(
         shown = observed if len(images) >= knobs.observed else turned(observed)
         resumed = _start_rounding(qmodel, shown, knobs.seed, state, progress)
     clock.lap("compensating rounding")
-    with torch.no_grad():
-        qmodel.quantize_nodes(True)
-        timed = progress_bar(measured, desc="measuring J", unit="batch", enabled=progress, leave=False)
-        j_start = torch.cat([objective(qmodel(batch), batch) for batch in timed]).double().mean()
-    history = {"j_start": float(j_start), "splitting": splitting, "search": searched}
-    history |= Reconstruction(qmodel, batches, len(measured), config.reconstruction, objective, state, progress).run()
-    clock.lap("learning")
-    history["predicted"] = predicted_losses(qmodel, sensitivities)
-    qmodel.freeze()
-    history["seconds_by_step"] = clock.laps
-    history["seconds"] = time.monotonic() - started + resumed + history.pop("resumed_seconds")
-    history["peak_memory_mb"] = peak_memory_mb(device)
-    qmodel.history = history
-    return qmodel
+    return Start(qmodel, batches, len(measured), sensitivities, splitting, searched, resumed, clock)
+
+
+def _check_images(model: nn.Module, images: Tensor) -> None:
+    channels = 5 if isinstance(model, VariableRate) else 3
+    if images.ndim != 4 or images.shape[1] != channels or not len(images):
+        raise InputError(f"calibration images of shape {tuple(images.shape)}; (n, {channels}, H, W) is needed")
 
 
 def _batches(images: Tensor, knobs: ReconstructionConfig) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
@@ -151,18 +212,6 @@ def _counted(batches: Iterable[Tensor], bar: tqdm) -> Iterator[Tensor]:
     for batch in batches:
         yield batch
         bar.update()
-
-
-class _Clock:
-    """Seconds of each step."""
-
-    def __init__(self):
-        self.laps: dict[str, float] = {}
-        self._last = time.monotonic()
-
-    def lap(self, name: str) -> None:
-        now = time.monotonic()
-        self.laps[name], self._last = now - self._last, now
 
 
 def peak_memory_mb(device: torch.device | str) -> float:

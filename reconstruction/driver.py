@@ -209,7 +209,7 @@ class Reconstruction:
             history["resumed_seconds"] += fact["seconds"]
             return fact
         loss = self._joint_loss()
-        optimizer = _optimizer(active, nodes, config, config.joint_lr * 10 ** (max(8 - qmodel.config.w_bits, 0) / 4))
+        optimizer = _optimizer(active, nodes, config, lambda node: config.joint_lr * 10 ** (max(8 - node.config.w_bits, 0) / 4))
         schedule = _Schedule(optimizer, config.joint_iters)
         score = self._joint_score(loss)
         j_before = self._measure()[0]
@@ -376,7 +376,7 @@ class _UnitRun:
 
     def _learn(self, active: dict[str, nn.Parameter], steps: int) -> None:
         config = self.config
-        optimizer = _optimizer(active, self.nodes, config, 1.0)
+        optimizer = _optimizer(active, self.nodes, config)
         schedule = _Schedule(optimizer, steps)
         tail = round(config.tail_share * steps) if config.loss in GLOBAL else 0
         tail = steps if config.unit == "network" and config.loss in GLOBAL else tail
@@ -407,8 +407,9 @@ class _UnitRun:
 # ------------------------------------------------------------------------------------------------------- optimizers
 
 
-def _optimizer(active: dict[str, nn.Parameter], nodes: dict[str, nn.Module], config: ReconstructionConfig, factor: float):
-    """Adam with a step size for each knob."""
+def _optimizer(active: dict[str, nn.Parameter], nodes: dict[str, nn.Module], config: ReconstructionConfig,
+               factor: Callable[[nn.Module], float] = lambda node: 1.0) -> torch.optim.Adam:  # fmt: skip
+    """Adam with a step size for each knob, times the factor of the node."""
     groups = []
     for key, parameter in active.items():
         name, knob, _ = key.split("|")
@@ -418,7 +419,7 @@ def _optimizer(active: dict[str, nn.Parameter], nodes: dict[str, nn.Module], con
             size = config.lr_bias * max(float(bias.detach().square().mean().sqrt()), 1e-3)
         else:
             size = config.lr_rounding if knob in ("rounding", "border") else config.lr_range
-        groups.append({"params": [parameter], "lr": size * factor})
+        groups.append({"params": [parameter], "lr": size * factor(nodes[name])})
     return torch.optim.Adam(groups, foreach=True)
 
 

@@ -61,8 +61,7 @@ def measure_sensitivities(
             dim = node.channel_dim % square.ndim
             curvature[name] = curvature.get(name, 0) + square.movedim(dim, 0).flatten(1).sum(1).double()
             if not number:
-                each = taps(node) * node.float_weight().shape[1] * node.outputs
-                macs[name] = macs.get(name, 0.0) + square[0].numel() / square.shape[dim] * each
+                macs[name] = macs.get(name, 0.0) + operations(node, square)
     images = sum(map(len, batches))
     return {name: Sensitivity(value / images, macs[name]) for name, value in curvature.items()}
 
@@ -115,6 +114,12 @@ def _distortion_curvature(objective: Objective, x_hat: Tensor, x: Tensor, signs:
 
     second = (distortion(1) + distortion(-1) - 2 * distortion(0)) / step**2
     return (second.clamp(min=0) / x_hat[0].numel()).to(x_hat.dtype)
+
+
+def operations(node: QuantMAC, output: Tensor) -> float:
+    """Multiply-accumulate operations by which a layer makes an output of this shape, for one image of the batch."""
+    positions = output[0].numel() / output.shape[node.channel_dim % output.ndim]
+    return positions * taps(node) * node.float_weight().shape[1] * node.outputs
 
 
 def taps(node: QuantMAC) -> float:

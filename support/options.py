@@ -96,6 +96,35 @@ def _positive_numbers(text: str, example: float) -> list[float]:
     return values
 
 
+def size_budget(text: str) -> dict[str, float]:
+    """Mean bits of a weight ("6"), or megabytes ("1.5MB"): a field of `reconstruction.mixed_precision.Budget`."""
+    if text.upper().endswith("MB"):
+        return {"megabytes": _positive_numbers(text[:-2], 1.5)[0]}
+    return {"mean_bits": _positive_numbers(text, 6)[0]}
+
+
+def bops_budget(text: str) -> dict[str, float]:
+    """Bit operations as a share of those of 8 bits ("0.5"), or for a pixel in thousands or millions ("900k", "1.2M")."""
+    unit = {"k": 1e3, "K": 1e3, "M": 1e6}.get(text[-1:])
+    if unit:
+        return {"bops": _positive_numbers(text[:-1], 900)[0] * unit}
+    return {"relative_bops": _positive_numbers(text, 0.5)[0]}
+
+
+def bits_choices(text: str) -> list[int]:
+    """Numbers of bits from 2 to 16, separated by commas."""
+    found = sorted({_whole(item) for item in text.split(",")})
+    for value in found:
+        if not 2 <= value <= 16:
+            raise argparse.ArgumentTypeError(f"{value} is out of range; choose numbers from 2 to 16, such as 4,6,8")
+    return found
+
+
+def positive_number(text: str) -> float:
+    """A positive number."""
+    return _positive_numbers(text, 1.0)[0]
+
+
 def qualities(text: str) -> list[int] | str:
     """`all`, or whole numbers separated by commas."""
     if text == "all":

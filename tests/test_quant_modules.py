@@ -250,6 +250,15 @@ def test_thirty_two_bits_pass_values_through():
     assert not out.is_integer and torch.equal(out.q, x)
 
 
+def test_an_image_is_on_its_grid_as_it_is_whatever_the_headroom():
+    x = torch.arange(256.0).reshape(1, 1, 16, 16) / 255
+    for symmetry in ("asymmetric", "one_sided"):
+        grid = Grid(8, 24, 1, headroom=1.1, symmetry=symmetry)
+        grid.observe(x[..., :100], is_pixels=True)
+        grid.initialize()
+        assert float((grid(QTensor(x, None, None)).real() - x).abs().max()) < 2**-16
+
+
 def test_a_grid_that_saw_nothing_says_so():
     with pytest.raises(RuntimeError, match="no value in calibration"):
         Grid(8, 24).initialize()
