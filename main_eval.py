@@ -16,7 +16,7 @@ from support.cli import ArgumentParser, main_guard
 from support.errors import InputError
 
 EPILOG = """\
-The folder of --out gets report.md, report.json and rd.png, of the same form as main_ptq.py's.
+The folder of --out gets report.html, report.md, report.json, rd.png and compressai/*.json, of the same form as main_ptq.py's.
 
 bpp is estimated from the entropy model's likelihoods. With --real it is that of files: each image is encoded, decoded and
 compared with what the quantized network says, and the estimate stands beside it; the float codecs' stays an estimate.
@@ -103,6 +103,7 @@ def find_models(words: list[str], qualities: list[int] | str | None) -> list[Pat
 def evaluate_all(args: argparse.Namespace, files: list[Path]) -> int:
     """Everything is looked at first, then measured, then written."""
     from evaluation.anchors import anchors_of
+    from evaluation.crops import make_crops, save_picture
     from evaluation.evaluate import evaluate
     from evaluation.inputs import evaluation_set, pick_device
     from evaluation.presentation import coverage_lines, render_summary
@@ -146,7 +147,7 @@ def evaluate_all(args: argparse.Namespace, files: list[Path]) -> int:
     warnings = [remark] if remark else []
     warnings += [f"the float codec of quality {extra['quality']} is another file than the one that was quantized"
                  for extra in saved if extra["quality"] in floats and floats[extra["quality"]].sha256 != extra["checkpoint"]["sha256"]]
-    points, coverage = [], None
+    points, pictures, coverage = [], {}, None
     total = len(files) or len(floats)
     for index in range(total):
         extra = saved[index] if files else {}
@@ -162,25 +163,33 @@ def evaluate_all(args: argparse.Namespace, files: list[Path]) -> int:
         real = Codec(codec, bytes.fromhex(sha256(files[index])), args.threads, pad) if codec and args.real else None
         quant = measure(codec, real) if codec else None
         fp32 = measure(network) if network is not None else None
+        lmbda = extra.get("lambda") or source.lmbda
+        crops = {}
+        if quant and fp32:
+            crops["crops"], picture = make_crops(round(quality, 3), codecs=(network, codec), reports=(fp32, quant), paths=dataset.paths,
+                                                 lmbda=lmbda, metric=metric, pad=pad, device=device)
+            pictures[crops["crops"]["file"]] = picture
         coverage = coverage or extra.get("coverage")
         points.append(make_point(
-            quality=round(quality, 3), lmbda=extra.get("lambda") or source.lmbda, metric=metric, fp32=fp32, quant=quant,
+            quality=round(quality, 3), lmbda=lmbda, metric=metric, fp32=fp32, quant=quant,
             calibration_seconds=extra.get("calibration_seconds"), peak_memory_mb=extra.get("peak_memory_mb"),
             model_bytes=files[index].stat().st_size if files else None,
             fp32_model_bytes=4 * sum(p.numel() for p in network.parameters()) if network is not None else None,
-            model=str(files[index]) if files else None))
+            model=str(files[index]) if files else None, **crops))
     settings = common["config"] if common else {"preset": None, "quant": {}, "reconstruction": {}}
     report = build_report(
         arch=arch, preset=settings["preset"], loss=settings["reconstruction"].get("loss"),
         unit=settings["reconstruction"].get("unit"), w_bits=settings["quant"].get("w_bits"), a_bits=settings["quant"].get("a_bits"),
         dataset=dataset.name, images=len(dataset), points=points, warnings=warnings, metric=metric,
-        anchors=anchors_of(arch, dataset, metric, webp=not files, progress=not args.quiet),
+        anchors=anchors_of(arch, dataset, metric, progress=not args.quiet),
         config={**settings["quant"], **settings["reconstruction"], "metric": metric, "device": str(device)}
         | ({"calibration": common["calibration"]} if common else {}),
         **({"kept_in_float": coverage_lines(coverage), "left_alone": coverage["left_alone"]} if coverage else {}))
+    for file, picture in pictures.items():
+        save_picture(out / file, picture)
     write_report(out, report)
     print(render_summary(report))
-    print(f"\nreport:  {out / 'report.md'}, report.json, rd.png")
+    print(f"\nreport:  {out / 'report.html'}, report.md, report.json, rd.png")
     for warning in warnings:
         print(f"note: {warning}")
     return 0

@@ -29,10 +29,11 @@ if TYPE_CHECKING:
 # torch takes seconds to import: it is left to the functions that run after the arguments have been checked.
 
 EPILOG = """\
-The folder of --out gets report.md, report.json and rd.png, and for each quality q<quality>/model.safetensors and
-q<quality>/result.json. Without --resume a run starts anew: what an earlier run left there stands until its successor
-is finished. With --resume it goes on after the last finished unit, refuses a folder that holds a run with other
-settings, and takes up qualities finished by other commands with the same settings.
+The folder of --out gets report.html (pictures and tables in one file), report.md, report.json and rd.png, the curves as
+CompressAI's plot tool takes them (compressai/*.json), and for each quality q<quality>/model.safetensors, crops.png and
+result.json. Without --resume a run starts anew: what an earlier run left there stands until its successor is finished. With
+--resume it goes on after the last finished unit, refuses a folder that holds a run with other settings, and takes up
+qualities finished by other commands with the same settings.
 
 bpp is estimated from the entropy model's likelihoods; main_eval.py --real counts the bytes of files.
 """
@@ -56,7 +57,8 @@ def build_parser() -> ArgumentParser:
                        help="method: a name from reconstruction/presets/ or the path of a YAML file (default: licq)")
     group.add_argument("--loss", choices=options.LOSSES,
                        help="what a unit minimizes: error of its output (mse), the same weighted by sensitivity (fisher), the "
-                            "squared change of J (rd), J itself (rd_direct), divergence (kl) (default: the preset's; licq: rd)")
+                            "squared change of J (rd), J itself (rd_direct), divergence (kl), error of its stage's output (stage), of the "
+                            "codec's outputs (output) (default: the preset's; licq: rd)")
     group.add_argument("--unit", choices=options.UNITS, help="what is reconstructed at once (default: the preset's; licq: block)")
     group.add_argument("--iters", metavar="N", type=options.count, help="optimizer steps per unit (default: the preset's)")
     group.add_argument("--set", dest="knobs", metavar="KNOB=VALUE", type=options.assignment, action="append", default=[],
@@ -242,6 +244,7 @@ def build_config(args: argparse.Namespace) -> "PtqConfig":
 
 def quantize_quality(run: Run, index: int) -> dict:
     """One rate point, of which finished parts are taken from the folder; returns the point of report.json."""
+    from evaluation.crops import save_crops
     from evaluation.evaluate import Report, evaluate
     from evaluation.layer_runs import bits_of_quality
     from evaluation.report import make_point
@@ -249,7 +252,7 @@ def quantize_quality(run: Run, index: int) -> dict:
     source, args = run.models[index], run.args
     folder = run.folder.quality(source.quality, {"quality": source.quality, "lambda": source.lmbda,
                                                  "checkpoint_sha256": source.sha256}, shared=run.is_variable)
-    complete = {"fp32", "quant"} | ({"baseline"} if args.baseline else set())
+    complete = {"fp32", "quant", "crops"} | ({"baseline"} if args.baseline else set())
     done = complete <= folder.parts.keys()
     run.say(f"{source.arch} quality {source.quality} ({index + 1} of {len(run.models)})"
             + (": finished before" if done else _time_left(run, index)))
@@ -263,14 +266,18 @@ def quantize_quality(run: Run, index: int) -> dict:
     bits = own and own["layers"]
     baseline = folder.part("baseline", lambda: measure(plain_baseline(load(), run, source.quality, bits))) if args.baseline else None
     quant = folder.part("quant", lambda: _reconstruct(load(), run, index, folder, measure, own))
+    reports = Report.from_dict(fp32), Report.from_dict(quant["report"])
+    crops = folder.part("crops", lambda: save_crops(
+        run.folder.path, source.quality, codecs=(load(), _saved(run, index, folder)), reports=reports, paths=run.dataset.paths,
+        lmbda=source.lmbda, metric=args.metric, pad=run.multiple, device=run.device))
     folder.finish()
     return make_point(
-        quality=source.quality, lmbda=source.lmbda, metric=args.metric, fp32=Report.from_dict(fp32),
-        quant=Report.from_dict(quant["report"]), baseline=baseline and Report.from_dict(baseline),
+        quality=source.quality, lmbda=source.lmbda, metric=args.metric, fp32=reports[0], quant=reports[1],
+        baseline=baseline and Report.from_dict(baseline),
         calibration_seconds=quant["history"]["seconds"], peak_memory_mb=quant["history"].get("peak_memory_mb"),
         model_bytes=quant["model_bytes"], fp32_model_bytes=quant["fp32_model_bytes"],
         checkpoint={"origin": source.origin, "path": str(source.path), "sha256": source.sha256},
-        history=quant["history"], coverage=quant["coverage"], **({"bits": quant["bits"]} if own else {}))
+        history=quant["history"], coverage=quant["coverage"], crops=crops, **({"bits": quant["bits"]} if own else {}))
 
 
 def plain_baseline(model: "nn.Module", run: Run, quality: int, bits: "Bits | None" = None) -> "QuantModel":
@@ -311,7 +318,6 @@ def _reconstruct(model: "nn.Module", run: Run, index: int, folder: "QualityFolde
     own: the bits of single layers, see `bits_of_quality`.
     """
     from evaluation.layer_runs import described_bits, take_model, write_bits
-    from quant.model import QuantModel
     from reconstruction.api import quantize
     from support.files import sha256
 
@@ -320,9 +326,7 @@ def _reconstruct(model: "nn.Module", run: Run, index: int, folder: "QualityFolde
         return take_model(run, index, folder, own)
     if run.is_variable and index:
         first = run.folder.quality_parts(run.models[0].quality)["quant"]
-        codec = QuantModel.load(folder.model)
-        codec.model.set_level(source.quality)
-        return first | {"report": measure(codec)}
+        return first | {"report": measure(_saved(run, index, folder))}
     codec = quantize(model, run.crops, run.config, lmbda=source.lmbda, metric=args.metric,
                      bits=own and own["layers"], device=run.device,
                      folder=folder.path, resume=args.resume, progress=not args.quiet)
@@ -341,6 +345,16 @@ def _reconstruct(model: "nn.Module", run: Run, index: int, folder: "QualityFolde
     return {"report": report, "history": codec.history, "coverage": codec.coverage(), "model_sha256": sha256(folder.model),
             "model_bytes": folder.model.stat().st_size,
             "fp32_model_bytes": 4 * sum(parameter.numel() for parameter in model.parameters()), **({"bits": own} if own else {})}
+
+
+def _saved(run: Run, index: int, folder: "QualityFolder") -> "QuantModel":
+    """The quantized codec of a quality as it was saved."""
+    from quant.model import QuantModel
+
+    codec = QuantModel.load(folder.model)
+    if run.is_variable:
+        codec.model.set_level(run.models[index].quality)
+    return codec
 
 
 def _time_left(run: Run, index: int) -> str:
@@ -377,7 +391,7 @@ def finish(run: Run, points: list[dict]) -> int:
     report = summarize(run, points)
     write_report(run.folder.path, report)
     print(render_summary(report))
-    print(f"\nreport:  {run.folder.path / 'report.md'}, report.json, rd.png"
+    print(f"\nreport:  {run.folder.path / 'report.html'}, report.md, report.json, rd.png"
           f"\nmodels:  {', '.join(dict.fromkeys(str(run.folder.model(source.quality, run.is_variable)) for source in run.models))}")
     for warning in run.warnings:
         print(f"note: {warning}")

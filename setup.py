@@ -40,7 +40,7 @@ setup(
         "models": ["zoo/*.safetensors", "zoo/README.md"],
         "reconstruction": ["presets/*.yaml"],
         "data": ["*.json"],
-        "evaluation": ["*.json"],
+        "evaluation": ["*.json", "*.j2"],
     },
     # no Python module: a library that integer/library.py opens
     ext_modules=[
@@ -61,6 +61,7 @@ setup(
         "pyyaml",
         "matplotlib",
         "tabulate",
+        "jinja2",
         "pytorch_msssim",
         "scikit-image",  # for its photographs: `--eval photos` works without a download (data/datasets.json)
     ],

@@ -116,6 +116,10 @@ class Codec:
         gain = float(self.model.model.rate) if level is None else self.model.model.gain(level)
         return max(1, round(gain / GAIN_UNIT))
 
+    def settle_rate(self) -> None:
+        """Put the gain that a variable-rate model is set to where files can state it, so that its forward is what they decode to."""
+        self._set(self._gain(None))
+
     def _plan(self, height: int, width: int, gain: int) -> Plan:
         key = (height, width, gain)
         self._set(gain)

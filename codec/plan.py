@@ -128,11 +128,12 @@ class Plan:
     def steps(self) -> list[Step]:
         if self._steps is None:
             known: set[int] = set()
-            self._steps = []
+            steps = []
             for latent in self.latents:
                 step = self._step(latent, known)
-                self._steps.append(step)
+                steps.append(step)
                 known.update((*step.gives, *latent.given))
+            self._steps = steps
         return self._steps
 
     @property
@@ -165,19 +166,8 @@ class Plan:
         own = set(latent.given)
         if latent.kind == "entropy_bottleneck" or not dependents(self.program, own).intersection(latent.densities.values()):
             return []
-        frontier, part = self._context_part(latent)
+        frontier, part = _context_part(self.program, latent)
         return readings(part, own)
-
-    def _context_part(self, latent: Latent) -> tuple[dict[str, int], Program]:
-        """(what the context takes besides the latent's own decoded values, the part of the program)."""
-        own = set(latent.given)
-        inside = dependents(self.program, own)
-        producers = self.program.producers()
-        frontier = set()
-        for operation in cut(self.program, _free(self.program, inside) | own, latent.densities).operations:
-            frontier.update(number for number in operation.inputs if number not in inside and producers[number].kind != "constant")
-        frontier.update(number for number in latent.densities.values() if number not in inside)
-        return {str(number): number for number in sorted(frontier)}, cut(self.program, frontier | own, latent.densities)
 
     def _step(self, latent: Latent, known: set[int]) -> Step:
         found = self._readings(latent)
@@ -187,30 +177,29 @@ class Plan:
             outputs = {str(number): number for number in latent.densities.values()}
             before = cut(self.program, known, outputs)
             return Step(latent, self._executable(before), _inputs(before), tuple(latent.densities.values()), order)
-        frontier, part = self._context_part(latent)
+        frontier, part = _context_part(self.program, latent)
         before = cut(self.program, known, frontier)
         gathering = None
         own = tuple(number for number in _inputs(part) if number in latent.given)
         inputs = tuple(number for number in _inputs(part) if number not in latent.given)
         if found[0].is_plain:
-            part, gathering = self._gathered(latent, found[0], positions, order, set(frontier.values()))
+            part, gathering = self._gathered(latent, found[0], positions, order, part)
         context = Context(self._executable(part), own, inputs, gathering)
         return Step(latent, self._executable(before), _inputs(before), tuple(frontier.values()), order, context)
 
-    def _gathered(self, latent: Latent, reading: Reading, positions: tuple[int, ...], order: list[np.ndarray], frontier: set[int]) -> tuple[Program, Gathering]:
-        """The context model of an image with room for the positions of a group, which takes columns of numbers in place of neighbours."""
+    def _gathered(self, latent: Latent, reading: Reading, positions: tuple[int, ...], order: list[np.ndarray], part: Program) -> tuple[Program, Gathering]:
+        """The context model `part` of an image with room for the positions of a group, which takes columns of numbers in place of neighbours."""
         if len(positions) == 2:
             most = max(len(group) for group in order)
         else:  # that many in one channel
             most = max(int(np.bincount(group // int(np.prod(positions[1:]))).max()) for group in order)
         pixels = self.program.values[self.program.inputs["pixels"]].shape[-1] // positions[-1]
         small = self._sizes.with_room(most, pixels)
-        pairs = list(zip(self.program.operations, small.operations, strict=False))
-        if len(self.program.operations) != len(small.operations) or any(
-            (a.kind, a.inputs, a.outputs, a.node) != (b.kind, b.inputs, b.outputs, b.node) for a, b in pairs
-        ):
+        there = find_latents(small)[self.latents.index(latent)]
+        same = _counterparts(part, _context_part(small, there)[1])
+        if same is None:
             raise InputError(f"{latent.node}: this codec computes other steps at other image sizes, so its context model cannot be run by positions")
-        source, number = reading.operation.inputs[0], reading.operation.outputs[0]
+        source, number = same[reading.operation.inputs[0]], same[reading.operation.outputs[0]]
         operation = small.producers()[number]
         shape = small.values[number].shape
         facts, channels = operation.facts, small.values[source].shape[1]
@@ -230,12 +219,47 @@ class Plan:
                 **facts, "weight": weight.contiguous(), "stride": ones, "padding": (0,) * taps.shape[1], "dilation": ones}, operation.node)  # fmt: skip
             small.operations = [changed if step is operation else step for step in small.operations]
             by_channel = False
-        known = {*frontier, columns}
-        part = cut(small, known, latent.densities)
-        prepare = cut(small, set(latent.given), {"plane": source})
+        # inputs keep the names that they have at the image's own size
+        names = {same[own]: str(own) for own in _inputs(part)}
+        frontier = [number for number in names if number not in there.given]
+        part = _renamed(cut(small, {*frontier, columns}, there.densities), {**names, columns: _COLUMNS})
+        prepare = _renamed(cut(small, set(there.given), {"plane": source}), names)
         room = small.values[source].shape[2:]
-        gathering = Gathering(self._executable(prepare), _inputs(prepare)[0], str(columns), taps, channels, tuple(room), by_channel)
-        return part, gathering
+        own = next(number for number in latent.given if str(number) in prepare.inputs)
+        return part, Gathering(self._executable(prepare), own, _COLUMNS, taps, channels, tuple(room), by_channel)
+
+
+_COLUMNS = "columns"
+
+
+def _context_part(program: Program, latent: Latent) -> tuple[dict[str, int], Program]:
+    """(what the context takes besides the latent's own decoded values, the part of the program)."""
+    own = set(latent.given)
+    inside = dependents(program, own)
+    producers = program.producers()
+    frontier = set()
+    for operation in cut(program, _free(program, inside) | own, latent.densities).operations:
+        frontier.update(number for number in operation.inputs if number not in inside and producers[number].kind != "constant")
+    frontier.update(number for number in latent.densities.values() if number not in inside)
+    return {str(number): number for number in sorted(frontier)}, cut(program, frontier | own, latent.densities)
+
+
+def _counterparts(part: Program, other: Program) -> dict[int, int] | None:
+    """For each value of a part that of the same part at another size of images; None where the steps are others."""
+    steps, others = ([op for op in program.operations if op.kind != "input"] for program in (part, other))
+    if len(steps) != len(others):
+        return None
+    same: dict[int, int] = {}
+    for a, b in zip(steps, others):
+        if (a.kind, a.node, len(a.inputs), len(a.outputs)) != (b.kind, b.node, len(b.inputs), len(b.outputs)):
+            return None
+        if any(same.setdefault(x, y) != y for x, y in zip((*a.inputs, *a.outputs), (*b.inputs, *b.outputs))):
+            return None
+    return same
+
+
+def _renamed(part: Program, names: dict[int, str]) -> Program:
+    return part.part({names.get(number, name): number for name, number in part.inputs.items()}, dict(part.outputs))
 
 
 def _free(program: Program, inside: set[int]) -> set[int]:

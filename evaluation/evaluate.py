@@ -1,5 +1,6 @@
 """A codec on a set of images: rate and distortion of each, and their means."""
 
+import contextlib
 import math
 import time
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from codec.api import Codec
 from data.datasets import Dataset, open_dataset
 from data.images import load_image
-from evaluation.metrics import bpp_from_likelihoods, ms_ssim, mse, psnr_from_mse
+from evaluation.metrics import bpp_from_likelihoods, ms_ssim, mse, psnr_from_mse, to_pixels
 from data.padding import crop_back, pad_to_multiple
 from support.errors import InputError
 from support.progress import progress as progress_bar
@@ -120,24 +121,40 @@ def evaluate(model: nn.Module, images: Dataset | str | Path | Sequence[Path | st
         device = parameter.device if parameter is not None else torch.device("cpu")
     else:
         model.to(device)
+    if codec is not None:
+        codec.settle_rate()
     started = time.monotonic()
-    was_training = model.training
-    model.eval()
-    try:
+    with _evaluating(model):
         results = [_evaluate_one(model, item, index, pad, device, codec)
                    for index, item in enumerate(progress_bar(items, desc=f"evaluating on {name}", unit="image",
                                                              enabled=progress, leave=False))]
-    finally:
-        model.train(was_training)
     return Report(name, tuple(results), "bitstream" if codec else "estimate", time.monotonic() - started)
 
 
-@torch.no_grad()
-def _evaluate_one(model: nn.Module, item: Path | str | Tensor, index: int, pad: int, device, codec: Codec | None) -> ImageResult:
-    label = f"image {index}" if isinstance(item, Tensor) else Path(item).name
-    x = (item if isinstance(item, Tensor) else load_image(item)).to(device)
-    x = x.reshape(1, *x.shape[-3:])
-    height, width = x.shape[-2:]
+def decoded_pixels(model: nn.Module, path: Path, pad: int, device: torch.device) -> Tensor:
+    """What `model` makes of an image file: 8-bit pixels, float32 (3, H, W) in 0..255 on the CPU, as `evaluate` measures them.
+
+    Raises:
+        InputError: as `evaluate`.
+    """
+    with _evaluating(model.to(device)):
+        return to_pixels(_decode(model, load_image(path)[None].to(device), path.name, pad)[0])[0].cpu()
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module):
+    """The model is in evaluation mode for the duration, and no gradients are kept."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def _decode(model: nn.Module, x: Tensor, label: str, pad: int) -> tuple[Tensor, float]:
+    """x_hat (1, 3, H, W) of x (1, 3, H, W), and the estimated bpp; refused where they are no numbers."""
     padded, unpad = pad_to_multiple(x, pad)
     output = model(padded)
     x_hat, likelihoods = output["x_hat"], output["likelihoods"]
@@ -147,11 +164,19 @@ def _evaluate_one(model: nn.Module, item: Path | str | Tensor, index: int, pad: 
     if not torch.isfinite(x_hat).all():
         raise InputError(f"{label}: the model's x_hat holds NaN or Inf; the checkpoint is damaged or the calibration "
                          "diverged")
-    rate = bpp_from_likelihoods(likelihoods, height * width)
+    rate = bpp_from_likelihoods(likelihoods, x.shape[-2] * x.shape[-1])
     if not 0 <= rate < float("inf"):
         raise InputError(f"{label}: the model's likelihoods give {rate} bpp; the checkpoint is damaged or the "
                          "calibration diverged")
-    x_hat = crop_back(x_hat, unpad)
+    return crop_back(x_hat, unpad), rate
+
+
+def _evaluate_one(model: nn.Module, item: Path | str | Tensor, index: int, pad: int, device, codec: Codec | None) -> ImageResult:
+    label = f"image {index}" if isinstance(item, Tensor) else Path(item).name
+    x = (item if isinstance(item, Tensor) else load_image(item)).to(device)
+    x = x.reshape(1, *x.shape[-3:])
+    height, width = x.shape[-2:]
+    x_hat, rate = _decode(model, x, label, pad)
     real = rate
     if codec is not None:
         pixels, decoded = ((image[0] * 255).round().to("cpu", torch.uint8) for image in (x, x_hat))

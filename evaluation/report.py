@@ -1,15 +1,18 @@
 """report.json: the R-D points of a float and a quantized codec, and the BD-rates between their curves.
 
-Everything a reader may see is in one plain dictionary; `evaluation.presentation` draws report.md and rd.png from it.
+Everything a reader may see is in one plain dictionary; `presentation`, `figures` and `html_report` make the files from it.
 """
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from evaluation.bd_rate import bd_rate
+from evaluation.compressai_results import write_compressai
 from evaluation.evaluate import Report, delta_j_percent
+from evaluation.figures import draw_rd
+from evaluation.html_report import render_html
 from evaluation.metrics import ms_ssim_db
-from evaluation.presentation import draw_rd, render_markdown
+from evaluation.presentation import render_markdown
 from support.determinism import versions
 from support.errors import InputError
 from support.files import atomic_path, write_json, write_text
@@ -51,7 +54,8 @@ def build_report(*, arch: str, preset: str | None, loss: str, unit: str, w_bits:
     `bd_rate_psnr` and `bd_rate_ms_ssim` (on the dB scale) are percent of rate of the quantized against the float
     codec, PCHIP, from two points on; `bd_rate_psnr_cubic` needs four. One that cannot be had is None, and
     `bd_rate_notes` says why under the same key. With a baseline in every point there are the same three with the
-    ending `_baseline`; where files were written, `bd_rate_psnr_files` holds their rates against the estimates; with anchors `anchor_bd_rate_psnr` holds the float and the quantized codec against each.
+    ending `_baseline`; where files were written, `bd_rate_psnr_files` holds their rates against the estimates; with anchors
+    `anchor_bd_rate_psnr` holds {anchor's name: {"fp32", "quant"}}, of the float and of the quantized codec against each.
 
     Args:
         points: from `make_point`; sorted by rate here.
@@ -89,7 +93,9 @@ def build_report(*, arch: str, preset: str | None, loss: str, unit: str, w_bits:
 
 
 def write_report(folder: str | Path, report: dict) -> None:
-    """Write report.json, report.md and rd.png into `folder`, each whole or not at all.
+    """Write report.json, report.md, report.html, rd.png and compressai/*.json into `folder`, each whole or not at all.
+
+    report.html holds the crops that the points name, as far as `folder` has them.
 
     Raises:
         InputError: the folder cannot be written.
@@ -99,6 +105,8 @@ def write_report(folder: str | Path, report: dict) -> None:
     with atomic_path(folder / "rd.png") as temporary:
         draw_rd(report, temporary)
     write_text(folder / "report.md", render_markdown(report))
+    write_text(folder / "report.html", render_html(report, folder))
+    write_compressai(folder / "compressai", report)
 
 
 def _delta_j(fp32: Report | None, other: Report | None, lmbda: float | None, metric: str) -> float | None:

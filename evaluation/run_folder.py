@@ -4,8 +4,9 @@
     OUT/q<quality>/partial.json      parts finished so far; gone when the quality is finished
     OUT/q<quality>/units/            the reconstruction's own state; gone likewise
     OUT/q<quality>/model.safetensors the quantized codec; of variable rate: OUT/model.safetensors, for all qualities
+    OUT/q<quality>/crops.png         pieces of pictures for the report
     OUT/q<quality>/result.json       settings and every part, when the quality is finished
-    OUT/report.{json,md}, OUT/rd.png written last
+    OUT/report.{json,md,html}, OUT/rd.png, OUT/compressai/*.json written last
 
 A run that starts anew in a used folder replaces a quality's files when that quality is finished, and the report at the
 end; until then the old ones stand.
@@ -77,6 +78,8 @@ class QualityFolder:
         quant = self.parts.get("quant")
         if quant is not None and not (self.model.is_file() and sha256(self.model) == quant["model_sha256"]):
             del self.parts["quant"]  # the model was deleted or replaced: made again, from its units where they are left
+        if "quant" not in self.parts or not (path / "crops.png").is_file():
+            self.parts.pop("crops", None)
 
     def part(self, name: str, compute: Callable[[], Any]) -> Any:
         """The finished part of that name, or what `compute` gives now, kept from now on."""

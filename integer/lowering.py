@@ -23,7 +23,7 @@ from quant.config import FLOAT_BITS
 from quant.fixedpoint import quantize_multiplier, round_half_away
 from quant.functions import QuantAdd, QuantCarrier, QuantLeakyReLU, QuantMatMul, QuantMul, QuantSoftmax, QuantTable
 from quant.grid import Grid
-from quant.integer_functions import MASKED, SOFTMAX_STEP, SOFTMAX_UNIT
+from quant.integer_functions import LEVEL_UNIT, MASKED, SOFTMAX_STEP, SOFTMAX_UNIT
 from quant.model import PIXEL, QuantModel
 from quant.modules import QuantConvTranspose2d, QuantLinear, QuantMAC, QuantModule
 from quant.norms import QuantGDN, QuantLayerNorm
@@ -232,13 +232,18 @@ class Tracer:
             return x
         step = scale if refinement == 1 else scale / fine
         if not x.is_integer:  # a constant
+            if grid.border is not None:
+                raise InputError(f"{self.node}: a constant meets a learned border, so the model cannot be lowered; leave border out")
             q = round_half_away((x.q / step).float()).double().clamp_(min=-(2.0**52))
             q = torch.minimum(torch.maximum(q, qmin.double()), qmax.double()) * (refinement / fine)
             return x.like(self.constant(q), scale / refinement if refinement > 1 else scale)
         multiplier = x.scale / step
         if multiplier.ndim not in (0, x.ndim):
             multiplier = multiplier.reshape((1,) * (x.ndim - multiplier.ndim) + multiplier.shape)
-        q = self.rescale(x.q, multiplier, qmin, qmax, refinement / fine)
+        numbers = x.q
+        if grid.border is not None:
+            numbers = self.add(numbers, self.constant(-grid.border_in(x.scale, step, x.ndim)))
+        q = self.rescale(numbers, multiplier, qmin, qmax, refinement / fine)
         return x.like(q, scale if refinement == 1 else scale / refinement)
 
     def add(self, a: Symbol, b: Symbol, low: int | None = None, high: int | None = None) -> Symbol:
@@ -365,6 +370,9 @@ def _softmax(tracer: Tracer, node: QuantSoftmax, scores: QTensor, bias: Tensor |
         blank = blank if bool(blank.any()) else None
     q = tracer.elementwise("softmax", scores.q, Range(0, round(1 / SOFTMAX_UNIT)), table=node.table, offset=_whole(offset), kinds=kinds,
                            blank=blank, dim=node.dim)  # fmt: skip
+    if node.levels is not None:
+        levels = node.levels.detach().to(torch.int64)
+        return scores.like(tracer.elementwise("table", q, Range.of(levels), table=levels, first=0), torch.as_tensor(LEVEL_UNIT, dtype=torch.float64))
     return scores.like(q, torch.as_tensor(SOFTMAX_UNIT, dtype=torch.float64))
 
 

@@ -1,6 +1,7 @@
 """The settings of a quantization, validated where they are built and written out whole into every result."""
 
 import dataclasses
+import re
 from typing import Any
 
 from quant.ranges import RangeSpec
@@ -23,9 +24,17 @@ class QuantConfig:
                     "tensor": one scale per tensor.
     a_symmetry:     which inputs of multiply-accumulate layers have a zero point: "asymmetric" all, "one_sided" the channels
                     whose smaller side is below a quarter of the larger, "symmetric" none.
-    w_granularity:  "channel" (per output channel, eq. 15) or "tensor".
-    transform:      "equalize": the spread of the per-channel scales is chosen per layer, between none and the full
-                    one, where the predicted noise of weights and activations together is least; "fold": the full one.
+    w_granularity:  "channel" (per output channel, eq. 15), "tensor", or "groupsK": output channels in order of their ranges, in K
+                    groups of as equal ranges as can be (`quant.transforms.range_groups`), a scale for each.
+    transform:      the spread of the per-channel scales of a layer's inputs. "fold": each channel's own range, all folded into the
+                    weights; "equalize": between none and that, where the predicted noise of weights and activations together is
+                    least; "smooth": max|x|^alpha / max|w|^(1 - alpha) (SmoothQuant, Xiao et al. 2023); "ptf": powers of two times
+                    one scale (power-of-two factor, FQ-ViT, Lin et al. 2022). See `quant.transforms`.
+    smooth_alpha:   alpha of "smooth".
+    scales:         "fixed_point" (eqs. 3 and 4) or "power_of_two", for weights and inputs: requantization is a shift then.
+    accumulator_bits: the scale of a layer's weights is raised until its sums provably fit; 0 only states the bound.
+    softmax:        probabilities of attention: "linear", on the grid of a_bits; "log2" or "log_sqrt2", 2^softmax_bits levels at the
+                    powers of 1/2 or of its root (FQ-ViT; RepQ-ViT, Li et al. 2023), down to 2^-14.
     rounding:       nearest | adaround | ste | learned_offset.
     carrier_bits:   fixed point between multiply-accumulate layers, where tensors are added, multiplied or normalized.
     table_bits:     index of the tables of elementwise functions.
@@ -54,6 +63,11 @@ class QuantConfig:
     latent_bits: int = 14
     boundary_bits: int = 12
     strict_int8: bool = False
+    smooth_alpha: float = 0.5
+    scales: str = "fixed_point"
+    accumulator_bits: int = 0
+    softmax: str = "linear"
+    softmax_bits: int = 4
     frac_bits: int = 24
     a_headroom: float = 1.1
     headroom: float = 2.0
@@ -67,8 +81,15 @@ class QuantConfig:
             raise InputError(f"--bias_bits {self.bias_bits} is not possible; choose 32 or 8")
         one_of("a_granularity", self.a_granularity, ("channel", "tensor"))
         one_of("a_symmetry", self.a_symmetry, tuple(SYMMETRY))
-        one_of("w_granularity", self.w_granularity, ("channel", "tensor"))
-        one_of("transform", self.transform, ("equalize", "fold"))
+        if not re.fullmatch(r"channel|tensor|groups[1-9]\d*", self.w_granularity):
+            raise InputError(f"w_granularity {self.w_granularity!r} is unknown; choose channel, tensor, or groups4 for four groups")
+        one_of("transform", self.transform, ("equalize", "fold", "smooth", "ptf"))
+        one_of("scales", self.scales, ("fixed_point", "power_of_two"))
+        one_of("softmax", self.softmax, ("linear", "log2", "log_sqrt2"))
+        if self.accumulator_bits and not 16 <= self.accumulator_bits <= 48:
+            raise InputError(f"accumulator_bits {self.accumulator_bits} is out of range; choose 16 to 48, or 0 for no limit")
+        if not 0 <= self.smooth_alpha <= 1:
+            raise InputError(f"smooth_alpha {self.smooth_alpha} is out of range; choose 0 to 1")
         one_of("rounding", self.rounding, tuple(ROUNDINGS))
         RangeSpec.parse(self.w_range)
         RangeSpec.parse(self.a_range)
@@ -76,7 +97,7 @@ class QuantConfig:
             object.__setattr__(self, "carrier_bits", 8)
             object.__setattr__(self, "table_bits", 8)
             object.__setattr__(self, "latent_bits", 8)
-        for name in ("carrier_bits", "table_bits", "latent_bits"):
+        for name in ("carrier_bits", "table_bits", "latent_bits", "softmax_bits"):
             if not 2 <= getattr(self, name) <= 16:
                 raise InputError(f"{name} {getattr(self, name)} is out of range; choose 2 to 16")
         if not 4 <= self.boundary_bits <= 16:

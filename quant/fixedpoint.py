@@ -136,6 +136,18 @@ def fixed_point_scale(s: Tensor, frac_bits: int = 24, scale_bits: int = 32) -> T
     return straight_through(exact, wide)
 
 
+def power_of_two_scale(s: Tensor, frac_bits: int = 24) -> Tensor:
+    """The least power of two that is not smaller than `s`, from 2^-n_r on, in float64: requantization is a shift then.
+
+    A share of 2^-20 above a power of two is taken as rounding error of whoever made `s`. The gradient is the identity.
+    """
+    wide = s.to(torch.float64)
+    with torch.no_grad():
+        mantissa, exponent = torch.frexp(wide.clamp(min=2.0**-frac_bits))  # mantissa in [1/2, 1)
+        exact = power_of_two(exponent - (mantissa <= 0.5 * (1 + 2.0**-20)).to(exponent.dtype))
+    return straight_through(exact, wide)
+
+
 def quantize_multiplier(m: Tensor, mantissa_bits: int = MANTISSA_BITS) -> tuple[Tensor, Tensor]:
     """(mantissa, shift), int64 of m's shape, with m ~= mantissa * 2^-shift and 2^(bits-1) <= mantissa < 2^bits.
 

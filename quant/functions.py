@@ -8,14 +8,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from quant.config import QuantConfig
+from quant.config import FLOAT_BITS, QuantConfig
 from quant.fixedpoint import requantize_ste, round_half_away, round_ste, straight_through
 from quant.grid import Grid
 from quant.integer_functions import (
+    LEVEL_UNIT,
     MASKED,
     SOFTMAX_STEP,
     SOFTMAX_UNIT,
     fixed_softmax,
+    level_table,
     softmax_pieces,
     softmax_table,
     table_lookup,
@@ -131,6 +133,7 @@ class QuantMatMul(QuantFunction):
         dim = -3 if heads and config.a_granularity == "channel" else None
         self.grid_a = Grid(config.a_bits, config.frac_bits, dim, config.a_range)
         self.grid_b = Grid(config.a_bits, config.frac_bits, dim, config.a_range)
+        self.grid_a.droppable = self.grid_b.droppable = True
 
     def real(self, a: Tensor, b: Tensor) -> Tensor:
         return a @ b
@@ -142,6 +145,8 @@ class QuantMatMul(QuantFunction):
         if min(x.ndim for x in inputs) < 4:
             self.grid_a.channel_dim = self.grid_b.channel_dim = None
             self.options["heads"] = False
+        if inputs[0].levels:  # they are what they are
+            self.grid_a.channel_dim, self.grid_a.bits, self.grid_a.fixed = None, 16, LEVEL_UNIT
         self.grid_a.observe(inputs[0].real())
         self.grid_b.observe(inputs[1].real())
 
@@ -149,12 +154,12 @@ class QuantMatMul(QuantFunction):
         a, b = self.grid_a(a), self.grid_b(b)
         if not (a.is_integer and b.is_integer):
             return a.like(a.real() @ b.real(), None)
-        if self.config.a_bits > 8:  # sums of such products pass 2^24
+        if max(self.grid_a.bits, self.grid_b.bits) > 8:  # sums of such products pass 2^24
             return a.like(a.q.double() @ b.q.double(), a.scale * b.scale)
         return a.like(a.q @ b.q, a.scale * b.scale)
 
     def learnable(self) -> dict[str, list]:
-        grids = [grid for grid in (self.grid_a, self.grid_b) if grid.bits != 32]
+        grids = [grid for grid in (self.grid_a, self.grid_b) if grid.bits != 32 and grid.fixed is None]
         return {"range_a": [grid.log_n for grid in grids]} if grids else {}
 
 
@@ -188,7 +193,8 @@ class _SoftmaxSTE(torch.autograd.Function):
 class QuantSoftmax(QuantFunction):
     """Softmax along one dimension, with a constant bias (-inf masks a key): table exponential, fixed-point reciprocal.
 
-    The scores are put on a grid of 1/256 nat, so that a difference of scores is the index into the table.
+    The scores are put on a grid of 1/256 nat, so that a difference of scores is the index into the table. With `QuantConfig.softmax` on
+    levels, a second table brings each probability to the nearest one.
     """
 
     kind = "softmax"
@@ -198,6 +204,12 @@ class QuantSoftmax(QuantFunction):
         self.dim = dim
         self.grid = Grid(16, config.frac_bits, fixed=SOFTMAX_STEP)
         self.register_buffer("table", softmax_table())
+        on_levels = config.softmax != "linear" and config.a_bits != FLOAT_BITS
+        self.register_buffer("levels", level_table(config.softmax, config.softmax_bits) if on_levels else None)
+
+    @property
+    def gives_levels(self) -> bool:
+        return self.levels is not None
 
     def real(self, scores: Tensor, bias: Tensor | None = None, kinds: Tensor | None = None) -> Tensor:
         if kinds is not None:
@@ -214,6 +226,10 @@ class QuantSoftmax(QuantFunction):
         p = _SoftmaxSTE.apply(scores.q, offset, kinds, self.table, self.dim)
         if blank is not None and bool(blank.any()):  # rows without a key
             p = p.masked_fill(blank if kinds is None else blank.index_select(0, kinds), 0.0)
+        if self.levels is not None:
+            exact = table_lookup(p.detach(), self.levels).to(p.dtype)
+            p = straight_through(exact, p * (SOFTMAX_UNIT / LEVEL_UNIT))
+            return QTensor(p, torch.as_tensor(LEVEL_UNIT, dtype=torch.float64, device=p.device), scores.runtime, levels=True)
         return scores.like(p, torch.as_tensor(SOFTMAX_UNIT, dtype=torch.float64, device=p.device))
 
 

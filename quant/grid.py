@@ -4,12 +4,13 @@ import torch
 from torch import Tensor, nn
 
 from quant.config import FLOAT_BITS, SYMMETRY
-from quant.fixedpoint import Limits, fixed_point_scale, int_range, requantize_ste, round_half_away, round_ste
+from quant.fixedpoint import Limits, fixed_point_scale, int_range, power_of_two_scale, requantize_ste, round_half_away, round_ste
 from quant.qtensor import QTensor
 from quant.ranges import RangeSpec
 
 _SAMPLES = 4096  # values kept per channel for the range estimators
 SECOND_DIGIT = 6  # bits at most that a split channel has more: enough, and accumulators stay inside 32 bits
+SCALES = {"fixed_point": fixed_point_scale, "power_of_two": power_of_two_scale}
 LATENT_HEADROOM = 4.0  # rounded latents have heavy tails: other images reach further than the calibration crops
 
 
@@ -32,6 +33,7 @@ class Grid(nn.Module):
         headroom: factor on the range, for grids that must not clip and are not learned.
         fixed: a scale that is given instead of found (power-of-two grids at the codec's boundaries).
         symmetry: which channels have a zero point: symmetric (none), one_sided (where one side is hardly used), asymmetric (all).
+        scales: fixed_point (eqs. 3 and 4) or power_of_two.
     """
 
     def __init__(
@@ -43,16 +45,20 @@ class Grid(nn.Module):
         headroom: float = 1.0,
         fixed: float | None = None,
         symmetry: str = "one_sided",
+        scales: str = "fixed_point",
     ):
         super().__init__()
         self.bits, self.frac_bits, self.channel_dim = bits, frac_bits, channel_dim
         self.spec, self.headroom, self.symmetry = RangeSpec.parse(spec), headroom, symmetry
         self.fixed = fixed
+        self.make_scale = SCALES[scales]
         self.pixels = False
         self.latent = False
         self.whole = True  # every value seen was a whole number
         self.exact = False  # the grid holds every value as it is; there is nothing to learn
         self.frozen = False
+        self.droppable = False  # what reads it takes numbers that are not whole: sums of products
+        self.register_parameter("border", None)  # see `start_border`
         self.log_n = nn.Parameter(torch.zeros(()), requires_grad=False)  # ln N: N stays positive, steps are relative
         self.register_buffer("low", torch.zeros(()))  # observed, per channel
         self.register_buffer("high", torch.zeros(()))
@@ -164,6 +170,19 @@ class Grid(nn.Module):
         finer, _ = split_shares(self.bits)
         self.split_steps = torch.where(channels.to(self.low.device), float(finer), 1.0) if channels.any() else None
 
+    def start_border(self) -> None:
+        """Let the border of rounding be learned: a value goes up where its share of a step is at least 1/2 + border, one per channel.
+
+        AQuant (Li et al. 2022) learns it as a function of the value; here it is a constant, which a whole number added to the
+        accumulator before it is requantized can express, see `border_in`.
+        """
+        self.border = nn.Parameter(torch.zeros_like(self.log_n), requires_grad=False)
+
+    def border_in(self, scale: Tensor, step: Tensor, ndim: int) -> Tensor:
+        """The border as a whole number in units of `scale`, to be taken off values of that scale; broadcasts to `ndim` dimensions."""
+        border = self.border.reshape(self.shape_for(ndim)) if self.border.ndim else self.border
+        return round_ste(border.double() * step / _broadcast(scale, ndim))
+
     @property
     def fine(self) -> Tensor:
         """How many steps of a channel are one of `scale`: () or (channels,)."""
@@ -190,7 +209,7 @@ class Grid(nn.Module):
         signed_max, unsigned_max = float(int_range(self.bits)[1]), float(2**self.bits - 1)
         span = torch.where(shifted, (self.high - self.low).double() / unsigned_max,
                            torch.maximum(-self.low, self.high).double() / signed_max)  # fmt: skip
-        scale = fixed_point_scale(n * span, self.frac_bits)
+        scale = self.make_scale(n * span, self.frac_bits)
         with torch.no_grad():
             more = torch.ones((), device=self.low.device)  # steps, times those of an unsplit channel
             if self.split_steps is not None:
@@ -239,10 +258,17 @@ class Grid(nn.Module):
             return x
         step = scale if refinement == 1 else scale / fine  # fine is a power of two
         if x.is_integer:
-            q = requantize_ste(x.q, _broadcast(x.scale / step, x.q.ndim), Limits(qmin, qmax))
+            numbers = x.q if self.border is None else x.q.double() - self.border_in(x.scale, step, x.ndim)
+            q = requantize_ste(numbers, _broadcast(x.scale / step, x.q.ndim), Limits(qmin, qmax))
         else:
-            q = round_ste((x.q / step).to(torch.float32))
+            shares = x.q / step
+            if self.border is not None:
+                shares = shares - self.border.reshape(self.shape_for(x.ndim) if self.border.ndim else ())
+            q = round_ste(shares.to(torch.float32))
             q = torch.minimum(torch.maximum(q, qmin.to(q.dtype)), qmax.to(q.dtype)).to(torch.float32)
+        if self.droppable and x.runtime.dropping is not None:
+            exact = x.q / step if not x.is_integer else x.q * _broadcast(x.scale / step, x.q.ndim)
+            q = x.runtime.dropping(q, exact.to(q.dtype))
         return x.like(q, scale) if refinement == 1 else x.like(q * (refinement / fine), scale / refinement)
 
     def largest(self) -> Tensor:

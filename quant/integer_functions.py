@@ -250,7 +250,27 @@ SOFTMAX_STEP = 2.0**-8
 SOFTMAX_UNIT = 2.0**-16
 """Probabilities are whole numbers in this unit, 0..2^16."""
 
+LEVEL_UNIT = 2.0**-14
+"""Unit of probabilities on levels: 1 is the largest that 16 bits with a sign hold twice over."""
+
+LEVELS = {"log2": 2.0, "log_sqrt2": math.sqrt(2)}
+"""By which factor neighbouring levels differ."""
+
 _EXP_BITS = 12
+
+
+def level_table(kind: str, bits: int) -> Tensor:
+    """For each whole number p of `SOFTMAX_UNIT`, 0..2^16, the nearest level b^-k in units of `LEVEL_UNIT`; int32.
+
+    k = round(-log_b p) below 2^bits, else the level is 0 (log-int-softmax of FQ-ViT, Lin et al. 2022; b the root of 2: RepQ-ViT, Li et al.
+    2023). In both a level of 2^-14 is followed by 0, however many bits there are. Levels of odd k with b = sqrt 2 are rounded to the unit.
+    """
+    base = LEVELS[kind]
+    p = torch.arange(1, round(1 / SOFTMAX_UNIT) + 1, dtype=torch.float64) * SOFTMAX_UNIT
+    k = round_half_away(-torch.log2(p) / math.log2(base))
+    values = round_half_away(base**-k / LEVEL_UNIT)
+    values[(k >= 2**bits) | (k * math.log2(base) > 14 + 1e-9)] = 0
+    return torch.cat([torch.zeros(1, dtype=torch.float64), values]).to(torch.int32)
 
 
 def softmax_table() -> Tensor:

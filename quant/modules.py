@@ -8,12 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quant.config import FLOAT_BITS, QuantConfig
-from quant.fixedpoint import fixed_point_scale, int_range, requantize_ste, round_ste
-from quant.grid import Grid
+from quant.fixedpoint import int_range, requantize_ste, round_ste
+from quant.grid import SCALES, Grid
 from quant.qtensor import QTensor
 from quant.ranges import RangeSpec
 from quant.rounding import Rounding, make_rounding
 from quant.runtime import Runtime
+from quant.transforms import TRANSFORMS, range_groups
+from support.errors import InputError
 
 EXACT_FLOAT32 = 2**24  # whole numbers below this are exact in float32, so is any order of summing them
 
@@ -31,6 +33,7 @@ class QuantModule(nn.Module):
 
     kind = ""
     gives_latents = False  # its (first) output is y_hat or z_hat
+    gives_levels = False  # its output is on levels that are no multiples of a step
 
     def __init__(self, config: QuantConfig):
         super().__init__()
@@ -73,6 +76,8 @@ class QuantModule(nn.Module):
         output = runtime.wrap(output)
         if self.gives_latents:
             (output[0] if isinstance(output, tuple) else output).latent = True
+        elif self.gives_levels:
+            output.levels = True
         return output
 
     def wraps(self, index: int) -> bool:
@@ -108,7 +113,7 @@ class QuantModule(nn.Module):
             grid.thaw()
 
     def learnable(self) -> dict[str, list[nn.Parameter]]:
-        """What reconstruction may learn here, by knob: range_w, range_b, range_a, rounding, weight, bias."""
+        """What reconstruction may learn here, by knob: range_w, range_b, range_a, rounding, border, weight, bias."""
         return {}
 
 
@@ -118,7 +123,10 @@ class WeightQuantizer(nn.Module):
     def __init__(self, config: QuantConfig, mask: Tensor | None):
         super().__init__()
         self.bits, self.frac_bits = config.w_bits, config.frac_bits
-        self.per_channel = config.w_granularity == "channel"
+        self.make_scale = SCALES[config.scales]
+        self.per_channel = config.w_granularity != "tensor"
+        self.group_count = int(config.w_granularity.removeprefix("groups")) if config.w_granularity.startswith("groups") else 0
+        self.group: Tensor | None = None  # of each output channel, where they share scales
         self.spec = RangeSpec.parse(config.w_range)
         self.rounding_name = config.rounding
         self.register_buffer("mask", mask, persistent=False)
@@ -128,9 +136,10 @@ class WeightQuantizer(nn.Module):
     def initialize(self, w: Tensor, least: Tensor | None = None) -> None:
         """Ranges and the rounding scheme for the (folded) weights w: (outputs, inputs, ...); `least` as in `scale`."""
         w = w.detach()
-        largest = self._largest(w)
         estimate = self.spec.estimate(w, 0 if self.per_channel else None, self.bits, True).to(w)
-        self.log_n = nn.Parameter(torch.log((estimate / largest).clamp(1e-3, 1.0)), requires_grad=False)
+        self.group = range_groups(estimate, self.group_count) if self.group_count else None
+        ratio = self._of_groups(estimate) / self._of_groups(self._largest(w))
+        self.log_n = nn.Parameter(torch.log(ratio.clamp(1e-3, 1.0)), requires_grad=False)
         self.set_rounding(self.rounding_name, w, least)
 
     def set_rounding(self, name: str, w: Tensor, least: Tensor | None = None) -> None:
@@ -145,13 +154,20 @@ class WeightQuantizer(nn.Module):
         # an output channel without weights keeps a scale of the others' order, so that its bias does not overflow
         return largest.clamp(min=float(largest.detach().max().clamp(min=1e-12)) * 2**-12)
 
+    def _of_groups(self, values: Tensor) -> Tensor:
+        """The largest value of each group of output channels; without groups as it is."""
+        if self.group is None:
+            return values
+        return values.new_zeros(int(self.group.max()) + 1).scatter_reduce(0, self.group, values, "amax", include_self=False)
+
     def scale(self, w: Tensor, least: Tensor | None = None) -> Tensor:
-        """s_w: (outputs,) or (), float64, eqs. 3 and 15; not below `least`, which keeps the bias inside int32."""
+        """s_w: (outputs,) or (), float64, eqs. 3 and 15; not below `least`, which keeps sums inside their accumulator."""
         qmax = int_range(self.bits)[1]
-        scale = torch.exp(self.log_n.double()) * self._largest(w).double() / qmax
+        scale = torch.exp(self.log_n.double()) * self._of_groups(self._largest(w).double()) / qmax
         if least is not None:
-            scale = torch.maximum(scale, least if scale.ndim else least.max())
-        return fixed_point_scale(scale, self.frac_bits)
+            scale = torch.maximum(scale, self._of_groups(least) if scale.ndim else least.max())
+        scale = self.make_scale(scale, self.frac_bits)
+        return scale if self.group is None else scale[self.group]
 
     @staticmethod
     def _view(scale: Tensor, w: Tensor) -> Tensor:
@@ -174,7 +190,6 @@ class QuantMAC(QuantModule):
     """
 
     channel_dim = 1
-    power = 1  # of the input that the weights multiply
     only: str | None = None  # for measurements: "weights" or "inputs" are whole numbers, the rest is real
 
     def __init__(self, module: nn.Module, config: QuantConfig):
@@ -189,7 +204,9 @@ class QuantMAC(QuantModule):
             config.a_range,
             config.a_headroom,
             symmetry=config.a_symmetry,
+            scales=config.scales,
         )
+        self.input_grid.droppable = self.input_power == 1
         self.log_n_bias = nn.Parameter(torch.zeros(()), requires_grad=False)
         self.bias_change = nn.Parameter(torch.zeros(self.outputs), requires_grad=False)  # a learned correction
         self.register_buffer("weight_int", None)
@@ -206,6 +223,7 @@ class QuantMAC(QuantModule):
     # what a kind of layer says of itself ----------------------------------------------------------------------
 
     groups = 1
+    input_power = 1  # the inputs enter the sums to this power; the noise models of `quant.transforms` are of the first
 
     @property
     def input_bits(self) -> int:
@@ -255,42 +273,16 @@ class QuantMAC(QuantModule):
         if self.config.w_bits == FLOAT_BITS:
             return
         scales = self.config.a_bits != FLOAT_BITS and self.input_grid.channel_dim is not None
-        if self.config.transform == "equalize" and scales and not self.input_grid.exact:
-            self.equalize()
+        transform = TRANSFORMS.get(self.config.transform)
+        if transform and scales and not self.input_grid.exact and self.input_power == 1:
+            with torch.no_grad():
+                self.input_grid.log_n.data = transform(self)
         self.start_weights()
 
     def start_weights(self) -> None:
         """First range and rounding of the weights, for the input scales as they are now."""
         weight, reference = self.folded_weight()
         self.weight_quantizer.initialize(weight, self.least_scale(reference))
-
-    @torch.no_grad()
-    def equalize(self) -> None:
-        """Choose how far the input scales spread: s_x[k] = s (r_k / r_max)^alpha with the least predicted noise.
-
-        Rounding noise at the output, uniform errors assumed: the inputs' s_x[k]^2 / 12 through the squared weights, the
-        weights' s_w[o]^2 / 12 through the inputs' mean squares. alpha 0 is one scale for the tensor, 1 the full fold.
-        """
-        grid = self.input_grid
-        weight = self.float_weight()
-        start = grid.log_n.clone()
-        scale_full = grid.parameters_of_grid()[0]
-        per_input = weight.square().flatten(2).sum(2) if weight.ndim > 2 else weight.square()
-        qmax = int_range(self.config.w_bits)[1]
-        best, best_noise = start, None
-        for alpha in torch.linspace(0, 1, 11).tolist():
-            scale = scale_full.max() * (scale_full / scale_full.max()) ** alpha
-            spread = self.per_input(scale, per_input)
-            noise_inputs = (spread**2 * per_input).sum()
-            folded = self.float_weight().abs() * self.per_input(scale, weight)
-            step = folded.flatten(1).amax(1) / qmax
-            taps = weight[0, 0].numel() if weight.ndim > 2 else 1
-            energy = self.per_input((grid.energy / scale**2), per_input)
-            noise_weights = (step[:, None] ** 2 * energy * taps).sum()
-            noise = noise_inputs + noise_weights
-            if best_noise is None or noise < best_noise:
-                best_noise, best = noise, start + torch.log(scale / scale_full).to(start)
-        grid.log_n.data = best
 
     def folded_weight(self) -> tuple[Tensor, Tensor]:
         """(w' float32, s_ref): the weights with the spread of the input scales folded in."""
@@ -313,12 +305,25 @@ class QuantMAC(QuantModule):
         """The float bias with its learned correction."""
         return None if self.module.bias is None else self.module.bias + self.bias_change
 
+    @torch.no_grad()
     def least_scale(self, reference: Tensor) -> Tensor | None:
-        """The smallest s_w, per output, for which the bias takes at most half of an int32 accumulator."""
-        bias = self.float_bias()
-        if bias is None:
-            return None
-        return bias.detach().abs().double() / (reference.detach() / self.input_grid.refinement * LARGEST_BIAS)
+        """The smallest s_w, per output, for which the bias takes at most half of an int32 accumulator, and for which sums fit
+        `accumulator_bits` however the weights are rounded to a neighbour."""
+        bias, limit = self.float_bias(), 2.0 ** (self.config.accumulator_bits - 1)
+        share = None if bias is None else bias.abs().double() / (reference / self.input_grid.refinement)
+        if not self.config.accumulator_bits or self.config.a_bits == FLOAT_BITS:
+            return None if share is None else share / LARGEST_BIAS
+        weight = self.folded_weight()[0].double()
+        largest = self.largest_inputs(weight)
+        room = limit - 2 - self.largest_sum(largest.expand_as(weight))
+        if float(room.min()) <= 0:
+            raise InputError(f"{self.name}: sums of {self.input_grid.bits}-bit inputs cannot fit {self.config.accumulator_bits} bits; raise accumulator_bits")
+        least = self.largest_sum(weight.abs() * largest)
+        return (least if share is None else least + share) / room
+
+    def largest_inputs(self, weight: Tensor) -> Tensor:
+        """The largest magnitude of each input, to its power, shaped to broadcast against the canonical weight."""
+        return self.per_input(self.input_grid.largest().double() ** self.input_power, weight)
 
     def integer_bias(self, out_scale: Tensor) -> Tensor | None:
         """The bias in units of the accumulator: rounded to int32, or INT8 rescaled by eq. 19."""
@@ -328,7 +333,7 @@ class QuantMAC(QuantModule):
         if self.config.bias_bits == 8:
             qmax = int_range(8)[1]
             largest = bias.detach().abs().amax().clamp(min=2**-12).double()
-            scale = fixed_point_scale(torch.exp(self.log_n_bias.double()) * largest / qmax, self.config.frac_bits)
+            scale = self.weight_quantizer.make_scale(torch.exp(self.log_n_bias.double()) * largest / qmax, self.config.frac_bits)
             b_int = round_ste((bias / scale).float()).clamp(-qmax, qmax)
             return requantize_ste(b_int.double(), scale / out_scale).clamp(-(2.0**31), 2.0**31 - 1)
         return round_ste(bias.double() / out_scale).clamp(-(2.0**31), 2.0**31 - 1)
@@ -339,7 +344,7 @@ class QuantMAC(QuantModule):
         if self.config.a_bits == FLOAT_BITS:
             return (WeightQuantizer._view(scale, w_int) * w_int).float()
         step = self.input_grid.parameters_of_grid()[0] / self.input_grid.refinement
-        return (WeightQuantizer._view(scale, w_int) * w_int / self.per_input(step**self.power, w_int)).float()
+        return (WeightQuantizer._view(scale, w_int) * w_int / self.per_input(step**self.input_power, w_int)).float()
 
     def real_with(self, x: Tensor, weight: Tensor) -> Tensor:
         """The original computation with another weight (canonical)."""
@@ -411,8 +416,7 @@ class QuantMAC(QuantModule):
         Of numbers without their zero point. A kernel that adds stored ones and the digits of split channels first, and takes
         off the zero points at the end, needs sums modulo 2^32, which int32 is.
         """
-        largest = self.per_input(self.input_grid.largest().double(), w_int)
-        total = self.largest_sum(w_int.double().abs() * largest)
+        total = self.largest_sum(w_int.double().abs() * self.largest_inputs(w_int))
         return (total if b_int is None else total + b_int.abs()).max()
 
     def bound_now(self) -> Tensor:
@@ -432,6 +436,7 @@ class QuantMAC(QuantModule):
             knobs["weight"] = [self.module.weight]
         if self.config.a_bits != FLOAT_BITS and not self.input_grid.exact:
             knobs["range_a"] = [self.input_grid.log_n]
+            knobs["border"] = [] if self.input_grid.border is None else [self.input_grid.border]
         if self.module.bias is not None:
             knobs["bias"] = [self.bias_change]
             if self.config.bias_bits == 8:

@@ -65,10 +65,9 @@ class QuantGDN(QuantMAC):
         self.x_grid.observe(x)
         self.out_grid.observe(output)
 
-    def equalize(self) -> None:
-        """Nothing: the input enters squared, for which the noise model of plain layers does not hold."""
-        if self.power == 1:
-            super().equalize()
+    @property
+    def input_power(self) -> int:
+        return self.power
 
     def folded_weight(self) -> tuple[Tensor, Tensor]:
         if self.config.a_bits == FLOAT_BITS:
@@ -147,10 +146,6 @@ class QuantGDN(QuantMAC):
     def thaw(self) -> None:
         super().thaw()
         self.mantissa = self.shift = None
-
-    def accumulator_bound(self, w_int: Tensor, b_int: Tensor | None) -> Tensor:
-        largest = self.per_input(self.input_grid.largest().double() ** self.power, w_int)
-        return ((w_int.double().abs() * largest).flatten(1).sum(1) + b_int.abs()).max()
 
     def learnable(self) -> dict[str, list[nn.Parameter]]:
         knobs: dict[str, list[nn.Parameter]] = {}

@@ -22,14 +22,14 @@ class QTensor:
     scale:  float64 tensor, 0-dimensional (per tensor) or with q's number of dimensions and broadcastable to it.
     pixels: true for the image that enters the codec: 8-bit samples, exact on a grid of 1/255.
     latent: true for y_hat, z_hat and parts of them: values that came out of a rounding at a boundary of the codec.
+    levels: true for probabilities that a softmax gave on levels of its own (`QuantConfig.softmax`).
     """
 
-    __slots__ = ("q", "scale", "runtime", "pixels", "latent")
+    __slots__ = ("q", "scale", "runtime", "pixels", "latent", "levels")
 
-    def __init__(
-        self, q: Tensor, scale: Tensor | None, runtime: "Runtime", pixels: bool = False, latent: bool = False
-    ):
-        self.q, self.scale, self.runtime, self.pixels, self.latent = q, scale, runtime, pixels, latent
+    def __init__(self, q: Tensor, scale: Tensor | None, runtime: "Runtime", pixels: bool = False, latent: bool = False,
+                 levels: bool = False):  # fmt: skip
+        self.q, self.scale, self.runtime, self.pixels, self.latent, self.levels = q, scale, runtime, pixels, latent, levels
 
     # ---------------------------------------------------------------------------------------------- what it holds
 
@@ -49,7 +49,7 @@ class QTensor:
 
     def moved(self, q: Tensor, scale: Tensor | None) -> "QTensor":
         """The same values in another layout."""
-        return QTensor(q, scale, self.runtime, latent=self.latent)
+        return QTensor(q, scale, self.runtime, latent=self.latent, levels=self.levels)
 
     def detach(self) -> "QTensor":
         return self.moved(self.q.detach(), None if self.scale is None else self.scale.detach())

@@ -33,6 +33,7 @@ class Runtime:
         self.functions = nn.ModuleDict()  # nodes of functions, by name with "/" for "."
         self.kept_in_float: Counter[tuple[str, str]] = Counter()  # (function, module it stands in) -> calls seen
         self.observing = False
+        self.dropping: Any = None  # while a unit learns: (whole numbers, the same without rounding and clipping) -> some of both
         self.tracer: Any = None  # where the forward is written down as a program: see integer/lowering.py
         self._path: list[str] = [""]
         self._counts: list[Counter[str]] = [Counter()]

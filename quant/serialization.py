@@ -295,7 +295,7 @@ def _fill(model: "QuantModel", tensors: Mapping[str, Tensor], constants: set[str
         if key in module._parameters:
             old = module._parameters[key]
             is_learned = isinstance(module, Grid) or ".weight_quantizer." in name or key.startswith("log_n")
-            if old is None or (old.shape != tensor.shape and not is_learned):
+            if (old is None and key != "border") or (old is not None and old.shape != tensor.shape and not is_learned):
                 raise InputError(f"{other}: {name} has shape {tuple(tensor.shape)} there")
             module._parameters[key] = nn.Parameter(tensor, requires_grad=False)
         elif key in module._buffers:

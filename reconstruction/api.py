@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from models.qvrf import VariableRate
 from quant.bits import Bits
+from quant.config import QuantConfig
 from quant.model import QuantModel
 from quant.rounding import ROUNDINGS
 from reconstruction.balance import balance_scales
@@ -19,6 +20,7 @@ from reconstruction.config import AWARE, PtqConfig, ReconstructionConfig
 from reconstruction.driver import Reconstruction
 from reconstruction.gptq import compensate_rounding, turned
 from reconstruction.objective import Objective
+from reconstruction.search import best_norm, measured_cost, search_ranges
 from reconstruction.sensitivity import Sensitivity, measure_sensitivities, predicted_losses
 from reconstruction.split import split_channels
 from reconstruction.state import StateFolder, fingerprint, learned, restore
@@ -59,7 +61,7 @@ def quantize(
     Returns:
         A frozen `QuantModel`. Its `history` has J of the float codec (`j_float`), of the quantized one before and after
         (`j_start`, `j_end`), the same for each unit, what channel splitting added (`splitting`), the rise of J that rounding
-        noise still makes in each layer (`predicted`), seconds in all and `seconds_by_step` of this process, and the peak
+        noise still makes in each layer (`predicted`), what a search of ranges found (`search`), seconds in all and `seconds_by_step` of this process, and the peak
         memory of the process in MB.
 
     Raises:
@@ -79,7 +81,7 @@ def quantize(
         qmodel.quantize_nodes(True)
         timed = progress_bar(measured, desc="measuring J", unit="batch", enabled=progress, leave=False)
         j_start = torch.cat([objective(qmodel(batch), batch) for batch in timed]).double().mean()
-    history = {"j_start": float(j_start), "splitting": start.splitting}
+    history = {"j_start": float(j_start), "splitting": start.splitting, "search": start.searched}
     history |= Reconstruction(qmodel, start.batches, start.measured, config.reconstruction, objective, state, progress).run()
     start.clock.lap("learning")
     history["predicted"] = predicted_losses(qmodel, start.sensitivities)
@@ -109,7 +111,8 @@ class Start:
 
     qmodel: observed, with its split and balanced scales and the first rounding; not frozen, its nodes in float.
     batches: the crops; J is measured on the first `measured` of them.
-    sensitivities: of J. splitting: what channel splitting added. resumed_seconds: that an earlier process has spent.
+    sensitivities: of J. splitting: what channel splitting added. searched: what a search of ranges found, or None.
+    resumed_seconds: that an earlier process has spent.
     """
 
     qmodel: QuantModel
@@ -117,6 +120,7 @@ class Start:
     measured: int
     sensitivities: dict[str, Sensitivity]
     splitting: dict
+    searched: dict | None
     resumed_seconds: float
     clock: _Clock
 
@@ -141,12 +145,22 @@ def prepare(
         parameter = next(model.parameters(), None)
         device = images.device if parameter is None else parameter.device
     clock, knobs = _Clock(), config.reconstruction
-    qmodel = QuantModel(model, config.quant, bits).to(device)
+    state = state or StateFolder(None, "", False)
     images = images.to(device)
     measured, observed, batches = _batches(images, knobs)
     harder = stressed(images[: knobs.measured]).split(knobs.batch) if knobs.stress else ()
-    with progress_bar(total=len(observed) + len(harder), desc="observing ranges", unit="batch", enabled=progress, leave=False) as bar:
-        qmodel.observe(_counted(observed, bar), _counted(harder, bar))
+
+    def observing(quant: QuantConfig) -> QuantModel:
+        qmodel = QuantModel(model, quant, bits).to(device)
+        with progress_bar(total=len(observed) + len(harder), desc="observing ranges", unit="batch", enabled=progress, leave=False) as bar:
+            qmodel.observe(_counted(observed, bar), _counted(harder, bar))
+        return qmodel
+
+    searched = None
+    quant = config.quant
+    if knobs.range_search == "powell":
+        quant, searched = best_norm(quant, lambda tried: measured_cost(observing(tried), measured, objective), state, progress)
+    qmodel = observing(quant)
     clock.lap("observing")
     sensitivities = measure_sensitivities(qmodel, measured, objective, knobs.seed, progress)
     aim = sensitivities if knobs.loss in AWARE else measure_sensitivities(qmodel, measured, None, knobs.seed, progress)
@@ -155,12 +169,15 @@ def prepare(
     if knobs.balance:
         balance_scales(qmodel, aim, knobs.balance, progress)
     clock.lap("splitting and balancing")
+    if searched is not None:
+        searched |= search_ranges(qmodel, measured, objective, knobs.search_evals, state, progress)
+        clock.lap("searching ranges")
     resumed = 0.0
     if knobs.round_init == "gptq" and ROUNDINGS[config.quant.rounding].starts_anywhere:
         shown = observed if len(images) >= knobs.observed else turned(observed)
-        resumed = _start_rounding(qmodel, shown, knobs.seed, state or StateFolder(None, "", False), progress)
+        resumed = _start_rounding(qmodel, shown, knobs.seed, state, progress)
     clock.lap("compensating rounding")
-    return Start(qmodel, batches, len(measured), sensitivities, splitting, resumed, clock)
+    return Start(qmodel, batches, len(measured), sensitivities, splitting, searched, resumed, clock)
 
 
 def _check_images(model: nn.Module, images: Tensor) -> None:

@@ -11,10 +11,10 @@ from quant.config import QuantConfig, one_of
 from support import options
 from support.errors import InputError
 
-LOSSES = ("mse", "fisher", "rd", "rd_direct", "kl")
-AWARE = ("fisher", "rd", "rd_direct")  # losses that know J; with the others nothing is chosen by it
+LOSSES = ("mse", "fisher", "rd", "rd_direct", "kl", "stage", "output")
+AWARE = ("fisher", "rd", "rd_direct", "output")  # losses that know J; with the others nothing is chosen by it
 UNITS = ("layer", "block", "stage", "network")
-KNOBS = ("range_w", "range_b", "range_a", "rounding", "bias")
+KNOBS = ("range_w", "range_b", "range_a", "rounding", "bias", "border")
 PRESETS = Path(__file__).parent / "presets"
 
 
@@ -24,9 +24,14 @@ class ReconstructionConfig:
 
     loss:       target of a unit. mse: squared error of its output; fisher: the same weighted with the squared gradient
                 of J at that output, measured once on the float codec; rd: (J_hat - J_0)^2 per image, eq. 12;
-                rd_direct: J_hat itself; kl: divergence between the channel-wise softmax of the outputs.
+                rd_direct: J_hat itself; kl: divergence between the channel-wise softmax of the outputs; stage: squared error of the
+                output of the stage that the unit lies in (g_a, h_s ...), through what follows the unit there in float; output: the
+                difference of the codec's own outputs from the float codec's, lambda D(x_hat, x_hat_0) + |R - R_0|.
+    blend:      weight of the unit's own error beside the loss: with stage; with rd, rd_direct and output in the steps that use the
+                whole codec, where both are relative to their start, and the error is Fisher weighted.
     unit:       layer | block | stage | network: what is reconstructed at once.
-    learn:      any of range_w (eq. 15), range_a (eq. 16), range_b (eq. 17), rounding, bias. With rounding "ste" the
+    learn:      any of range_w (eq. 15), range_a (eq. 16), range_b (eq. 17), rounding, bias, border (where activations are
+                rounded up, a constant a channel; after AQuant, Li et al. 2022). With rounding "ste" the
                 scheme learns the weights themselves, straight-through. Activation ranges are not learned by default: on ten
                 crops they shrink, and clip other images.
     iters:      optimizer steps per unit, over both phases of Algorithm 1; 0 leaves the units out, as the default does: from the
@@ -46,6 +51,10 @@ class ReconstructionConfig:
                 for each four bits less: where rounding costs more, more is to be learned.
     input_mix:  probability that an element of a unit's input comes from the float codec (QDrop's 1 - p); 0 uses the
                 quantized prefix alone.
+    act_drop:   probability that an input of a layer inside the unit stays as it is, not quantized, in a step (QDrop, Wei et al. 2022).
+    range_search: "none"; "powell": before anything is learned, the ranges of all weights and activations are searched on J (LAPQ,
+                Nahshan et al. 2021): by the Lp norm first, then one factor a layer by Powell's method (`reconstruction.search`).
+    search_evals: so many times Powell's method may measure J.
     regularizer: weight of AdaRound's regularizer.
     warmup:     share of the steps without it.
     stress:     first ranges are also observed on the crops with strong, rotated colours and with strong contrasts
@@ -78,6 +87,10 @@ class ReconstructionConfig:
     lr_bias: float = 1e-3
     joint_lr: float = 0.2
     input_mix: float = 0.0
+    act_drop: float = 0.0
+    blend: float = 0.0
+    range_search: str = "none"
+    search_evals: int = 600
     regularizer: float = 0.01
     warmup: float = 0.2
     stress: bool = True
@@ -96,10 +109,13 @@ class ReconstructionConfig:
         for name in ("iters", "joint_iters"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} {getattr(self, name)} is negative; choose 0 or more")
-        for name in ("batch", "measured", "observed"):
+        one_of("range_search", self.range_search, ("none", "powell"))
+        if self.blend < 0:
+            raise InputError(f"blend {self.blend} is negative; choose 0 or more")
+        for name in ("batch", "measured", "observed", "search_evals"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} {getattr(self, name)} is too small; choose 1 or more")
-        for name in ("tail_share", "input_mix", "warmup", "split", "balance"):
+        for name in ("tail_share", "input_mix", "act_drop", "warmup", "split", "balance"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} {getattr(self, name)} is out of range; choose 0 to 1")
 
@@ -150,6 +166,12 @@ class PtqConfig:
             raise InputError(f"{path}: not a readable preset ({error}); see reconstruction/presets/licq.yaml") from error
         if not isinstance(knobs, dict):
             raise InputError(f"{path}: not a preset; see reconstruction/presets/licq.yaml")
+        if "base" in knobs:  # another preset, of which this one changes some knobs
+            name = str(knobs.pop("base"))
+            if Path(name).stem == path.stem:
+                raise InputError(f"{path}: it builds on itself; name another preset as its base")
+            base = cls.from_preset(name)
+            knobs = {**base.quant.to_dict(), **base.reconstruction.to_dict(), **knobs}
         knobs = {**knobs, **overrides}
         quant = {field.name for field in dataclasses.fields(QuantConfig)}
         reconstruction = {field.name for field in dataclasses.fields(ReconstructionConfig)}

@@ -1,9 +1,11 @@
 """The reconstruction engine (design, section 5): one driver for every unit, target and set of knobs."""
 
+import functools
 import math
 import random
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -12,15 +14,15 @@ from quant.model import QuantModel
 from quant.rounding import AdaRound, Rounding, temperature
 from reconstruction.cache import PrefixCache, mixed
 from reconstruction.config import ReconstructionConfig
-from reconstruction.objective import Objective
+from reconstruction.objective import Objective, rate
 from reconstruction.state import StateFolder, learned, restore, snapshot
 from reconstruction.targets import Targets
 from reconstruction.units import Trace, Unit, find_units
 from support.progress import progress as progress_bar
 
 WEIGHT_KNOBS = ("range_w", "range_b", "rounding", "bias")
-ACTIVATION_KNOBS = ("range_a",)
-GLOBAL = ("rd", "rd_direct")  # losses that need the whole codec
+ACTIVATION_KNOBS = ("range_a", "border")
+GLOBAL = ("rd", "rd_direct", "output")  # losses that need the whole codec
 _JOINT_PARTS = 6  # the joint pass looks back at the best state, and writes its own, this often
 
 
@@ -52,10 +54,23 @@ class Reconstruction:
         qmodel.quantize_nodes(False)
         self.trace = Trace(qmodel, batches[0])
         self.units = find_units(qmodel, self.trace, config.unit)
+        self.aims = {unit: unit for unit in self.units}  # whose output a unit's local loss looks at
+        if config.loss == "stage" and config.unit in ("layer", "block"):
+            stages = {name: stage for stage in find_units(qmodel, self.trace, "stage") for name in stage.nodes}
+            self.aims = {unit: stages[unit.nodes[0]] for unit in self.units}
+        if "border" in config.learn:
+            for node in qmodel.nodes.values():
+                if "border" in node.learnable():
+                    node.input_grid.start_border()
+        self.j_float: list[Tensor] = []
+        self.float_outputs: list[tuple[Tensor, Tensor]] = []  # x_hat and R of each crop
         with torch.no_grad():  # eq. 12 compares with J of each crop
-            needed = batches if config.loss == "rd" else batches[:measured]
-            timed = progress_bar(needed, desc="measuring J in float", unit="batch", enabled=progress, leave=False)
-            self.j_float = [objective(qmodel(batch), batch) for batch in timed]
+            needed = batches if config.loss in ("rd", "output") else batches[:measured]
+            for batch in progress_bar(needed, desc="measuring J in float", unit="batch", enabled=progress, leave=False):
+                output = qmodel(batch)
+                self.j_float.append(objective(output, batch))
+                if config.loss == "output":
+                    self.float_outputs.append((output["x_hat"], rate(output, batch)))
         self.settled: set[str] = set()  # nodes in their final state
 
     # --------------------------------------------------------------------------------------------------- the passes
@@ -78,7 +93,8 @@ class Reconstruction:
         config = self.config
         weighted = config.loss in ("fisher", *GLOBAL)
         batches = self.batches[: len(self.measured)]
-        targets = Targets(self.qmodel, batches, self.units, self.objective, weighted)
+        targets = Targets(self.qmodel, batches, list(dict.fromkeys(self.aims.values())), self.objective, weighted)
+        own = Targets(self.qmodel, batches, self.units, self.objective, False) if config.loss == "stage" and config.blend else None
         quantized = PrefixCache(self.qmodel, self.trace, batches, True)
         real = PrefixCache(self.qmodel, self.trace, batches, False) if config.input_mix else None
         bar = progress_bar(total=len(self.units), desc=f"reconstructing {config.unit}s ({config.loss})", unit="unit",
@@ -89,12 +105,13 @@ class Reconstruction:
                 nodes = {name: self.qmodel.nodes[name] for name in unit.nodes}
                 stored = self.state.load(f"{number:03d}")
                 if stored is None:
-                    if not targets.is_ready(unit):
-                        self._in_float(lambda: targets.prepare(unit))
+                    for kept, wanted in ((targets, self.aims[unit]), (own, unit)):
+                        if kept is not None and not kept.is_ready(wanted):
+                            self._in_float(functools.partial(kept.prepare, wanted))
                     if real is not None:
                         self._in_float(lambda: real.advance(unit.start))
                     quantized.advance(unit.start)
-                    fact = _UnitRun(self, unit, number, targets, quantized, real).run()
+                    fact = _UnitRun(self, unit, number, targets, own, quantized, real).run()
                     self.state.save(f"{number:03d}", fact, learned(nodes))
                 else:
                     fact, values = stored
@@ -142,19 +159,27 @@ class Reconstruction:
                 squares.append((cost - self.j_float[index]).square())
         return self._mean(costs), self._mean(squares)
 
-    def _cost(self, index: int, cache: PrefixCache | None = None) -> Tensor:
+    def _output(self, index: int, cache: PrefixCache | None = None) -> dict:
         batch = self.batches[index]
         if cache is None:
-            return self.objective(self.qmodel(batch), batch)
+            return self.qmodel(batch)
         with cache.replaying(index):
-            return self.objective(self.qmodel(batch), batch)
+            return self.qmodel(batch)
+
+    def _cost(self, index: int, cache: PrefixCache | None = None) -> Tensor:
+        return self.objective(self._output(index, cache), self.batches[index])
 
     @staticmethod
     def _mean(costs: Iterable[Tensor]) -> float:
         return float(torch.cat([cost.double() for cost in costs]).mean())
 
     def global_loss(self, index: int, cache: PrefixCache | None = None) -> Tensor:
-        """rd: mean of (J_hat - J_0)^2, eq. 12; rd_direct: mean of J_hat."""
+        """rd: mean of (J_hat - J_0)^2, eq. 12; rd_direct: mean of J_hat; output: mean of lambda D(x_hat, x_hat_0) + |R - R_0|."""
+        if self.config.loss == "output":
+            output, batch = self._output(index, cache), self.batches[index]
+            x_hat, bits = self.float_outputs[index]
+            like = torch.cat([x_hat, batch[:, 3:]], 1)
+            return (self.objective.unclipped_distortion(output["x_hat"], like) + (rate(output, batch) - bits).abs()).mean()
         cost = self._cost(index, cache)
         if self.config.loss == "rd":
             return (cost - self.j_float[index]).square().mean()
@@ -267,9 +292,10 @@ class Reconstruction:
 class _UnitRun:
     """The reconstruction of one unit."""
 
-    def __init__(self, engine: Reconstruction, unit: Unit, number: int, targets: Targets, cache: PrefixCache,
+    def __init__(self, engine: Reconstruction, unit: Unit, number: int, targets: Targets, own: Targets | None, cache: PrefixCache,
                  real: PrefixCache | None):  # fmt: skip
-        self.engine, self.unit, self.targets, self.cache, self.real = engine, unit, targets, cache, real
+        self.engine, self.unit, self.targets, self.own, self.cache, self.real = engine, unit, targets, own, cache, real
+        self.aim = engine.aims[unit]
         self.config, self.qmodel = engine.config, engine.qmodel
         self.nodes = {name: self.qmodel.nodes[name] for name in unit.nodes}
         self.parameters = learned(self.nodes)
@@ -310,6 +336,9 @@ class _UnitRun:
 
     def _score(self, j: float, eq12: float) -> float:
         """The loss's own measure on all crops, by which a unit's learning is kept or not."""
+        if self.config.loss == "output":
+            with torch.no_grad():
+                return sum(float(self.engine.global_loss(i, self.cache)) for i in self.engine.measured) / len(self.engine.measured)
         if self.config.loss in GLOBAL:
             return eq12 if self.config.loss == "rd" else j
         return self._local_score()
@@ -328,9 +357,22 @@ class _UnitRun:
             outputs = {call: mixed(output, self.real.outputs[index][call], self.config.input_mix, self.noise)
                        for call, output in outputs.items()}  # fmt: skip
         runtime = self.qmodel.runtime
-        with runtime.replaying(outputs), runtime.recording(self.unit.outputs, stop_after=self.unit.end) as record:
+        calls = {*self.aim.outputs, *(self.unit.outputs if self.own else ())}
+        with runtime.replaying(outputs), runtime.recording(calls, stop_after=self.aim.end) as record:
             self.qmodel(self.engine.batches[index])
-        return self.targets.loss(kind, self.unit, index, record)
+        loss = self.targets.loss(kind, self.aim, index, record)
+        return loss if self.own is None else loss + self.config.blend * self.own.loss(kind, self.unit, index, record)
+
+    @contextmanager
+    def _dropping(self) -> Iterator[None]:
+        """Some inputs of the unit's layers stay as they are (QDrop, Wei 2022); what is before them is replayed, what follows in float."""
+        runtime, share = self.qmodel.runtime, self.config.act_drop
+        if share:
+            runtime.dropping = lambda q, exact: torch.where(torch.rand(q.shape, generator=self.noise).to(q.device) < share, exact, q)
+        try:
+            yield
+        finally:
+            runtime.dropping = None
 
     def _learn(self, active: dict[str, nn.Parameter], steps: int) -> None:
         config = self.config
@@ -348,10 +390,11 @@ class _UnitRun:
             index = self.queue.pop()
             schedule.set(step)
             optimizer.zero_grad()
-            if step >= steps - tail:
-                loss = self.engine.global_loss(index, self.cache) / self.scale["global"]
-            else:
-                loss = self._local(self._local_kind(), index, mix=True) / self.scale["local"]
+            true = step >= steps - tail
+            with self._dropping():
+                loss = self.engine.global_loss(index, self.cache) / self.scale["global"] if true else 0.0
+                if config.blend or not true:
+                    loss = loss + (config.blend if true else 1.0) * self._local(self._local_kind(), index, mix=True) / self.scale["local"]
             if weights and step >= config.warmup * steps:
                 beta = temperature(step, steps, warmup=config.warmup)
                 loss = loss + config.regularizer * sum(r.regularizer(beta) for r in adaptive) / weights
@@ -373,10 +416,10 @@ def _optimizer(active: dict[str, nn.Parameter], nodes: dict[str, nn.Module], con
         if knob == "bias":
             module = nodes[name].module
             bias = module.bias if getattr(module, "bias", None) is not None else module.beta
-            rate = config.lr_bias * max(float(bias.detach().square().mean().sqrt()), 1e-3)
+            size = config.lr_bias * max(float(bias.detach().square().mean().sqrt()), 1e-3)
         else:
-            rate = config.lr_rounding if knob == "rounding" else config.lr_range
-        groups.append({"params": [parameter], "lr": rate * factor(nodes[name])})
+            size = config.lr_rounding if knob in ("rounding", "border") else config.lr_range
+        groups.append({"params": [parameter], "lr": size * factor(nodes[name])})
     return torch.optim.Adam(groups, foreach=True)
 
 
@@ -385,12 +428,12 @@ class _Schedule:
 
     def __init__(self, optimizer: torch.optim.Optimizer, steps: int):
         self.optimizer, self.steps = optimizer, steps
-        self.rates = [group["lr"] for group in optimizer.param_groups]
+        self.sizes = [group["lr"] for group in optimizer.param_groups]
 
     def set(self, step: int) -> None:
         factor = 0.1 + 0.45 * (1 + math.cos(math.pi * step / max(self.steps, 1)))
-        for group, rate in zip(self.optimizer.param_groups, self.rates):
-            group["lr"] = rate * factor
+        for group, size in zip(self.optimizer.param_groups, self.sizes):
+            group["lr"] = size * factor
 
 
 def _joint_tensors(parameters: dict, best: dict, optimizer: torch.optim.Adam, active: dict) -> dict[str, Tensor]:

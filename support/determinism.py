@@ -60,9 +60,9 @@ def exact_products(device: torch.device) -> Iterator[None]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a result depends on: licq, python, torch, compressai, timm, numpy."""
+    """Versions of what a result depends on: licq, python, torch, compressai, timm, numpy, pillow."""
     found = {"licq": __version__, "python": platform.python_version()}
-    for package in ("torch", "compressai", "timm", "numpy"):
+    for package in ("torch", "compressai", "timm", "numpy", "pillow"):
         try:
             found[package] = torch.__version__ if package == "torch" else metadata.version(package)
         except metadata.PackageNotFoundError:

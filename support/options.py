@@ -8,7 +8,7 @@ from typing import Any
 from support.errors import InputError
 
 # The public interface. reconstruction.config and models.registry have the same lists; a test compares them.
-LOSSES = ("mse", "fisher", "rd", "rd_direct", "kl")
+LOSSES = ("mse", "fisher", "rd", "rd_direct", "kl", "stage", "output")
 UNITS = ("layer", "block", "stage", "network")
 METRICS = ("mse", "ms-ssim")
 

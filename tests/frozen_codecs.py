@@ -33,11 +33,14 @@ def make_frozen(name: str, split: bool = False, **config) -> QuantModel:
 
 
 SETTINGS = [{"split": True}, {"w_bits": 4, "a_bits": 4}, {"strict_int8": True}, {"w_bits": 16, "a_bits": 16}, {"a_granularity": "tensor"},
-            {"bias_bits": 8}, {"latent_bits": 8}]  # fmt: skip
+            {"bias_bits": 8}, {"latent_bits": 8}, {"scales": "power_of_two", "w_granularity": "groups4", "transform": "smooth"},
+            {"softmax": "log2", "transform": "ptf"},
+            {"softmax": "log_sqrt2", "softmax_bits": 8, "w_bits": 16, "a_bits": 16, "accumulator_bits": 32}]  # fmt: skip
+QUICK = ({"split": True}, {"softmax": "log2", "transform": "ptf"})  # also for a codec that is not
 
 
 def settings() -> list:
-    """All of them for a codec that is quick, the first for one that is not; the rest is slow."""
+    """All of them for a codec that is quick, `QUICK` for one that is not; the rest is slow."""
     quick = [pytest.param("minnen2018", config, id=f"minnen2018-{config}") for config in SETTINGS]
-    slow = [pytest.param("lu2022", config, id=f"lu2022-{config}", marks=pytest.mark.slow if place else ()) for place, config in enumerate(SETTINGS)]
+    slow = [pytest.param("lu2022", config, id=f"lu2022-{config}", marks=() if config in QUICK else pytest.mark.slow) for config in SETTINGS]
     return quick + slow

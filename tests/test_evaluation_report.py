@@ -159,7 +159,7 @@ def test_written_report_is_readable_and_rendered_again_from_json(tmp_path):
     for name, content in (("four", points()), ("one", points(1)), ("lossless", [lossless]), ("nolambda", [points(1)[0] | {"lambda": None}])):
         report = report_of(content, kept_in_float={"softmax": "ablation"}, warnings=["few images"])
         write_report(tmp_path / name, report)
-        assert sorted(os.listdir(tmp_path / name)) == ["rd.png", "report.json", "report.md"]
+        assert sorted(os.listdir(tmp_path / name)) == ["compressai", "rd.png", "report.html", "report.json", "report.md"]
         read = json.loads((tmp_path / name / "report.json").read_text())
         text = (tmp_path / name / "report.md").read_text()
         assert "estimated" in text and "softmax: ablation" in text and "few images" in text

@@ -54,6 +54,10 @@ def test_saved_models_give_the_numbers_of_the_run_that_saved_them(saved, job, tm
         for key in other.keys() - {"checkpoint", "history", "coverage"}:
             assert point[key] == other[key], key
     assert (saved / "eval_eval" / "rd.png").is_file() and "estimated" in (saved / "eval_eval" / "report.md").read_text()
+    for quality in (1, 3):
+        picture = f"q{quality}/crops.png"
+        assert (saved / "eval_eval" / picture).read_bytes() == (saved / picture).read_bytes()
+    assert "What it looks like" in (saved / "eval_eval" / "report.html").read_text()
 
 
 def test_one_model_without_its_float_codec(saved, tmp_path):

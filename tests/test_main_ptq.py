@@ -35,8 +35,9 @@ def test_run_writes_the_report_and_the_models(job, capsys, tmp_path):
     printed = capsys.readouterr()
     assert printed.err == "" and "BD-rate" in printed.out and "estimated" in printed.out and "plain" in printed.out
     out = tmp_path / "out"
-    assert set(contents(out)) == {"report.json", "report.md", "rd.png", "run.json", *(
-        f"q{quality}/{name}" for quality in (1, 3) for name in ("model.safetensors", "result.json"))}
+    assert set(contents(out)) == {"report.json", "report.md", "report.html", "rd.png", "run.json", *(
+        f"compressai/{name}.json" for name in ("float", "quantized", "baseline")), *(
+        f"q{quality}/{name}" for quality in (1, 3) for name in ("model.safetensors", "result.json", "crops.png"))}
     report = report_of(job)
     assert (report["arch"], report["preset"], report["loss"], report["unit"]) == (ARCH, "licq", "rd", "block")
     assert (report["w_bits"], report["a_bits"], report["dataset"], report["images"]) == (8, 8, "eval", 2)
@@ -385,3 +386,14 @@ def test_deleted_model_is_made_again(job, tmp_path):
     assert run(job, resume=True) == 0
     after = read_tensors(model)[0]
     assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_deleted_crops_are_made_again(job, tmp_path):
+    assert run(job) == 0
+    before = contents(tmp_path / "out")
+    (tmp_path / "out" / "q1" / "crops.png").unlink()
+    result = json.loads(before["q1/result.json"])
+    del result["parts"]["crops"]  # as of a run by a version that made none
+    (tmp_path / "out" / "q1" / "result.json").write_text(json.dumps(result))
+    assert run(job, resume=True) == 0
+    assert contents(tmp_path / "out") == before and b"What it looks like" in before["report.html"]

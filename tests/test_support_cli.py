@@ -100,4 +100,4 @@ def test_seed_repeats_and_bad_numbers_are_refused():
     with pytest.raises(InputError, match="--threads"):
         set_threads(0)
     assert set_threads(None) == torch.get_num_threads()
-    assert set(versions()) == {"licq", "python", "torch", "compressai", "timm", "numpy"}
+    assert set(versions()) == {"licq", "python", "torch", "compressai", "timm", "numpy", "pillow"}

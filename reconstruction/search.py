@@ -1,0 +1,113 @@
+"""Ranges searched on the codec's own J, without gradients: LAPQ (Nahshan et al. 2021, arXiv 1911.07190).
+
+First the norm: for each of a few p, every range is the one of least mean |x - x_hat|^p, and J is measured; a parabola through these says
+which p to start from. Then Powell's method moves one factor for each layer's weights and one for its inputs, all on J.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from scipy.optimize import OptimizeResult, minimize
+from torch import Tensor
+
+from quant.config import QuantConfig
+from quant.model import QuantModel
+from quant.modules import QuantMAC
+from reconstruction.objective import Objective
+from reconstruction.state import StateFolder
+from support.progress import progress as progress_bar
+
+NORMS = (2.0, 2.5, 3.0, 3.5, 4.0)
+_WIDEST, _NARROWEST = 0.3, -1.6  # of ln of a factor
+_KEEP = 20  # measurements are written this often
+
+
+@torch.no_grad()
+def measured_cost(qmodel: QuantModel, batches: Sequence[Tensor], objective: Objective) -> float:
+    """Mean J of the quantized codec over the crops."""
+    qmodel.quantize_nodes(True)
+    return float(torch.cat([objective(qmodel(batch), batch) for batch in batches]).double().mean())
+
+
+def best_norm(config: QuantConfig, cost_of: Callable[[QuantConfig], float], state: StateFolder, progress: bool = True) -> tuple[QuantConfig, dict]:
+    """(config with the ranges of the best norm, {"costs": {p: J}, "p": the one taken}).
+
+    Args:
+        cost_of: J of a codec that was observed with a config.
+    """
+    stored = state.load("norms")
+    costs = dict(stored[0]["costs"]) if stored else {}
+    for p in progress_bar(NORMS, desc="searching the norm of ranges", unit="norm", enabled=progress, leave=False):
+        if f"{p:g}" not in costs:
+            costs[f"{p:g}"] = cost_of(_with_norm(config, p))
+            state.save("norms", {"costs": costs}, {})
+    p = vertex(NORMS, [costs[f"{p:g}"] for p in NORMS])
+    return _with_norm(config, p), {"costs": costs, "p": p}
+
+
+def _with_norm(config: QuantConfig, p: float) -> QuantConfig:
+    return dataclasses.replace(config, w_range=f"lp{p:.4f}", a_range=f"lp{p:.4f}")
+
+
+def vertex(places: Sequence[float], values: Sequence[float]) -> float:
+    """Where a parabola fitted to the values is least; the place of the least value where it opens downwards or lies outside."""
+    a, b, _ = np.polyfit(places, values, 2)
+    found = -b / (2 * a) if a > 0 else float("nan")
+    return float(found) if min(places) <= found <= max(places) else float(places[int(np.argmin(values))])
+
+
+class _Enough(Exception):
+    pass
+
+
+@torch.no_grad()
+def search_ranges(qmodel: QuantModel, batches: Sequence[Tensor], objective: Objective, evaluations: int, state: StateFolder,
+                  progress: bool = True) -> dict:  # fmt: skip
+    """Powell's method over ln of one factor for the weights and one for the inputs of every layer; the best point met is kept.
+
+    Every measurement is written to `state`, and read from there when a killed search is repeated.
+
+    Returns:
+        {"j_before", "j_after", "factors": how many, "evaluations"}.
+    """
+    layers = [node for node in qmodel.nodes.values() if isinstance(node, QuantMAC)]
+    parameters = [node.weight_quantizer.log_n for node in layers]
+    parameters += [node.input_grid.log_n for node in layers if not node.input_grid.exact]
+    start = [parameter.detach().clone() for parameter in parameters]
+    stored = state.load("search")
+    known: list[float] = stored[0]["costs"] if stored else []
+    costs: list[float] = []
+    best, best_at = np.inf, np.zeros(len(parameters))
+
+    def put(factors: np.ndarray) -> None:
+        for parameter, value, factor in zip(parameters, start, factors):
+            parameter.copy_(value + float(factor))
+
+    def cost(factors: np.ndarray) -> float:
+        nonlocal best, best_at
+        if len(costs) >= evaluations:
+            raise _Enough
+        if len(costs) < len(known):
+            value = known[len(costs)]
+        else:
+            put(factors)
+            value = measured_cost(qmodel, batches, objective)
+        costs.append(value)
+        if value < best:
+            best, best_at = value, factors.copy()
+        if len(costs) > len(known) and len(costs) % _KEEP == 0:
+            state.save("search", {"costs": costs}, {})
+        bar.update()
+        return value
+
+    with progress_bar(total=evaluations, desc="searching ranges", unit="measurement", enabled=progress, leave=False) as bar:
+        try:
+            found: OptimizeResult | None = minimize(cost, np.zeros(len(parameters)), method="Powell", bounds=[(_NARROWEST, _WIDEST)] * len(parameters),
+                                                    options={"xtol": 0.02, "ftol": 1e-5, "maxfev": evaluations})  # fmt: skip
+        except _Enough:
+            found = None
+    put(best_at)
+    state.save("search", {"costs": costs}, {})
+    return {"j_before": costs[0], "j_after": best, "factors": len(parameters), "evaluations": len(costs), "finished": found is not None and bool(found.success)}
