@@ -165,6 +165,7 @@ class WeightQuantizer(nn.Module):
         qmax = int_range(self.bits)[1]
         scale = torch.exp(self.log_n.double()) * self._of_groups(self._largest(w).double()) / qmax
         if least is not None:
+            least = torch.ceil(least * 2.0**self.frac_bits) * 2.0**-self.frac_bits  # rounded to the nearest it could end below itself
             scale = torch.maximum(scale, self._of_groups(least) if scale.ndim else least.max())
         scale = self.make_scale(scale, self.frac_bits)
         return scale if self.group is None else scale[self.group]
