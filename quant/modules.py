@@ -165,6 +165,7 @@ class WeightQuantizer(nn.Module):
         qmax = int_range(self.bits)[1]
         scale = torch.exp(self.log_n.double()) * self._of_groups(self._largest(w).double()) / qmax
         if least is not None:
+            least = torch.ceil(least * 2.0**self.frac_bits) * 2.0**-self.frac_bits  # rounded to the nearest it could end below itself
             scale = torch.maximum(scale, self._of_groups(least) if scale.ndim else least.max())
         scale = self.make_scale(scale, self.frac_bits)
         return scale if self.group is None else scale[self.group]
@@ -190,7 +191,6 @@ class QuantMAC(QuantModule):
     """
 
     channel_dim = 1
-    power = 1  # of the input that the weights multiply
     only: str | None = None  # for measurements: "weights" or "inputs" are whole numbers, the rest is real
 
     def __init__(self, module: nn.Module, config: QuantConfig):
@@ -345,7 +345,7 @@ class QuantMAC(QuantModule):
         if self.config.a_bits == FLOAT_BITS:
             return (WeightQuantizer._view(scale, w_int) * w_int).float()
         step = self.input_grid.parameters_of_grid()[0] / self.input_grid.refinement
-        return (WeightQuantizer._view(scale, w_int) * w_int / self.per_input(step**self.power, w_int)).float()
+        return (WeightQuantizer._view(scale, w_int) * w_int / self.per_input(step**self.input_power, w_int)).float()
 
     def real_with(self, x: Tensor, weight: Tensor) -> Tensor:
         """The original computation with another weight (canonical)."""

@@ -246,7 +246,7 @@ def describe(qmodel: QuantModel, batch: Tensor) -> dict:
 def input_width(node: QuantMAC, a_bits: int) -> int:
     """Bits of what the weights of an observed layer multiply when its inputs have a_bits."""
     bits = max(a_bits, node.config.latent_bits) if node.input_grid.latent else a_bits
-    return 2 * min(bits, SQUARED_BITS) if node.power == 2 else bits
+    return 2 * min(bits, SQUARED_BITS) if node.input_power == 2 else bits
 
 
 def falling(losses: Mapping[int, float]) -> dict[int, float]:

@@ -274,6 +274,14 @@ def test_a_budget_is_met_written_and_read_again(job, capsys, tmp_path):
     refused(capsys, job, "bits.1.g_a.0.w_bits", untouched=False, resume=True, bits_file=tmp_path / "bits.json", **{"set": "balance=0", "no-baseline": True})
 
 
+def test_a_budget_of_bit_operations_searches_the_inputs_too(job, tmp_path):
+    assert run(job, budget_bops=0.6, **NARROW) == 0
+    found = report_of(job)["points"][0]["bits"]
+    assert 0.4 < found["relative_bops"] <= 0.6 and {sides["a_bits"] for sides in found["layers"].values()} == {4, 8}
+    codec = QuantModel.load(tmp_path / "out" / "q1" / "model.safetensors")
+    assert {name: node.config.a_bits for name, node in codec.layers.items()} == {name: sides["a_bits"] for name, sides in found["layers"].items()}
+
+
 def test_the_bd_rate_is_kept_below_its_limit(job, tmp_path, monkeypatch, capsys):
     made = []
     monkeypatch.setattr(layer_runs, "measure_layers", lambda model, *_, **__: drawn_for(model))
