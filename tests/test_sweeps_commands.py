@@ -132,3 +132,10 @@ def test_an_evaluation_in_parts_fails_in_one_line(job, tmp_path, make_image, cap
         assert evaluate("--model", tmp_path / "out", "--data", tmp_path / "eval", "--out", tmp_path / "e", *words) == 2
         one_line(capsys, expected)
     assert not list(tmp_path.glob("e/*"))
+
+
+@pytest.mark.slow
+def test_fig6_compares_what_it_says(job, tmp_path):
+    assert run(job, **{"arch": "minnen2018-mean", "iters": None, "set": None}, sweep="fig6") == 0
+    here, there = (result(tmp_path / "out", f"bias_bits{bits}")["points"][0] for bits in (32, 8))
+    assert here["fp32"] == there["fp32"] and here["quant"] != there["quant"]
