@@ -179,14 +179,16 @@ AVX2 static inline __m128i gdn4(__m128i x, __m128i norms, __m256d mantissa, __m2
 
 /* `gdn_number` with a root, eight numbers, where float32 settles it; else `settled` is 0 somewhere and `gdn4` must say.
  *
- * `scale` is mantissa * 2^-shift, a float32 of 22 bits. In units of 2^-24, the relative errors are: of the norm as a float32 1/2 (halved by
- * the root); of the processor's 1/sqrt, at most 1.5 * 2^-12, after Newton's step 1.5 * 1.5^2 < 3.4, of its four roundings 4; of up to three
- * more products 3; and what the reference's own cuts move, 1/2 for the root of 26 bits and 1/2 for the factor (a mantissa of 10 bits or
- * more is asked for). The sum is below 12, and `margin` is 16. So where a number with a margin around it lies between two halves, the
- * reference rounds to the same; and where it was clipped to a limit below 2^16, the reference's is less than 1/2 inside the limit or beyond.
+ * `scale` is mantissa * 2^-shift, exact in float32. In units of 2^-24, the relative errors are: of the norm as a float32, halved by the root,
+ * 0.5; of the processor's 1/sqrt, at most 1.5 * 2^-12, after Newton's step 1.5 * 1.5^2 < 3.4; of that step's roundings 0.5 for the square,
+ * which counts half, 0.5 for the product near 1/2, 1 for the difference near 1, 1 for the result; 1 for each of the two products after
+ * it; and the reference's own cut of the root to 26 bits moves 0.5. Together 9.4, of which `margin` is 10. The inverse has a product more and cuts
+ * its factor, which for mantissas of 10 bits or more moves less than 0.5: 10.9, margin 11. So where a number with its margin around it lies
+ * between two halves, the reference rounds to the same; and where it was clipped to a limit below 2^16, the reference's is beyond the limit
+ * or less than 1/2 inside.
  */
 AVX2 static inline __m256i gdn8(__m256i x, __m256i norms, __m256 scale, __m256i low, __m256i high, int inverse, int *settled) {
-    const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(INT32_MAX)), margin = _mm256_set1_ps(0x1p-20f);
+    const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(INT32_MAX)), margin = _mm256_set1_ps(inverse ? 11 * 0x1p-24f : 10 * 0x1p-24f);
     const __m256 norm = _mm256_cvtepi32_ps(_mm256_max_epi32(norms, _mm256_set1_epi32(1)));
     const __m256 guess = _mm256_rsqrt_ps(norm);
     const __m256 half = _mm256_mul_ps(_mm256_mul_ps(guess, guess), _mm256_mul_ps(norm, _mm256_set1_ps(0.5f)));
@@ -205,22 +207,27 @@ AVX2 static void gdn_avx2(int32_t *restrict out, const int32_t *restrict x, cons
     for (int start = 0; start < n; start += s->period) {
         const int count = n - start < s->period ? n - start : s->period;
         int i = 0;
-        for (; i + 4 <= count; i += 4) {
-            for (; s->scale && i + 8 <= count; i += 8) {
+        while (i + 4 <= count) {
+            const int eight = i + 8 <= count;
+            if (s->scale && eight) {
                 int settled;
                 const __m256i q = gdn8(_mm256_loadu_si256((const __m256i *)(x + start + i)), _mm256_loadu_si256((const __m256i *)(norm + start + i)),
                                        _mm256_loadu_ps(s->scale + i), _mm256_loadu_si256((const __m256i *)(s->low + i)),
                                        _mm256_loadu_si256((const __m256i *)(s->high + i)), s->first, &settled);
-                if (!settled) break;
-                _mm256_storeu_si256((__m256i *)(out + start + i), q);
+                if (settled) {
+                    _mm256_storeu_si256((__m256i *)(out + start + i), q);
+                    i += 8;
+                    continue;
+                }
             }
-            if (i + 4 > count) break;
-            const __m256i shift = _mm256_cvtepi32_epi64(_mm_loadu_si128((const __m128i *)(s->table + i)));
-            const __m256d low = _mm256_cvtepi32_pd(_mm_loadu_si128((const __m128i *)(s->low + i)));
-            const __m256d high = _mm256_cvtepi32_pd(_mm_loadu_si128((const __m128i *)(s->high + i)));
-            const __m128i q = gdn4(_mm_loadu_si128((const __m128i *)(x + start + i)), _mm_loadu_si128((const __m128i *)(norm + start + i)),
-                                   _mm256_loadu_pd(s->multiplier + i), shift, low, high, s->first);
-            _mm_storeu_si128((__m128i *)(out + start + i), q);
+            for (const int end = i + (eight ? 8 : 4); i < end; i += 4) {
+                const __m256i shift = _mm256_cvtepi32_epi64(_mm_loadu_si128((const __m128i *)(s->table + i)));
+                const __m256d low = _mm256_cvtepi32_pd(_mm_loadu_si128((const __m128i *)(s->low + i)));
+                const __m256d high = _mm256_cvtepi32_pd(_mm_loadu_si128((const __m128i *)(s->high + i)));
+                const __m128i q = gdn4(_mm_loadu_si128((const __m128i *)(x + start + i)), _mm_loadu_si128((const __m128i *)(norm + start + i)),
+                                       _mm256_loadu_pd(s->multiplier + i), shift, low, high, s->first);
+                _mm_storeu_si128((__m128i *)(out + start + i), q);
+            }
         }
         for (; i < count; i++) {
             const double q = gdn_number(x[start + i], norm[start + i], s->multiplier[i], s->table[i], s->first, s->last);
