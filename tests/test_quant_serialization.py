@@ -88,6 +88,18 @@ def test_weights_of_few_bits_take_few_bits(tmp_path, bits):
     assert all(torch.equal(ours["likelihoods"][name], theirs["likelihoods"][name]) for name in ours["likelihoods"])
 
 
+def test_a_loaded_model_is_saved_as_it_was(tmp_path):
+    model = quantized(network("minnen2018", 1))
+    model.save(tmp_path / "a.safetensors", {"quality": 1})
+    loaded = QuantModel.load(tmp_path / "a.safetensors")
+    loaded.save(tmp_path / "b.safetensors", loaded.extra)
+    again = QuantModel.load(tmp_path / "b.safetensors")
+    with torch.no_grad():
+        ours, theirs = loaded(images(2)), again(images(2))
+    assert torch.equal(ours["x_hat"], theirs["x_hat"]) and again.extra == {"quality": 1}
+    assert all(torch.equal(ours["likelihoods"][name], theirs["likelihoods"][name]) for name in ours["likelihoods"])
+
+
 def key(model: QuantModel, name: str) -> str:
     """Where a node is in the state dictionary."""
     return next(path for path, module in model.named_modules() if module is model.nodes[name])
