@@ -189,6 +189,7 @@ def prepare(args: argparse.Namespace) -> Run:
     from evaluation.layer_runs import check_flags, named_layers, settings_of_layers
     from evaluation.run_folder import RunFolder
     from models.registry import get_architecture
+    from quant.config import FLOAT_BITS
     from support.determinism import seed_everything, set_threads
     from support.version import __version__
 
@@ -218,12 +219,14 @@ def prepare(args: argparse.Namespace) -> Run:
     method = "analysis" if args.analyze else config.reconstruction.loss if config.preset == "licq" else config.preset
     out = args.out or f"runs/{models[0].arch}_w{config.quant.w_bits}a{config.quant.a_bits}_{method}"
     folder = RunFolder(out, settings, args.resume)
-    idle = None
+    idle = unread = None
+    if config.quant.bias_bits == 8 and FLOAT_BITS in (config.quant.w_bits, config.quant.a_bits):
+        unread = "8-bit biases have no effect: beside float weights or inputs biases stay in float"
     learning = config.reconstruction
     if args.unit and not learning.iters and not (args.unit == "network" and learning.joint_iters):
         idle = f"--unit {args.unit} has no effect: units are reconstructed in 0 steps each; give their number, e.g. --iters 20"
     return Run(args=args, config=config, device=device, models=models, multiple=multiple, dataset=dataset, crops=crops,
-               folder=folder, warnings=[remark for remark in (remark, scarce, idle) if remark], started=time.monotonic(),
+               folder=folder, warnings=[remark for remark in (remark, scarce, idle, unread) if remark], started=time.monotonic(),
                bits=bits)
 
 

@@ -6,9 +6,10 @@ from torch import Tensor, nn
 from quant.config import FLOAT_BITS, SYMMETRY
 from quant.fixedpoint import Limits, fixed_point_scale, int_range, power_of_two_scale, requantize_ste, round_half_away, round_ste
 from quant.qtensor import QTensor
-from quant.ranges import RangeSpec
+from quant.ranges import RangeSpec, sample
 
-_SAMPLES = 4096  # values kept per channel for the range estimators
+_SAMPLES = 2**21  # values kept for the range estimators: what clips is rare, and an estimator that has not seen it clips too much
+_FEWEST = 4096  # of them for each channel
 SECOND_DIGIT = 6  # bits at most that a split channel has more: enough, and accumulators stay inside 32 bits
 SCALES = {"fixed_point": fixed_point_scale, "power_of_two": power_of_two_scale}
 LATENT_HEADROOM = 4.0  # rounded latents have heavy tails: other images reach further than the calibration crops
@@ -71,6 +72,7 @@ class Grid(nn.Module):
         self._seen: tuple[Tensor, Tensor, Tensor] | None = None  # lowest, highest, sum of squares: (channels,)
         self._count = 0
         self._samples: list[Tensor] = []
+        self._every = 1
 
     # ------------------------------------------------------------------------------------------------- observation
 
@@ -97,8 +99,17 @@ class Grid(nn.Module):
             energy.add_(new[2])
         self._count += 0 if self.ranges_only else rows.shape[1]
         if self.spec.method != "max":
-            step = max(1, rows.shape[1] * 8 // _SAMPLES)
-            self._samples.append(rows[:, ::step].clone())
+            self._keep_some(rows)
+
+    def _keep_some(self, rows: Tensor) -> None:
+        """One value of `_every` from every batch alike; when they become too many, half of them go, and of all to come."""
+        most = max(_SAMPLES // rows.shape[0], _FEWEST)
+        self._samples.append(sample(rows, max(1, rows.shape[1] // self._every)).clone())
+        count = sum(part.shape[1] for part in self._samples)
+        while count > most:
+            count = -(-count // 2)
+            self._samples = [sample(torch.cat(self._samples, dim=1), count)]
+            self._every *= 2
 
     def initialize(self) -> None:
         """Ranges from what was observed; afterwards they are static."""
@@ -128,7 +139,7 @@ class Grid(nn.Module):
         self.exact = self.exact or self.pixels
         if self._samples and not self.exact:
             self.log_n.data = torch.log(self._estimate(torch.cat(self._samples, dim=1), low, high)).reshape(self.log_n.shape)
-        self._seen, self._count, self._samples, self.ranges_only = None, 0, [], False
+        self._seen, self._count, self._samples, self._every, self.ranges_only = None, 0, [], 1, False
 
     def _estimate(self, samples: Tensor, low: Tensor, high: Tensor) -> Tensor:
         """N per channel by the range estimator, from samples (channels, values) of a range low .. high.

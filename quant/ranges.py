@@ -159,12 +159,16 @@ def _magnitude(values: Tensor, signed: bool) -> Tensor:
 
 
 def _sample(rows: Tensor) -> Tensor:
-    """At most max(2^20 / channels, 4096) columns: one of each equal stretch, its place by the golden ratio.
+    """At most max(2^20 / channels, 4096) columns."""
+    return sample(rows, max(_SAMPLES // rows.shape[0], _SAMPLES_PER_CHANNEL))
+
+
+def sample(rows: Tensor, keep: int) -> Tensor:
+    """At most `keep` columns of (channels, values): one of each equal stretch, its place by the golden ratio.
 
     A fixed stride would see only some columns of an image.
     """
-    channels, count = rows.shape
-    keep = max(_SAMPLES // channels, _SAMPLES_PER_CHANNEL)
+    count = rows.shape[1]
     if count <= keep:
         return rows
     position = torch.arange(keep, dtype=torch.float64)
