@@ -152,6 +152,8 @@ class Grid(nn.Module):
         shares = torch.where(samples < 0, samples / low.clamp(max=-1e-12)[:, None], samples / high.clamp(min=1e-12)[:, None])
         alike = one_sided | (near >= SYMMETRY[self.symmetry] * far)
         magnitude = torch.where(alike[:, None], samples.abs() / far.clamp(min=1e-12)[:, None], shares)
+        if self.spec.method == "sigma":  # of the values, not of their magnitudes
+            magnitude = samples / far.clamp(min=1e-12)[:, None]
         signed = self.symmetry == "symmetric" or not bool(one_sided.any())
         return self.spec.estimate(magnitude, 0, self.bits, signed).to(samples).clamp(1e-3, 1.0)
 

@@ -148,3 +148,12 @@ def test_ranges_are_estimated_from_values_of_which_a_thousandth_matters():
         grid.log_n.data += math.log(factor)
         assert found < 1.1 * error(grid)
         grid.log_n.data -= math.log(factor)
+
+
+def test_a_range_of_k_sigma_is_that_of_the_values():
+    x = 1.5 * torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(3)) + torch.tensor([0.0, 1.0, -2.0]).reshape(1, 3, 1, 1)
+    grid = Grid(8, 24, channel_dim=1, spec="sigma2", symmetry="symmetric")
+    grid.observe(x)
+    grid.initialize()
+    expected = x.mean((0, 2, 3)).abs() + 2 * x.std((0, 2, 3), correction=0)
+    assert torch.allclose(grid.parameters_of_grid()[0].float() * 127, expected, rtol=2e-3)
