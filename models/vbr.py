@@ -100,8 +100,8 @@ class VariableBottleneck(EntropyBottleneckVbr):
     """
 
     def step_likelihood(self, z_hat: Tensor, step: Tensor) -> Tensor:
-        """z_hat: (B, C, H, W), step: (B, 1, 1, 1)."""
-        half = (step / 2).expand(-1, 1, *z_hat.shape[2:]).reshape(1, 1, -1)
+        """z_hat: (B, C, H, W), step: (B, 1, 1, 1), or (1, 1, 1, 1) for all images."""
+        half = (step / 2).expand(len(z_hat), 1, *z_hat.shape[2:]).reshape(1, 1, -1)
         rows = z_hat.transpose(0, 1).reshape(z_hat.shape[1], 1, -1)
         lower, upper = (self._logits_cumulative(rows + side * half, stop_gradient=False) for side in (-1, 1))
         likelihood = self.likelihood_lower_bound(torch.sigmoid(upper) - torch.sigmoid(lower))
