@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from support import options
 from support.cli import ArgumentParser, main_guard
 from support.errors import InputError
+from support.progress import time_left
 from sweeps import commands
 
 if TYPE_CHECKING:
@@ -269,7 +270,7 @@ def quantize_quality(run: Run, index: int) -> dict:
     complete = {"fp32", "quant", "crops"} | ({"baseline"} if args.baseline else set())
     done = complete <= folder.parts.keys()
     run.say(f"{source.arch} quality {source.quality} ({index + 1} of {len(run.models)})"
-            + (": finished before" if done else _time_left(run, index)))
+            + (": finished before" if done else time_left(run.started, index, len(run.models))))
     load = functools.cache(source.load)
 
     def measure(model: "nn.Module") -> dict:
@@ -369,14 +370,6 @@ def _saved(run: Run, index: int, folder: "QualityFolder") -> "QuantModel":
     if run.is_variable:
         codec.model.set_level(run.models[index].quality)
     return codec
-
-
-def _time_left(run: Run, index: int) -> str:
-    """From the mean time of the qualities before; nothing to go by at the first."""
-    if not index:
-        return ""
-    seconds = (time.monotonic() - run.started) / index * (len(run.models) - index)
-    return f", about {max(1, round(seconds / 60))} min left"
 
 
 def summarize(run: Run, points: list[dict]) -> dict:

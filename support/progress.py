@@ -1,6 +1,7 @@
 """Progress with time left: a bar on a terminal, a line now and then in a log."""
 
 import sys
+import time
 
 from tqdm import tqdm
 
@@ -42,3 +43,10 @@ def progress(iterable=None, *, total: int | None = None, desc: str = "", unit: s
                     dynamic_ncols=True, mininterval=0.2)
     return tqdm(iterable, total=total, desc=desc, unit=unit, disable=not enabled, leave=leave, file=_Lines(stream),
                 mininterval=_LOG_INTERVAL, miniters=1, delay=_LOG_INTERVAL / 2, bar_format=_LOG_FORMAT)
+
+
+def time_left(started: float, done: int, total: int) -> str:
+    """", about 3 min left", from the mean time of what is done since `started` (monotonic seconds); nothing to go by at the first."""
+    if not done:
+        return ""
+    return f", about {max(1, round((time.monotonic() - started) / done * (total - done) / 60))} min left"

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from support.cli import explain
 from support.errors import InputError
-from support.progress import progress
+from support.progress import progress, time_left
 
 ROOT = Path(__file__).resolve().parent.parent
 LOG = "log.txt"
@@ -165,9 +165,7 @@ def _in_this_process(tasks: Sequence[Task], unit: str, quiet: bool) -> Iterator[
     started = time.monotonic()
     for index, task in enumerate(tasks):
         if not quiet:
-            left = (time.monotonic() - started) / index * (len(tasks) - index) if index else None
-            more = f", about {max(1, round(left / 60))} min left" if left else ""
-            print(f"{unit} {index + 1} of {len(tasks)}: {task.name}{more}", file=sys.stderr, flush=True)
+            print(f"{unit} {index + 1} of {len(tasks)}: {task.name}{time_left(started, index, len(tasks))}", file=sys.stderr, flush=True)
         began = time.monotonic()
         error = run_here(task, task.resume, silent=quiet)
         yield Outcome(task, error, 1, time.monotonic() - began)

@@ -14,6 +14,7 @@ from typing import Any
 from evaluation.run_folder import read_json, refuse_other_settings
 from support.errors import InputError
 from support.files import write_json
+from support.progress import time_left
 from sweeps.engine import Engine, Task
 
 PART = "part.json"
@@ -60,9 +61,8 @@ def _measure_here(missing: Sequence[slice], homes: dict[str, Path], count: int, 
     started = time.monotonic()
     for index, shard in enumerate(missing):
         if not quiet:
-            left = (time.monotonic() - started) / index * (len(missing) - index) if index else None
-            more = f", about {max(1, round(left / 60))} min left" if left else ""
-            print(f"images {shard.start + 1} to {shard.stop} of {count}{more}", file=sys.stderr, flush=True)
+            left = time_left(started, index, len(missing))
+            print(f"images {shard.start + 1} to {shard.stop} of {count}{left}", file=sys.stderr, flush=True)
         write_json(homes[f"{shard.start}-{shard.stop}"] / PART, measure(shard))
 
 

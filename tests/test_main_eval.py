@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from data.padding import crop_back, pad_to_multiple
 from models.checkpoints import load_checkpoint, save_checkpoint
 from quant.model import QuantModel
 from support.cli import main_guard
+from support.errors import InputError
 
 
 def evaluate(*words) -> int:
@@ -234,6 +236,18 @@ def test_verify_finds_no_difference(saved, tmp_path, capsys):
     status = command("verify", "--model", saved, "--quality", 1, "--data", tmp_path / "eval", "--images", 1, "--out", out, "--quiet")
     assert status == 0 and "reference kernels" in out.read_text()
     assert json.loads(out.with_suffix(".json").read_text())["1 thread"]["float"]
+
+
+def test_verify_finds_the_model_or_the_rate_of_a_quality(monkeypatch):
+    files = [Path(f"run/q{quality}/model.safetensors") for quality in (1, 3)]
+    monkeypatch.setattr(verify, "_extra", lambda file: {})
+    assert verify.model_at(files, None) == (files[0], None) and verify.model_at(files, 3) == (files[1], None)
+    monkeypatch.setattr(verify, "_extra", lambda file: {"rates": {"2": 0.01, "5": 0.02}})
+    assert verify.model_at(files[:1], None) == (files[0], 2) and verify.model_at(files[:1], 5) == (files[0], 5)
+    for extra, quality in (({}, 2), ({"rates": {"2": 0.01}}, 3)):
+        monkeypatch.setattr(verify, "_extra", lambda file, extra=extra: extra)
+        with pytest.raises(InputError, match="--quality"):
+            verify.model_at(files, quality)
 
 
 def test_verify_counts_images_that_differ():
