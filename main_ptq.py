@@ -126,8 +126,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.sweep:
         return commands.run(argv, parser, build_config)
-    if args.workers or args.ray or args.gpu_share is not None:
-        raise InputError("--workers, --ray and --gpu_share are for --sweep; a single run is one task")
+    if args.only or args.workers or args.ray or args.gpu_share is not None:
+        raise InputError("--only, --workers, --ray and --gpu_share are for --sweep; a single run is one task")
     args.quality = options.merge_qualities(args.quality)
     run = prepare(args)
     if args.analyze:

@@ -145,10 +145,10 @@ def merge_qualities(given: list[list[int] | str] | None) -> list[int] | str | No
 
 
 def assignment(text: str) -> tuple[str, str]:
-    """knob=value."""
+    """name=value, as in `--set knob=value`."""
     name, sign, value = text.partition("=")
     if not sign or not name.strip():
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form knob=value, e.g. joint_iters=0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form name=value, e.g. joint_iters=0")
     return name.strip(), value.strip()
 
 

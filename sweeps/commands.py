@@ -26,6 +26,9 @@ def add_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None
     """--sweep and where its runs go."""
     parser.add_argument("--sweep", metavar="NAME", help=f"many runs from one file: {', '.join(list_sweeps())} or the path of a YAML file; "
                                                         "other flags hold for every run; docs/sweeps.md says more (default: one run)")
+    parser.add_argument("--only", metavar="AXIS=VALUE", type=options.assignment, action="append", default=[],
+                        help="of a sweep only the runs at these values of an axis, separated by commas; repeatable. With --resume others are "
+                             "added to what a folder holds (default: all)")
     options.add_engine(parser)
 
 
@@ -55,6 +58,7 @@ def run(argv: Sequence[str], parser: ArgumentParser, check: Callable[[argparse.N
     engine = Engine.from_args(args)
     threads = [] if engine.threads is None else ["--threads", str(engine.threads)]
     words = {one.name: [*one.words, *(threads if "--threads" not in one.words else [])] for one in sweep.runs}
+    chosen = {one.name for one in sweep.chosen(args.only)}
     for name in words:
         try:
             check(parser.parse_args(words[name]))
@@ -69,9 +73,9 @@ def run(argv: Sequence[str], parser: ArgumentParser, check: Callable[[argparse.N
     write_json(out / "finished.json", finished)
     names = {name for name, outcome in finished.items() if outcome["error"] is None and (out / "runs" / name).is_dir()}
     tasks = [Task(one.name, "main_ptq", tuple(words[one.name]), str((out / "runs" / one.name).resolve()), str((out / "shared").resolve()),
-                  before is not None) for one in sweep.runs if one.name not in names]  # fmt: skip
-    if names and not args.quiet:
-        print(f"{len(names)} of {len(sweep.runs)} runs were finished before", file=sys.stderr)
+                  before is not None) for one in sweep.runs if one.name in chosen - names]  # fmt: skip
+    if names & chosen and not args.quiet:
+        print(f"{len(names & chosen)} of {len(chosen)} runs were finished before", file=sys.stderr)
     for outcome in engine.run(tasks, f"sweep {sweep.name}", "run", args.quiet):
         finished[outcome.task.name] = {"error": outcome.error, "attempts": outcome.attempts, "seconds": outcome.seconds}
         write_json(out / "finished.json", finished)
@@ -83,7 +87,7 @@ def run(argv: Sequence[str], parser: ArgumentParser, check: Callable[[argparse.N
 def _finish(out: Path, sweep: Sweep, finished: dict[str, dict]) -> int:
     from sweeps.summary import Result, write_summary
 
-    results = [Result.of(one, out / "runs" / one.name, finished[one.name]["error"]) for one in sweep.runs]
+    results = [Result.of(one, out / "runs" / one.name, finished[one.name]["error"]) for one in sweep.runs if one.name in finished]
     print(f"{sweep.title}\n\n{write_summary(out, sweep, results)}\n\nsummary:  {out / 'summary.md'}, summary.csv, points.csv")
     failed = [result for result in results if result.error]
     if failed:

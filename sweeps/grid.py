@@ -34,7 +34,7 @@ METRICS = {  # what a table or a plot may show, of a run: its key in summary.csv
 }  # fmt: skip
 CURVES = {"psnr": "PSNR [dB]", "ms_ssim": "MS-SSIM [dB]"}  # over bpp
 _KEYS = {"title", "flags", "grid", "seeds", "table", "plot", "gpu_share"}
-_OWN = {"sweep", "workers", "ray", "gpu_share", "out", "resume", "shared", "quiet", "help", SEED}  # the sweep's, not a run's
+_OWN = {"sweep", "only", "workers", "ray", "gpu_share", "out", "resume", "shared", "quiet", "help", SEED}  # the sweep's, not a run's
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,19 @@ class Sweep:
     values: tuple[str, ...]
     plots: tuple[Plot, ...]
     gpu_share: float | None = None
+
+    def chosen(self, only: Sequence[tuple[str, str]]) -> tuple[Run, ...]:
+        """The runs at these values of axes, (axis, value or values with commas); all where an axis is not named.
+
+        Raises:
+            InputError: an axis or a value that the sweep does not have.
+        """
+        wanted = {}
+        for axis, text in only:
+            known = self.axes[_one(axis, "--only", self.axes)]
+            labels = [text] if text in known else text.split(",")
+            wanted.setdefault(axis, set()).update(_one(label.strip(), f"--only {axis}", known) for label in labels)
+        return tuple(run for run in self.runs if all(run.labels[axis] in labels for axis, labels in wanted.items()))
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,9 @@ def write_summary(folder: Path, sweep: Sweep, results: Sequence[Result]) -> str:
                 _draw(plot, sweep, results, temporary)
             pictures.append(name)
     tables = [f"{METRICS[value]}\n\n{_table(sweep, results, value)}" for value in sweep.values if _has(results, value)]
-    parts = [f"# {sweep.title}", f"{len(results)} runs, {sum(result.error is None for result in results)} of them finished.", *tables]
+    finished = f"{len(results)} runs, {sum(result.error is None for result in results)} of them finished"
+    more = f"; {len(sweep.runs) - len(results)} others of the sweep have not been run" if len(results) < len(sweep.runs) else ""
+    parts = [f"# {sweep.title}", f"{finished}{more}.", *tables]
     if len(sweep.axes.get(SEED, ())) > 1 and tables:
         parts.append(f"Mean ± sample standard deviation over the seeds {', '.join(sweep.axes[SEED])}.")
     parts += [f"![{sweep.title}]({name})" for name in pictures]
@@ -102,14 +104,19 @@ def _csv(header: list[str], rows: Iterable[Sequence]) -> str:
 
 def _table(sweep: Sweep, results: Sequence[Result], value: str) -> str:
     """Rows by columns; a column for each combination of the axes of the columns that occurs."""
-    columns = list(product(*(sweep.axes[axis] for axis in sweep.columns)))
+    columns = _places(sweep, results, sweep.columns)
     rows = []
-    for row in product(*(sweep.axes[axis] for axis in sweep.rows)):
+    for row in _places(sweep, results, sweep.rows):
         cells = [_cell([result for result in results if _is_at(result, sweep.rows, row) and _is_at(result, sweep.columns, column)], value)
                  for column in columns]
         rows.append([*row, *cells])
     header = [*sweep.rows, *(", ".join(map(_heading, sweep.columns, column)) if column else METRICS[value] for column in columns)]
     return _tabulate(header, rows, len(sweep.rows))
+
+
+def _places(sweep: Sweep, results: Sequence[Result], axes: Sequence[str]) -> list[tuple[str, ...]]:
+    """The combinations of values of these axes at which something has been run (--only leaves others out)."""
+    return [labels for labels in product(*(sweep.axes[axis] for axis in axes)) if any(_is_at(result, axes, labels) for result in results)]
 
 
 def _heading(axis: str, label: str) -> str:
@@ -137,7 +144,7 @@ def _runs_table(sweep: Sweep, results: Sequence[Result]) -> str:
 def _draw(plot: Plot, sweep: Sweep, results: Sequence[Result], path: Path) -> None:
     """One panel for each combination of the axes that are neither x nor lines."""
     others = [axis for axis in sweep.axes if axis not in (plot.x, plot.lines, SEED)]
-    panels = list(product(*(sweep.axes[axis] for axis in others)))
+    panels = _places(sweep, results, others)
     across = min(3, len(panels))
     down = math.ceil(len(panels) / across)
     figure = Figure(figsize=(5.2 * across, 4 * down), layout="constrained")

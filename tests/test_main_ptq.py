@@ -168,7 +168,7 @@ def test_knobs_are_converted_to_the_type_of_their_default():
     ({"quality": "two"}, ["--quality", "'two'"]),
     ({"quality": 2}, ["tiny-q2.safetensors", "--quality"]),
     ({"quality": 99}, ["tiny-q99.safetensors"]),
-    ({"set": "iters"}, ["knob=value"]),
+    ({"set": "iters"}, ["name=value"]),
     ({"set": "w_bits=4"}, ["--w_bits"]),
     ({"set": "speed=9"}, ["speed", "known are"]),
     ({"set": "joint_iters=few"}, ["joint_iters", "whole number"]),

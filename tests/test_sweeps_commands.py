@@ -139,3 +139,23 @@ def test_fig6_compares_what_it_says(job, tmp_path):
     assert run(job, **{"arch": "minnen2018-mean", "iters": None, "set": None}, sweep="fig6") == 0
     here, there = (result(tmp_path / "out", f"bias_bits{bits}")["points"][0] for bits in (32, 8))
     assert here["fp32"] == there["fp32"] and here["quant"] != there["quant"]
+
+
+def test_a_part_of_a_sweep_is_run_and_the_rest_added_later(job, file, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run(job, sweep=file, w_bits=None, only="w_bits=4") == 0
+    assert set(json.loads((out / "finished.json").read_text())) == {"w_bits4"}
+    summary = (out / "summary.md").read_text()
+    assert "1 others of the sweep have not been run" in summary and "w_bits8" not in summary
+    with open(out / "summary.csv", newline="") as lines:
+        assert [line["run"] for line in csv.DictReader(lines)] == ["w_bits4"]
+    before = contents(out / "runs" / "w_bits4")
+    assert run(job, sweep=file, w_bits=None, resume=True) == 0
+    assert contents(out / "runs" / "w_bits4") == before
+    assert "have not been run" not in (out / "summary.md").read_text() and "w_bits8" in (out / "summary.md").read_text()
+    capsys.readouterr()
+    for wrong in ("w_bits=5", "a_bits=8"):
+        assert run(job, sweep=file, w_bits=None, only=wrong, out=tmp_path / "other") == 2
+        one_line(capsys, "--only", "is not one of")
+    assert run(job, only="w_bits=4", out=tmp_path / "other") == 2
+    one_line(capsys, "for --sweep")
