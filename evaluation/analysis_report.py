@@ -1,4 +1,4 @@
-"""What a reader sees of an analysis and of a search for bits: tables and pictures, functions of the dictionaries alone."""
+"""What a reader sees of an analysis: tables and pictures, functions of the dictionaries alone."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -277,35 +277,6 @@ def _draw_plane(figure: Figure, axis: Axes, plane: dict, whole: float) -> None:
 def _edges(centres: Sequence[float]) -> list[float]:
     half = (centres[1] - centres[0]) / 2
     return [centre - half for centre in centres] + [centres[-1] + half]
-
-
-# ------------------------------------------------------------------------------------------------------ bits of layers
-
-
-def bits_section(report: dict) -> list[str]:
-    """The part of report.md about bits of single layers; nothing where every layer has the same."""
-    points = [point for point in report["points"] if point.get("bits")]
-    if not points:
-        return []
-    rows = []
-    for point in points:
-        found, history = point["bits"], point["history"]
-        ratio = 100 / history["j_float"]
-        rows.append([point["quality"], f"{found['mean_bits']:.3f}", f"{found['megabytes']:.4f}", f"{found['relative_bops']:.4f}",
-                     "" if found.get("loss") is None else f"{ratio * found['loss']:+.2f}%",
-                     *(f"{ratio * (history[key] - history['j_float']):+.2f}%" for key in ("j_start", "j_end"))])  # fmt: skip
-    parts = ["## Bits of the layers", points[0]["bits"]["how"],
-             _table(["quality", "bits a weight", "weights [MB]", "bit operations, of 8 bits", "predicted", "before learning", "learned"], rows),
-             "The last three: rise of J on the calibration crops: as the sum of the layers' own rises, as measured with all layers "
-             "quantized before and after learning. Operations leave out second digits of split channels and attention products. "
-             "Each layer's bits:"]  # fmt: skip
-    names = list(dict.fromkeys(name for point in points for name in point["bits"]["layers"]))
-    cells = [[name, *(_pair(point["bits"]["layers"].get(name)) for point in points)] for name in names]
-    return [*parts, _table(["layer", *(f"quality {point['quality']}" for point in points)], cells)]
-
-
-def _pair(sides: dict | None) -> str:
-    return "" if sides is None else f"W{sides['w_bits']} A{sides['a_bits']}"
 
 
 def _percent(value: float, whole: float) -> str:

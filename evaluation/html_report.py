@@ -29,7 +29,7 @@ def render_html(report: dict, folder: Path) -> str:
         curves=[(_MEASURES[measure], _uri("svg+xml", rd_svg(report, measure))) for measure in rd_measures(report)],
         bd_table=presentation.bd_table(report), bd_notes=presentation.bd_notes(report), points=presentation.points_table(report),
         explanation=presentation.explanation(report), scatter=scatter and _uri("svg+xml", scatter), deltas=_deltas_table(report),
-        rises=_rises(report), remaining=presentation.REMAINING, crops=_crops(report, folder), cost=presentation.cost_table(report),
+        rises=_rises(report), remaining=presentation.REMAINING, crops=_crops(report, folder), cost=presentation.cost_table(report), bits=presentation.layer_bits(report),
         left=presentation.left_in_float(report), warnings=report["warnings"], settings=presentation.settings_table(report)) + "\n"
 
 
@@ -38,7 +38,8 @@ def _facts(report: dict) -> dict[str, str]:
     config = report.get("config") or {}
     facts = {"Codec": f"{report['arch']}, quality {', '.join(str(point['quality']) for point in report['points'])}"}
     if report["w_bits"] is not None:
-        facts["Bits"] = f"weights {report['w_bits']}, activations {report['a_bits']}"
+        mixed = ", of single layers below" if any(point.get("bits") for point in report["points"]) else ""
+        facts["Bits"] = f"weights {report['w_bits']}, activations {report['a_bits']}{mixed}"
         facts["Method"] = ", ".join(f"{key} {report[key]}" for key in ("preset", "loss", "unit") if report[key] is not None)
     if calibration := config.get("calibration"):
         facts["Calibrated on"] = (f"{calibration['dataset']}, {_counted(calibration['images'], 'image')}, "

@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 from tabulate import tabulate
 
-from evaluation.analysis_report import bits_section
 from evaluation.evaluate import ImageResult
 
 
@@ -49,7 +48,7 @@ def render_markdown(report: dict) -> str:
     parts = [f"# {title(report)}", finding(report), "![R-D curves](rd.png)",
              "## Rate and distortion", points_table(report).markdown(), explanation(report),
              "## BD-rate", bd_table(report).markdown(), _bullets(bd_notes(report)),
-             "## Cost", cost_table(report).markdown(), *bits_section(report), *_remaining(report)]
+             "## Cost", cost_table(report).markdown(), *_bits(report), *_remaining(report)]
     if "kept_in_float" in report:
         parts += ["## Left in float", _bullets(left_in_float(report)) or "Nothing."]
     if report.get("warnings"):
@@ -76,6 +75,46 @@ def predicted_rises(point: dict) -> dict[str, tuple[float, float]]:
     parts = {name: (100 / history["j_float"] * both["inputs"], 100 / history["j_float"] * both["weights"])
              for name, both in history.get("predicted", {}).items()}
     return dict(sorted(parts.items(), key=lambda item: -sum(item[1])))
+
+
+class LayerBits(NamedTuple):
+    """How the bits of single layers were found, what they come to, what that says, and each layer's."""
+
+    how: str
+    totals: Table
+    note: str
+    layers: Table
+
+
+def layer_bits(report: dict) -> LayerBits | None:
+    """The bits of single layers; None where every layer has the same."""
+    points = [point for point in report["points"] if point.get("bits")]
+    if not points:
+        return None
+    rows = []
+    for point in points:
+        found, history = point["bits"], point["history"]
+        ratio = 100 / history["j_float"]
+        rows.append([point["quality"], f"{found['mean_bits']:.3f}", f"{found['megabytes']:.4f}", f"{found['relative_bops']:.4f}",
+                     "" if found.get("loss") is None else percent(ratio * found["loss"]),
+                     *(percent(ratio * (history[key] - history["j_float"])) for key in ("j_start", "j_end"))])  # fmt: skip
+    header = ["quality", "bits a weight", "weights [MB]", "bit operations, of 8 bits", "predicted", "before learning", "learned"]
+    note = ("The last three: rise of J on the calibration crops: as the sum of the layers' own rises, as measured with all layers "
+            "quantized before and after learning. Operations leave out second digits of split channels and attention products. "
+            "Each layer's bits:")
+    names = list(dict.fromkeys(name for point in points for name in point["bits"]["layers"]))
+    cells = [[name, *(_sides(point["bits"]["layers"].get(name)) for point in points)] for name in names]
+    return LayerBits(points[0]["bits"]["how"], Table(header, rows), note,
+                     Table(["layer", *(f"quality {point['quality']}" for point in points)], cells, text=(0,)))
+
+
+def _sides(bits: dict | None) -> str:
+    return "" if bits is None else f"W{bits['w_bits']} A{bits['a_bits']}"
+
+
+def _bits(report: dict) -> list[str]:
+    found = layer_bits(report)
+    return [] if found is None else ["## Bits of the layers", found.how, found.totals.markdown(), found.note, found.layers.markdown()]
 
 
 REMAINING = ("Rise of J on the calibration crops that rounding noise alone makes, predicted from the curvature of J at each layer's "

@@ -172,6 +172,15 @@ def test_page_without_some_parts(tmp_path, content, gone):
     assert set(page.ids) == SECTIONS - {"warnings", "float"} - gone
 
 
+def test_bits_of_single_layers_are_told(tmp_path):
+    bits = {"how": "The least predicted loss with mean bits at most 6.", "mean_bits": 6.0, "megabytes": 0.7891, "relative_bops": 0.8537, "loss": 0.0123,
+            "layers": {"g_a.0": {"w_bits": 6, "a_bits": 8}, "g_s.6": {"w_bits": 5, "a_bits": 7}}}
+    write_report(tmp_path, report_of(points(history={"j_float": 2.0, "j_start": 2.1, "j_end": 2.03, "predicted": {}}, bits=bits)))
+    page, _ = read(tmp_path)
+    assert "bits" in page.ids and "of single layers below" in page.text and bits["how"] in page.text
+    assert {"6.000", "0.7891", "0.8537", "+0.61%", "+5.00%", "+1.50%", "g_s.6", "W5 A7"} <= set(page.cells)
+
+
 def test_compressai_reads_and_draws_every_curve(tmp_path):
     write_report(tmp_path, whole_report(tmp_path))
     files = sorted((tmp_path / "compressai").iterdir())
