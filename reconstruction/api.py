@@ -19,8 +19,8 @@ from reconstruction.balance import balance_scales
 from reconstruction.config import AWARE, PtqConfig, ReconstructionConfig
 from reconstruction.driver import Reconstruction
 from reconstruction.gptq import compensate_rounding, turned
-from reconstruction.objective import Objective
-from reconstruction.search import best_norm, measured_cost, search_ranges
+from reconstruction.objective import Objective, mean_cost
+from reconstruction.search import best_norm, search_ranges
 from reconstruction.sensitivity import Sensitivity, measure_sensitivities, predicted_losses
 from reconstruction.split import split_channels
 from reconstruction.state import StateFolder, fingerprint, learned, restore
@@ -77,11 +77,9 @@ def quantize(
     state = StateFolder(None if folder is None else Path(folder) / "units", identity, resume)
     start = prepare(model, images, config, objective, bits=bits, device=device, state=state, progress=progress)
     qmodel, measured = start.qmodel, start.batches[: start.measured]
-    with torch.no_grad():
-        qmodel.quantize_nodes(True)
-        timed = progress_bar(measured, desc="measuring J", unit="batch", enabled=progress, leave=False)
-        j_start = torch.cat([objective(qmodel(batch), batch) for batch in timed]).double().mean()
-    history = {"j_start": float(j_start), "splitting": start.splitting, "search": start.search}
+    qmodel.quantize_nodes(True)
+    j_start = mean_cost(qmodel, progress_bar(measured, desc="measuring J", unit="batch", enabled=progress, leave=False), objective)
+    history = {"j_start": j_start, "splitting": start.splitting, "search": start.search}
     history |= Reconstruction(qmodel, start.batches, start.measured, config.reconstruction, objective, state, progress).run()
     start.clock.lap("learning")
     history["predicted"] = predicted_losses(qmodel, start.sensitivities)
@@ -157,7 +155,13 @@ def prepare(
 
     quant, searched = config.quant, None
     if knobs.range_search == "powell":
-        quant, searched = best_norm(quant, lambda tried: measured_cost(observing(tried), measured, objective), state, progress)
+
+        def cost_of(tried: QuantConfig) -> float:
+            qmodel = observing(tried)
+            qmodel.quantize_nodes(True)
+            return mean_cost(qmodel, measured, objective)
+
+        quant, searched = best_norm(quant, cost_of, state, progress)
     qmodel = observing(quant)
     clock.lap("observing")
     sensitivities = measure_sensitivities(qmodel, measured, objective, knobs.seed, progress)

@@ -1,5 +1,7 @@
 """The codec's own objective, J = R + lambda * D, per image and differentiable."""
 
+from collections.abc import Callable, Iterable
+
 import torch
 from pytorch_msssim import ms_ssim
 from torch import Tensor
@@ -46,3 +48,9 @@ class Objective:
     def __call__(self, output: dict, x: Tensor) -> Tensor:
         """J of each image, (B,). output: {"x_hat", "likelihoods"} of a codec; x: (B, 3, H, W) in 0..1."""
         return rate(output, x) + self.distortion(output, x)
+
+
+@torch.no_grad()
+def mean_cost(codec: Callable[[Tensor], dict], batches: Iterable[Tensor], objective: Objective) -> float:
+    """Mean J over all images of the batches, summed in double precision."""
+    return float(torch.cat([objective(codec(batch), batch) for batch in batches]).double().mean())

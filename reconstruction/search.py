@@ -15,20 +15,13 @@ from torch import Tensor
 from quant.config import QuantConfig
 from quant.model import QuantModel
 from quant.modules import QuantMAC
-from reconstruction.objective import Objective
+from reconstruction.objective import Objective, mean_cost
 from reconstruction.state import StateFolder
 from support.progress import progress as progress_bar
 
 NORMS = (2.0, 2.5, 3.0, 3.5, 4.0)
 _WIDEST, _NARROWEST = 0.3, -1.6  # of ln of a factor
 _KEEP = 20  # measurements are written this often
-
-
-@torch.no_grad()
-def measured_cost(qmodel: QuantModel, batches: Sequence[Tensor], objective: Objective) -> float:
-    """Mean J of the quantized codec over the crops."""
-    qmodel.quantize_nodes(True)
-    return float(torch.cat([objective(qmodel(batch), batch) for batch in batches]).double().mean())
 
 
 def best_norm(config: QuantConfig, cost_of: Callable[[QuantConfig], float], state: StateFolder, progress: bool = True) -> tuple[QuantConfig, dict]:
@@ -76,6 +69,7 @@ def search_ranges(qmodel: QuantModel, batches: Sequence[Tensor], objective: Obje
     parameters = [node.weight_quantizer.log_n for node in layers]
     parameters += [node.input_grid.log_n for node in layers if not node.input_grid.exact]
     start = [parameter.detach().clone() for parameter in parameters]
+    qmodel.quantize_nodes(True)
     stored = state.load("search")
     known: list[float] = stored[0]["costs"] if stored else []
     costs: list[float] = []
@@ -93,7 +87,7 @@ def search_ranges(qmodel: QuantModel, batches: Sequence[Tensor], objective: Obje
             value = known[len(costs)]
         else:
             put(factors)
-            value = measured_cost(qmodel, batches, objective)
+            value = mean_cost(qmodel, batches, objective)
         costs.append(value)
         if value < best:
             best, best_at = value, factors.copy()

@@ -124,7 +124,7 @@ def test_a_search_lowers_j_and_a_killed_one_goes_on(tmp_path):
     assert found["j_after"] <= found["j_before"] and found["evaluations"] <= 30 and not found["finished"]
     assert min(found["costs"].values()) <= found["costs"]["2"] and 2 <= found["p"] <= 4
 
-    measured, count = search.measured_cost, 0
+    measured, count = search.mean_cost, 0
 
     def counted(*args):
         nonlocal count
@@ -134,7 +134,7 @@ def test_a_search_lowers_j_and_a_killed_one_goes_on(tmp_path):
         return measured(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search, "measured_cost", counted)
+        patch.setattr(search, "mean_cost", counted)
         with pytest.raises(KeyboardInterrupt):
             quantize(codec("balle2018"), images(), config, lmbda=0.05, folder=tmp_path / "b", progress=False)
     resumed = quantize(codec("balle2018"), images(), config, lmbda=0.05, folder=tmp_path / "b", resume=True, progress=False)
