@@ -9,6 +9,18 @@ from integer.program import Program
 from support.errors import InputError
 
 
+NO_FILES = ("this codec's forward computes y_hat from other symbols than those whose rate it estimates, so no bitstream gives its images; "
+            "evaluate it with estimated rates (without --real)")
+
+
+class EncoderOnlyError(InputError):
+    """A decoder would need what only the encoder has. node: its name."""
+
+    def __init__(self, node: str):
+        super().__init__(f"{node}: the decoder would need what only the encoder has")
+        self.node = node
+
+
 @dataclass
 class Latent:
     """One latent, by the numbers of its values in the program.
@@ -65,10 +77,7 @@ def find_latents(program: Program) -> list[Latent]:
         whole = density.whole or any(b.means is None for b in used if b.kind == "round")
         final = offsets or next((b for b in used if b.symbols == density.symbols), None) or (used[-1] if used else None)
         if final is None or others or (whole and any(b.means is not None and not b.whole for b in used)):
-            raise InputError(
-                f"{density.node}: this codec's forward computes y_hat from other symbols than those whose rate it estimates, so no "
-                "bitstream gives its images; evaluate it with estimated rates (without --real)"
-            )
+            raise InputError(f"{density.node}: {NO_FILES}")
         densities = {name: number for name in ("scales", "means", "weights") if (number := getattr(density, name)) is not None}
         decoded = tuple({b.decoded: 0 for b in used})
         coded.update(decoded)
@@ -96,6 +105,6 @@ def cut(program: Program, known: set[int], outputs: Mapping[str, int]) -> Progra
             continue
         operation = producers[number]
         if operation.kind == "input":
-            raise InputError(f"{operation.node}: the decoder would need what only the encoder has")
+            raise EncoderOnlyError(operation.node)
         pending.extend(operation.inputs)
     return program.part({str(number): number for number in sorted(used)}, dict(outputs))

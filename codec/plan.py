@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from codec.latents import Latent, cut, find_latents
+from codec.latents import NO_FILES, EncoderOnlyError, Latent, cut, find_latents
 from codec.order import Reading, dependents, passes, readings, wavefronts, window_side
 from codec.sizes import Sizes, analysis_part, synthesis_part
 from integer.execution import executable
@@ -111,7 +111,20 @@ class Plan:
         found = self._encoder({"pixels": pixels})
         return [{name: found[f"{place}.{name}"] for name in ("symbols", *latent.densities)} for place, latent in enumerate(self.latents)]
 
+    def _check(self) -> None:
+        """Raises InputError where a decoder would not have what it needs: no file is written that cannot be read."""
+        known: set[int] = set()
+        try:
+            for latent in self.latents:
+                needed = _context_part(self.program, latent)[0].values() if self._readings(latent) else latent.densities.values()
+                cut(self.program, known, {str(number): number for number in needed})
+                known.update((*needed, *latent.given))
+            self.synthesis_of(self.program)
+        except EncoderOnlyError as error:
+            raise InputError(f"{error.node}: {NO_FILES}") from error
+
     def _make_encoder(self) -> Callable:
+        self._check()
         pixels = self.program.inputs["pixels"]
         tiled = self._tiled("analysis", analysis_part)
         if tiled is None:
@@ -140,16 +153,15 @@ class Plan:
     def synthesis(self) -> tuple[Callable, dict[str, int]]:
         """(from known values by name to {"pixels"}, their numbers by name)."""
         if self._synthesis is None:
-            known = {number for step in self.steps for number in (*step.gives, *step.latent.given)}
-            part = synthesis_part(self.program, self.latents, known)
+            part = self.synthesis_of(self.program)
             run = self._tiled("synthesis", self.synthesis_of)
             self._synthesis = run or self._executable(part), part.inputs
         return self._synthesis
 
     def synthesis_of(self, program: Program) -> Program:
-        """`synthesis_part` of a program of another size."""
+        """`synthesis_part` of this program or one of another size, from the symbols, and where there is no context model from the densities."""
         latents = find_latents(program)
-        without_context = [step.context is None for step in self.steps]
+        without_context = [not self._readings(latent) for latent in self.latents]
         known = {number for latent, all_known in zip(latents, without_context, strict=True)
                  for number in (*latent.given, *(latent.densities.values() if all_known else ()))}  # fmt: skip
         return synthesis_part(program, latents, known)

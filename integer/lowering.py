@@ -18,6 +18,7 @@ from quant.boundaries import (
     QuantOffsets,
     QuantRound,
     QuantVariableBottleneck,
+    QuantWholeOffsets,
 )
 from quant.config import FLOAT_BITS
 from quant.fixedpoint import quantize_multiplier, round_half_away
@@ -440,8 +441,7 @@ def _entropy_bottleneck(tracer: Tracer, node: QuantEntropyBottleneck, z: QTensor
 def _variable_bottleneck(tracer: Tracer, node: QuantVariableBottleneck, z: QTensor, step: Tensor) -> tuple[QTensor, Tensor]:
     z, step = tracer.on_grid(node.grid, z), step.double()
     medians = tracer.constant(round_half_away(node._medians_for(torch.empty(z.shape, device="meta")) / node.unit))
-    residual = tracer.add(z.q, tracer.elementwise("neg", medians, _negative(tracer.range_of(medians))))
-    symbols = tracer.rescale(residual, node.unit / step)
+    symbols = tracer.rescale(_difference(tracer, z.q, medians), node.unit / step)
     values = tracer.add(tracer.rescale(symbols, step / node.unit), medians)
     tracer.program.boundaries.append(
         Boundary("entropy_bottleneck", node.name, z.q.number, symbols.number, values.number, means=medians.number, step=step))
@@ -469,24 +469,42 @@ def _mixture(tracer: Tracer, node: QuantGaussianMixture, y: QTensor, scales: QTe
     return QTensor(values, y.scale, y.runtime, latent=True), _no_likelihood(values)
 
 
-def _offsets(tracer: Tracer, node: QuantOffsets, y: QTensor, scales: QTensor, gain: Tensor, means: QTensor | None) -> QTensor:
-    y = tracer.on_grid(node.grid, y)
-    mean = None if means is None else tracer.on_grid(node.grid, means).q
-    gain = gain.double()
+def _one_gain(gain: Tensor) -> Tensor:
     if gain.numel() > 1:
         raise InputError("a program has one rate: lower a model that is set to it, for images without planes")
-    residual = y.q if mean is None else tracer.add(y.q, tracer.elementwise("neg", mean, _negative(tracer.range_of(mean))))
-    symbols = tracer.rescale(residual, gain * node.unit)
+    return gain.double()
+
+
+def _difference(tracer: Tracer, a: Symbol, b: Symbol) -> Symbol:
+    return tracer.add(a, tracer.elementwise("neg", b, _negative(tracer.range_of(b))))
+
+
+def _moves(tracer: Tracer, node: QuantOffsets, symbols: Symbol, scales: QTensor, gain: Tensor) -> Symbol:
+    """`QuantOffsets.offsets`."""
     index = tracer.on_grid(node.scale_grid, scales * gain)
     table = node.table(float(gain)).to(torch.int64)
     first = int(node.scale_grid.parameters_of_grid()[1])
     offsets = tracer.elementwise("table", index.q, Range.of(table), table=table, first=first)
-    signs = tracer._clamp(symbols, -1, 1)
-    moved = tracer.add(_from_symbols(tracer, symbols, node.unit), tracer.product(offsets, signs))
+    return tracer.product(offsets, tracer._clamp(symbols, -1, 1))
+
+
+def _offsets(tracer: Tracer, node: QuantOffsets, y: QTensor, scales: QTensor, gain: Tensor, means: QTensor | None) -> QTensor:
+    y, gain = tracer.on_grid(node.grid, y), _one_gain(gain)
+    mean = None if means is None else tracer.on_grid(node.grid, means).q
+    symbols = tracer.rescale(y.q if mean is None else _difference(tracer, y.q, mean), gain * node.unit)
+    moved = tracer.add(_from_symbols(tracer, symbols, node.unit), _moves(tracer, node, symbols, scales, gain))
     values = tracer.rescale(moved, 1 / gain)
     values = values if mean is None else tracer.add(values, mean)
     tracer.program.boundaries.append(Boundary("offsets", node.name, y.q.number, symbols.number, values.number, means=_number(mean)))
     return QTensor(values, y.scale, y.runtime, latent=True)
+
+
+def _whole_offsets(tracer: Tracer, node: QuantWholeOffsets, symbols: QTensor, scales: QTensor, gain: Tensor, means: QTensor) -> QTensor:
+    symbols, mean, gain = tracer.on_grid(node.grid, symbols), tracer.on_grid(node.grid, means).q, _one_gain(gain)
+    residual = _difference(tracer, symbols.q, tracer.rescale(mean, gain))
+    nearest = tracer.rescale(residual, torch.as_tensor(node.unit, dtype=torch.float64))
+    values = tracer.rescale(tracer.add(residual, _moves(tracer, node, nearest, scales, gain)), 1 / gain)
+    return QTensor(tracer.add(values, mean), symbols.scale, symbols.runtime, latent=True)
 
 
 _NODES: dict[type[QuantModule], Callable] = {
@@ -506,4 +524,5 @@ _NODES: dict[type[QuantModule], Callable] = {
     QuantGaussianConditional: _gaussian,
     QuantGaussianMixture: _mixture,
     QuantOffsets: _offsets,
+    QuantWholeOffsets: _whole_offsets,
 }

@@ -18,6 +18,7 @@ from compressai.models.base import get_scale_table
 from torch import Tensor, nn
 
 from models.compressai_models import infer_n_m
+from models.layers import WholeLatent
 from models.qvrf import LEVEL_LAMBDAS, VariableRate
 from models.registry import register_model
 
@@ -90,6 +91,20 @@ class OffsetNet(nn.Sequential):
         moved = size + torch.where(size.detach() < 0.5, 0.0, self.offsets(scales * gain, gain))
         y_hat = residual.sign().detach() * moved * (1 / gain).detach()
         return y_hat if means is None else y_hat + means
+
+
+class WholeOffsetNet(OffsetNet):
+    """y_hat from s = round(y a), where a context model needs symbols before their means are known.
+
+    y_hat = sign(r) (|r| + offset) / a + mean for r = s - mean a, with no offset where |r| < 1/2.
+    """
+
+    def forward(self, symbols: Tensor, scales: Tensor, means: Tensor, gain: Tensor) -> Tensor:
+        """symbols, scales, means: (B, C, H, W); gain: (B, 1, 1, 1)."""
+        residual = symbols - means * gain
+        size = residual.detach().abs()
+        moved = residual + residual.sign().detach() * torch.where(size < 0.5, 0.0, self.offsets(scales * gain, gain))
+        return moved * (1 / gain).detach() + means
 
 
 class VariableBottleneck(EntropyBottleneckVbr):
@@ -226,16 +241,18 @@ def _infer_autoregressive(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
 
 @register_model("minnen2018-vbr", configurations={"reference": {"N": 56, "M": 64}}, zoo="mbt2018-vbr",
                 **{**_FACTS, "infer": _infer_autoregressive})
-class Minnen2018Vbr(_Vbr, JointAutoregressiveHierarchicalPriorsVbr):
+class Minnen2018Vbr(_Vbr, WholeLatent, JointAutoregressiveHierarchicalPriorsVbr):
     """Joint autoregressive and hierarchical priors; N, M, levels as `Balle2018Vbr`'s.
 
-    CompressAI's forward walks over the positions one by one, because a symbol's mean depends on the y_hat before it. Here all
-    positions go at once, as in CompressAI's class of fixed rate: the context is round(y a) / a.
+    CompressAI's forward walks over the positions one by one, because its symbols round((y - mean) a) depend on the y_hat before them. Here all
+    positions go at once, as in the class of fixed rate: the symbols are round(y a), the context is round(y a) / a, and the offsets
+    move what is left of the symbols without their means.
     """
 
     def __init__(self, N: int = 192, M: int = 320, levels: int = 8):
         super().__init__(N, M)
         self._init_vbr(N, levels)
+        self.QuantABCD = WholeOffsetNet(*self.QuantABCD)
         linear = RateLinear(1, 2 * M)
         linear.load_state_dict(self.scale_to_context.state_dict())
         self.scale_to_context = linear
@@ -245,9 +262,12 @@ class Minnen2018Vbr(_Vbr, JointAutoregressiveHierarchicalPriorsVbr):
         x, gain = self._image_and_gain(x)
         y = self.g_a(x)
         z_hat, z_likelihoods = self._code_z(self.h_a(y), gain)
-        rounded = self.gaussian_conditional.quantize(y * gain, "noise" if self.training else "dequantize") * (1 / gain).detach()
+        scaled = y * gain
+        rounded = self.gaussian_conditional.quantize(scaled, "noise" if self.training else "dequantize")
         shift = self.scale_to_context(gain.reshape(-1, 1))[:, :, None, None]
-        context = self.context_prediction(rounded) + shift
+        context = self.context_prediction(rounded * (1 / gain).detach()) + shift
         scales, means = self.entropy_parameters(torch.cat((self.h_s(z_hat), context), dim=1)).chunk(2, 1)
-        y_hat, y_likelihoods = self._code_y(y, scales, means, gain)
+        symbols = scaled + (scaled.round() - scaled).detach() if self.training else rounded
+        y_hat = self.QuantABCD(symbols, scales, means, gain)
+        y_likelihoods = self.gaussian_conditional(scaled, scales * gain, means=means * gain)[1]
         return {"x_hat": self.g_s(y_hat), "likelihoods": {"y": y_likelihoods, "z": z_likelihoods}}

@@ -214,17 +214,20 @@ class QuantOffsets(QuantBoundary):
             self._tables[gain] = round_half_away(self.module.table(scales, gain).to(step.device) / self.unit).float()
         return self._tables[gain]
 
+    @torch.no_grad()
+    def offsets(self, symbols: Tensor, scales: QTensor, gain: Tensor) -> Tensor:
+        """What the symbols are moved by, on the boundary grid; nothing where they are 0. gain: float64."""
+        index = self.scale_grid(scales * gain)
+        places = (index.q - self.scale_grid.parameters_of_grid()[1]).long()
+        tables = [self.table(float(value)) for value in gain.flatten()]
+        offsets = torch.cat([table[part] for table, part in zip(tables, places.split(1))]) if len(tables) > 1 else tables[0][places]
+        return torch.where(symbols == 0, 0.0, offsets) * symbols.sign()
+
     def integer(self, y: QTensor, scales: QTensor, gain: Tensor, means: QTensor | None) -> QTensor:
         y, mean = self.grid(y), 0.0 if means is None else self.grid(means).q
         gain = gain.double()
         symbols = requantize_ste(y.q - mean, gain * self.unit)
-        index = self.scale_grid(scales * gain)
-        with torch.no_grad():
-            places = (index.q - self.scale_grid.parameters_of_grid()[1]).long()
-            tables = [self.table(float(value)) for value in gain.flatten()]
-            offsets = torch.cat([table[part] for table, part in zip(tables, places.split(1))]) if len(tables) > 1 else tables[0][places]
-            offsets = torch.where(symbols == 0, 0.0, offsets) * symbols.sign()
-        values = requantize_ste(symbols / self.unit + offsets, 1 / gain)
+        values = requantize_ste(symbols / self.unit + self.offsets(symbols, scales, gain), 1 / gain)
         return QTensor(values + mean, y.scale, y.runtime, latent=True)
 
     def freeze(self) -> None:
@@ -234,6 +237,18 @@ class QuantOffsets(QuantBoundary):
     def thaw(self) -> None:
         super().thaw()
         self._tables = {}
+
+
+class QuantWholeOffsets(QuantOffsets):
+    """`models.vbr.WholeOffsetNet`: the same from symbols that are known already."""
+
+    kind = "whole_offsets"
+
+    def integer(self, symbols: QTensor, scales: QTensor, gain: Tensor, means: QTensor) -> QTensor:
+        symbols, mean, gain = self.grid(symbols), self.grid(means).q, gain.double()
+        residual = symbols.q - requantize_ste(mean, gain)
+        moved = residual + self.offsets(requantize_ste(residual, torch.as_tensor(self.unit, dtype=torch.float64)), scales, gain)
+        return QTensor(requantize_ste(moved, 1 / gain) + mean, symbols.scale, symbols.runtime, latent=True)
 
 
 class QuantVariableBottleneck(QuantEntropyBottleneck):

@@ -9,7 +9,7 @@ from torch import nn
 
 from models.attention import MaskedSoftmax
 from models.layers import MaskedConv3d, MultistageMaskedConv2d, RoundAboutMeans, WholeGaussianConditional
-from models.vbr import OffsetNet, RateFunction, VariableBottleneck
+from models.vbr import OffsetNet, RateFunction, VariableBottleneck, WholeOffsetNet
 from quant.blocks import BLOCKS, QuantBlock
 from quant.boundaries import (
     QuantEntropyBottleneck,
@@ -18,6 +18,7 @@ from quant.boundaries import (
     QuantOffsets,
     QuantRound,
     QuantVariableBottleneck,
+    QuantWholeOffsets,
 )
 from quant.config import QuantConfig
 from quant.functions import QuantSoftmax
@@ -45,6 +46,7 @@ REPLACEMENTS: dict[type[nn.Module], Replacement] = {
     GaussianMixtureConditional: QuantGaussianMixture,
     RoundAboutMeans: QuantRound,
     OffsetNet: QuantOffsets,
+    WholeOffsetNet: QuantWholeOffsets,
     VariableBottleneck: QuantVariableBottleneck,
 }
 

@@ -13,7 +13,7 @@ from integer.passes import without_duplicates
 from integer.reach import BATCH, Span, reach
 from integer.reference import run
 from integer.tiles import Tiled, cuts
-from test_codec_files import DIGEST, WITHOUT, pixels
+from test_codec_files import DIGEST, pixels
 from tiny_codecs import SIZES
 
 QUICK = ("balle2018", "minnen2018", "qvrf-minnen2018")
@@ -24,7 +24,7 @@ def analysis(name: str, side: int, batch: int = 1):
     return analysis_part(without_duplicates(lower(frozen(name), side, side, batch)))
 
 
-@pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SIZES if name != WITHOUT])
+@pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SIZES])
 def test_tiles_give_the_files_and_pixels_of_the_whole_image(name):
     image = pixels(470, 520) if name in QUICK else pixels(640, 700)
     whole, tiled = Codec(frozen(name), DIGEST, threads=1, tile=None), Codec(frozen(name), DIGEST, threads=1, tile=64)

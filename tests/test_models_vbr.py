@@ -12,7 +12,7 @@ from formula import fill_by_formula, image_by_formula
 
 from models.checkpoints import identify, load_checkpoint, save_checkpoint
 from models.registry import create_model, get_architecture
-from models.vbr import in_order
+from models.vbr import OffsetNet, in_order
 
 N, M = 6, 8
 CLASSES = {"balle2018-vbr": ScaleHyperpriorVbr, "minnen2018-mean-vbr": MeanScaleHyperpriorVbr}
@@ -61,9 +61,11 @@ def _latents(model, x):
 
 
 def test_without_context_the_autoregressive_codec_equals_compressais():
-    """With a context model its forward is serial, and the context is the y_hat it has just made."""
+    """With a context model its forward is serial, and the context is the y_hat it has just made; without means its symbols are whole numbers, as ours."""
     theirs = filled(JointAutoregressiveHierarchicalPriorsVbr(N, M))
     theirs.context_prediction.weight.data.zero_()
+    last = theirs.entropy_parameters[-1]
+    last.weight.data[len(last.weight) // 2 :], last.bias.data[len(last.bias) // 2 :] = 0, 0
     ours = create_model("minnen2018-vbr", N=N, M=M).eval()
     ours.load_state_dict(theirs.state_dict())
     x = image_by_formula(64, 128)
@@ -162,3 +164,17 @@ def test_constants_of_a_rate_are_sums_in_order_and_correctly_rounded_softplus():
 def test_every_published_architecture_is_here():
     zoos = {get_architecture(name).zoo: name for name in (*CLASSES, "minnen2018-vbr")}
     assert set(zoos) == set(zoo.model_urls)
+
+
+def test_offsets_of_whole_symbols_are_those_of_differences_where_means_are_whole():
+    """y_hat of s = round(y a) about a mean m / a, m whole, is that of round((y - mean) a)."""
+    model = filled(create_model("minnen2018-vbr", N=N, M=M))
+    model.set_level(6)
+    gain = model.rate
+    draw = torch.Generator().manual_seed(0)
+    y, scales = torch.randn(2, M, 5, 4, generator=draw, dtype=torch.float64) * 6, torch.rand(2, M, 5, 4, generator=draw, dtype=torch.float64) * 4
+    means = torch.randint(-5, 6, y.shape, generator=draw) / gain.double()
+    plain = OffsetNet(*model.QuantABCD)
+    found, expected = model.QuantABCD((y * gain).round(), scales, means, gain), plain(y, scales, means, gain)
+    torch.testing.assert_close(found, expected)
+    assert not torch.equal(found, (y * gain).round() / gain)  # moved

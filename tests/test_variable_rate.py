@@ -50,7 +50,7 @@ def test_every_rate_of_one_quantized_codec_is_near_the_float_codecs(name):
             network.set_level(level)
         real, whole = outcome(model, x[:2]), outcome(codec, x[:2])
         bits = [sum(float(-part.log2().sum()) for part in out[1:]) for out in (real, whole)]
-        assert bits[1] == pytest.approx(bits[0], rel=0.005)
+        assert bits[1] == pytest.approx(bits[0], rel=0.01)
         assert float((real[0].clamp(0, 1) - whole[0]).square().mean()) < 0.003 * float(real[0].var())
         rates.append(bits[1])
     assert rates == sorted(rates) and rates[2] > 1.2 * rates[0]
