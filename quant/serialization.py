@@ -2,8 +2,8 @@
 
 The file holds what the program reads and nothing else: whole-number weights and biases, scales, ranges, tables,
 multipliers, the entropy models, and the parameters of what stayed in float. Float weights that became whole numbers
-are not in it. Whole numbers are stored in the smallest integer type that holds them, many of less than eight bits packed, and
-all is compressed. The header's JSON says how to rebuild the program around the codec's own forward; a SHA-256 seals tensors and header.
+are not in it. Whole numbers are stored in the smallest integer type that holds them, many of less than eight bits packed, tables of functions
+as the steps between their entries, and all is compressed. The header's JSON says how to rebuild the program around the codec's own forward; a SHA-256 seals tensors and header.
 """
 
 import hashlib
@@ -28,9 +28,11 @@ from support.errors import InputError
 if TYPE_CHECKING:
     from quant.model import QuantModel
 
-VERSION = 3
+VERSION = 4
+_READ = (3, 4)
 EXACT_FLOAT64 = 2**53  # whole numbers below this are exact in float64
 _FEW = 64  # so many whole numbers are not worth packing
+_TABLE = "table"  # the name of a function's table, one dimension of whole numbers
 _SMALL = (torch.int8, torch.int16, torch.int32)
 _GRID_FACTS = ("bits", "channel_dim", "fixed", "pixels")
 
@@ -53,15 +55,19 @@ def save_quantized(model: "QuantModel", path: str | Path, extra: Mapping[str, An
         for name, tensor in model.state_dict().items()
         if name not in unread and name not in constants and tensor.numel()
     }
-    tensors, types, packed = {}, {}, {}
+    tensors, types, packed, steps = {}, {}, {}, []
     for name, tensor in pack_cdfs(kept).items():
         tensors[name] = _smallest(tensor)
         if tensors[name].dtype != tensor.dtype:
             types[name] = _type_name(tensor.dtype)
-        if tensors[name].dtype == torch.int8 and tensor.numel() > _FEW and (bits := bits_needed(tensors[name])) < 8:
+        if name.rpartition(".")[2] == _TABLE and tensors[name].dtype in _SMALL:
+            tensors[name] = _smallest(tensors[name].long().diff(prepend=torch.zeros(1, dtype=torch.int64)))
+            types[name] = _type_name(tensor.dtype)
+            steps.append(name)
+        elif tensors[name].dtype == torch.int8 and tensor.numel() > _FEW and (bits := bits_needed(tensors[name])) < 8:
             tensors[name], packed[name] = pack(tensors[name], bits), [bits, list(tensor.shape)]
     # through JSON and back, so that the seal is on what a reader will see
-    content = {"types": types, "packed": packed, "constants": sorted(constants), "extra": dict(extra or {})}
+    content = {"types": types, "packed": packed, "steps": steps, "constants": sorted(constants), "extra": dict(extra or {})}
     header = json.loads(json.dumps({**_description(model), **content}))
     write_tensors(path, tensors, {**header, "sha256_header": _seal(header)}, compress=True)
     return Path(path).stat().st_size
@@ -120,7 +126,7 @@ def read_quantized(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]
     tensors, header = read_tensors(path)
     if header.get("format") != QUANTIZED_FORMAT:
         raise InputError(f"{path} is no quantized model but a float checkpoint; quantize it: main_ptq.py --checkpoint {path}")
-    if header.get("version") != VERSION:
+    if header.get("version") not in _READ:
         raise InputError(
             f"{path} has version {header.get('version')} of the format, this program reads {VERSION}; quantize the codec again"
         )
@@ -132,6 +138,9 @@ def read_quantized(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]
                 tensors[name] = unpack(tensors[name], bits, tuple(shape))
             except ValueError as error:
                 raise InputError(f"{path} is damaged ({name}: {error}); copy or make it again") from error
+    for name in header.get("steps", ()):
+        if name in tensors:
+            tensors[name] = tensors[name].long().cumsum(0)
     for name, stated in header["types"].items():
         if name in tensors:  # CDF tables are unpacked by now, under their own names and in their own type
             tensors[name] = tensors[name].to(getattr(torch, stated))

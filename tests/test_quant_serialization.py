@@ -14,6 +14,7 @@ from torch import nn
 from models.checkpoint_files import read_tensors, write_tensors
 from models.checkpoints import load_checkpoint, save_checkpoint
 from models.registry import create_model
+from quant import serialization
 from quant.config import QuantConfig
 from quant.model import QuantModel
 from quant.serialization import read_quantized
@@ -86,6 +87,22 @@ def test_weights_of_few_bits_take_few_bits(tmp_path, bits):
         ours, theirs = model(images(2)), loaded(images(2))
     assert torch.equal(ours["x_hat"], theirs["x_hat"])
     assert all(torch.equal(ours["likelihoods"][name], theirs["likelihoods"][name]) for name in ours["likelihoods"])
+
+
+def test_tables_are_stored_as_steps_and_older_files_are_read(tmp_path, monkeypatch):
+    model = quantized(network("tic", 1))
+    model.save(tmp_path / "new.safetensors")
+    monkeypatch.setattr(serialization, "_TABLE", None)
+    monkeypatch.setattr(serialization, "VERSION", 3)
+    model.save(tmp_path / "old.safetensors")
+    tables = {f"{path}.table": module.table for path, module in model.named_modules() if getattr(module, "table", None) is not None}
+    new, old = (read_quantized(tmp_path / f"{name}.safetensors")[1] for name in ("new", "old"))
+    stored = [name for name in tables if name in new]
+    assert len(stored) > 1 and all(torch.equal(new[name], tables[name]) and new[name].dtype == tables[name].dtype for name in stored)
+    assert new.keys() == old.keys() and all(torch.equal(new[name], old[name]) and new[name].dtype == old[name].dtype for name in new)
+    steps = read_tensors(tmp_path / "new.safetensors")[0]
+    assert all(int(steps[name][1:].abs().max()) < int(tables[name].abs().max()) for name in stored)
+    assert (tmp_path / "new.safetensors").stat().st_size < (tmp_path / "old.safetensors").stat().st_size
 
 
 def test_a_loaded_model_is_saved_as_it_was(tmp_path):
