@@ -9,8 +9,8 @@ from torch import Tensor
 
 from codec.latents import Latent
 from codec.plan import Gathering, Plan, Step
-from codec.tables import GaussianRows, MixtureRows, Rows, bottleneck_rows
-from quant.boundaries import QuantEntropyBottleneck, QuantGaussianMixture
+from codec.tables import GaussianRows, MixtureRows, Rows, SteppedRows, bottleneck_rows
+from quant.boundaries import QuantEntropyBottleneck, QuantGaussianMixture, QuantVariableBottleneck
 from quant.model import QuantModel
 from quant.serialization import make_tables
 from support.errors import InputError
@@ -29,7 +29,9 @@ class Coder:
         self.bits = model.config.boundary_bits
         self._tables = {}
         for node in model.nodes.values():
-            if isinstance(node, QuantEntropyBottleneck):
+            if isinstance(node, QuantVariableBottleneck) and node.cumulative is not None:
+                self._tables[node.name] = SteppedRows(node.cumulative)
+            elif isinstance(node, QuantEntropyBottleneck):
                 inner = node.module
                 self._tables[node.name] = bottleneck_rows(inner._quantized_cdf, inner._cdf_length, inner._offset)
             elif isinstance(node, QuantGaussianMixture):
@@ -70,7 +72,7 @@ class Coder:
             piece = slice(start, min(start + together, count))
             parts = {name: part[:, piece] for name, part in flat.items()}
             if latent.kind == "entropy_bottleneck":
-                cdfs, offsets = tables
+                cdfs, offsets = tables.of(latent.step) if isinstance(tables, SteppedRows) else tables
                 channels = np.arange(piece.start, piece.stop) // shape[1]
                 rows = Rows(channels, np.zeros(len(channels), dtype=np.int64), cdfs, offsets)
             elif latent.kind == "mixture":

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from codec.tables import STEP_OF_Z_BITS
 from integer.program import Program
 from support.errors import InputError
 
@@ -38,6 +39,7 @@ class Latent:
     densities: dict[str, int]
     whole: bool
     shape: tuple[int, ...]
+    step: int | None = None  # of z in a codec of variable rate, in 2^-16
 
     @property
     def given(self) -> tuple[int, ...]:
@@ -62,7 +64,8 @@ def find_latents(program: Program) -> list[Latent]:
     for z in of_z:
         same = [b for b in program.boundaries if b.latent == z.latent and _same_constant(program, b.means, z.means)]
         symbols = tuple({z.symbols: 0, **{b.symbols: 0 for b in same}})
-        latents.append(Latent(z.node, "entropy_bottleneck", z.latent, symbols, (), {}, False, program.values[z.symbols].shape))
+        step = None if z.step is None else round(float(z.step) * 2**STEP_OF_Z_BITS)
+        latents.append(Latent(z.node, "entropy_bottleneck", z.latent, symbols, (), {}, False, program.values[z.symbols].shape, step))
     coded: set[int] = set()
     for density in program.boundaries:
         if density.kind not in ("gaussian", "mixture"):

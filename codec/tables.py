@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from quant.density import INVERSE_BITS, NORMAL_BITS, REACH, STEP_BITS, DensityTables
+from quant.density import FACTORIZED_BITS, INVERSE_BITS, NORMAL_BITS, POINT_BITS, REACH, STEP_BITS, DensityTables
 
 PRECISION = 16  # bits of a frequency, fixed in CompressAI's coder
 _TAIL = 44  # tenths of standard deviations that a row reaches to; outside is 2^-16.5
@@ -135,6 +135,42 @@ class MixtureRows:
 
 
 _MOST_BINS = 2048
+
+
+STEP_OF_Z_BITS = 16
+
+
+class SteppedRows:
+    """Factorized densities of z, whose symbols stand for numbers a step apart; any step, from distribution functions at fixed points.
+
+    Args:
+        cumulative: `quant.density.factorized_table`, (channels, points).
+    """
+
+    def __init__(self, cumulative: Tensor):
+        self.cumulative = cumulative.cpu().numpy().astype(np.int64)
+        self._known: dict[int, tuple[list[list[int]], list[int]]] = {}
+
+    def of(self, step: int) -> tuple[list[list[int]], list[int]]:
+        """(cdfs, offsets) by channel; step: in 2^-16."""
+        if step not in self._known:
+            found = [self._row(function, step) for function in self.cumulative]
+            self._known[step] = [row for row, _ in found], [offset for _, offset in found]
+        return self._known[step]
+
+    @staticmethod
+    def _row(function: np.ndarray, step: int) -> tuple[list[int], int]:
+        middle, fine = len(function) // 2, STEP_OF_Z_BITS + 1 - POINT_BITS  # edges are halves of steps
+        reach = (middle << fine) // (2 * step) + 1
+        edges = (2 * np.arange(-reach, reach + 2) - 1) * step + (middle << fine)
+        edges = np.clip(edges, 0, ((len(function) - 1) << fine) - 1)
+        place, rest = edges >> fine, edges & ((1 << fine) - 1)
+        values = function[place] + (((function[place + 1] - function[place]) * rest) >> fine)
+        least = 1 << (FACTORIZED_BITS - PRECISION)  # a bin with less before or behind it is left to the escape
+        first = int(np.argmax(values[1:] > least)) if (values[1:] > least).any() else reach
+        last = len(values) - 2 - int(np.argmax(values[-2::-1] < (1 << FACTORIZED_BITS) - least))
+        chosen = values[first : max(last, first) + 2]
+        return frequencies(chosen << (NORMAL_BITS - FACTORIZED_BITS)).tolist(), first - reach
 
 
 def bottleneck_rows(cdf: Tensor, lengths: Tensor, offsets: Tensor) -> tuple[list[list[int]], list[int]]:

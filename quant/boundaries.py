@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from models.layers import WholeGaussianConditional
 from models.vbr import OffsetNet
 from quant.config import QuantConfig
-from quant.density import DensityTables, density_tables
+from quant.density import DensityTables, density_tables, factorized_table
 from quant.fixedpoint import requantize_ste, round_half_away, round_ste
 from quant.grid import Grid
 from quant.modules import QuantModule
@@ -252,7 +252,24 @@ class QuantWholeOffsets(QuantOffsets):
 
 
 class QuantVariableBottleneck(QuantEntropyBottleneck):
-    """`models.vbr.VariableBottleneck`: z_hat in steps of each image's own size."""
+    """`models.vbr.VariableBottleneck`: z_hat in steps of each image's own size.
+
+    cumulative: `factorized_table`, with which symbols of any step are coded; made when the codec is frozen.
+    """
+
+    def __init__(self, module: nn.Module, config: QuantConfig):
+        super().__init__(module, config)
+        self.register_buffer("cumulative", None)
+
+    def freeze(self) -> None:
+        super().freeze()
+        medians = self.module._get_medians().detach().flatten()
+        on_grid = round_half_away(medians.double() / self.unit) * self.unit
+        self.cumulative = factorized_table(self.module, on_grid).to(medians.device)
+
+    def thaw(self) -> None:
+        super().thaw()
+        self.cumulative = None
 
     def forward(self, z, step):
         return QuantModule.forward(self, z, step=step)

@@ -4,11 +4,13 @@ Scales are told by whole-number thresholds (levels in geometric order), and the 
 coder and decoder compute from them are whole numbers, the same on every machine (design, section 4).
 """
 
+import copy
 import math
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from compressai.entropy_models import EntropyBottleneck
 from scipy.special import ndtr
 from torch import Tensor
 
@@ -19,6 +21,9 @@ NORMAL_BITS = 30
 STEP_BITS = 8  # the table has a value every 2^-8 standard deviations,
 REACH = 8  # up to so many
 INVERSE_BITS = 20
+FACTORIZED_BITS = 20
+POINT_BITS = 3  # the distribution functions of z have a value every 2^-3
+FURTHEST = 64  # from the median
 
 
 class DensityTables(NamedTuple):
@@ -38,3 +43,20 @@ def density_tables(boundary_bits: int, smallest: float = SMALLEST) -> DensityTab
     thresholds = np.round(np.sqrt(scales[1:] * scales[:-1]) * 2**boundary_bits)
     normal = np.round(ndtr(np.arange(REACH * 2**STEP_BITS + 1) / 2**STEP_BITS) * 2**NORMAL_BITS)
     return DensityTables(*(torch.from_numpy(part.astype(np.int64)) for part in (thresholds, np.round(2**INVERSE_BITS / scales), normal)))
+
+
+@torch.no_grad()
+def factorized_table(bottleneck: EntropyBottleneck, medians: Tensor) -> Tensor:
+    """round(2^20 F(x)) of each channel of z at x = median + t 2^-3, t from -T to T: (channels, 2 T + 1), int64.
+
+    T: where all but 2^-17 of every channel lies inside, at most 64 2^3. medians: (channels,).
+    """
+    exact = copy.deepcopy(bottleneck).double()
+    places = torch.arange(-FURTHEST << POINT_BITS, (FURTHEST << POINT_BITS) + 1, dtype=torch.float64) / 2**POINT_BITS
+    x = medians.double().cpu()[:, None, None] + places
+    cumulative = torch.sigmoid(exact.cpu()._logits_cumulative(x, stop_gradient=True))[:, 0].cummax(1).values
+    inside = ((cumulative > 2.0**-17) & (cumulative < 1 - 2.0**-17)).any(0).nonzero().flatten()
+    reach = int((inside - (FURTHEST << POINT_BITS)).abs().max()) + 1 if len(inside) else 1
+    middle = FURTHEST << POINT_BITS
+    reach = min(reach, middle)
+    return (cumulative[:, middle - reach : middle + reach + 1] * 2**FACTORIZED_BITS).round().long()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from models.checkpoint_files import CDF_STATE, QUANTIZED_FORMAT, pack_cdfs, read_tensors, write_tensors
 from models.registry import architecture_of, create_network, list_models
-from quant.boundaries import QuantGaussianConditional
+from quant.boundaries import QuantGaussianConditional, QuantVariableBottleneck
 from quant.config import QuantConfig
 from quant.grid import Grid
 from quant.modules import QuantMAC, QuantModule
@@ -32,7 +32,7 @@ VERSION = 4
 _READ = (3, 4)
 EXACT_FLOAT64 = 2**53  # whole numbers below this are exact in float64
 _FEW = 64  # so many whole numbers are not worth packing
-_TABLE = "table"  # the name of a function's table, one dimension of whole numbers
+_TABLES = ("table", "cumulative")  # names of functions' tables, along the last dimension
 _SMALL = (torch.int8, torch.int16, torch.int32)
 _GRID_FACTS = ("bits", "channel_dim", "fixed", "pixels")
 
@@ -60,8 +60,8 @@ def save_quantized(model: "QuantModel", path: str | Path, extra: Mapping[str, An
         tensors[name] = _smallest(tensor)
         if tensors[name].dtype != tensor.dtype:
             types[name] = _type_name(tensor.dtype)
-        if name.rpartition(".")[2] == _TABLE and tensors[name].dtype in _SMALL:
-            tensors[name] = _smallest(tensors[name].long().diff(prepend=torch.zeros(1, dtype=torch.int64)))
+        if name.rpartition(".")[2] in _TABLES and tensors[name].dtype in _SMALL:
+            tensors[name] = _smallest(tensors[name].long().diff(prepend=torch.zeros(*tensor.shape[:-1], 1, dtype=torch.int64)))
             types[name] = _type_name(tensor.dtype)
             steps.append(name)
         elif tensors[name].dtype == torch.int8 and tensor.numel() > _FEW and (bits := bits_needed(tensors[name])) < 8:
@@ -140,7 +140,7 @@ def read_quantized(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]
                 raise InputError(f"{path} is damaged ({name}: {error}); copy or make it again") from error
     for name in header.get("steps", ()):
         if name in tensors:
-            tensors[name] = tensors[name].long().cumsum(0)
+            tensors[name] = tensors[name].long().cumsum(-1)
     for name, stated in header["types"].items():
         if name in tensors:  # CDF tables are unpacked by now, under their own names and in their own type
             tensors[name] = tensors[name].to(getattr(torch, stated))
@@ -165,6 +165,8 @@ def unread_tensors(model: "QuantModel") -> set[str]:
                 unread.update(f"{path}.{name}" for name, _ in _tensors(module))
         elif isinstance(module, QuantGaussianConditional) and module.normal is not None:
             drop(path, module, *(f"module.{name}" for name in CDF_STATE))  # its symbols are coded with `density`
+        elif isinstance(module, QuantVariableBottleneck) and module.cumulative is not None:
+            drop(path, module, *(f"module.{name}" for name in CDF_STATE))  # with `cumulative`
         elif isinstance(module, QuantLayerNorm) and module.offset is not None:
             drop(path, module, "module")
         elif isinstance(module, Grid):

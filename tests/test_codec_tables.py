@@ -6,8 +6,9 @@ import torch
 from compressai.ans import BufferedRansEncoder, RansDecoder
 from scipy.stats import norm
 
-from codec.tables import GaussianRows, MixtureRows, Rows, frequencies, phi
-from quant.density import INVERSE_BITS, LARGEST, LEVELS, NORMAL_BITS, density_tables
+from codec.tables import PRECISION, STEP_OF_Z_BITS, GaussianRows, MixtureRows, Rows, SteppedRows, frequencies, phi
+from models.vbr import VariableBottleneck
+from quant.density import INVERSE_BITS, LARGEST, LEVELS, NORMAL_BITS, density_tables, factorized_table
 
 BITS = 12
 TABLES = density_tables(BITS)
@@ -101,3 +102,27 @@ def test_through_the_coder_and_back_with_outliers(whole_numbers):
     decoder.set_stream(encoder.flush())
     found = np.asarray(decoder.decode_stream(rows.rows.tolist(), rows.cdfs, rows.sizes, rows.offsets)) + rows.base
     np.testing.assert_array_equal(found, symbols)
+
+
+@pytest.mark.parametrize("step", [0.5, 0.83, 1.0, 2.7])
+def test_cost_of_z_in_steps_is_that_of_its_density(step):
+    """Beside CompressAI's factorized density, integrated over intervals as wide as the step."""
+    torch.manual_seed(0)
+    bottleneck = VariableBottleneck(4, init_scale=2).eval()
+    with torch.no_grad():
+        for parameter in bottleneck.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+        bottleneck.quantiles[:, 0] = torch.tensor([[-9.0, 0.37, 9.0], [-9.0, -2.2, 9.0], [-9.0, 0.0, 9.0], [-9.0, 5.5, 9.0]])
+    medians = bottleneck._get_medians().detach().flatten()
+    cdfs, offsets = SteppedRows(factorized_table(bottleneck, medians)).of(round(step * 2**STEP_OF_Z_BITS))
+    most = int(100 / step)
+    symbols = torch.arange(-most, most + 1)
+    z_hat = (symbols * step + medians[:, None])[None, :, :, None]
+    with torch.no_grad():
+        exact = bottleneck.step_likelihood(z_hat, torch.full((1, 1, 1, 1), step))[0, :, :, 0].double().numpy()
+    for cdf, offset, p in zip(cdfs, offsets, exact):
+        assert cdf[0] == 0 and cdf[-1] == 2**PRECISION and all(b > a for a, b in zip(cdf, cdf[1:]))
+        share = np.diff(cdf)[:-1] / 2**PRECISION
+        there = p[offset + most :][: len(share)]
+        assert p.sum() - there.sum() < 1e-4  # what an escape is for
+        assert (there * (np.log2(there) - np.log2(share))).sum() < 2e-3  # bits a symbol

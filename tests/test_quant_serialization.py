@@ -92,7 +92,7 @@ def test_weights_of_few_bits_take_few_bits(tmp_path, bits):
 def test_tables_are_stored_as_steps_and_older_files_are_read(tmp_path, monkeypatch):
     model = quantized(network("tic", 1))
     model.save(tmp_path / "new.safetensors")
-    monkeypatch.setattr(serialization, "_TABLE", None)
+    monkeypatch.setattr(serialization, "_TABLES", ())
     monkeypatch.setattr(serialization, "VERSION", 3)
     model.save(tmp_path / "old.safetensors")
     tables = {f"{path}.table": module.table for path, module in model.named_modules() if getattr(module, "table", None) is not None}
