@@ -43,7 +43,7 @@ def with_copies(x: Tensor, batch: int) -> Tensor:
 
 
 def of_integers(codec: Codec, image: Tensor, stream: Path, job: dict[str, Any]) -> dict[str, str]:
-    """Hashes of symbols, densities, file and pixels, and of the pixels that the first process's file decodes to."""
+    """Hashes of symbols, densities, file and pixels, and of the pixels that the first process's file decodes to; without the last two of a codec without files."""
     found = codec.inspect(image, job["batch"], job["device"])
     result = {
         "symbols": digest(*(part["symbols"].to(torch.int64) for part in found["latents"])),
@@ -52,7 +52,10 @@ def of_integers(codec: Codec, image: Tensor, stream: Path, job: dict[str, Any]) 
     }
     if job["batch"] > 1 or job["device"] != "cpu":
         return result
-    data = codec.encode(image)
+    try:
+        data = codec.encode(image)
+    except InputError:
+        return result
     if job["base"]:
         stream.write_bytes(data)
     result["file"] = hashlib.sha256(data).hexdigest()[:16]
