@@ -503,8 +503,15 @@ def _whole_offsets(tracer: Tracer, node: QuantWholeOffsets, symbols: QTensor, sc
     symbols, mean, gain = tracer.on_grid(node.grid, symbols), tracer.on_grid(node.grid, means).q, _one_gain(gain)
     residual = _difference(tracer, symbols.q, tracer.rescale(mean, gain))
     nearest = tracer.rescale(residual, torch.as_tensor(node.unit, dtype=torch.float64))
-    values = tracer.rescale(tracer.add(residual, _moves(tracer, node, nearest, scales, gain)), 1 / gain)
-    return QTensor(tracer.add(values, mean), symbols.scale, symbols.runtime, latent=True)
+    is_near = tracer.elementwise("table", tracer._clamp(nearest, -1, 1), Range(0, 1), table=torch.tensor([0, 1, 0]), first=-1)
+    half = round(0.5 / node.unit)
+    near = tracer._clamp(tracer.product(residual, is_near), -half, half)
+    shares = node.shares().to(torch.int64)
+    index = tracer.on_grid(node.scale_grid, scales * gain)
+    share = tracer.elementwise("table", index.q, Range.of(shares), table=shares, first=int(node.scale_grid.parameters_of_grid()[1]))
+    kept = tracer.rescale(tracer.product(near, share), torch.as_tensor(2.0**-node.share_bits, dtype=torch.float64))
+    moved = tracer.add(_difference(tracer, residual, near), tracer.add(kept, _moves(tracer, node, nearest, scales, gain)))
+    return QTensor(tracer.add(tracer.rescale(moved, 1 / gain), mean), symbols.scale, symbols.runtime, latent=True)
 
 
 _NODES: dict[type[QuantModule], Callable] = {

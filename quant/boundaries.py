@@ -240,14 +240,26 @@ class QuantOffsets(QuantBoundary):
 
 
 class QuantWholeOffsets(QuantOffsets):
-    """`models.vbr.WholeOffsetNet`: the same from symbols that are known already."""
+    """`models.vbr.WholeOffsetNet`: the same from symbols that are known already; shares in 2^-12."""
 
     kind = "whole_offsets"
+    share_bits = 12
+
+    def shares(self) -> Tensor:
+        """Of every whole number of the scale's grid."""
+        step, low, high = self.scale_grid.parameters_of_grid()
+        scales = torch.arange(int(low), int(high) + 1, device=step.device) * step.detach().double()
+        return round_half_away(self.module.shares(scales) * 2**self.share_bits).float()
 
     def integer(self, symbols: QTensor, scales: QTensor, gain: Tensor, means: QTensor) -> QTensor:
         symbols, mean, gain = self.grid(symbols), self.grid(means).q, gain.double()
         residual = symbols.q - requantize_ste(mean, gain)
-        moved = residual + self.offsets(requantize_ste(residual, torch.as_tensor(self.unit, dtype=torch.float64)), scales, gain)
+        nearest = requantize_ste(residual, torch.as_tensor(self.unit, dtype=torch.float64, device=residual.device))
+        with torch.no_grad():
+            places = (self.scale_grid(scales * gain).q - self.scale_grid.parameters_of_grid()[1]).long()
+            shares = torch.where(nearest == 0, self.shares()[places], 0.0)
+        near = requantize_ste(torch.where(nearest == 0, residual, 0.0) * shares, torch.as_tensor(2.0**-self.share_bits, dtype=torch.float64, device=residual.device))
+        moved = torch.where(nearest == 0, near, residual + self.offsets(nearest, scales, gain))
         return QTensor(requantize_ste(moved, 1 / gain) + mean, symbols.scale, symbols.runtime, latent=True)
 
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 from compressai.models import JointAutoregressiveHierarchicalPriorsVbr, MeanScaleHyperpriorVbr, ScaleHyperpriorVbr
 from formula import fill_by_formula, image_by_formula
+from scipy.stats import truncnorm
 
 from models.checkpoints import identify, load_checkpoint, save_checkpoint
 from models.registry import create_model, get_architecture
-from models.vbr import OffsetNet, in_order
+from models.vbr import OffsetNet, WholeOffsetNet, in_order
 
 N, M = 6, 8
 CLASSES = {"balle2018-vbr": ScaleHyperpriorVbr, "minnen2018-mean-vbr": MeanScaleHyperpriorVbr}
@@ -178,3 +179,10 @@ def test_offsets_of_whole_symbols_are_those_of_differences_where_means_are_whole
     found, expected = model.QuantABCD((y * gain).round(), scales, means, gain), plain(y, scales, means, gain)
     torch.testing.assert_close(found, expected)
     assert not torch.equal(found, (y * gain).round() / gain)  # moved
+
+
+def test_share_of_a_residual_is_the_derivative_of_the_mean_within_the_interval():
+    scales, step = torch.tensor([0.11, 0.2, 0.5, 1.3, 20.0], dtype=torch.float64), 1e-4
+    for scale, share in zip(scales.tolist(), WholeOffsetNet.shares(scales).tolist()):
+        means = [truncnorm((centre - 0.5) / scale, (centre + 0.5) / scale, scale=scale).mean() for centre in (-step, step)]
+        assert share == pytest.approx((means[1] - means[0]) / (2 * step), rel=1e-4, abs=1e-6)
