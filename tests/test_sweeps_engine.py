@@ -73,7 +73,9 @@ def test_workers_end_with_their_command(tmp_path, ended):
 def a_worker_ends_with_its_command(engine: str, tmp_path: Path, ended: signal.Signals) -> None:
     code = ("import sys; from sweeps.engine import Engine, Task\n"
             f"for _ in {engine}.run([Task('slow', 'sweep_entry', ('slow',), {str(tmp_path / 'slow')!r})], 'test', 'run'): pass")
-    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    # in the background of a shell, where these tests may run, interrupts are ignored, and children inherit that
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip
     log = tmp_path / "slow" / "log.txt"
     until(lambda: log.is_file() and log.read_text(), 60)
     worker = int(log.read_text().split()[1])
