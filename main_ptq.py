@@ -258,15 +258,13 @@ def quantize_quality(run: Run, index: int) -> dict:
     """One rate point, of which finished parts are taken from the folder; returns the point of report.json."""
     from evaluation.crops import save_crops
     from evaluation.evaluate import Report, evaluate
-    from evaluation.layer_runs import bits_of_quality
+    from evaluation.layer_runs import bits_of_quality, own_settings
     from evaluation.report import make_point
     from evaluation.shared import shared
 
     source, args = run.models[index], run.args
-    folder = run.folder.quality(source.quality, {"quality": source.quality, "lambda": source.lmbda,
-                                                 "checkpoint_sha256": source.sha256}, shared=run.is_variable)
-    what = {"result": "float codec", "arch": source.arch, **folder.settings["evaluation"], "device": str(run.device),
-            **{key: folder.settings[key] for key in ("quality", "lambda", "checkpoint_sha256")}}
+    folder = run.folder.quality(source.quality, own_settings(source), shared=run.is_variable)
+    what = {"result": "float codec", "arch": source.arch, **folder.settings["evaluation"], "device": str(run.device), **own_settings(source)}
     complete = {"fp32", "quant", "crops"} | ({"baseline"} if args.baseline else set())
     done = complete <= folder.parts.keys()
     run.say(f"{source.arch} quality {source.quality} ({index + 1} of {len(run.models)})"

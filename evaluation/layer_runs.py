@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from evaluation.analysis_report import unit_table, write_analysis
 from evaluation.bit_search import BdRateSearch, chosen
-from evaluation.run_folder import QualityFolder, RunFolder
+from evaluation.run_folder import QualityFolder, RunFolder, forget_run
 from quant.bits import Bits, check_layers, read_bits
 from quant.config import QuantConfig
 from quant.model import QuantModel
@@ -28,6 +28,7 @@ from support.errors import InputError
 from support.files import atomic_path, write_json
 
 if TYPE_CHECKING:
+    from evaluation.float_models import FloatModel
     from main_ptq import Run
 
 _SHOWN = 12  # rows of the table on a terminal
@@ -92,6 +93,11 @@ def settings_of_layers(args: argparse.Namespace, bits: Mapping[int, Bits]) -> di
     return {"bits": {quality: bits[quality] for quality in sorted(bits)}} if bits else {}
 
 
+def own_settings(source: "FloatModel") -> dict:
+    """What results of one quality depend on, beside the run's settings."""
+    return {"quality": source.quality, "lambda": source.lmbda, "checkpoint_sha256": source.sha256}
+
+
 # ---------------------------------------------------------------------------------------------------------- --analyze
 
 
@@ -100,7 +106,7 @@ def analyze_run(run: "Run") -> int:
     args, config = run.args, run.config
     for source in run.models[:1] if run.is_variable else run.models:
         run.say(f"{source.arch} quality {source.quality}")
-        folder = run.folder.quality(source.quality, {"quality": source.quality, "lambda": source.lmbda, "checkpoint_sha256": source.sha256})
+        folder = run.folder.quality(source.quality, own_settings(source))
         objective = Objective(source.lmbda, args.metric)
         start = prepare(source.load(), run.crops, config, objective, device=run.device, progress=not args.quiet)
         batches = start.batches[: start.measured]
@@ -183,8 +189,11 @@ def below_bd_rate(run: "Run", quantize: Callable[["Run"], tuple[list[dict], floa
     """
     limit, args = run.args.max_bd_rate, run.args
     codecs = range(1 if run.is_variable else len(run.models))
+    if not args.resume:  # of all rounds now: one that is not reached before an interrupt must not be met by a resumption
+        for old in run.folder.path.glob("round*/"):
+            forget_run(old)
     search_folder = RunFolder(run.folder.path / "search", run.folder.settings, args.resume)
-    folders = [search_folder.quality(run.models[i].quality, {"quality": run.models[i].quality}) for i in codecs]
+    folders = [search_folder.quality(run.models[i].quality, own_settings(run.models[i])) for i in codecs]
     networks = [run.models[i].load() for i in codecs]
     layers = [measured_layers(run, i, networks[i], folders[i]) for i in codecs]
 

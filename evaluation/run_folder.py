@@ -95,6 +95,15 @@ class QualityFolder:
         shutil.rmtree(self.path / "units", ignore_errors=True)
 
 
+def forget_run(out: Path) -> None:
+    """Remove all that --resume would go on with, also of the rounds of a search; models and reports stand until others replace them."""
+    for name in ("run.json", "partial.json", "result.json"):
+        for path in list(out.rglob(name)):
+            path.unlink()
+    for units in list(out.rglob("q*/units")):
+        shutil.rmtree(units, ignore_errors=True)
+
+
 def refuse_other_settings(folder: Path, before: dict, now: dict) -> None:
     """Raises InputError that names the first settings in which a folder's run and this one differ."""
     old, new = _flat(before), _flat(now)

@@ -96,19 +96,25 @@ def _positive_numbers(text: str, example: float) -> list[float]:
     return values
 
 
+def _positive_number(text: str, example: float) -> float:
+    if "," in text:
+        raise argparse.ArgumentTypeError(f"{text} is more than one number; give one such as {example}, decimals after a point")
+    return _positive_numbers(text, example)[0]
+
+
 def size_budget(text: str) -> dict[str, float]:
     """Mean bits of a weight ("6"), or megabytes ("1.5MB"): a field of `reconstruction.mixed_precision.Budget`."""
     if text.upper().endswith("MB"):
-        return {"megabytes": _positive_numbers(text[:-2], 1.5)[0]}
-    return {"mean_bits": _positive_numbers(text, 6)[0]}
+        return {"megabytes": _positive_number(text[:-2], 1.5)}
+    return {"mean_bits": _positive_number(text, 6)}
 
 
 def bops_budget(text: str) -> dict[str, float]:
     """Bit operations as a share of those of 8 bits ("0.5"), or for a pixel in thousands or millions ("900k", "1.2M")."""
     unit = {"k": 1e3, "K": 1e3, "M": 1e6}.get(text[-1:])
     if unit:
-        return {"bops": _positive_numbers(text[:-1], 900)[0] * unit}
-    return {"relative_bops": _positive_numbers(text, 0.5)[0]}
+        return {"bops": _positive_number(text[:-1], 900) * unit}
+    return {"relative_bops": _positive_number(text, 0.5)}
 
 
 def bits_choices(text: str) -> list[int]:
@@ -122,7 +128,7 @@ def bits_choices(text: str) -> list[int]:
 
 def positive_number(text: str) -> float:
     """A positive number."""
-    return _positive_numbers(text, 1.0)[0]
+    return _positive_number(text, 1.0)
 
 
 def qualities(text: str) -> list[int] | str:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from evaluation.run_folder import read_json, refuse_other_settings
+from evaluation.run_folder import forget_run, read_json, refuse_other_settings
 from support import options
 from support.cli import ArgumentParser
 from support.errors import InputError
@@ -68,6 +68,9 @@ def run(argv: Sequence[str], parser: ArgumentParser, check: Callable[[argparse.N
     if before:
         refuse_other_settings(out, before["settings"], settings)
     writable_folder(out)
+    if not before:  # --resume, which is passed on to every unfinished run, must not meet what another sweep has left
+        for one in sweep.runs:
+            forget_run(out / "runs" / one.name)
     finished = (read_json(out / "finished.json") or {}) if before else {}
     write_json(out / "sweep.json", {"settings": settings})
     write_json(out / "finished.json", finished)

@@ -72,12 +72,18 @@ def write_summary(folder: Path, sweep: Sweep, results: Sequence[Result]) -> str:
     if len(sweep.axes.get(SEED, ())) > 1 and tables:
         parts.append(f"Mean ± sample standard deviation over the seeds {', '.join(sweep.axes[SEED])}.")
     parts += [f"![{sweep.title}]({name})" for name in pictures]
-    analyses = [result for result in results if result.error is None and (result.folder / "analysis.md").is_file()]
+    analyses = [f"- [{result.run.name}, quality {quality}](runs/{result.run.name}/q{quality}/analysis.md)"
+                for result in results if result.error is None for quality in _analyzed(result.folder)]
     if analyses:
-        parts.append("Analyses:\n\n" + "\n".join(f"- [{result.run.name}](runs/{result.run.name}/analysis.md)" for result in analyses))
+        parts.append("Analyses:\n\n" + "\n".join(analyses))
     parts.append("## Runs\n\n" + _runs_table(sweep, results))
     write_text(folder / "summary.md", "\n\n".join(parts) + "\n")
     return "\n\n".join(tables)
+
+
+def _analyzed(folder: Path) -> list[int]:
+    """The qualities of which a run has written an analysis."""
+    return sorted(int(path.parent.name[1:]) for path in folder.glob("q*/analysis.md"))
 
 
 def _runs_csv(sweep: Sweep, results: Sequence[Result]) -> str:

@@ -20,6 +20,7 @@ from reconstruction.config import PtqConfig
 from reconstruction.mixed_precision import Budget, Layer, allocate, falling, measure_layers, totals
 from reconstruction.objective import Objective
 from support.errors import InputError
+from support.files import write_json
 from test_integer_lowering import assert_program_equals_model
 from tiny_codecs import images, tiny_codec
 
@@ -283,9 +284,11 @@ def test_a_budget_of_bit_operations_searches_the_inputs_too(job, tmp_path):
 
 
 def test_the_bd_rate_is_kept_below_its_limit(job, tmp_path, monkeypatch, capsys):
-    made = []
+    made, starts = [], []
     monkeypatch.setattr(layer_runs, "measure_layers", lambda model, *_, **__: drawn_for(model))
-    monkeypatch.setattr(layer_runs, "start_loss", lambda model, crops, config, objective, bits, *_: {"bpp": 1.0, "j": 2.0, "loss": totals(drawn_for(model), bits).loss})
+    monkeypatch.setattr(layer_runs, "start_loss", lambda model, crops, config, objective, bits, *_: starts.append(objective.lmbda) or
+                        {"bpp": 1.0, "j": 2.0, "loss": totals(drawn_for(model), bits).loss})
+    write_json(tmp_path / "out" / "round3" / "run.json", {"settings": {"bits": "another run's"}})
     monkeypatch.setattr(main_ptq, "summarize", lambda attempt, points, whole=main_ptq.summarize: made.append(attempt) or
                         {**whole(attempt, points), "bd_rate_psnr": mean_loss(attempt)})
     assert run(job, quality="1,3", max_bd_rate=0.5, bits_file=tmp_path / "bits-{quality}.json", **NARROW) == 0
@@ -301,8 +304,18 @@ def test_the_bd_rate_is_kept_below_its_limit(job, tmp_path, monkeypatch, capsys)
         assert {name: node.config.w_bits for name, node in codec.layers.items()} == {name: sides["w_bits"] for name, sides in bits.items()}
         assert "below a BD-rate of 0.5 %" in point["bits"]["how"]
     before = contents(tmp_path / "out")
+    assert not (tmp_path / "out" / "round3" / "run.json").exists() or len(rounds) == 3
+    starts.clear()
     assert run(job, quality="1,3", max_bd_rate=0.5, bits_file=tmp_path / "bits-{quality}.json", resume=True, **NARROW) == 0
-    assert contents(tmp_path / "out") == before
+    assert contents(tmp_path / "out") == before and not starts
+    with monkeypatch.context() as patch:  # what was measured at another lambda, or of another checkpoint, is not taken over
+        patch.setattr(layer_runs, "BdRateSearch", stopping)
+        assert run(job, quality="1,3", max_bd_rate=0.5, bits_file=tmp_path / "bits-{quality}.json", resume=True, **{"lambda": "0.1,0.2"}, **NARROW) == 130
+    assert starts == [0.1, 0.2]
+
+
+def stopping(*_) -> None:
+    raise KeyboardInterrupt
 
 
 def drawn_for(model) -> list[Layer]:
@@ -318,7 +331,9 @@ def mean_loss(attempt) -> float:
 
 @pytest.mark.parametrize("changes, expected", [
     ({"bits_file": "/nowhere.json"}, ["--bits_file", "cannot be read"]), ({"budget_size": 0}, ["--budget_size", "positive"]),
-    ({"budget_size": "2GB"}, ["--budget_size"]), ({"budget_bops": "x"}, ["--budget_bops"]), ({"max_bd_rate": 1}, ["two qualities"]),
+    ({"budget_size": "2GB"}, ["--budget_size"]), ({"budget_size": "1,5MB"}, ["--budget_size", "more than one number"]),
+    ({"budget_bops": "0,5"}, ["--budget_bops", "more than one number"]), ({"max_bd_rate": "1,5"}, ["--max_bd_rate", "more than one number"]),
+    ({"budget_bops": "x"}, ["--budget_bops"]), ({"max_bd_rate": 1}, ["two qualities"]),
     ({"max_bd_rate": 1, "budget_size": 5}, ["exclude each other"]), ({"bits_choices": "4,8"}, ["--bits_choices is for a search"]),
     ({"bits_choices": "1,8", "budget_size": 6}, ["--bits_choices", "2 to 16"]), ({"cost": "size", "budget_size": 6}, ["--cost belongs"]),
     ({"quality": "1,3", "budget_size": 6, "bits_file": "bits.json"}, ["{quality}"])])  # fmt: skip

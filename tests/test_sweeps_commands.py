@@ -54,6 +54,26 @@ def test_a_sweep_stopped_and_resumed_gives_the_runs_of_single_commands(job, file
     assert contents(out) == before
 
 
+def test_a_sweep_started_anew_and_stopped_meets_nothing_of_the_one_before(job, file, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    assert run(job, sweep=file, w_bits=None, seed=1) == 0
+    original, calls = evaluation.evaluate.evaluate, []
+
+    def stopping(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 1:  # the quantized codec of the first run
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(evaluation.evaluate, "evaluate", stopping)
+    assert run(job, sweep=file, w_bits=None, seed=2) == 130
+    assert (out / "runs" / "w_bits4" / "report.json").is_file() and not list(out.glob("runs/w_bits4/**/run.json"))
+    assert run(job, sweep=file, w_bits=None, seed=2, resume=True) == 0
+    assert len(calls) == 3
+    for name in ("w_bits8", "w_bits4"):
+        assert json.loads((out / "runs" / name / "run.json").read_text())["settings"]["calibration"]["seed"] == 2
+
+
 def test_a_run_that_fails_is_recorded_and_the_others_go_on(job, file, tmp_path, capsys):
     file.write_text(SWEEP + f"  eval: ['{tmp_path / 'eval'}', tecnick]\n")
     assert run(job, sweep=file, eval=None, w_bits=8) == 2

@@ -86,7 +86,10 @@ def test_runs_that_only_analyze_are_listed(tmp_path):
     (tmp_path / "trial.yaml").write_text("grid: {w_bits: [8, 4]}")
     sweep = load_sweep(str(tmp_path / "trial.yaml"), main_ptq.build_parser())
     for run in sweep.runs:
-        (tmp_path / "runs" / run.name).mkdir(parents=True)
-        (tmp_path / "runs" / run.name / "analysis.md").write_text("# found")
+        for quality in (3, 10):
+            (tmp_path / "runs" / run.name / f"q{quality}").mkdir(parents=True)
+            (tmp_path / "runs" / run.name / f"q{quality}" / "analysis.md").write_text("# found")
     assert write_summary(tmp_path, sweep, [Result.of(run, tmp_path / "runs" / run.name, None) for run in sweep.runs]) == ""
-    assert "[w_bits4](runs/w_bits4/analysis.md)" in (tmp_path / "summary.md").read_text()
+    lines = (tmp_path / "summary.md").read_text().splitlines()
+    assert [line for line in lines if line.startswith("- [w_bits4")] == [
+        f"- [w_bits4, quality {quality}](runs/w_bits4/q{quality}/analysis.md)" for quality in (3, 10)]
