@@ -6,9 +6,10 @@ and the curvature c of the distortion in a pixel (Hutchinson 1990). Rate: a code
 information, ln 2 * pixels * (d R / d a)^2 for R in bits per pixel.
 """
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -31,10 +32,12 @@ class Sensitivity:
     curvature: (outputs,) diagonal of the Hessian of J, or of the layer's relative squared error, summed over an output channel's
                positions, mean over images.
     macs:      multiply-accumulate operations of the layer for one image.
+    energy:    (inputs,) mean square of each input channel, for a layer whose inputs stay in float: their grid has seen nothing.
     """
 
     curvature: Tensor
     macs: float
+    energy: Tensor | None = None
 
 
 def measure_sensitivities(
@@ -54,8 +57,10 @@ def measure_sensitivities(
     generator = torch.Generator().manual_seed(seed)
     curvature: dict[str, Tensor] = {}
     macs: dict[str, float] = {}
+    energies: dict[str, list[Tensor]] = {name: [] for name, node in layers.items() if node.config.a_bits == FLOAT_BITS}
     for number, batch in enumerate(progress_bar(batches, desc="measuring sensitivities", unit="batch", enabled=progress, leave=False)):
-        squares = _squared_gradients(qmodel, batch, objective, calls, generator) if objective else _relative_errors(qmodel, batch, calls)
+        with _input_energies({name: layers[name] for name in energies}, energies):
+            squares = _squared_gradients(qmodel, batch, objective, calls, generator) if objective else _relative_errors(qmodel, batch, calls)
         for (name, _), square in squares:
             node = layers[name]
             dim = node.channel_dim % square.ndim
@@ -63,7 +68,27 @@ def measure_sensitivities(
             if not number:
                 macs[name] = macs.get(name, 0.0) + operations(node, square)
     images = sum(map(len, batches))
-    return {name: Sensitivity(value / images, macs[name]) for name, value in curvature.items()}
+    means = {name: torch.stack(seen).mean(0) for name, seen in energies.items() if seen}
+    return {name: Sensitivity(value / images, macs[name], means.get(name)) for name, value in curvature.items()}
+
+
+@contextlib.contextmanager
+def _input_energies(layers: dict[str, QuantMAC], energies: dict[str, list[Tensor]]) -> Iterator[None]:
+    """While it lasts, each call of a layer appends the mean square of its input channels."""
+
+    def watch(name: str, dim: int):
+        def hook(node, args):
+            x = tensor_of(args[0]).detach()
+            energies[name].append(x.movedim(dim, 0).flatten(1).square().mean(1).double())
+
+        return hook
+
+    hooks = [node.register_forward_pre_hook(watch(name, node.channel_dim)) for name, node in layers.items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @torch.no_grad()
@@ -152,7 +177,10 @@ def weight_noise(node: QuantMAC, sensitivity: Sensitivity) -> Tensor:
     weight, reference = node.folded_weight()
     step = node.weight_quantizer.scale(weight, node.least_scale(reference)).expand(node.outputs)
     grid = node.input_grid
-    energy = grid.energy.double() / (grid.parameters_of_grid()[0] / reference).square()
+    if sensitivity.energy is not None:
+        energy = sensitivity.energy
+    else:
+        energy = grid.energy.double() / (grid.parameters_of_grid()[0] / reference).square()
     total = node.per_input(energy.expand(weight.shape[1] * node.groups), weight).flatten(1).sum(1)
     return 0.5 * sensitivity.curvature * step.square() / 12 * total * taps(node)
 
@@ -165,6 +193,6 @@ def predicted_losses(qmodel: QuantModel, sensitivities: dict[str, Sensitivity]) 
         config = node.config
         losses[name] = {
             "inputs": 0.0 if FLOAT_BITS == config.a_bits or node.input_grid.exact else float(input_noise(node, sensitivity).sum()),
-            "weights": 0.0 if FLOAT_BITS in (config.w_bits, config.a_bits) else float(weight_noise(node, sensitivity).sum()),
+            "weights": 0.0 if config.w_bits == FLOAT_BITS else float(weight_noise(node, sensitivity).sum()),
         }
     return losses

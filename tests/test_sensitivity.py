@@ -153,18 +153,20 @@ def test_predicted_input_noise_is_what_rounding_does(transposed, groups, split, 
     assert float(input_noise(qmodel.nodes["second"], sensitivity).sum()) == pytest.approx(error, rel=0.1)
 
 
-@pytest.mark.parametrize("transposed,groups", [(False, 1), (True, 1), (False, 3)])
-def test_predicted_weight_noise_is_what_rounding_does(transposed, groups):
+@pytest.mark.parametrize("transposed,groups,a_bits", [(False, 1, 14), (True, 1, 14), (False, 3, 14), (False, 1, 32), (True, 1, 32), (False, 3, 32)])
+def test_predicted_weight_noise_is_what_rounding_does(transposed, groups, a_bits):
     # the noise model takes inputs as uncorrelated: noise for an image, and filters without a mean
     model = Linear2(channels=96, transposed=transposed, groups=groups)
     data = [torch.rand(2, 3, 128, 128, generator=torch.Generator().manual_seed(n)) for n in range(2)]
     with torch.no_grad():
         model.first.bias.zero_()
         model.first.weight.sub_(model.first.weight.mean((1, 2, 3), keepdim=True))
-    qmodel = observed(model, data, a_bits=14, w_bits=5)
-    sensitivity = measure_sensitivities(qmodel, data, Objective(LAMBDA), progress=False)["second"]
+    qmodel = observed(model, data, a_bits=a_bits, w_bits=5)
+    sensitivities = measure_sensitivities(qmodel, data, Objective(LAMBDA), progress=False)
     error = measured_loss(qmodel, model, data)
-    assert float(weight_noise(qmodel.nodes["second"], sensitivity).sum()) == pytest.approx(error, rel=0.4)
+    assert float(weight_noise(qmodel.nodes["second"], sensitivities["second"]).sum()) == pytest.approx(error, rel=0.4)
+    predicted = predicted_losses(qmodel, sensitivities)["second"]
+    assert predicted["weights"] == pytest.approx(error, rel=0.4) and (predicted["inputs"] == 0) == (a_bits == 32)
 
 
 def split_model(share: float, **config) -> tuple[QuantModel, dict, dict]:
