@@ -51,9 +51,8 @@ class BdRateSearch:
 
     def run(self, limit: float) -> list[Attempt]:
         """All rounds; the choice is `chosen(attempts, limit)`."""
-        aim, attempts = limit, []
+        percent, attempts = self.loosest(limit), []
         for number in range(1, ROUNDS + 1):
-            percent = self.loosest(aim)
             bits = self.at(percent)
             if any(list(attempt.bits) == bits for attempt in attempts):
                 break
@@ -63,8 +62,20 @@ class BdRateSearch:
             if attempts[-1].stays_below(limit) and bd_rate >= NEAR * limit:
                 break
             ratio = _AIM * limit / bd_rate if bd_rate is not None and bd_rate > 0 else (_MOST if bd_rate is not None else 1 / _MOST)
-            aim = attempts[-1].start_percent * min(max(ratio, 1 / _MOST), _MOST)
+            percent = self._corrected(percent, min(max(ratio, 1 / _MOST), _MOST))
         return attempts
+
+    def _corrected(self, percent: float, ratio: float) -> float:
+        """The predicted loss to try after this one, when the prepared codecs may lose `ratio` times what they lose now.
+
+        Where that leads nowhere, as from a loss that is nothing or below, which few crops measure by chance, the prediction itself
+        is multiplied, for it is never below nothing.
+        """
+        found = self.loosest(self.start(percent) * ratio)
+        if found > percent if ratio > 1 else found < percent:
+            return found
+        low, high = self._ends()
+        return min(max(percent * ratio, low), high)
 
     def at(self, percent: float) -> list[Bits]:
         """The cheapest allocations with a predicted loss of this many percent of the rate, or the least there is."""

@@ -128,13 +128,15 @@ def analyze_run(run: "Run") -> int:
 def bits_of_quality(run: "Run", index: int, load: Callable[[], nn.Module], folder: QualityFolder) -> dict | None:
     """{"layers": the allocation, "how": where it comes from, "loss": predicted rise of J or absent}; None: no bits of single layers.
 
-    A search is made once, and its part of result.json kept.
+    A search is made once, and its part of result.json kept; a variable-rate codec has the one of its first quality.
     """
     source, args = run.models[0 if run.is_variable else index], run.args
     if source.quality in run.bits:
         return {"layers": run.bits[source.quality], "how": run.how or f"From {args.bits_file}."}
     if not searches(args):
         return None
+    if run.is_variable and index:
+        return run.folder.quality_parts(source.quality)["bits"]
 
     def search() -> dict:
         layers = measured_layers(run, index, load(), folder)

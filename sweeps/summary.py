@@ -23,6 +23,8 @@ from sweeps.grid import CURVES, METRICS, SEED, Plot, Run, Sweep
 _STYLES = [QUANT_STYLE, BASELINE_STYLE] + [dict(color=color, marker=marker, markersize=5, linestyle="-", linewidth=1.2) for color, marker in (
     ("#009E73", "D"), ("#CC79A7", "v"), ("#E69F00", "P"), ("#56B4E9", "X"), ("#888888", "<"), ("#F0E442", ">"))]  # fmt: skip
 _POINT = ("bpp", "psnr", "ms_ssim")
+_DIGITS = 6  # of a point of a curve
+Curve = tuple[tuple[float, float], ...]  # (bpp, quality) by rising rate
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,8 @@ class Result:
             return _mean(point[name] for point in points)
         if name == "peak_memory_mb":
             return max((point[name] for point in points if point[name] is not None), default=None)
-        if name in ("calibration_seconds", "model_bytes"):
-            return sum(point[name] or 0 for point in points)
+        if name in ("calibration_seconds", "model_bytes"):  # of each codec once: a variable-rate one has many points
+            return sum({point["checkpoint"]["sha256"]: point[name] or 0 for point in points}.values())
         return self.report.get(name)
 
 
@@ -157,15 +159,18 @@ def _draw(plot: Plot, sweep: Sweep, results: Sequence[Result], path: Path) -> No
     FigureCanvasAgg(figure)
     for panel, place in zip(panels, figure.subplots(down, across, squeeze=False).flat):
         here = [result for result in results if result.report and _is_at(result, others, panel)]
+        floats: dict[Curve, dict] = {}  # lines of several codecs or data sets have a float curve each
         for number, label in enumerate(sweep.axes[plot.lines] if plot.lines else [None]):
             line = [result for result in here if label is None or result.run.labels[plot.lines] == label]
             style = _STYLES[number % len(_STYLES)] | {"label": label or "quantized"}
             if plot.x == "bpp":
-                _draw_curve(place, line, "quant", plot.y, style)
+                _draw_curve(place, _curve(line, "quant", plot.y), plot.y, style)
+                floats.setdefault(_curve(line, "fp32", plot.y), FLOAT_STYLE | {"color": style["color"], "label": f"float, {label}"})
             else:
                 _draw_metric(place, line, plot, sweep, style)
-        if plot.x == "bpp":
-            _draw_curve(place, here, "fp32", plot.y, FLOAT_STYLE | {"label": "float"})
+        floats.pop((), None)
+        for curve, style in floats.items():
+            _draw_curve(place, curve, plot.y, style if len(floats) > 1 else FLOAT_STYLE | {"label": "float"})
         place.set(xlabel="bpp" if plot.x == "bpp" else plot.x, ylabel=CURVES[plot.y] if plot.x == "bpp" else METRICS[plot.y],
                   title=", ".join(map(_heading, others, panel)) or sweep.title)
         place.grid(alpha=0.3)
@@ -174,18 +179,22 @@ def _draw(plot: Plot, sweep: Sweep, results: Sequence[Result], path: Path) -> No
     figure.savefig(path, dpi=130)
 
 
-def _draw_curve(place, results: Sequence[Result], codec: str, measure: str, style: dict) -> None:
+def _curve(results: Sequence[Result], codec: str, measure: str) -> Curve:
     """R-D points, means over the runs at each quality."""
     by_quality: dict[int, list[dict]] = {}
     for result in results:
         for point in result.report["points"]:
             if point[codec] is not None and point[codec][measure] is not None:
                 by_quality.setdefault(point["quality"], []).append(point[codec])
-    if not by_quality:
-        return
-    means = sorted((mean(point["bpp"] for point in points), mean(point[measure] for point in points)) for points in by_quality.values())
-    rates, values = zip(*means)
-    place.plot(rates, [ms_ssim_db(value) for value in values] if measure == "ms_ssim" else values, **style)
+    # rounded, so that a codec's curve is the same where machines differ in the last digits
+    return tuple(sorted((round(mean(point["bpp"] for point in points), _DIGITS), round(mean(point[measure] for point in points), _DIGITS))
+                        for points in by_quality.values()))
+
+
+def _draw_curve(place, curve: Curve, measure: str, style: dict) -> None:
+    if curve:
+        rates, values = zip(*curve)
+        place.plot(rates, [ms_ssim_db(value) for value in values] if measure == "ms_ssim" else values, **style)
 
 
 def _draw_metric(place, results: Sequence[Result], plot: Plot, sweep: Sweep, style: dict) -> None:

@@ -241,6 +241,20 @@ def test_bits_are_given_up_until_the_bd_rate_is_near_its_limit(ratio, learned):
     assert attempts[0].cost == 8 and len(attempts) == 1  # 4 bits a weight for both codecs; nothing is left to try
 
 
+@pytest.mark.parametrize("first, cheaper", [(0.1, True), (5.0, False)])
+def test_a_prepared_loss_below_nothing_is_corrected_towards_the_limit(first, cheaper):
+    """Few crops measure -0.48 % by chance up to a knee, and 5 % beyond it."""
+    layers = drawn_layers(6, 0)
+    losses = [totals(layers, {layer.name: {"w_bits": w, "a_bits": max(layer.a_loss)} for layer in layers}).loss for w in (8, 4)]
+    knee, tried = (losses[0] * losses[1]) ** 0.5, []
+    search = BdRateSearch([layers], [0.5], lambda _, bits: 0.5 * (-0.0048 if totals(layers, bits).loss <= knee else 0.05),
+                          lambda number, bits: tried.append(bits[0]) or (first if number == 1 else 0.9), "mean_bits")  # fmt: skip
+    attempts = search.run(1.0)
+    assert attempts[0].start_percent == pytest.approx(-0.48) and len(tried) == 2
+    before, after = (totals(layers, bits).mean_bits for bits in tried)
+    assert after < before if cheaper else after > before
+
+
 # -------------------------------------------------------------------------------------------------------- command line
 
 NARROW = {"set": "balance=0", "bits_choices": "4,8", "no-baseline": True}

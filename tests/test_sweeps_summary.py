@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 import main_ptq
+import sweeps.summary as summary_of_sweeps
 from sweeps.grid import load_sweep
 from sweeps.summary import Result, write_summary
 
@@ -30,7 +31,8 @@ def report(bd_rate: float) -> dict:
         return {"bpp": 0.5 + shift, "bpp_estimated": 0.5 + shift, "psnr": 30 - shift, "ms_ssim": 0.9}
 
     points = [{"quality": quality, "lambda": 0.01, "fp32": means(quality), "quant": means(quality + bd_rate / 100), "delta_j_percent": bd_rate,
-               "calibration_seconds": 2.0, "peak_memory_mb": 10.0 * quality, "model_bytes": 100} for quality in (1, 2)]
+               "calibration_seconds": 2.0, "peak_memory_mb": 10.0 * quality, "model_bytes": 100,
+               "checkpoint": {"sha256": f"{quality}"}} for quality in (1, 2)]
     return {"points": points, "bd_rate_psnr": bd_rate, "bd_rate_psnr_cubic": None, "bd_rate_ms_ssim": None}
 
 
@@ -80,6 +82,30 @@ def test_plots_are_drawn(summary):
     sizes = [Image.open(folder / name).size for name in ("plot1.png", "plot2.png")]
     assert sizes[0] == (676, 520) and sizes[1][0] == 2 * 676  # R-D curves: a panel for each number of bits
     assert "![Trial](plot1.png)" in (folder / "summary.md").read_text()
+
+
+def test_a_variable_rate_codec_is_one_model(tmp_path):
+    one = report(1.0)
+    for point in one["points"]:
+        point["checkpoint"] = {"sha256": "same"}
+    result = Result(None, tmp_path, one, None)
+    assert (result.metric("calibration_seconds"), result.metric("model_bytes")) == (2.0, 100)
+
+
+@pytest.mark.parametrize("shift, expected", [(0.0, ["A", "B", "float"]), (0.5, ["A", "B", "float, A", "float, B"])])
+def test_every_codec_has_its_own_float_curve(tmp_path, monkeypatch, shift, expected):
+    (tmp_path / "trial.yaml").write_text("grid: {codec: [{name: A, arch: tic}, {name: B, arch: lu2022}]}\nplot: {x: bpp, y: psnr, lines: codec}")
+    figures, canvas = [], summary_of_sweeps.FigureCanvasAgg
+    monkeypatch.setattr(summary_of_sweeps, "FigureCanvasAgg", lambda figure: figures.append(figure) or canvas(figure))
+    sweep = load_sweep(str(tmp_path / "trial.yaml"), main_ptq.build_parser())
+    results = [Result(run, tmp_path, report(1.0), None) for run in sweep.runs]
+    for point in results[1].report["points"]:
+        point["fp32"]["psnr"] += shift
+    write_summary(tmp_path, sweep, results)
+    (axis,) = figures[0].axes
+    assert sorted(axis.get_legend_handles_labels()[1]) == expected
+    curves = {line.get_label(): list(line.get_ydata()) for line in axis.lines}
+    assert curves[expected[2]] == [29, 28] and curves[expected[-1]] == [29 + shift, 28 + shift]
 
 
 def test_runs_that_only_analyze_are_listed(tmp_path):

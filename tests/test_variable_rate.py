@@ -9,6 +9,7 @@ from tiny_codecs import images, tiny_codec
 
 import main_eval
 from data.calibration import draw_levels
+from evaluation import layer_runs
 from models.checkpoints import save_checkpoint
 from quant.config import QuantConfig
 from quant.model import QuantModel
@@ -168,3 +169,11 @@ def test_qualities_and_factors_that_a_codec_lacks_are_refused(variable_job, tmp_
     words = ("--model", "float", "--checkpoint", zoo / "tiny-q{quality}.safetensors", "--data", tmp_path / "eval")
     assert evaluate(*words, "--rate_factor", 2) == 2
     one_line(capsys, "--rate_factor is for quantized variable-rate codecs")
+
+
+def test_bits_are_searched_once_for_all_rates(variable_job, tmp_path, monkeypatch):
+    original, searched = layer_runs.measure_layers, []
+    monkeypatch.setattr(layer_runs, "measure_layers", lambda *args, **kwargs: searched.append(1) or original(*args, **kwargs))
+    assert run(variable_job, quality="2,8", budget_size=6, bits_choices="4,8", **{"set": "balance=0", "no-baseline": True}) == 0
+    first, second = read(tmp_path / "out")["points"]
+    assert first["bits"] == second["bits"] and len(searched) == 1
