@@ -187,7 +187,7 @@ def prepare(args: argparse.Namespace) -> Run:
     """Check settings, checkpoints, images, the device and the folder, in this order: nothing is written before the last."""
     from evaluation.float_models import find_float_models
     from evaluation.inputs import calibration_crops, evaluation_set, images_digest, pick_device
-    from evaluation.layer_runs import check_flags, named_layers, settings_of_layers
+    from evaluation.layer_runs import check_flags, check_written, named_layers, settings_of_layers
     from evaluation.run_folder import RunFolder
     from models.registry import get_architecture
     from quant.config import FLOAT_BITS
@@ -219,6 +219,7 @@ def prepare(args: argparse.Namespace) -> Run:
     settings |= settings_of_layers(args, bits)
     method = "analysis" if args.analyze else config.reconstruction.loss if config.preset == "licq" else config.preset
     out = args.out or f"runs/{models[0].arch}_w{config.quant.w_bits}a{config.quant.a_bits}_{method}"
+    check_written(args, [source.quality for source in (models[:1] if get_architecture(models[0].arch).variable else models)])
     folder = RunFolder(out, settings, args.resume)
     idle = unread = None
     if config.quant.bias_bits == 8 and FLOAT_BITS in (config.quant.w_bits, config.quant.a_bits):
@@ -258,7 +259,7 @@ def quantize_quality(run: Run, index: int) -> dict:
     """One rate point, of which finished parts are taken from the folder; returns the point of report.json."""
     from evaluation.crops import save_crops
     from evaluation.evaluate import Report, evaluate
-    from evaluation.layer_runs import bits_of_quality, own_settings
+    from evaluation.layer_runs import bits_of_quality, own_settings, write_bits
     from evaluation.report import make_point
     from evaluation.shared import shared
 
@@ -279,6 +280,8 @@ def quantize_quality(run: Run, index: int) -> dict:
     bits = own and own["layers"]
     baseline = folder.part("baseline", lambda: measure(plain_baseline(load(), run, source.quality, bits))) if args.baseline else None
     quant = folder.part("quant", lambda: _reconstruct(load(), run, index, folder, measure, own))
+    if own:
+        write_bits(run, index, folder.path, quant["bits"]["layers"])
     reports = Report.from_dict(fp32), Report.from_dict(quant["report"])
     crops = folder.part("crops", lambda: save_crops(
         run.folder.path, source.quality, codecs=(load(), _saved(run, index, folder)), reports=reports, paths=run.dataset.paths,
@@ -330,7 +333,7 @@ def _reconstruct(model: "nn.Module", run: Run, index: int, folder: "QualityFolde
 
     own: the bits of single layers, see `bits_of_quality`.
     """
-    from evaluation.layer_runs import described_bits, take_model, write_bits
+    from evaluation.layer_runs import described_bits, take_model
     from reconstruction.api import quantize
     from support.files import sha256
 
@@ -354,7 +357,6 @@ def _reconstruct(model: "nn.Module", run: Run, index: int, folder: "QualityFolde
         "coverage": codec.coverage()})
     if own is not None:
         own = described_bits(own, codec, run.crops)
-        write_bits(run, index, folder.path, own["layers"])
     return {"report": report, "history": codec.history, "coverage": codec.coverage(), "model_sha256": sha256(folder.model),
             "model_bytes": folder.model.stat().st_size,
             "fp32_model_bytes": 4 * sum(parameter.numel() for parameter in model.parameters()), **({"bits": own} if own else {})}

@@ -25,7 +25,7 @@ from reconstruction.api import prepare
 from reconstruction.mixed_precision import Budget, Layer, allocate, describe, measure_layers, start_loss, totals
 from reconstruction.objective import Objective
 from support.errors import InputError
-from support.files import atomic_path, write_json
+from support.files import atomic_path, writable_folder, write_json
 
 if TYPE_CHECKING:
     from evaluation.float_models import FloatModel
@@ -74,6 +74,18 @@ def named_layers(args: argparse.Namespace, quality: int, network: nn.Module, sev
     bits = read_bits(path)
     _check(f"--bits_file {path}", bits, network)
     return {quality: bits}
+
+
+def check_written(args: argparse.Namespace, qualities: Sequence[int]) -> None:
+    """Raises InputError where --bits_file is to be written for these qualities and cannot be."""
+    for path in [_written(args, quality) for quality in qualities if args.bits_file and searches(args)]:
+        writable_folder(path.parent, "--bits_file")
+        if path.is_dir():
+            raise InputError(f"--bits_file {path} is a folder; give a file's name")
+
+
+def _written(args: argparse.Namespace, quality: int) -> Path:
+    return Path(args.bits_file.replace("{quality}", str(quality)))
 
 
 def _check(flag: str, named: Bits, network: nn.Module) -> None:
@@ -168,10 +180,13 @@ def described_bits(own: dict, codec: QuantModel, crops: Tensor) -> dict:
 
 
 def write_bits(run: "Run", index: int, folder: Path, bits: Bits) -> None:
-    """OUT/q<quality>/bits.json, and --bits_file where a search writes it."""
+    """OUT/q<quality>/bits.json, and --bits_file where a search has ended; a variable-rate codec's with its first quality."""
+    if run.is_variable and index:
+        return
     write_json(folder / "bits.json", bits)
-    if run.args.bits_file and searches(run.args) and not run.how:
-        write_json(Path(run.args.bits_file.replace("{quality}", str(run.models[index].quality))), bits)
+    is_round = run.how and run.taken_from is None
+    if run.args.bits_file and searches(run.args) and not is_round:
+        write_json(_written(run.args, run.models[index].quality), bits)
 
 
 def take_model(run: "Run", index: int, folder: QualityFolder, own: dict | None) -> dict:
@@ -226,7 +241,4 @@ def below_bd_rate(run: "Run", quantize: Callable[["Run"], tuple[list[dict], floa
     if not best.stays_below(limit):
         how = f"None of the rounds stayed below a BD-rate of {limit} % ({tried}); this one has the lowest."
         warnings.append(f"--max_bd_rate {limit} was not met; allow more bits with --bits_choices, or more --iters")
-    found = dataclasses.replace(run, bits=rounds[best.number].bits, how=how, warnings=warnings, taken_from=rounds[best.number].folder)
-    for place in codecs:
-        write_bits(dataclasses.replace(found, how=""), place, run.folder.path / f"q{run.models[place].quality}", best.bits[place])
-    return found
+    return dataclasses.replace(run, bits=rounds[best.number].bits, how=how, warnings=warnings, taken_from=rounds[best.number].folder)

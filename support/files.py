@@ -80,8 +80,10 @@ def sha256(path: str | Path) -> str:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
 
 
-def writable_folder(path: str | Path) -> Path:
+def writable_folder(path: str | Path, flag: str = "--out") -> Path:
     """Make the folder `path` and prove that files can be made in it; to be called before hours of work, not after.
+
+    flag: what the user chose it with.
 
     Raises:
         InputError: the folder cannot be made or written.
@@ -92,5 +94,5 @@ def writable_folder(path: str | Path) -> Path:
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
-        raise InputError(f"cannot write to {path}: {error.strerror}; choose another folder with --out") from error
+        raise InputError(f"cannot write to {path}: {error.strerror}; choose another folder with {flag}") from error
     return path

@@ -275,8 +275,8 @@ def test_a_budget_is_met_written_and_read_again(job, capsys, tmp_path):
     text = (tmp_path / "out" / "report.md").read_text()
     assert "## Bits of the layers" in text and "mean bits at most 6" in text and "mixed bits rd" in text
     before = contents(tmp_path / "out")
-    assert run(job, budget_size=6, bits_file=tmp_path / "bits.json", resume=True, **NARROW) == 0
-    assert contents(tmp_path / "out") == before
+    assert run(job, budget_size=6, bits_file=tmp_path / "later" / "bits.json", resume=True, **NARROW) == 0
+    assert contents(tmp_path / "out") == before and json.loads((tmp_path / "later" / "bits.json").read_text()) == bits
     capsys.readouterr()
     refused(capsys, job, "bits.budget_size", "--resume", untouched=False, resume=True, budget_size=5, **NARROW)
     job["--out"] = tmp_path / "again"
@@ -350,7 +350,9 @@ def mean_loss(attempt) -> float:
     ({"budget_bops": "x"}, ["--budget_bops"]), ({"max_bd_rate": 1}, ["two qualities"]),
     ({"max_bd_rate": 1, "budget_size": 5}, ["exclude each other"]), ({"bits_choices": "4,8"}, ["--bits_choices is for a search"]),
     ({"bits_choices": "1,8", "budget_size": 6}, ["--bits_choices", "2 to 16"]), ({"cost": "size", "budget_size": 6}, ["--cost belongs"]),
-    ({"quality": "1,3", "budget_size": 6, "bits_file": "bits.json"}, ["{quality}"])])  # fmt: skip
+    ({"quality": "1,3", "budget_size": 6, "bits_file": "bits.json"}, ["{quality}"]),
+    ({"budget_size": 6, "bits_file": "/dev/null/bits.json"}, ["cannot write to /dev/null", "--bits_file"]),
+    ({"budget_size": 6, "bits_file": "/tmp"}, ["--bits_file /tmp is a folder"])])  # fmt: skip
 def test_bad_flags_are_one_line(job, capsys, changes, expected):
     refused(capsys, job, *expected, **changes)
 
