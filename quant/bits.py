@@ -1,5 +1,6 @@
 """Bits of single layers: an allocation is {layer: {"w_bits": b, "a_bits": b}}, and lives in a JSON or YAML file."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,8 +20,8 @@ def read_bits(path: str | Path) -> Bits:
         InputError: no such file, not an allocation, or bits other than 2 to 16 and 32.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))  # JSON is YAML too
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = _parsed(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: no UTF-8, or a date such as 2024-13-45
         raise InputError(f"--bits_file {path} cannot be read ({error}); give a JSON or YAML file") from error
     if not isinstance(content, dict) or not all(isinstance(value, dict) for value in content.values()):
         raise InputError(f'--bits_file {path} is no allocation; its form is {{"layer": {{"w_bits": 6, "a_bits": 8}}, ...}}')
@@ -31,6 +32,14 @@ def read_bits(path: str | Path) -> Bits:
             if type(bits) is not int or bits != FLOAT_BITS and not 2 <= bits <= 16:
                 raise InputError(f"--bits_file {path}: {side} {bits} of {layer} is out of range; choose 2 to 16, or 32 for float")
     return {str(layer): dict(sides) for layer, sides in content.items()}
+
+
+def _parsed(text: str) -> object:
+    """JSON first, for YAML takes all of it but tabs."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return yaml.safe_load(text)
 
 
 def check_layers(bits: Mapping[str, Mapping[str, int]], layers: Mapping[str, object]) -> None:

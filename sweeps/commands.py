@@ -10,6 +10,7 @@
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from evaluation.run_folder import forget_run, read_json, refuse_other_settings
@@ -56,17 +57,18 @@ def run(argv: Sequence[str], parser: ArgumentParser, check: Callable[[argparse.N
     if before and args.threads is None:
         args.threads = before["settings"]["threads"]  # the last digits of every run depend on it
     engine = Engine.from_args(args)
-    threads = [] if engine.threads is None else ["--threads", str(engine.threads)]
-    words = {one.name: [*one.words, *(threads if "--threads" not in one.words else [])] for one in sweep.runs}
     chosen = {one.name for one in sweep.chosen(args.only)}
-    for name in words:
+    for one in sweep.runs:
         try:
-            check(parser.parse_args(words[name]))
+            check(parser.parse_args(one.words))
         except InputError as error:
-            raise InputError(f"--sweep {args.sweep}, run {name}: {error}") from error
+            raise InputError(f"--sweep {args.sweep}, run {one.name}: {error}") from error
+    if engine.threads is None:  # named, so that a resumption elsewhere has as many
+        engine = replace(engine, threads=_threads_of_torch())
+    words = {one.name: _with_threads(one.words, engine.threads) for one in sweep.runs}
     settings = {"licq": __version__, "sweep": sweep.name, "threads": engine.threads, "runs": words}
     if before:
-        refuse_other_settings(out, before["settings"], settings)
+        refuse_other_settings(out, _named_threads(before["settings"]), settings)
     writable_folder(out)
     if not before:  # --resume, which is passed on to every unfinished run, must not meet what another sweep has left
         for one in sweep.runs:
@@ -85,6 +87,26 @@ def run(argv: Sequence[str], parser: ArgumentParser, check: Callable[[argparse.N
         if outcome.error and not args.quiet:
             print(f"run {outcome.task.name} failed: {outcome.error}", file=sys.stderr)
     return _finish(out, sweep, finished)
+
+
+def _threads_of_torch() -> int:
+    """PyTorch's choice."""
+    import torch
+
+    return torch.get_num_threads()
+
+
+def _with_threads(words: Sequence[str], threads: int) -> list[str]:
+    """A run's command line with the number of threads, where it does not say its own."""
+    return [*words, *(["--threads", str(threads)] if "--threads" not in words else [])]
+
+
+def _named_threads(settings: dict) -> dict:
+    """The settings of a sweep of an earlier version, which left PyTorch's choice of threads unnamed."""
+    if settings["threads"] is not None:
+        return settings
+    threads = _threads_of_torch()
+    return settings | {"threads": threads, "runs": {name: _with_threads(words, threads) for name, words in settings["runs"].items()}}
 
 
 def _finish(out: Path, sweep: Sweep, finished: dict[str, dict]) -> int:

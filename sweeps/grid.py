@@ -112,7 +112,7 @@ def load_sweep(name_or_file: str, parser: argparse.ArgumentParser, changes: Sequ
         raise InputError(f"no sweep {name_or_file}; choose --sweep from {', '.join(list_sweeps())}, or give a YAML file")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: no UTF-8, or a date such as 2024-13-45
         raise InputError(f"{path}: not a readable sweep ({error}); docs/sweeps.md says how to write one") from error
     try:
         return _Reader(parser).read(path.stem, content, changes)
@@ -162,6 +162,7 @@ class _Reader:
     def _value(self, axis: str, value: Any) -> _Choice:
         """One value of an axis."""
         if isinstance(value, Mapping):
+            value = _mapping(value, f"grid: {axis}")
             choice = self._choice(f"grid: {axis}", {key: item for key, item in value.items() if key != "name"})
             return _Choice(str(value.get("name") or ",".join(f"{key}={_text(item)}" for key, item in value.items())), choice.flags, choice.knobs)
         return _Choice(_label(value), *self._assign(f"grid: {axis}", axis, value))
@@ -280,6 +281,9 @@ def _names(value: Any, where: str, known) -> tuple[str, ...]:
 def _mapping(value: Any, where: str, known: set[str] | None = None) -> Mapping:
     if not isinstance(value, Mapping):
         raise InputError(f"{where} is no mapping of names to values")
+    other = [key for key in value if not isinstance(key, str)]
+    if other:
+        raise InputError(f"{where} has the name {other[0]}, which YAML does not read as text; put it in quotes")
     unknown = [key for key in value if known is not None and key not in known]
     if unknown:
         raise InputError(f"{where} has the unknown key {unknown[0]}; known are {', '.join(sorted(known))}")

@@ -83,6 +83,11 @@ def test_json_and_yaml_are_read_and_unknown_layers_refused(tmp_path):
     (tmp_path / "bits.json").write_text(json.dumps(bits))
     (tmp_path / "bits.yaml").write_text("g_a.0: {w_bits: 6, a_bits: 8}\ng_s.0:\n  w_bits: 4\n")
     assert read_bits(tmp_path / "bits.json") == read_bits(tmp_path / "bits.yaml") == bits
+    (tmp_path / "bits.json").write_text(json.dumps(bits, indent="\t"))
+    assert read_bits(tmp_path / "bits.json") == bits
+    (tmp_path / "bits.yaml").write_text("g_a.0: {w_bits: 2024-13-45}")
+    with pytest.raises(InputError, match="cannot be read"):
+        read_bits(tmp_path / "bits.yaml")
     with pytest.raises(InputError, match="no layer 'g_x'.*g_a.0"):
         QuantModel(tiny_codec("balle2018"), QuantConfig(), {"g_x": {"w_bits": 4}})
 

@@ -5,11 +5,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from main_jobs import contents, job, one_line, report_of, run, without_times, zoo  # noqa: F401
 
 import evaluation.evaluate
 import main_eval
 from support.cli import main_guard
+from support.files import write_json
 
 SWEEP = "title: Trial\nflags: {no-baseline: true}\ngrid:\n  w_bits: [8, 4]\n"
 
@@ -25,7 +27,8 @@ def result(folder: Path, name: str) -> dict:
     return without_times(json.loads((folder / "runs" / name / "report.json").read_text()))
 
 
-def test_a_sweep_stopped_and_resumed_gives_the_runs_of_single_commands(job, file, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("older", [False, True])
+def test_a_sweep_stopped_and_resumed_gives_the_runs_of_single_commands(job, file, tmp_path, capsys, monkeypatch, older):
     original, calls = evaluation.evaluate.evaluate, []
 
     def stopping(*args, **kwargs):
@@ -40,6 +43,11 @@ def test_a_sweep_stopped_and_resumed_gives_the_runs_of_single_commands(job, file
     assert "--resume" in capsys.readouterr().err and not (out / "summary.md").exists()
     assert set(json.loads((out / "finished.json").read_text())) == {"w_bits8"}
     before = contents(out / "runs" / "w_bits8")
+    settings = json.loads((out / "sweep.json").read_text())["settings"]
+    assert settings["threads"] == torch.get_num_threads()
+    if older:  # it left the number unnamed
+        settings |= {"threads": None, "runs": {name: words[:-2] for name, words in settings["runs"].items()}}
+        write_json(out / "sweep.json", {"settings": settings})
     assert run(job, sweep=file, w_bits=None, resume=True) == 0
     assert len(calls) == 4 and contents(out / "runs" / "w_bits8") == before
     printed = capsys.readouterr()
@@ -109,6 +117,13 @@ def test_worker_processes_give_the_numbers_of_this_process(job, file, tmp_path):
     assert run(job, sweep=file, threads=1, workers=2, out=tmp_path / "there") == 0
     for name in ("w_bits8", "w_bits4"):
         assert result(tmp_path / "here", name) == result(tmp_path / "there", name)
+
+
+@pytest.mark.slow
+def test_a_sweep_begun_in_this_process_goes_on_in_workers(job, file, tmp_path):
+    assert run(job, sweep=file, w_bits=None, only="w_bits=4") == 0
+    assert run(job, sweep=file, w_bits=None, resume=True, workers=2) == 0
+    assert {"w_bits8", "w_bits4"} == set(json.loads((tmp_path / "out" / "finished.json").read_text()))
 
 
 def evaluate(*words) -> int:

@@ -87,6 +87,12 @@ def test_an_axis_may_be_a_knob(sweep):
     ("grid: {w_bits: [8]}\nplot: {x: a_bits, y: psnr}", "plot: x"),
     ("grid: {a: [{name: x/, w_bits: 8}, {name: x, w_bits: 4}]}", "two runs would have the folder x"),
     ("gpu_share: 2", "gpu_share"),
+    ("grid: {no: [8]}", "the name False.*quotes"),
+    ("grid: {2026: [{w_bits: 8}]}", "the name 2026.*quotes"),
+    ("2026: 3", "the name 2026.*quotes"),
+    ("grid: {a: [{2: 8}]}", "the name 2.*quotes"),
+    ("flags: {on: 1}", "the name True.*quotes"),
+    ("grid: {w_bits: [2024-13-45]}", "not a readable sweep"),
 ])
 def test_bad_file_is_one_line(sweep, content, expected):
     with pytest.raises(InputError, match=expected) as raised:
