@@ -52,7 +52,7 @@ def build_parser() -> ArgumentParser:
     group.add_argument("--data", metavar="SET",
                        help="images: a folder or a data set's name (default: kodak where it is found through LICQ_DATA or the "
                             "cache, else photos, 3 photos that installed packages ship)")
-    options.add_float_model(parser)
+    options.add_float_model(parser, metric=None)
     group = parser.add_argument_group("variable rate")
     group.add_argument("--rate_factor", metavar="A", type=options.factors, default=[],
                        help="gains of a variable-rate codec, one or more positive numbers separated by commas: rates between its "
@@ -180,6 +180,8 @@ def look(args: argparse.Namespace, files: list[Path]) -> Subject:
     given = get_architecture(args.arch).name if args.arch else None  # a plug-in's file registers its codec here
     saved = [read_extra(file) for file in files]
     common = one_kind(files, saved) if files else None
+    if common:
+        refuse_idle_flags(args, files, saved)
     if args.rate_factor and not (common and "rates" in common):
         raise InputError("--rate_factor is for quantized variable-rate codecs; leave it out, or give one with --model")
     if common and "rates" in common:
@@ -190,7 +192,7 @@ def look(args: argparse.Namespace, files: list[Path]) -> Subject:
         raise InputError(f"--arch {args.arch} is not that of the quantized models, {common['arch']}; leave it out")
     floats = find_floats(args, saved)
     arch = common["arch"] if common else next(iter(floats.values())).arch
-    metric = common["metric"] if common else args.metric
+    metric = common["metric"] if common else args.metric or "mse"
     dataset, remark = find_evaluation_set(args.data)
     if args.shard:
         dataset = Dataset(dataset.name, dataset.paths[args.shard])
@@ -377,6 +379,20 @@ def one_kind(files: list[Path], saved: list[dict]) -> dict:
     return first
 
 
+def refuse_idle_flags(args: argparse.Namespace, files: list[Path], saved: list[dict]) -> None:
+    """Raises InputError for flags that would have no effect beside these quantized models, or another than they say."""
+    named = "--checkpoint" if args.checkpoint is not None else "--pretrained" if args.pretrained else None
+    if named and not args.with_float:
+        raise InputError(f"{named} and --no-float exclude each other; drop one of them")
+    if args.lmbda is not None and not named:
+        raise InputError("--lambda is for the float codecs of --checkpoint or --pretrained; quantized models say their own, leave it out")
+    if args.metric not in (None, saved[0]["metric"]):
+        raise InputError(f"--metric {args.metric} is not what the quantized models are made for, {saved[0]['metric']}; leave it out")
+    for file, extra in zip(files, saved):
+        if isinstance(args.quality, list) and "rates" not in extra and extra["quality"] not in args.quality:
+            raise InputError(f"{file} is of quality {extra['quality']}, which --quality leaves out; drop one of them")
+
+
 def find_floats(args: argparse.Namespace, saved: list[dict]) -> dict:
     """quality -> FloatModel: those the flags name, else those that the saved models were made from."""
     from evaluation.float_models import FloatModel, find_float_models, weights_digest
@@ -390,7 +406,8 @@ def find_floats(args: argparse.Namespace, saved: list[dict]) -> dict:
     if not saved or named:
         arch = args.arch or (saved[0]["arch"] if saved else None)
         qualities = args.quality if not saved else sorted({round(extra["quality"]) for extra in saved})
-        found = find_float_models(arch, qualities, args.checkpoint, args.pretrained, args.metric, args.lmbda)
+        metric = saved[0]["metric"] if saved else args.metric or "mse"
+        found = find_float_models(arch, qualities, args.checkpoint, args.pretrained, metric, args.lmbda)
         models = {model.quality: model for model in found}
     else:
         models = {}

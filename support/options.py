@@ -186,8 +186,8 @@ def existing_or_pattern(text: str) -> str:
     return str(Path(text).expanduser())
 
 
-def add_float_model(parser: argparse.ArgumentParser) -> None:
-    """--arch --quality --checkpoint --pretrained --lambda --metric: which float codecs."""
+def add_float_model(parser: argparse.ArgumentParser, metric: str | None = "mse") -> None:
+    """--arch --quality --checkpoint --pretrained --lambda --metric: which float codecs. metric: the default; None: a quantized model's."""
     group = parser.add_argument_group("float codec")
     group.add_argument("--arch", metavar="NAME", help="architecture: lu2022, tic, balle2018, minnen2018, minnen2018-mean, cheng2019, "
                        "cheng2020, cheng2020-anchor, chen2021; of variable rate: qvrf-balle2018, qvrf-minnen2018, qvrf-cheng2020, "
@@ -204,7 +204,8 @@ def add_float_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--lambda", dest="lmbda", metavar="L", type=lambdas,
                        help="weight of the distortion in J = R + lambda * D, one a quality, separated by commas; D is the "
                             "squared error on 0..255, or 1 - MS-SSIM (default: what the quality is trained with)")
-    group.add_argument("--metric", choices=METRICS, default="mse", help="distortion D of J (default: mse)")
+    group.add_argument("--metric", choices=METRICS, default=metric,
+                       help=f"distortion D of J (default: {metric or 'what the quantized models are made for, else mse'})")
 
 
 def add_machine(parser: argparse.ArgumentParser) -> None:

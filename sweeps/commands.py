@@ -3,7 +3,7 @@
     OUT/sweep.json            the settings: every run's command line
     OUT/finished.json         how the runs ended that have ended
     OUT/runs/<name>/          each an ordinary run of main_ptq.py, with log.txt, what it said
-    OUT/shared/               what several runs need and one has measured: float codecs, JPEG curves
+    OUT/shared/               what several runs need and one has measured: float codecs, JPEG curves; with --shared elsewhere
     OUT/summary.md, summary.csv, points.csv, plot.png
 """
 
@@ -45,6 +45,7 @@ def run(argv: Sequence[str], parser: ArgumentParser, check: Callable[[argparse.N
     own = ArgumentParser(prog=parser.prog, add_help=False, allow_abbrev=False)
     add_flags(own)
     own.add_argument("--out")
+    own.add_argument("--shared")
     own.add_argument("--threads", type=options.threads)
     own.add_argument("--resume", action="store_true")
     own.add_argument("--quiet", action="store_true")
@@ -77,8 +78,9 @@ def run(argv: Sequence[str], parser: ArgumentParser, check: Callable[[argparse.N
     write_json(out / "sweep.json", {"settings": settings})
     write_json(out / "finished.json", finished)
     names = {name for name, outcome in finished.items() if outcome["error"] is None and (out / "runs" / name).is_dir()}
-    tasks = [Task(one.name, "main_ptq", tuple(words[one.name]), str((out / "runs" / one.name).resolve()), str((out / "shared").resolve()),
-                  before is not None) for one in sweep.runs if one.name in chosen - names]  # fmt: skip
+    shared = str(Path(args.shared or out / "shared").resolve())
+    tasks = [Task(one.name, "main_ptq", tuple(words[one.name]), str((out / "runs" / one.name).resolve()), shared, before is not None) for one in sweep.runs
+             if one.name in chosen - names]  # fmt: skip
     if names & chosen and not args.quiet:
         print(f"{len(names & chosen)} of {len(chosen)} runs were finished before", file=sys.stderr)
     for outcome in engine.run(tasks, f"sweep {sweep.name}", "run", args.quiet):

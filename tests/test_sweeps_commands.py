@@ -64,12 +64,13 @@ def test_a_sweep_stopped_and_resumed_gives_the_runs_of_single_commands(job, file
 
 def test_a_sweep_started_anew_and_stopped_meets_nothing_of_the_one_before(job, file, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    assert run(job, sweep=file, w_bits=None, seed=1) == 0
+    assert run(job, sweep=file, w_bits=None, seed=1, shared=tmp_path / "elsewhere") == 0
+    assert list((tmp_path / "elsewhere").glob("*.json")) and not (out / "shared").exists()
     original, calls = evaluation.evaluate.evaluate, []
 
     def stopping(*args, **kwargs):
         calls.append(1)
-        if len(calls) == 1:  # the quantized codec of the first run
+        if len(calls) == 2:  # the float codec, then the quantized one of the first run
             raise KeyboardInterrupt
         return original(*args, **kwargs)
 
@@ -77,7 +78,7 @@ def test_a_sweep_started_anew_and_stopped_meets_nothing_of_the_one_before(job, f
     assert run(job, sweep=file, w_bits=None, seed=2) == 130
     assert (out / "runs" / "w_bits4" / "report.json").is_file() and not list(out.glob("runs/w_bits4/**/run.json"))
     assert run(job, sweep=file, w_bits=None, seed=2, resume=True) == 0
-    assert len(calls) == 3
+    assert len(calls) == 4
     for name in ("w_bits8", "w_bits4"):
         assert json.loads((out / "runs" / name / "run.json").read_text())["settings"]["calibration"]["seed"] == 2
 
