@@ -67,16 +67,6 @@ class _RoundSTE(torch.autograd.Function):
         return grad
 
 
-class _FloorSTE(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x.floor()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad
-
-
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx, exact, smooth):
@@ -91,11 +81,6 @@ class _StraightThrough(torch.autograd.Function):
 def round_ste(x: Tensor) -> Tensor:
     """`round_half_away` forward, identity backward."""
     return _RoundSTE.apply(x)
-
-
-def floor_ste(x: Tensor) -> Tensor:
-    """Floor forward, identity backward."""
-    return _FloorSTE.apply(x)
 
 
 def straight_through(exact: Tensor, smooth: Tensor) -> Tensor:

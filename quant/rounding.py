@@ -9,7 +9,7 @@ exactly 0, before and after `harden()`, so that a masked convolution stays causa
 import torch
 from torch import Tensor, nn
 
-from quant.fixedpoint import floor_ste, round_ste
+from quant.fixedpoint import round_ste
 from support.errors import InputError
 
 
@@ -57,7 +57,8 @@ class AdaRound(Rounding):
 
     V starts where h(V) is the fractional part of w/s, so the scheme starts at the unrounded weight. Until `harden()`
     the result is *not* whole: h lies between 0 and 1 and `regularizer` drives it to the ends. After it, the result
-    is floor(w/s) + {0, 1}, up where h(V) >= 0.5.
+    is floor(w/s) + {0, 1}, up where h(V) >= 0.5. The floor is the one at construction: were it to follow a learned scale,
+    a weight would jump by a whole step wherever it passes a whole number. Such a scale has its gradient from s * code.
     """
 
     zeta = 1.1
@@ -69,14 +70,14 @@ class AdaRound(Rounding):
         fraction = w_over_s - w_over_s.floor()
         sigmoid = (fraction - self.gamma) / (self.zeta - self.gamma)
         self.V = nn.Parameter(torch.logit(sigmoid))
+        self.register_buffer("base", w_over_s.floor(), persistent=False)
 
     def h(self) -> Tensor:
         """The soft upward steps, 0 to 1, of the weight's shape."""
         return (torch.sigmoid(self.V) * (self.zeta - self.gamma) + self.gamma).clamp(0, 1)
 
     def round(self, w_over_s: Tensor) -> Tensor:
-        step = (self.V >= 0).to(w_over_s.dtype) if self.hardened else self.h()
-        return floor_ste(w_over_s) + step
+        return self.base + ((self.V >= 0).to(self.base.dtype) if self.hardened else self.h())
 
     def regularizer(self, beta: float) -> Tensor:
         """sum over unmasked weights of 1 - |2 h(V) - 1|^beta: 0 when every h is 0 or 1, one a weight at h = 0.5."""

@@ -6,7 +6,6 @@ import torch
 from quant.fixedpoint import (
     dequantize,
     fixed_point_scale,
-    floor_ste,
     int_range,
     multiplier_value,
     quantize,
@@ -69,12 +68,11 @@ def test_rounding_never_returns_negative_zero_and_leaves_its_input_alone():
     assert torch.equal(x, torch.tensor([-0.3, -0.0, 0.3]))
 
 
-@pytest.mark.parametrize("function,expected", [(round_ste, [1.0, -2.0]), (floor_ste, [0.0, -2.0])])
-def test_straight_through_rounding_passes_the_gradient_unchanged(function, expected):
+def test_straight_through_rounding_passes_the_gradient_unchanged():
     x = torch.tensor([0.7, -1.6], requires_grad=True)
-    y = function(x)
+    y = round_ste(x)
     (y * torch.tensor([3.0, 5.0])).sum().backward()
-    assert y.tolist() == expected
+    assert y.tolist() == [1.0, -2.0]
     assert x.grad.tolist() == [3.0, 5.0]
 
 
