@@ -60,6 +60,7 @@ class Grid(nn.Module):
         self.frozen = False
         self.droppable = False  # what reads it takes numbers that are not whole: sums of products
         self.register_parameter("border", None)  # see `start_border`
+        self.border_dim = 1 if channel_dim is None else channel_dim
         self.log_n = nn.Parameter(torch.zeros(()), requires_grad=False)  # ln N: N stays positive, steps are relative
         self.register_buffer("low", torch.zeros(()))  # observed, per channel
         self.register_buffer("high", torch.zeros(()))
@@ -183,18 +184,23 @@ class Grid(nn.Module):
         finer, _ = split_shares(self.bits)
         self.split_steps = torch.where(channels.to(self.low.device), float(finer), 1.0) if channels.any() else None
 
-    def start_border(self) -> None:
+    def start_border(self, channels: int) -> None:
         """Let the border of rounding be learned: a value goes up where its share of a step is at least 1/2 + border, one per channel.
 
         AQuant (Li et al. 2022) learns it as a function of the value; here it is a constant, which a whole number added to the
-        accumulator before it is requantized can express, see `border_in`.
+        accumulator before it is requantized can express, see `border_in`. The channels are those of dimension `border_dim`, also
+        where they share one scale.
         """
-        self.border = nn.Parameter(torch.zeros_like(self.log_n), requires_grad=False)
+        self.border = nn.Parameter(torch.zeros(channels, device=self.low.device), requires_grad=False)
 
     def border_in(self, scale: Tensor, step: Tensor, ndim: int) -> Tensor:
         """The border as a whole number in units of `scale`, to be taken off values of that scale; broadcasts to `ndim` dimensions."""
-        border = self.border.reshape(self.shape_for(ndim)) if self.border.ndim else self.border
-        return round_ste(border.double() * step / _broadcast(scale, ndim))
+        return round_ste(self._border_for(ndim).double() * step / _broadcast(scale, ndim))
+
+    def _border_for(self, ndim: int) -> Tensor:
+        shape = [1] * ndim
+        shape[self.border_dim % ndim] = -1
+        return self.border.reshape(shape)
 
     @property
     def fine(self) -> Tensor:
@@ -276,7 +282,7 @@ class Grid(nn.Module):
         else:
             shares = x.q / step
             if self.border is not None:
-                shares = shares - self.border.reshape(self.shape_for(x.ndim) if self.border.ndim else ())
+                shares = shares - self._border_for(x.ndim)
             q = round_ste(shares.to(torch.float32))
             q = torch.minimum(torch.maximum(q, qmin.to(q.dtype)), qmax.to(q.dtype)).to(torch.float32)
         if self.droppable and x.runtime.dropping is not None:

@@ -1,6 +1,7 @@
 """Quantized layers: the base class `QuantModule` and the multiply-accumulate layers."""
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quant.config import FLOAT_BITS, QuantConfig
-from quant.fixedpoint import int_range, requantize_ste, round_ste
+from quant.fixedpoint import int_range, power_of_two_scale, requantize_ste, round_ste
 from quant.grid import SCALES, Grid
 from quant.qtensor import QTensor
 from quant.ranges import RangeSpec
@@ -140,7 +141,22 @@ class WeightQuantizer(nn.Module):
         self.group = range_groups(estimate, self.group_count) if self.group_count else None
         ratio = self._of_groups(estimate) / self._of_groups(self._largest(w))
         self.log_n = nn.Parameter(torch.log(ratio.clamp(1e-3, 1.0)), requires_grad=False)
+        if self.make_scale is power_of_two_scale and self.spec.method != "max":
+            self._choose_power(w, least)
         self.set_rounding(self.rounding_name, w, least)
+
+    def _choose_power(self, w: Tensor, least: Tensor | None) -> None:
+        """Of the two powers of two about the estimate, the one with the smaller squared error."""
+        qmax, upper = int_range(self.bits)[1], self.log_n.data
+        errors = []
+        for log_n in (upper, upper - math.log(2)):
+            self.log_n.data = log_n
+            scale = self._view(self.scale(w, least), w)
+            error = ((w / scale).round().clamp(-qmax, qmax) * scale - w).square().flatten(1).sum(1)
+            if self.group is not None:
+                error = error.new_zeros(len(upper)).index_add_(0, self.group, error)
+            errors.append(error if upper.ndim else error.sum())
+        self.log_n.data = torch.where(errors[1] < errors[0], upper - math.log(2), upper)
 
     def set_rounding(self, name: str, w: Tensor, least: Tensor | None = None) -> None:
         """Start a rounding scheme at the weights w."""
@@ -208,6 +224,7 @@ class QuantMAC(QuantModule):
             scales=config.scales,
         )
         self.input_grid.droppable = self.input_power == 1
+        self.input_grid.border_dim = self.channel_dim
         self.log_n_bias = nn.Parameter(torch.zeros(()), requires_grad=False)
         self.bias_change = nn.Parameter(torch.zeros(self.outputs), requires_grad=False)  # a learned correction
         self.register_buffer("weight_int", None)
@@ -279,6 +296,10 @@ class QuantMAC(QuantModule):
             with torch.no_grad():
                 self.input_grid.log_n.data = transform(self)
         self.start_weights()
+
+    def start_border(self) -> None:
+        """A border for each input channel, see `Grid.start_border`."""
+        self.input_grid.start_border(self.float_weight().shape[1] * self.groups)
 
     def start_weights(self) -> None:
         """First range and rounding of the weights, for the input scales as they are now."""

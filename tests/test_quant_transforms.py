@@ -56,6 +56,23 @@ def test_all_scales_are_powers_of_two_and_requantization_is_a_shift():
         assert torch.equal(torch.exp2(torch.log2(found).round()), found) and len(set(found.tolist())) > 2
 
 
+@pytest.mark.parametrize("granularity", ["channel", "groups3", "tensor"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_weights_take_the_power_of_two_with_the_smaller_error(granularity, bits):
+    model, node = observed(scales="power_of_two", w_range="mse", w_bits=bits, w_granularity=granularity)
+    weight, _ = node.folded_weight()
+    quantizer = node.weight_quantizer
+    group = quantizer.group if quantizer.group is not None else torch.arange(8) * (granularity == "channel")
+
+    def errors(factor: float) -> torch.Tensor:
+        scale = (quantizer.scale(weight) * factor).expand(8).reshape(-1, 1, 1, 1)
+        largest = 2 ** (bits - 1) - 1
+        each = ((weight / scale).round().clamp(-largest, largest) * scale - weight).square().flatten(1).sum(1)
+        return torch.zeros(8, dtype=each.dtype).index_add_(0, group, each)
+
+    assert bool((errors(1) <= errors(2)).all()) and bool((errors(1) <= errors(0.5)).all())
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
 def test_groups_lose_the_fewest_bits(count):
     ranges = torch.rand(8, generator=torch.Generator().manual_seed(count)) ** 3 + 0.01
