@@ -124,15 +124,19 @@ class QuantMul(QuantFunction):
 
 
 class QuantMatMul(QuantFunction):
-    """One of attention's two matrix products: both operands in a_bits, one scale per head where there are heads."""
+    """One of attention's two matrix products: both operands in a_bits, one scale per head where there are heads.
+
+    depth: the most numbers in a sum that were observed.
+    """
 
     kind = "matmul"
 
-    def __init__(self, config: QuantConfig, heads: bool = True):
-        super().__init__(config, heads=heads)
+    def __init__(self, config: QuantConfig, heads: bool = True, depth: int = 0):
+        super().__init__(config, heads=heads, depth=depth)
         dim = -3 if heads and config.a_granularity == "channel" else None
-        self.grid_a = Grid(config.a_bits, config.frac_bits, dim, config.a_range)
-        self.grid_b = Grid(config.a_bits, config.frac_bits, dim, config.a_range)
+        self.grid_a, self.grid_b = (
+            Grid(config.a_bits, config.frac_bits, dim, config.a_range, symmetry=config.a_symmetry, scales=config.scales) for _ in "ab"
+        )
         self.grid_a.droppable = self.grid_b.droppable = True
 
     def real(self, a: Tensor, b: Tensor) -> Tensor:
@@ -149,6 +153,14 @@ class QuantMatMul(QuantFunction):
             self.grid_a.channel_dim, self.grid_a.bits, self.grid_a.fixed = None, 16, LEVEL_UNIT
         self.grid_a.observe(inputs[0].real())
         self.grid_b.observe(inputs[1].real())
+        self.options["depth"] = max(self.options["depth"], inputs[0].shape[-1])
+
+    @property
+    def bound(self) -> Tensor | None:
+        """No partial sum can exceed it; None where it is not known."""
+        if FLOAT_BITS in (self.grid_a.bits, self.grid_b.bits) or not self.options["depth"]:
+            return None
+        return self.options["depth"] * self.grid_a.largest().max() * self.grid_b.largest().max()
 
     def integer(self, a: QTensor, b: QTensor) -> QTensor:
         a, b = self.grid_a(a), self.grid_b(b)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from models import create_model
 from models.vbr import OffsetNet, RateFunction
 from quant.config import QuantConfig
+from quant.functions import QuantMatMul
 from quant.model import QuantModel
 from quant.modules import PLAIN_LAYERS
 from quant.qtensor import QTensor
@@ -346,3 +347,15 @@ def test_accumulators_beyond_32_bits_are_named():
         qmodel.observe([torch.rand(1, 3, 64, 64)])
         qmodel.freeze()
         assert bool(qmodel.coverage()["beyond_int32"]) is expected
+
+
+def test_attention_has_the_zero_points_that_are_asked_for_and_names_its_sums():
+    for bits, symmetry in ((8, "symmetric"), (16, "asymmetric")):
+        qmodel = quantized(tiny_codec("lu2022"), w_bits=bits, a_bits=bits, a_symmetry=symmetry)
+        qmodel.freeze()
+        products = {name: node for name, node in qmodel.nodes.items() if isinstance(node, QuantMatMul)}
+        assert products and bool(products.keys() & qmodel.coverage()["beyond_int32"].keys()) is (bits == 16)
+        for node in products.values():
+            for grid in (node.grid_a, node.grid_b):
+                shifted = grid.qmin != -grid.qmax
+                assert not shifted.any() if symmetry == "symmetric" else shifted.any()
