@@ -22,22 +22,23 @@ PRESETS = Path(__file__).parent / "presets"
 class ReconstructionConfig:
     """How a quantized codec learns from its calibration images.
 
-    loss:       target of a unit. mse: squared error of its output; fisher: the same weighted with the squared gradient
-                of J at that output, measured once on the float codec; rd: (J_hat - J_0)^2 per image, eq. 12;
-                rd_direct: J_hat itself; kl: divergence between the channel-wise softmax of the outputs; stage: squared error of the
-                output of the stage that the unit lies in (g_a, h_s ...), through what follows the unit there in float; output: the
-                difference of the codec's own outputs from the float codec's, lambda D(x_hat, x_hat_0) + |R - R_0|.
-    blend:      weight of the unit's own error beside the loss: with stage; with rd, rd_direct and output in the steps that use the
-                whole codec, where both are relative to their start, and the error is Fisher weighted.
+    loss:       target of a unit. mse: squared error of its output, relative to the output's mean square; fisher: the same weighted,
+                half with the squared gradient of J at that output, measured once on the float codec, and half evenly; rd:
+                (J_hat - J_0)^2 per image, eq. 12; rd_direct: J_hat itself; kl: divergence between the channel-wise softmax of the
+                outputs; stage: as mse, of the output of the stage that the unit lies in (g_a, h_s ...), through what follows the unit
+                there in float; output: the difference of the codec's own outputs from the float codec's,
+                lambda D(x_hat, x_hat_0) + |R - R_0|.
+    blend:      weight of the unit's own error (mse) beside the loss: with stage; with rd, rd_direct and output in the steps that use
+                the whole codec, where both are relative to what they are with weights rounded to nearest.
     unit:       layer | block | stage | network: what is reconstructed at once.
     learn:      any of range_w (eq. 15), range_a (eq. 16), range_b (eq. 17), rounding, bias, border (where activations are
-                rounded up, a constant a channel; after AQuant, Li et al. 2022). With rounding "ste" the
-                scheme learns the weights themselves, straight-through. Activation ranges are not learned by default: on ten
+                rounded up, a constant a channel; after AQuant, Li et al. 2022). With rounding "ste" the scheme learns the weights
+                themselves, straight-through, in units of their first step; a learned range scales them. Activation ranges are not learned by default: on ten
                 crops they shrink, and clip other images.
     iters:      optimizer steps per unit, over both phases of Algorithm 1; 0 leaves the units out, as the default does: from the
                 start that round_init gives, units gained nothing in trials, or less than as much time of the joint pass.
     tail_share: of these, the share (the last ones) that uses the true J where loss is rd or rd_direct; the others use the Fisher
-                weighted quadratic. 1 is the paper's own way: every step goes through the float tail.
+                weighted quadratic (with blend the plain one). 1 is the paper's own way: every step goes through the float tail.
     joint_iters: steps of a last pass over all quantization parameters of the network on J itself; 0 leaves it out.
     alternate:  Algorithm 1: first weights and biases, then activations; False learns them together.
     batch:      crops per step.
@@ -55,7 +56,7 @@ class ReconstructionConfig:
     range_search: "none"; "powell": before anything is learned, the ranges of all weights and activations are searched on J (LAPQ,
                 Nahshan et al. 2021): by the Lp norm first, then one factor a layer by Powell's method (`reconstruction.search`).
     search_evals: so many times Powell's method may measure J.
-    regularizer: weight of AdaRound's regularizer.
+    regularizer: weight of AdaRound's regularizer, a sum over weights, beside a loss relative to that of rounding to nearest.
     warmup:     share of the steps without it.
     stress:     first ranges are also observed on the crops with strong, rotated colours and with strong contrasts
                 (`reconstruction.stress`).
@@ -170,7 +171,7 @@ class PtqConfig:
             name = str(knobs.pop("base"))
             if Path(name).stem == path.stem:
                 raise InputError(f"{path}: it builds on itself; name another preset as its base")
-            base = cls.from_preset(name)
+            base = cls.from_preset(name, **{key: overrides[key] for key in ("w_bits",) if key in overrides})
             knobs = {**base.quant.to_dict(), **base.reconstruction.to_dict(), **knobs}
         low = knobs.pop("below_8_bits", {})  # knobs for weights of fewer bits
         if overrides.get("w_bits", knobs.get("w_bits", QuantConfig.w_bits)) < 8:

@@ -61,7 +61,7 @@ class Reconstruction:
         if "border" in config.learn:
             for node in qmodel.nodes.values():
                 if "border" in node.learnable():
-                    node.input_grid.start_border()
+                    node.start_border()
         self.j_float: list[Tensor] = []
         self.float_outputs: list[tuple[Tensor, Tensor]] = []  # x_hat and R of each crop
         with torch.no_grad():  # eq. 12 compares with J of each crop
@@ -91,7 +91,7 @@ class Reconstruction:
 
     def _run_units(self, history: dict) -> None:
         config = self.config
-        weighted = config.loss in ("fisher", *GLOBAL)
+        weighted = _local_kind(config) == "fisher"
         batches = self.batches[: len(self.measured)]
         targets = Targets(self.qmodel, batches, list(dict.fromkeys(self.aims.values())), self.objective, weighted)
         own = Targets(self.qmodel, batches, self.units, self.objective, False) if config.loss == "stage" and config.blend else None
@@ -312,14 +312,16 @@ class _UnitRun:
         self._hard(True)
         j_before, eq12 = engine._measure(self.cache)
         before = self._score(j_before, eq12)
+        self.scale = {"local": self._local_score(), "global": max(before, 1e-12)}  # both as the weights would be rounded now
         self._hard(False)
-        self.scale = {"local": self._local_score(), "global": max(before, 1e-12)}
         phases = [WEIGHT_KNOBS, ACTIVATION_KNOBS] if config.alternate else [WEIGHT_KNOBS + ACTIVATION_KNOBS]
         chosen = [{k: p for k, p in self.parameters.items() if (knob := k.split("|")[1]) in phase and knob in config.learn}
                   for phase in phases]  # fmt: skip
         chosen = [active for active in chosen if active]  # a phase with nothing to learn takes no steps
         for number, active in enumerate(chosen):
             self._learn(active, (config.iters + number) // len(chosen))
+            if any(key.split("|")[1] == "rounding" for key in active):
+                self._hard(True)  # what is learned after the rounding meets weights that are whole
         self._hard(True)
         j_after, eq12 = engine._measure(self.cache)
         after = self._score(j_after, eq12)
@@ -345,11 +347,8 @@ class _UnitRun:
 
     @torch.no_grad()
     def _local_score(self) -> float:
-        kind = self._local_kind()
+        kind = _local_kind(self.config)
         return max(sum(float(self._local(kind, i)) for i in self.engine.measured) / len(self.engine.measured), 1e-12)
-
-    def _local_kind(self) -> str:
-        return "fisher" if self.config.loss in GLOBAL else self.config.loss
 
     def _local(self, kind: str, index: int, mix: bool = False) -> Tensor:
         outputs = self.cache.outputs[index]
@@ -381,7 +380,6 @@ class _UnitRun:
         tail = round(config.tail_share * steps) if config.loss in GLOBAL else 0
         tail = steps if config.unit == "network" and config.loss in GLOBAL else tail
         adaptive = [r for r in self.roundings if isinstance(r, AdaRound) and any(p is r.V for p in active.values())]
-        weights = sum(r.V.numel() for r in adaptive)
         for parameter in active.values():
             parameter.requires_grad_(True)
         for step in range(steps):
@@ -394,14 +392,21 @@ class _UnitRun:
             with self._dropping():
                 loss = self.engine.global_loss(index, self.cache) / self.scale["global"] if true else 0.0
                 if config.blend or not true:
-                    loss = loss + (config.blend if true else 1.0) * self._local(self._local_kind(), index, mix=True) / self.scale["local"]
-            if weights and step >= config.warmup * steps:
+                    loss = loss + (config.blend if true else 1.0) * self._local(_local_kind(config), index, mix=True) / self.scale["local"]
+            if adaptive and step >= config.warmup * steps:
                 beta = temperature(step, steps, warmup=config.warmup)
-                loss = loss + config.regularizer * sum(r.regularizer(beta) for r in adaptive) / weights
+                loss = loss + config.regularizer * sum(r.regularizer(beta) for r in adaptive)
             loss.backward()
             optimizer.step()
         for parameter in active.values():
             parameter.requires_grad_(False)
+
+
+def _local_kind(config: ReconstructionConfig) -> str:
+    """The error of a unit's own output that the loss uses, for steps or beside it."""
+    if config.loss in GLOBAL:
+        return "mse" if config.blend else "fisher"
+    return config.loss
 
 
 # ------------------------------------------------------------------------------------------------------- optimizers

@@ -1,5 +1,7 @@
 """Mechanisms that single presets use: learned borders, dropped quantization, losses of stage and output, blended losses, searched ranges."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -46,11 +48,20 @@ def test_few_bits_may_have_knobs_of_their_own():
     assert PtqConfig.from_preset("licq", w_bits=4, joint_iters=7).reconstruction.joint_iters == 7
 
 
-def test_a_learned_border_is_lowered_and_kept(tmp_path):
-    config = method(loss="mse", unit="layer", learn=("border",), lr_rounding=0.1, joint_iters=0)
+def test_few_bits_know_the_knobs_of_the_preset_below(tmp_path):
+    (tmp_path / "own.yaml").write_text("base: licq\nseed: 1\n")
+    own, base = (PtqConfig.from_preset(name, w_bits=4) for name in (str(tmp_path / "own.yaml"), "licq"))
+    assert own.quant == base.quant and own.reconstruction == dataclasses.replace(base.reconstruction, seed=1)
+
+
+@pytest.mark.parametrize("granularity", ["channel", "tensor"])
+def test_a_learned_border_is_lowered_and_kept(tmp_path, granularity):
+    quant = {"a_granularity": granularity}
+    config = method(loss="mse", unit="layer", learn=("border",), lr_rounding=0.1, joint_iters=0, quant=quant)
     qmodel = quantize(codec("balle2018"), images(), config, lmbda=0.01, progress=False)
     borders = [node.input_grid.border for node in qmodel.nodes.values() if isinstance(node, QuantMAC) and node.input_grid.border is not None]
     assert borders and any(float(border.abs().max()) > 0.05 for border in borders)
+    assert any(len(set(border.tolist())) > 2 for border in borders)  # one a channel, also where a tensor has one scale
     qmodel.save(tmp_path / "m.safetensors")
     x = images(1)
     for model in (qmodel, QuantModel.load(tmp_path / "m.safetensors")):
@@ -69,13 +80,38 @@ def test_a_border_moves_where_values_are_rounded_up():
     for x in (QTensor(values, None, model.runtime), QTensor((values.double() / fine).round(), fine, model.runtime)):
         grid.border = None
         real = x.real() / grid.parameters_of_grid()[0].reshape(1, -1, 1, 1)
-        grid.start_border()
+        grid.start_border(len(grid.log_n))
         grid.border.data += 0.25
         far = (real - torch.floor(real) - 0.75).abs() > 1e-3  # from the place where it turns
         found = grid(x).q
         _, low, high = (part.reshape(1, -1, 1, 1) for part in grid.parameters_of_grid())
         expected = torch.minimum(torch.maximum(torch.floor(real + 0.25), low), high)
         assert torch.equal(found[far].double(), expected[far].double())
+
+
+def shares_undecided(**knobs) -> float:
+    """Of the soft steps of AdaRound, when learning ends."""
+    config = PtqConfig.from_preset("adaround", unit="block", iters=24, lr_rounding=0.5, **knobs)
+    qmodel = quantize(codec("balle2018"), images(), config, lmbda=0.01, progress=False)
+    h = torch.cat([node.weight_quantizer.rounding.h().flatten() for node in qmodel.nodes.values() if isinstance(node, QuantMAC)])
+    return float(((h > 0.05) & (h < 0.95)).float().mean())
+
+
+def test_adaround_decides_before_it_is_hardened():
+    assert shares_undecided() < 0.6 * shares_undecided(regularizer=0.0)
+
+
+def test_ranges_that_are_learned_after_the_rounding_meet_whole_weights(monkeypatch):
+    learn, seen = driver._UnitRun._learn, []
+
+    def spy(self, active, steps):
+        seen.append((any("rounding" in key for key in active), all(r.hardened for r in self.roundings)))
+        learn(self, active, steps)
+
+    monkeypatch.setattr(driver._UnitRun, "_learn", spy)
+    quantize(codec("balle2018"), images(), PtqConfig.from_preset("brecq", iters=2), lmbda=0.01, progress=False)
+    assert (True, False) in seen and (False, True) in seen
+    assert not any(rounding == hardened for rounding, hardened in seen)
 
 
 def test_dropping_changes_what_is_learned_and_ends_with_it():
