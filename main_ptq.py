@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from support import options
@@ -92,7 +93,7 @@ def build_parser() -> ArgumentParser:
                             "activation tensor, no reconstruction (default: compared)")
     group.add_argument("--shared", metavar="FOLDER",
                        help="keep there what other runs need too, and take it from there: results of float codecs and JPEG's curves "
-                            "(default: nowhere)")
+                            "(default: in --out until the run is finished)")
     commands.add_flags(parser.add_argument_group("sweep"))
     return parser
 
@@ -151,7 +152,8 @@ class Run:
     """Everything that was checked before the work starts; built by `prepare`.
 
     models: FloatModels. multiple: sides of inputs are multiples of it. crops: (n, 3, crop, crop) in 0..1, or with the planes of
-    `models.qvrf.VariableRate`. shared: what several qualities of a variable-rate codec use.
+    `models.qvrf.VariableRate`. kept: the folder of results that other runs or rounds need too. shared: what several qualities of a
+    variable-rate codec use.
     warnings: remarks for the user. started: monotonic seconds.
     bits: of single layers, by quality. how: where they come from. taken_from: the run that has made the models with them already.
     """
@@ -164,6 +166,7 @@ class Run:
     dataset: "Dataset"
     crops: "Tensor"
     folder: "RunFolder"
+    kept: str | Path
     warnings: list[str]
     started: float
     shared: dict = field(default_factory=dict)
@@ -201,7 +204,7 @@ def prepare(args: argparse.Namespace) -> Run:
     seed_everything(args.seed)
     models = find_float_models(args.arch, args.quality, args.checkpoint, args.pretrained, args.metric, args.lmbda)
     multiple = get_architecture(models[0].arch).multiple
-    dataset, remark = evaluation_set(args.data, args.metric)
+    dataset, remark = evaluation_set(args.data, args.metric, progress=not args.quiet)
     crops, calibration, scarce = calibration_crops(args.calib, args.num_calib, args.crop, args.crops_per_image,
                                                    args.crop_reductions, args.seed, multiple, args.metric, dataset)
     if args.max_bd_rate is not None and len(models) < 2:
@@ -215,7 +218,7 @@ def prepare(args: argparse.Namespace) -> Run:
         calibration["levels"] = [source.quality for source in models]
     settings = {"licq": __version__, "arch": models[0].arch, "metric": args.metric, "config": config.to_dict(),
                 "calibration": calibration,
-                "evaluation": {"dataset": dataset.name, "images": len(dataset), "sha256": images_digest(dataset.paths)}}
+                "evaluation": {"dataset": dataset.name, "images": len(dataset), "sha256": images_digest(dataset.paths, progress=not args.quiet)}}
     settings |= settings_of_layers(args, bits)
     method = "analysis" if args.analyze else config.reconstruction.loss if config.preset == "licq" else config.preset
     out = args.out or f"runs/{models[0].arch}_w{config.quant.w_bits}a{config.quant.a_bits}_{method}"
@@ -228,7 +231,7 @@ def prepare(args: argparse.Namespace) -> Run:
     if args.unit and not learning.iters and not (args.unit == "network" and learning.joint_iters):
         idle = f"--unit {args.unit} has no effect: units are reconstructed in 0 steps each; give their number, e.g. --iters 20"
     return Run(args=args, config=config, device=device, models=models, multiple=multiple, dataset=dataset, crops=crops,
-               folder=folder, warnings=[remark for remark in (remark, scarce, idle, unread) if remark], started=time.monotonic(),
+               folder=folder, kept=args.shared or folder.measured, warnings=[remark for remark in (remark, scarce, idle, unread) if remark], started=time.monotonic(),
                bits=bits)
 
 
@@ -275,7 +278,7 @@ def quantize_quality(run: Run, index: int) -> dict:
     def measure(model: "nn.Module") -> dict:
         return evaluate(model, run.dataset, pad=run.multiple, device=run.device, progress=not args.quiet).to_dict()
 
-    fp32 = folder.part("fp32", lambda: shared(args.shared, what, lambda: measure(load())))
+    fp32 = folder.part("fp32", lambda: shared(run.kept, what, lambda: measure(load())))
     own = bits_of_quality(run, index, load, folder)
     bits = own and own["layers"]
     baseline = folder.part("baseline", lambda: measure(plain_baseline(load(), run, source.quality, bits))) if args.baseline else None
@@ -381,7 +384,7 @@ def summarize(run: Run, points: list[dict]) -> dict:
 
     config, args = run.config, run.args
     arch = run.models[0].arch
-    anchors = shared(args.shared, {"result": "anchors", "arch": arch, **run.folder.settings["evaluation"], "metric": args.metric},
+    anchors = shared(run.kept, {"result": "anchors", "arch": arch, **run.folder.settings["evaluation"], "metric": args.metric},
                      lambda: anchors_of(arch, run.dataset, args.metric, progress=not args.quiet))
     coverage = points[0]["coverage"]
     return build_report(
@@ -401,6 +404,7 @@ def finish(run: Run, points: list[dict]) -> int:
 
     report = summarize(run, points)
     write_report(run.folder.path, report)
+    run.folder.forget_measured()
     print(render_summary(report))
     print(f"\nreport:  {run.folder.path / 'report.html'}, report.md, report.json, rd.png"
           f"\nmodels:  {', '.join(dict.fromkeys(str(run.folder.model(source.quality, run.is_variable)) for source in run.models))}")

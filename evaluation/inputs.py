@@ -19,10 +19,10 @@ CALIBRATION = "photos-calib"
 _MS_SSIM_SIDE = 161  # pixels, the smallest side that MS-SSIM's five scales fit into
 
 
-def evaluation_set(name_or_folder: str | None, metric: str = "mse") -> tuple[Dataset, str | None]:
+def evaluation_set(name_or_folder: str | None, metric: str = "mse", progress: bool = False) -> tuple[Dataset, str | None]:
     """The images to evaluate on, each of them readable, and a remark for the user; see `find_evaluation_set` and `check_images`."""
     dataset, remark = find_evaluation_set(name_or_folder)
-    check_images(dataset, metric)
+    check_images(dataset, metric, progress)
     return dataset, remark
 
 
@@ -76,9 +76,10 @@ def calibration_crops(name_or_folder: str | None, num: int, crop: int, crops_per
     return crops, facts, f"{num} calibration images were asked for, and there are {len(dataset)}: they are used again, at other places"
 
 
-def images_digest(paths: Sequence[Path]) -> str:
+def images_digest(paths: Sequence[Path], progress: bool = False) -> str:
     """One SHA-256 over the content of image files, in their order."""
-    return hashlib.sha256("".join(sha256(path) for path in paths).encode()).hexdigest()
+    bar = progress_bar(paths, desc="hashing images", unit="image", enabled=progress, leave=False)
+    return hashlib.sha256("".join(map(sha256, bar)).encode()).hexdigest()
 
 
 def pick_device(name: str | None) -> torch.device:

@@ -6,6 +6,7 @@
     OUT/q<quality>/model.safetensors the quantized codec; of variable rate: OUT/model.safetensors, for all qualities
     OUT/q<quality>/crops.png         pieces of pictures for the report
     OUT/q<quality>/result.json       settings and every part, when the quality is finished
+    OUT/measured/                    float codecs' evaluations and JPEG's curves, without --shared; gone when the run is finished
     OUT/report.{json,md,html}, OUT/rd.png, OUT/compressai/*.json written last
 
 A run that starts anew in a used folder replaces a quality's files when that quality is finished, and the report at the
@@ -44,6 +45,7 @@ class RunFolder:
             for folder in self.path.glob("q*/"):
                 (folder / "partial.json").unlink(missing_ok=True)
                 shutil.rmtree(folder / "units", ignore_errors=True)
+            self.forget_measured()
         self.settings = _plain(settings)
         write_json(self.path / "run.json", {"settings": self.settings})
 
@@ -53,6 +55,14 @@ class RunFolder:
         With `shared` there is one quantized codec for all.
         """
         return QualityFolder(self.path / f"q{quality}", {**self.settings, **_plain(settings)}, self.resume, self.model(quality, shared))
+
+    @property
+    def measured(self) -> Path:
+        """Where the run keeps for itself what `evaluation.shared` can keep for several."""
+        return self.path / "measured"
+
+    def forget_measured(self) -> None:
+        shutil.rmtree(self.measured, ignore_errors=True)
 
     def model(self, quality: int, shared: bool = False) -> Path:
         """Where the quantized codec of a quality, or of all, is saved."""

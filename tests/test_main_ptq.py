@@ -372,6 +372,23 @@ def test_new_run_in_a_used_folder_replaces_results_only_when_it_has_its_own(job,
                for q in (1, 3))
 
 
+def test_curves_of_other_codecs_are_measured_once(job, tmp_path, monkeypatch):
+    from evaluation import anchors, report
+
+    curves, kept = [], tmp_path / "out" / "measured"
+    monkeypatch.setattr(anchors, "classical_points", lambda *args, whole=anchors.classical_points: curves.append(1) or whole(*args))
+    with monkeypatch.context() as patch:
+        patch.setattr(report, "write_report", _interrupt)
+        assert run(job) == 130
+    assert len(curves) == 1 and len(list(kept.iterdir())) == 2  # the float codec's evaluation, and the curves
+    assert run(job, resume=True) == 0
+    assert len(curves) == 1 and not kept.exists()
+
+
+def _interrupt(*_) -> None:
+    raise KeyboardInterrupt
+
+
 def test_qualities_of_several_commands_come_together(job):
     assert run(job, quality=1) == 0 and run(job, quality=3, resume=True) == 0
     assert [point["quality"] for point in report_of(job)["points"]] == [3]

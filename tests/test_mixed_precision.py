@@ -10,7 +10,7 @@ import torch
 from main_jobs import contents, job, refused, report_of, run, zoo  # noqa: F401
 
 import main_ptq
-from evaluation import layer_runs
+from evaluation import anchors, layer_runs
 from evaluation.bit_search import ROUNDS, BdRateSearch, chosen
 from quant.bits import read_bits
 from quant.config import QuantConfig
@@ -303,7 +303,8 @@ def test_a_budget_of_bit_operations_searches_the_inputs_too(job, tmp_path):
 
 
 def test_the_bd_rate_is_kept_below_its_limit(job, tmp_path, monkeypatch, capsys):
-    made, starts = [], []
+    made, starts, curves = [], [], []
+    monkeypatch.setattr(anchors, "classical_points", lambda *args, whole=anchors.classical_points: curves.append(1) or whole(*args))
     monkeypatch.setattr(layer_runs, "measure_layers", lambda model, *_, **__: drawn_for(model))
     monkeypatch.setattr(layer_runs, "start_loss", lambda model, crops, config, objective, bits, *_: starts.append(objective.lmbda) or
                         {"bpp": 1.0, "j": 2.0, "loss": totals(drawn_for(model), bits).loss})
@@ -311,6 +312,7 @@ def test_the_bd_rate_is_kept_below_its_limit(job, tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(main_ptq, "summarize", lambda attempt, points, whole=main_ptq.summarize: made.append(attempt) or
                         {**whole(attempt, points), "bd_rate_psnr": mean_loss(attempt)})
     assert run(job, quality="1,3", max_bd_rate=0.5, bits_file=tmp_path / "bits-{quality}.json", **NARROW) == 0
+    assert len(curves) == 1 and not (tmp_path / "out" / "measured").exists()
     rounds = made[:-1]
     below = [attempt for attempt in rounds if mean_loss(attempt) <= 0.5]
     assert rounds and below
