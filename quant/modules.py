@@ -127,10 +127,10 @@ class WeightQuantizer(nn.Module):
         self.make_scale = SCALES[config.scales]
         self.per_channel = config.w_granularity != "tensor"
         self.group_count = int(config.w_granularity.removeprefix("groups")) if config.w_granularity.startswith("groups") else 0
-        self.group: Tensor | None = None  # of each output channel, where they share scales
         self.spec = RangeSpec.parse(config.w_range)
         self.rounding_name = config.rounding
         self.register_buffer("mask", mask, persistent=False)
+        self.register_buffer("group", None)  # of each output channel, where they share scales
         self.log_n = nn.Parameter(torch.zeros(()), requires_grad=False)
         self.rounding: Rounding | None = None
 
@@ -161,9 +161,13 @@ class WeightQuantizer(nn.Module):
     def set_rounding(self, name: str, w: Tensor, least: Tensor | None = None) -> None:
         """Start a rounding scheme at the weights w."""
         self.rounding_name = name
-        scale = self._view(self.scale(w, least).detach(), w)
-        self.rounding = make_rounding(name, (w.detach() / scale).float(), self.mask)
+        self.rounding = make_rounding(name, self.in_steps(w, least), self.mask)
         self.rounding.requires_grad_(False)
+
+    @torch.no_grad()
+    def in_steps(self, w: Tensor, least: Tensor | None = None) -> Tensor:
+        """w / s_w, float32."""
+        return (w / self._view(self.scale(w, least), w)).float()
 
     def _largest(self, w: Tensor) -> Tensor:
         largest = w.abs().flatten(1).amax(1) if self.per_channel else w.abs().amax()

@@ -70,7 +70,7 @@ class AdaRound(Rounding):
         fraction = w_over_s - w_over_s.floor()
         sigmoid = (fraction - self.gamma) / (self.zeta - self.gamma)
         self.V = nn.Parameter(torch.logit(sigmoid))
-        self.register_buffer("base", w_over_s.floor(), persistent=False)
+        self.register_buffer("base", w_over_s.floor())
 
     def h(self) -> Tensor:
         """The soft upward steps, 0 to 1, of the weight's shape."""

@@ -23,6 +23,7 @@ from quant.grid import Grid
 from quant.modules import QuantMAC, QuantModule
 from quant.norms import QuantLayerNorm
 from quant.packing import bits_needed, pack, unpack
+from quant.rounding import AdaRound
 from support.errors import InputError
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ def load_quantized(
         model = QuantModel(_network(path, header, network), QuantConfig(**header["config"]))
         _rebuild(model, header, path)
         _fill(model, tensors, set(header["constants"]), path)
+        _complete(model, header, path)
         check_certificates(model, path)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{path} does not describe a program of this version ({error!r}); quantize the codec again") from error
@@ -275,6 +277,8 @@ def _rebuild(model: "QuantModel", header: Mapping[str, Any], path: str | Path) -
     for name, node in nodes.items():
         if name in header["configs"]:
             node.config = QuantConfig(**header["configs"][name])
+            if isinstance(node, QuantMAC):
+                node.set_bits()  # those of this config
     runtime.nodes.clear()
     for name, calls in header["order"]:
         runtime.nodes[name] = nodes[name]
@@ -282,7 +286,10 @@ def _rebuild(model: "QuantModel", header: Mapping[str, Any], path: str | Path) -
     for name, (rounding, _) in header["roundings"].items():
         nodes[name].weight_quantizer.set_rounding(rounding, nodes[name].float_weight())
     for name, (_, hardened) in header["roundings"].items():
-        nodes[name].weight_quantizer.rounding.hardened = hardened
+        started = nodes[name].weight_quantizer.rounding
+        started.hardened = hardened
+        if isinstance(started, AdaRound):
+            started.base = None  # the file's, not that of this network's weights
     for grid_path, facts in header["grids"].items():
         grid = model.get_submodule(grid_path)
         grid.frozen = True
@@ -319,6 +326,20 @@ def _fill(model: "QuantModel", tensors: Mapping[str, Tensor], constants: set[str
             _empty(model, name, tensor)
         elif name not in tensors and name not in constants and tensor.numel() and name in persistent:
             raise InputError(f"{other}: {name} is missing")
+
+
+def _complete(model: "QuantModel", header: Mapping[str, Any], path: str | Path) -> None:
+    """What older files do not say of layers with float inputs: AdaRound's floors come from the weights, groups cannot.
+
+    Raises:
+        InputError: output channels share scales, and the file does not say which.
+    """
+    for name in header["roundings"]:
+        quantizer, weight = model.nodes[name].weight_quantizer, model.nodes[name].float_weight()
+        if quantizer.group_count and quantizer.group is None:
+            raise InputError(f"{path} is of a version that did not write which output channels of {name} share a scale; quantize the codec again")
+        if isinstance(quantizer.rounding, AdaRound) and quantizer.rounding.base is None:
+            quantizer.rounding.base = quantizer.in_steps(weight).floor()
 
 
 def _empty(model: nn.Module, name: str, tensor: Tensor) -> None:

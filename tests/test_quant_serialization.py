@@ -405,3 +405,53 @@ def test_a_certificate_that_does_not_hold_is_refused(tmp_path):
     codec.save(tmp_path / "model.safetensors")
     loaded = QuantModel.load(tmp_path / "model.safetensors")
     assert all(torch.equal(loaded.nodes[n].bound, codec.nodes[n].bound) for n in codec.nodes if getattr(codec.nodes[n], "bound", None) is not None)
+
+
+# ---------------------------------------------------------------------------------------------------- inputs in float
+
+
+@pytest.mark.parametrize(
+    ("settings", "bits"),
+    [
+        ({"a_bits": 32}, {"g_a.0": {"w_bits": 3}}),
+        ({}, {"g_a.2": {"w_bits": 4, "a_bits": 32}}),
+        ({"a_bits": 32, "w_bits": 4, "w_granularity": "groups3"}, {}),
+        ({"a_bits": 32, "w_bits": 4, "rounding": "adaround"}, {}),
+        ({"w_bits": 32}, {}),
+    ],
+)
+def test_a_model_whose_inputs_or_weights_are_float_comes_back_as_it_was(settings, bits, tmp_path):
+    saved = QuantModel(own(0), QuantConfig(**settings), bits)
+    saved.observe([images(1)])
+    if settings.get("rounding"):  # a scale that was learned, away from the one whose floors AdaRound keeps
+        for node in saved.layers.values():
+            node.weight_quantizer.log_n.data -= 0.3
+    saved.freeze()
+    saved.save(tmp_path / "m.safetensors")
+    loaded = QuantModel.load(tmp_path / "m.safetensors", model=own(5))
+    assert_same_output(saved, loaded)
+    assert loaded.coverage() == saved.coverage()
+
+
+def without(path, last: str) -> None:
+    """The file as it was written before tensors of this name were in it."""
+    tensors, header = read_tensors(path)
+    gone = {name for name in tensors if name.endswith(last)}
+    assert gone
+    header["types"] = {name: stated for name, stated in header["types"].items() if name not in gone}
+    header["packed"] = {name: stated for name, stated in header["packed"].items() if name not in gone}
+    del header["sha256_header"]
+    kept = {name: tensor for name, tensor in tensors.items() if name not in gone}
+    write_tensors(path, kept, {**header, "sha256_header": serialization._seal(header)})
+
+
+def test_older_files_of_float_inputs_load_with_adaround_and_are_refused_with_groups(tmp_path):
+    path = tmp_path / "m.safetensors"
+    saved = quantized(own(0), a_bits=32, rounding="adaround")
+    saved.save(path)
+    without(path, ".base")
+    assert_same_output(saved, QuantModel.load(path, model=own(5)))
+    quantized(own(0), a_bits=32, w_granularity="groups2").save(path)
+    without(path, ".group")
+    with pytest.raises(InputError, match="g_a.0 share a scale; quantize the codec again"):
+        QuantModel.load(path, model=own(5))
