@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quant.bits import Bits, check_layers
-from quant.config import QuantConfig
+from quant.bits import SIDES, Bits, check_layers
+from quant.config import FLOAT_BITS, QuantConfig
 from quant.fixedpoint import quantize_multiplier, requantize
+from quant.functions import QuantMatMul
 from quant.grid import Grid
 from quant.modules import QuantMAC, QuantModule
 from quant.qtensor import QTensor, to_real
@@ -197,21 +198,43 @@ class QuantModel(nn.Module):
     def coverage(self) -> dict:
         """What is integer and what is not: counts by kind, functions kept in float, modules left alone and why.
 
+        Layers with 32 bits are no integer ones: they are left alone, in one line those with the bits of the whole model.
         `beyond_int32` names the layers of a frozen model whose accumulator needs more than 32 bits, by their bound.
         """
         kinds: dict[str, int] = {}
         for node in self.nodes.values():
-            kinds[node.kind] = kinds.get(node.kind, 0) + 1
+            if not float_sides(node):
+                kinds[node.kind] = kinds.get(node.kind, 0) + 1
         unseen = {name: "never ran in calibration" for name in self.rewrite.nodes if name not in self.nodes}
         return {
             "quantized": dict(sorted(kinds.items())),
             "kept_in_float": [
                 {"function": function, "in": where} for function, where in sorted(self.runtime.kept_in_float)
             ],
-            "left_alone": {**self.rewrite.left_alone, **unseen},
+            "left_alone": {**self.rewrite.left_alone, **unseen, **self._why_real()},
             "beyond_int32": {
                 name: float(node.bound)
                 for name, node in self.nodes.items()
                 if getattr(node, "bound", None) is not None and float(node.bound) >= 2**31
             },
         }
+
+    def _why_real(self) -> dict[str, str]:
+        """Layers that compute on real numbers, and why; those with the bits of the whole model in one line."""
+        lines, common = {}, {}
+        for name, node in self.nodes.items():
+            if sides := float_sides(node):
+                reason = f"products of real numbers ({' and '.join(sides)} 32)"
+                if (node.config.w_bits, node.config.a_bits) == (self.config.w_bits, self.config.a_bits):
+                    common.setdefault(("attention products" if node.kind == "matmul" else "layers", reason), []).append(name)
+                else:
+                    lines[name] = reason
+        for (what, reason), names in common.items():
+            lines[names[0] if len(names) == 1 else f"{len(names)} {what}"] = reason
+        return lines
+
+
+def float_sides(node: QuantModule) -> tuple[str, ...]:
+    """Of a multiply-accumulate node, "w_bits" and "a_bits" where they are 32: then its products are of real numbers."""
+    sides = ("a_bits",) if isinstance(node, QuantMatMul) else SIDES if isinstance(node, QuantMAC) else ()
+    return tuple(side for side in sides if getattr(node.config, side) == FLOAT_BITS)
