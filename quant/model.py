@@ -1,6 +1,5 @@
 """A quantized codec: the codec's own forward on whole numbers."""
 
-import copy
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,7 +15,7 @@ from quant.functions import QuantMatMul
 from quant.grid import Grid
 from quant.modules import QuantMAC, QuantModule
 from quant.qtensor import QTensor, to_real
-from quant.rewriter import rewrite
+from quant.rewriter import fixed_weights, rewrite
 from quant.runtime import Runtime
 from quant.serialization import load_quantized, save_quantized
 from support.determinism import exact_products
@@ -35,7 +34,7 @@ class QuantModel(nn.Module):
             which have no weights, always do.
 
     Raises:
-        InputError: `bits` names a layer that the codec does not have.
+        InputError: `bits` names a layer that the codec does not have, or a layer has a forward hook.
     """
 
     def __init__(self, model: nn.Module, config: QuantConfig, bits: Bits | None = None):
@@ -43,7 +42,7 @@ class QuantModel(nn.Module):
         self.config = config
         runtime = Runtime(config)
         object.__setattr__(self, "runtime", runtime)
-        self.model = copy.deepcopy(model).eval()
+        self.model = fixed_weights(model)
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
         self.rewrite = rewrite(self.model, config, runtime)

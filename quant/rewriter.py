@@ -1,11 +1,15 @@
 """The graph rewriter: layers become nodes, blocks become `QuantBlock`s, by type."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from compressai.entropy_models import EntropyBottleneck, GaussianConditional, GaussianMixtureConditional
 from compressai.layers import GDN, GDN1, MaskedConv2d
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import prune, remove_spectral_norm, remove_weight_norm
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from models.attention import MaskedSoftmax
 from models.layers import MaskedConv3d, MultistageMaskedConv2d, RoundAboutMeans, WholeGaussianConditional
@@ -25,6 +29,7 @@ from quant.functions import QuantSoftmax
 from quant.modules import QuantConv2d, QuantConv3d, QuantConvTranspose2d, QuantLinear, QuantModule
 from quant.norms import QuantGDN, QuantLayerNorm
 from quant.runtime import Runtime
+from support.errors import InputError
 
 Replacement = Callable[[nn.Module, QuantConfig], QuantModule]
 
@@ -83,32 +88,82 @@ def unsupported(module: nn.Module) -> str | None:
 
 
 def rewrite(model: nn.Module, config: QuantConfig, runtime: Runtime) -> Rewrite:
-    """Replace in place every layer with an integer form; forward code is kept as it is."""
+    """Replace in place every layer with an integer form; forward code is kept as it is.
+
+    A layer or block that stands in several places is one node or block in all of them, under the first one's name.
+
+    Raises:
+        InputError: a layer has a forward hook, which an integer layer would not run.
+    """
     done = Rewrite()
-    _rewrite_children(model, "", config, runtime, done)
+    _rewrite_children(model, "", config, runtime, done, {})
     runtime.attach(model)
     return done
 
 
-def _rewrite_children(parent: nn.Module, path: str, config: QuantConfig, runtime: Runtime, done: Rewrite) -> None:
-    for key, module in list(parent.named_children()):
-        name = f"{path}.{key}".lstrip(".")
-        if isinstance(module, RateFunction):
-            done.left_alone[name] = "its input is the rate alone: computed in float, a constant of each rate"
+def _rewrite_children(
+    parent: nn.Module, path: str, config: QuantConfig, runtime: Runtime, done: Rewrite, stands: dict[nn.Module, nn.Module]
+) -> None:
+    """`stands`: what stands now where each module stood."""
+    for key, module in parent._modules.items():
+        if module is None:
             continue
-        make, reason = replacement_for(module), unsupported(module)
-        if make is not None and reason is None:
-            node = make(module, config)
-            node.bind(runtime, name)
-            node.eval()
-            parent._modules[key] = node
-            done.nodes[name] = node
-            continue
-        if reason is not None or (not list(module.children()) and list(module.parameters())):
-            done.left_alone[name] = reason or f"{type(module).__name__} has parameters but no integer form here"
-        _rewrite_children(module, name, config, runtime, done)
-        if type(module) in BLOCKS:
-            block = QuantBlock(module)
-            block.bind(runtime, name)
-            parent._modules[key] = block
-            done.blocks[name] = block
+        if module not in stands:
+            stands[module] = _rewritten(module, f"{path}.{key}".lstrip("."), config, runtime, done, stands)
+        parent._modules[key] = stands[module]
+
+
+def _rewritten(
+    module: nn.Module, name: str, config: QuantConfig, runtime: Runtime, done: Rewrite, stands: dict[nn.Module, nn.Module]
+) -> nn.Module:
+    """A node or block in the module's place, or the module itself with its children rewritten."""
+    if isinstance(module, RateFunction):
+        done.left_alone[name] = "its input is the rate alone: computed in float, a constant of each rate"
+        return module
+    make, reason = replacement_for(module), unsupported(module)
+    if make is not None and reason is None:
+        refuse_hooks(module, name)
+        node = make(module, config)
+        node.bind(runtime, name)
+        node.eval()
+        done.nodes[name] = node
+        return node
+    if reason is not None or (not list(module.children()) and list(module.parameters())):
+        done.left_alone[name] = reason or f"{type(module).__name__} has parameters but no integer form here"
+    _rewrite_children(module, name, config, runtime, done, stands)
+    if type(module) not in BLOCKS:
+        return module
+    block = QuantBlock(module)
+    block.bind(runtime, name)
+    done.blocks[name] = block
+    return block
+
+
+def refuse_hooks(module: nn.Module, name: str) -> None:
+    """Raises InputError when a layer, or a part of it, has a hook that its forward would run."""
+    for part in module.modules():
+        for hook in (*part._forward_pre_hooks.values(), *part._forward_hooks.values()):
+            known = getattr(hook, "__qualname__", type(hook).__qualname__)
+            raise InputError(f"{name} has a forward hook ({known}), which an integer layer would not run; "
+                             "remove it first, or do what it does in a module's forward")  # fmt: skip
+
+
+def fixed_weights(model: nn.Module) -> nn.Module:
+    """A copy of the model in which weights that a hook computes (weight_norm, spectral_norm and prune of torch.nn.utils) are parameters."""
+    # such a weight has a history of operations until the next forward, and deepcopy takes none with one
+    computed = {
+        id(value): value.detach().clone()
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
+    model = copy.deepcopy(model, computed).eval()
+    for module in model.modules():
+        for hook in list(module._forward_pre_hooks.values()):
+            if isinstance(hook, WeightNorm):
+                remove_weight_norm(module, hook.name)
+            elif isinstance(hook, SpectralNorm):
+                remove_spectral_norm(module, hook.name)
+            elif isinstance(hook, prune.BasePruningMethod):
+                prune.remove(module, hook._tensor_name)
+    return model

@@ -50,11 +50,11 @@ def save_quantized(model: "QuantModel", path: str | Path, extra: Mapping[str, An
     if not model.frozen:
         raise InputError("only a frozen model is a program that can be saved; call freeze() after calibration")
     make_tables(model)
-    unread, constants = unread_tensors(model), _constants(model)
+    unread, constants, once = unread_tensors(model), _constants(model), dict(_tensors(model))
     kept = {
         name: tensor.detach().cpu()
         for name, tensor in model.state_dict().items()
-        if name not in unread and name not in constants and tensor.numel()
+        if name in once and name not in unread and name not in constants and tensor.numel()
     }
     tensors, types, packed, steps = {}, {}, {}, []
     for name, tensor in pack_cdfs(kept).items():
@@ -358,7 +358,13 @@ def _empty(model: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
-    return [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    """Parameters and buffers by name; those of a module in several places under the first one's name alone."""
+    return [
+        (f"{path}.{key}" if path else key, tensor)
+        for path, part in module.named_modules()
+        for key, tensor in (*part._parameters.items(), *part._buffers.items())
+        if tensor is not None
+    ]
 
 
 def _nodes(model: "QuantModel") -> dict[str, QuantModule]:
