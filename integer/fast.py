@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from integer.groups import Group, constants_of, groups_of
+from integer.groups import Group, constants_of, groups_of, operand_type
 from integer.items import AttentionItem, CopyItem, Item, LayerNormItem, SingleItem
 from integer.layers import GroupItem
 from integer.library import SLACK, library
-from integer.program import Operation, Program
+from integer.program import Operation, Program, Range
 
 
 class FastProgram:
@@ -59,15 +59,14 @@ class FastProgram:
         """(type, offset) in which a value lies in memory."""
         value, readers = self.program.values[number], self.readers[number]
         products = [entry for entry in readers if isinstance(entry, Group) and entry.root is not None and number in entry.root.inputs]
-        if not products:
+        if not products or number in self.constants:
             return value.dtype, 0
-        span = value.range.high - value.range.low
+        numbers = value.range.union(Range(0, 0))  # with the border of a convolution
         only = len(products) == len(readers) and number not in self.program.outputs.values()
-        if self.eight_bits and only and span < 256:
-            return torch.uint8, -value.range.low
-        if -(2**15) <= value.range.low and value.range.high < 2**15:
-            return torch.int16, 0
-        return (torch.int16, -(2**15) - value.range.low) if only else (value.dtype, 0)
+        if self.eight_bits and only and numbers.high - numbers.low < 256:
+            return torch.uint8, -numbers.low
+        storage = operand_type(value.range)
+        return storage if only or not storage[1] else (value.dtype, 0)
 
     def __call__(self, inputs: Mapping[str, Tensor], keep: bool = False) -> dict[Any, Tensor]:
         """The outputs of the program by name; with `keep`, all that was stored, by number."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from integer.program import INT32, Operation, Program
+from integer.program import INT32, Operation, Program, Range
 
 _PRODUCTS = ("conv", "deconv", "linear")
 _ELEMENTWISE = ("rescale", "add", "product", "neg", "abs", "square", "clamp", "leaky", "table", "gdn", "mask")
@@ -45,8 +45,16 @@ def has_kernel(operation: Operation, program: Program) -> bool:
     facts = operation.facts
     if isinstance(facts.get("padding"), str) or (operation.kind == "deconv" and facts["stride"][0] != facts["stride"][1]):
         return False
-    inputs = program.values[operation.inputs[0]].range
-    return facts.get("groups", 1) == 1 and inputs.high - inputs.low < 2**16 and facts["weight"].dtype == torch.int8
+    source = operand_type(program.values[operation.inputs[0]].range)
+    return facts.get("groups", 1) == 1 and source is not None and facts["weight"].dtype == torch.int8
+
+
+def operand_type(numbers: Range) -> tuple[torch.dtype, int] | None:
+    """(int16, offset) in which a product can read numbers of a range and the zeros around an image; None where 16 bits do not hold them."""
+    whole = numbers.union(Range(0, 0))
+    if -(2**15) <= whole.low and whole.high < 2**15:
+        return torch.int16, 0
+    return (torch.int16, -(2**15) - whole.low) if whole.high - whole.low < 2**16 else None
 
 
 def constants_of(program: Program) -> dict[int, Tensor]:

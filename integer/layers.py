@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from integer.groups import Group, shuffled_channels, varying_dim
+from integer.groups import Group, operand_type, shuffled_channels, varying_dim
 from integer.items import Item, nudged
 from integer.library import (
-    ABS, ADD, ADDC, CLAMP, GDN, LEAKY, LOAD, NEG, PRODUCT, RESCALE, SLACK, SQUARE, STORE, TABLE, TYPES, Array, Product, Step, Winograd, library,
+    ABS, ADD, ADDC, CLAMP, GDN, LEAKY, LOAD, NEG, PRODUCT, RESCALE, S16, SLACK, SQUARE, STORE, TABLE, TYPES, U8, Array, Product, Step, Winograd, library,
 )  # fmt: skip
 from integer.program import INT32, Operation, Range
 from integer.winograd import BLOCK, windows, winograd_weights
@@ -19,6 +19,8 @@ from quant.fixedpoint import multiplier_value
 
 if TYPE_CHECKING:
     from integer.fast import FastProgram
+
+_OPERANDS = {torch.uint8: U8, torch.int16: S16}  # what `products` in kernels.c reads
 
 
 class GroupItem(Item):
@@ -45,7 +47,9 @@ class GroupItem(Item):
         self._build(own)
         if root is not None:
             self.source = root.inputs[0]
-            self.source_type = owner.storage[self.source]
+            self.stored = owner.storage[self.source]
+            # where others read it as it is, it may lie in 32 bits; the products then read a copy
+            self.source_type = self.stored if self.stored[0] in _OPERANDS else operand_type(owner.program.values[self.source].range)
             self.jobs = self._winograd(root) or self._direct(root)
 
     # ------------------------------------------------------------------------------------------------------------- steps
@@ -253,7 +257,7 @@ class GroupItem(Item):
             self._kept += [padded, packed, places, border]
             job = Product()
             job.weights, job.bias, job.border, job.taps = packed.data_ptr(), padded.data_ptr(), border.data_ptr(), places.data_ptr()
-            job.type, job.inputs, job.count, job.outputs = TYPES[x_dtype], weight.shape[1], len(taps), outputs
+            job.type, job.inputs, job.count, job.outputs = _OPERANDS[x_dtype], weight.shape[1], len(taps), outputs
             job.stride_rows, job.stride_columns = stride
             if root.kind == "linear":
                 job.batch, job.height, job.width = 1, int(torch.Size(shape[:-2]).numel()), shape[-2]
@@ -302,16 +306,16 @@ class GroupItem(Item):
 
     def _readable(self, x: Tensor) -> Tensor:
         """x with its channels contiguous, in the type of the products, and with readable bytes behind it."""
-        dtype = self.source_type[0]
+        dtype, offset = self.source_type
         channel_dim = 1 if self.group.root.kind != "linear" else x.ndim - 1
         rows = x.movedim(channel_dim, -1)
-        is_ready = rows.is_contiguous() and x.dtype == dtype
+        is_ready = rows.is_contiguous() and (x.dtype, self.stored[1]) == (dtype, offset)
         row = rows.shape[-1] * x.element_size()  # the direct kernel reads four bytes at a time, Winograd's at least 32
         needed = max(32 - row, 0) if isinstance(self.jobs[0], Winograd) else -row % 4
         if is_ready and (not needed or x.untyped_storage().nbytes() - (x.storage_offset() + x.numel()) * x.element_size() >= needed):
             return x
         flat = torch.empty(rows.numel() + SLACK, dtype=dtype)[: rows.numel()].view(rows.shape)
-        flat.copy_(rows)
+        flat.copy_(rows if self.stored[1] == offset else rows + (offset - self.stored[1]))
         return flat
 
 

@@ -136,9 +136,7 @@ class Tracer:
         multiplier: positive real numbers that broadcast to x.
         """
         mantissa, shift = quantize_multiplier(multiplier)
-        top = float(multiplier.max()) * (1 + 2.0**-20)
-        before = self.range_of(x)
-        reach = Range(*(round(float(end) * top + (0.5 if end > 0 else -0.5)) if end else 0 for end in (before.low, before.high)))
+        reach = _rescaled(self.range_of(x), multiplier)
         if low is not None:
             low, high = (torch.as_tensor(end).detach().to(torch.int64) for end in (low, high))
             refinement = torch.as_tensor(refinement).to(torch.int64)
@@ -251,13 +249,23 @@ class Tracer:
         first, second = self.range_of(a), self.range_of(b)
         numbers = Range(first.low + second.low, first.high + second.high)
         if low is not None:
-            numbers = Range(max(numbers.low, low), min(numbers.high, high))
+            numbers = Range(*(min(max(end, low), high) for end in (numbers.low, numbers.high)))
         return self.emit("add", (a, b), torch.broadcast_shapes(a.shape, b.shape), numbers, low=low, high=high)
 
     def product(self, a: Symbol, b: Symbol) -> Symbol:
         first, second = self.range_of(a), self.range_of(b)
         ends = [x * y for x in (first.low, first.high) for y in (second.low, second.high)]
         return self.emit("product", (a, b), torch.broadcast_shapes(a.shape, b.shape), Range(min(ends), max(ends)))
+
+
+def _rescaled(numbers: Range, multiplier: Tensor) -> Range:
+    """What round_half_away(x multiplier) can be, with a share of 2^-20 for the rounding of the multiplier."""
+    least, most = float(multiplier.min()) * (1 - 2.0**-20), float(multiplier.max()) * (1 + 2.0**-20)
+
+    def highest(end: int) -> int:
+        return round(end * most + 0.5) if end > 0 else -max(0, round(-end * least - 0.5))
+
+    return Range(-highest(-numbers.low), highest(numbers.high))
 
 
 class Input:

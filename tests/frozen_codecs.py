@@ -32,7 +32,7 @@ def make_frozen(name: str, split: bool = False, **config) -> QuantModel:
     return codec
 
 
-SETTINGS = [{"split": True}, {"w_bits": 4, "a_bits": 4}, {"strict_int8": True}, {"w_bits": 16, "a_bits": 16}, {"a_granularity": "tensor"},
+SETTINGS = [{"split": True}, {"w_bits": 4, "a_bits": 4}, {"strict_int8": True}, {"w_bits": 16, "a_bits": 16}, {"w_bits": 8, "a_bits": 16}, {"a_granularity": "tensor"},
             {"bias_bits": 8}, {"latent_bits": 8}, {"scales": "power_of_two", "w_granularity": "groups4", "transform": "smooth"},
             {"softmax": "log2", "transform": "ptf"},
             {"softmax": "log_sqrt2", "softmax_bits": 8, "w_bits": 16, "a_bits": 16, "accumulator_bits": 32}]  # fmt: skip

@@ -13,14 +13,16 @@ from integer.groups import Group
 from integer.items import nudged
 from integer.layers import GroupItem, pack
 from integer.library import library
-from integer.lowering import Input, lower
+from integer.lowering import Input, Tracer, lower
 from integer.passes import optimize
 from integer.program import Program, Range
 from integer.reference import run
 from integer.selfcheck import extremes, first_difference
 from integer.winograd import windows
 from models.registry import list_models
+from quant.config import QuantConfig
 from quant.fixedpoint import quantize_multiplier
+from quant.runtime import Runtime
 from tiny_codecs import images
 
 needs_kernels = pytest.mark.skipif(library() is None, reason="the package was installed without a C compiler")
@@ -106,6 +108,71 @@ def test_products_of_the_largest_numbers(kind, kernel, stride, shape, numbers):
     inputs = {"x": extremes(shape, *numbers, seed=3).to(program.values[x].dtype)}
     assert_same(program, fast, inputs)
     assert any(isinstance(entry, Group) for entry in fast.plan)
+
+
+class AsWithVnni:
+    """The kernels, which say that there are 8-bit instructions: values are stored as 8 bits then."""
+
+    def __getattr__(self, name):
+        return (lambda: 1) if name == "has_vnni" else getattr(library(), name)
+
+
+def layer(program, x, numbers, groups=1, padding=1):
+    """A convolution 3x3 of value x of 8 channels, 16x16; the number of its result."""
+    weight = extremes((8, 8 // groups, 3, 3), -127, 127, seed=groups).to(torch.int8)
+    bound = 127 * 9 * (8 // groups) * max(-numbers.low, numbers.high)
+    facts = {"stride": (1, 1), "padding": (padding, padding), "dilation": (1, 1), "groups": groups}
+    side = 14 + 2 * padding
+    return program.add("conv", (x,), (1, 8, side, side), Range(-bound, bound), weight=weight, bias=None, bound=bound, **facts)
+
+
+@needs_kernels
+@pytest.mark.parametrize("eight_bits", [False, True])
+@pytest.mark.parametrize("ends", [(0, 65535), (-3, 60000), (-65000, -40), (3, 65535), (3, 200), (-200, -3), (40000, 90000), (0, 255)])
+@pytest.mark.parametrize("others", ["none", "grouped", "output"])
+def test_values_of_every_range_that_others_read_too(ends, others, eight_bits, monkeypatch):
+    """Numbers that only an offset brings into 16 or 8 bits, beside readers that take them as they are, and a border of zeros."""
+    monkeypatch.setattr("integer.fast.library", AsWithVnni if eight_bits else library)
+    numbers, program = Range(*ends), Program()
+    x = program.input("x", (1, 8, 16, 16), numbers)
+    for padding in (0, 1):
+        program.outputs[f"out{padding}"] = layer(program, x, numbers, padding=padding)
+    if others == "grouped":
+        program.outputs["grouped"] = layer(program, x, numbers, groups=8)
+    if others == "output":
+        program.outputs["x"] = x
+    fast = FastProgram(program, 1)
+    given = {"x": extremes((1, 8, 16, 16), *ends, seed=4).to(program.values[x].dtype)}
+    assert_same(program, fast, given)
+    assert all(torch.equal(tensor, fast(given)[name]) for name, tensor in run(program, given).items())
+
+
+@needs_kernels
+@pytest.mark.parametrize("eight_bits", [False, True])
+@pytest.mark.parametrize("ends", [(3, 32767), (-32767, -3)])
+def test_the_range_of_a_rescale_holds_the_end_next_to_zero(ends, eight_bits, monkeypatch):
+    """3 / 128.5 is 0, which was proved to be 1 or more, and wrapped to 255 in 8 bits."""
+    monkeypatch.setattr("integer.fast.library", AsWithVnni if eight_bits else library)
+    for multiplier in (torch.tensor([1 / 128.5]), torch.tensor([1 / 128.5, 2.0**-12] * 4).reshape(1, 8, 1, 1), torch.tensor([0.1666])):
+        tracer = Tracer(Runtime(QuantConfig()))
+        x = tracer.input("x", (1, 8, 16, 16), Range(*ends))
+        found = tracer.rescale(x, multiplier.double())
+        program, given = tracer.program, {"x": extremes((1, 8, 16, 16), *ends, seed=4).to(torch.int16)}
+        program.outputs["out"] = layer(program, found.number, tracer.range_of(found))
+        program.outputs["small"] = found.number
+        small, stated = run(program, given)["small"], tracer.range_of(found)
+        assert stated.low <= int(small.min()) <= stated.low + 1 and stated.high - 1 <= int(small.max()) <= stated.high
+        del program.outputs["small"]
+        assert_same(program, FastProgram(program, 1), given)
+
+
+@needs_kernels
+def test_a_product_of_a_constant_reads_it_as_it_is(monkeypatch):
+    monkeypatch.setattr("integer.fast.library", AsWithVnni)
+    tracer = Tracer(Runtime(QuantConfig()))
+    constant = tracer.constant(extremes((1, 8, 16, 16), -100, 100, seed=5))
+    tracer.program.outputs["out"] = layer(tracer.program, constant.number, Range(-100, 100))
+    assert_same(tracer.program, FastProgram(tracer.program, 1), {})
 
 
 @needs_kernels
