@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from codec.coder import Coder
-from codec.container import GAIN_UNIT, MAX_PIXELS, MODEL_BYTES, TILE, Container
+from codec.container import GAIN_UNIT, MAX_GAIN, MAX_PIXELS, MODEL_BYTES, TILE, Container
 from codec.plan import Plan
 from codec.sizes import Sizes
 from data.padding import crop_back, pad_to_multiple
@@ -61,12 +61,11 @@ class Codec:
             level: rate of a variable-rate codec, from 1; default: what the model is set to.
 
         Raises:
-            InputError: a level for a codec without, or a codec whose forward has no bitstream.
+            InputError: a level for a codec without or out of range, too many pixels, or a codec whose forward has no bitstream.
         """
-        gain = self._gain(level)
+        gain = self.gain(level)
         height, width = pixels.shape[-2:]
-        if height * width > MAX_PIXELS:
-            raise InputError(f"an image of {width}x{height} is too large for one file; cut it into parts of at most {MAX_PIXELS} pixels")
+        self._check_size(height, width)
         padded, _ = pad_to_multiple(pixels[None], self.multiple)
         plan = self._plan(*padded.shape[-2:], gain)
         return Container(self.digest, width, height, gain, (self._coder.encode(plan, padded),)).to_bytes()
@@ -82,6 +81,7 @@ class Codec:
             raise InputError(f"the file is of another model ({content.model.hex()}, this one is {self.digest.hex()}); give that with --model")
         if bool(content.gain) != self.variable or len(content.streams) != 1:
             raise InputError("the file does not fit this model, though it names it; encode the image again")
+        self._check_size(content.height, content.width)
         like, unpad = pad_to_multiple(torch.empty((1, 1, content.height, content.width), device="meta"), self.multiple)
         plan = self._plan(*like.shape[-2:], content.gain)
         return crop_back(self._coder.decode(plan, content.streams[0]), unpad)[0].contiguous()
@@ -97,7 +97,7 @@ class Codec:
         """
         padded, unpad = pad_to_multiple(pixels[None], self.multiple)
         together = torch.cat([padded, *(padded.roll(7 * place, -1) for place in range(1, batch))])
-        self._set(self._gain(None))
+        self._set(self.gain(None))
         program = self._lowered(*padded.shape[-2:], batch)
         latents, outputs = Plan(program, None).outputs()
         whole = replace(latents, outputs={**outputs, "pixels": latents.outputs["pixels"]})
@@ -108,17 +108,37 @@ class Codec:
             names.setdefault(int(place), {})[what] = found[name][:1].cpu()
         return {"latents": [names[place] for place in sorted(names)], "pixels": crop_back(found["pixels"][:1].cpu(), unpad)[0].contiguous()}
 
-    def _gain(self, level: float | None) -> int:
+    def gain(self, level: float | None) -> int:
+        """What a file states for a level, in GAIN_UNITs; 0 for a codec of one rate. level: None: what the model is set to.
+
+        Raises:
+            InputError: a level for a codec without, or out of range.
+        """
         if not self.variable:
             if level is not None:
                 raise InputError("this codec has one rate; leave out the level")
             return 0
-        gain = float(self.model.model.rate) if level is None else self.model.model.gain(level)
+        network = self.model.model
+        try:
+            gain = float(network.rate) if level is None else network.gain(level)
+        except OverflowError:
+            gain = float("inf")
+        if level is not None and not (level > 0 and gain <= MAX_GAIN):
+            raise InputError(f"a rate of {level:g} is out of range; choose a number from 1 to {network.levels}")
+        if not gain <= MAX_GAIN:
+            raise InputError(f"a gain of {gain:g} is out of range; choose one of at most {MAX_GAIN}")
         return max(1, round(gain / GAIN_UNIT))
 
     def settle_rate(self) -> None:
         """Put the gain that a variable-rate model is set to where files can state it, so that its forward is what they decode to."""
-        self._set(self._gain(None))
+        self._set(self.gain(None))
+
+    def _check_size(self, height: int, width: int) -> None:
+        """Raises InputError where the image, padded, is too large."""
+        padded = [-(-side // self.multiple) * self.multiple for side in (height, width)]
+        if padded[0] * padded[1] > MAX_PIXELS:
+            raise InputError(f"an image of {width}x{height}, with its sides rounded up to multiples of {self.multiple}, is too large for one "
+                             f"file; cut it into parts of at most {MAX_PIXELS} pixels")  # fmt: skip
 
     def _plan(self, height: int, width: int, gain: int) -> Plan:
         key = (height, width, gain)

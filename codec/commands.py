@@ -169,9 +169,9 @@ def _model_for(args: argparse.Namespace) -> tuple[Path, float | None]:
         raise InputError(f"{files[0]} has many rates; choose one with --quality, a number from 1 to {codec.model.model.levels}")
     if not codec.variable and args.quality is not None and files[0].parent.name[1:] != f"{args.quality:g}":
         raise InputError(f"{files[0]} has one rate; leave out --quality")
-    if codec.variable and not 0 < args.quality <= 1000:
-        raise InputError(f"--quality {args.quality:g} is out of range; choose a number from 1 to {codec.model.model.levels}")
-    return files[0], args.quality if codec.variable else None
+    level = args.quality if codec.variable else None
+    codec.gain(level)  # before any image is read
+    return files[0], level
 
 
 def decode(args: argparse.Namespace) -> int:

@@ -21,7 +21,9 @@ VERSION = 2
 MODEL_BYTES = 4
 GAIN_UNIT = 2.0**-16
 MAX_PIXELS = 2**26
-"""Of one image; more in a file is taken for damage."""
+"""Of one image, its padding included; more in a file is taken for damage."""
+MAX_GAIN = 2**10
+"""Of a variable-rate codec, times 1; published ones end at 28. Symbols stay far inside what the entropy coder takes."""
 TILE = 2048
 """Images of more than TILE x TILE pixels are computed in tiles, unless another size is asked for."""
 MAX_STREAMS = 8
@@ -74,7 +76,7 @@ class Container:
             numbers.append(number)
         width, height, *rest = numbers
         gain = rest.pop(0) if with_gain else 0
-        if not 0 < width * height <= MAX_PIXELS or (with_gain and not gain):
+        if not 0 < width * height <= MAX_PIXELS or (with_gain and not 0 < gain * GAIN_UNIT <= MAX_GAIN):
             raise InputError(_DAMAGED)
         head = data[:place]
         sums = [data[place + 4 * i : place + 4 * i + 4] for i in range(count)]

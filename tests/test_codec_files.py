@@ -2,6 +2,7 @@
 
 import random
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from scipy.stats import norm
 from benchmarks.fuzz import hostile
 from codec.api import Codec
 from codec.coder import Coder
-from codec.container import MAGIC, Container
+from codec.container import MAGIC, MAX_GAIN, Container
 from codec.fingerprint import of_integers
 from codec.plan import Plan
 from data.padding import pad_to_multiple
@@ -147,6 +148,24 @@ def test_an_evaluation_with_files_is_at_the_gain_that_files_state():
     assert report.bpp_source == "bitstream" and float(codec.model.model.rate) == round(before * 2**16) / 2**16 != before
 
 
+@pytest.mark.parametrize("name", ["qvrf-balle2018", "balle2018-vbr", "minnen2018-vbr"])
+def test_every_rate_that_is_accepted_can_be_decoded(name):
+    codec, image = codec_of(name), pixels(64, 64)
+    highest = frozen(name).model.level_of(MAX_GAIN)
+    for level in (0.01, 0.999 * highest):
+        data = codec.encode(image, level)
+        frozen(name).model.set_level(level)
+        codec.settle_rate()
+        assert torch.equal(codec.decode(data), codec.inspect(image)["pixels"])
+    frozen(name).model.set_level(1)
+    for level in (60, 100, 1000, 1e9, 0, -1, float("nan"), float("inf")):
+        with pytest.raises(InputError, match="from 1 to 8"):
+            codec.encode(image, level)
+    content = Container.from_bytes(data)
+    for gain in (MAX_GAIN * 2**16 + 1, 2**35 - 1):
+        assert "damaged" in refused(codec, replace(content, gain=gain).to_bytes())
+
+
 @pytest.mark.parametrize("kind", [FactorizedPrior, JointAutoregressiveHierarchicalPriors])
 def test_codecs_of_other_classes_have_files_too(kind):
     """A codec without hyperprior, and CompressAI's own class, which estimates the rate of another rounding than it uses."""
@@ -251,4 +270,8 @@ def test_hostile_streams_with_right_checksums_decode_or_are_refused(name, budget
 def test_a_hostile_size_is_refused_before_anything_is_allocated():
     head = Container(DIGEST[:4], 2**17, 2**17, 0, (b"",))
     assert "damaged" in refused(codec_of("balle2018"), head.to_bytes())
+    for width, height in ((2**26, 1), (1, 2**26), (2**20 + 1, 1)):  # 64 times as many pixels when they are padded
+        assert "too large" in refused(codec_of("balle2018"), Container(DIGEST[:4], width, height, 0, (b"",)).to_bytes())
+        with pytest.raises(InputError, match="too large"):
+            codec_of("balle2018").encode(torch.empty(1, dtype=torch.uint8).expand(3, height, width))
     assert zlib.crc32(b"") == 0  # the checksum of an empty stream is that of the header alone
