@@ -1,6 +1,7 @@
 """Nodes of functions without weights: adds, products, attention's matrix products, softmax, tables."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -291,12 +292,12 @@ class QuantTable(QuantFunction):
     The table is computed in float64 while calibrating and stored with the model; decoding never evaluates the function.
     """
 
-    def __init__(self, config: QuantConfig, kind: str):
-        super().__init__(config)
+    def __init__(self, config: QuantConfig, kind: str, **options: float):
+        super().__init__(config, **options)
         if kind not in _ELEMENTWISE:
             raise ValueError(f"no table for the function {kind!r}")
         self.kind = kind
-        self.f = _ELEMENTWISE[kind]
+        self.f = partial(_ELEMENTWISE[kind], **options)
         self.grid_in = Grid(config.table_bits, config.frac_bits, headroom=1.25 if config.table_bits > 8 else 1.0)
         self.grid_out = self.carrier()
         self.register_buffer("table", None)

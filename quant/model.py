@@ -1,5 +1,7 @@
 """A quantized codec: the codec's own forward on whole numbers."""
 
+import copy
+import weakref
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,12 +18,19 @@ from quant.grid import Grid
 from quant.modules import QuantMAC, QuantModule
 from quant.qtensor import QTensor, to_real
 from quant.rewriter import fixed_weights, rewrite
-from quant.runtime import Runtime
+from quant.runtime import Runtime, StopForward
 from quant.serialization import load_quantized, save_quantized
+from support.cli import explain
 from support.determinism import exact_products
 from support.errors import InputError
 
 PIXEL = 1 / 255
+CLEAR_MISMATCH = 0.05  # of an output's standard deviation
+
+
+def _version(model: nn.Module) -> int:
+    """Grows with every change of a weight in place."""
+    return sum(tensor._version for tensor in model.parameters() if not tensor.is_inference())
 
 
 class QuantModel(nn.Module):
@@ -50,6 +59,7 @@ class QuantModel(nn.Module):
         check_layers(bits or {}, self.layers)
         for name, sides in (bits or {}).items():
             self.layers[name].set_bits(**sides)
+        self._source = (weakref.ref(model), _version(model))  # until the first forward has been compared with it
         self.frozen = False
         self.loaded = False  # from a file: whole numbers only, nothing left to learn from
         self.extra: dict[str, Any] = {}  # what the file's writer wanted to be found again
@@ -103,9 +113,15 @@ class QuantModel(nn.Module):
         Args:
             batches: images (B, 3, H, W) in 0..1.
             harder: more of them, for the ranges alone: the mean squares that noise models need are those of `batches`.
+
+        Raises:
+            InputError: the model comes from a file, is not float32, or licq cannot run its forward or runs it wrongly.
         """
         if self.loaded:
             raise InputError("a model from a file is final: its float weights are not in it; quantize the codec again")
+        for parameter in self.model.parameters():
+            if parameter.is_floating_point() and parameter.dtype != torch.float32:
+                raise InputError(f"the network's weights are {parameter.dtype}; convert it with .float() first")
         self.quantize_nodes(False)
         runtime = self.runtime
         runtime.observing = True
@@ -116,7 +132,10 @@ class QuantModel(nn.Module):
                     first = batch[:1] if first is None else first
                     for node in runtime.nodes.values():
                         node.calls = 0
-                    self(batch)
+                    output = self._run_foreign(batch)
+                    if self._source is not None:
+                        self._compare_with_source(batch, output)
+                        self._source = None
                 if not ranges_only:
                     for module in self.modules():
                         if isinstance(module, Grid):
@@ -129,12 +148,51 @@ class QuantModel(nn.Module):
             node.initialize()
         self._drop_idle_carriers(first)
 
+    def _run_foreign(self, batch: Tensor) -> dict:
+        """The forward, with whatever its code raises on quantized tensors as an error of the user's."""
+        try:
+            return self(batch)
+        except Exception as error:
+            if isinstance(error, StopForward) or explain(error) is not None:
+                raise
+            runtime = self.runtime
+            place = f"{runtime.calling} in {runtime.where}" if runtime.calling else runtime.where
+            raise InputError(f"licq cannot run this network: {place}: {type(error).__name__}: {error}") from error
+
+    def _compare_with_source(self, batch: Tensor, output: dict) -> None:
+        """Refuse a network whose float forward here is not its own.
+
+        By the median of the errors: a latent that is rounded to the other side changes a part of one image, a function that is
+        run wrongly changes everything behind it. The source runs in a copy, and random numbers stay where they were.
+        """
+        reference, version = self._source
+        source = reference()
+        if source is None or _version(source) != version:
+            return
+        try:
+            with torch.random.fork_rng([batch.device] if batch.is_cuda else []):
+                source = copy.deepcopy(source).eval().to(batch.device)
+                if batch.shape[1] > 3:
+                    source.rate = batch[:, 3:4, :1, :1]
+                expected = source(batch[:, :3].clone())
+                pairs = {"x_hat": (output["x_hat"], expected["x_hat"])}
+                pairs |= {f"likelihoods {key}": (output["likelihoods"][key], p) for key, p in expected["likelihoods"].items()}
+        except Exception:
+            return  # it does not run on ordinary tensors: nothing to compare with
+        for name, (ours, theirs) in pairs.items():
+            error = (ours - theirs).abs().median() if ours.shape == theirs.shape else torch.inf
+            if error > CLEAR_MISMATCH * theirs.std(correction=0) + 1e-3:
+                raise InputError(
+                    f"licq does not run this network as it is: its {name} differs from the network's own by {float(error):.3g} (median); "
+                    "is there a function that licq does not know, or one that changes a tensor in place?"
+                )
+
     def _drop_idle_carriers(self, batch: Tensor) -> None:
         """Which of the carriers are needed shows on whole numbers; the others go."""
         self.quantize_nodes(True)
         carriers = [name for name, node in self.nodes.items() if node.kind == "carrier"]
         with self.runtime.recording([(name, 0) for name in carriers]) as ran:
-            self(batch)
+            self._run_foreign(batch)
         for name in carriers:
             if (name, 0) not in ran:
                 self.runtime.remove_function(name)

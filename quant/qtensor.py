@@ -4,12 +4,15 @@ The codec's own forward runs on it unchanged. Layout operations act on numbers a
 computes something is handed to the runtime, which finds the quantized function standing at that place.
 """
 
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from support.errors import InputError
 
 if TYPE_CHECKING:
     from quant.runtime import Runtime
@@ -23,13 +26,17 @@ class QTensor:
     pixels: true for the image that enters the codec: 8-bit samples, exact on a grid of 1/255.
     latent: true for y_hat, z_hat and parts of them: values that came out of a rounding at a boundary of the codec.
     levels: true for probabilities that a softmax gave on levels of its own (`QuantConfig.softmax`).
+
+    The tensors in q and scale never change: an operation in place puts others into these slots. Views of one another know that
+    they are (`aliases`); what such an operation leaves behind with the old numbers loses its q and can no longer be read.
     """
 
-    __slots__ = ("q", "scale", "runtime", "pixels", "latent", "levels")
+    __slots__ = ("q", "scale", "runtime", "pixels", "latent", "levels", "aliases", "overwritten", "__weakref__")
 
     def __init__(self, q: Tensor, scale: Tensor | None, runtime: "Runtime", pixels: bool = False, latent: bool = False,
                  levels: bool = False):  # fmt: skip
         self.q, self.scale, self.runtime, self.pixels, self.latent, self.levels = q, scale, runtime, pixels, latent, levels
+        self.aliases: list[weakref.ref[QTensor]] = []
 
     # ---------------------------------------------------------------------------------------------- what it holds
 
@@ -50,6 +57,38 @@ class QTensor:
     def moved(self, q: Tensor, scale: Tensor | None) -> "QTensor":
         """The same values in another layout."""
         return QTensor(q, scale, self.runtime, latent=self.latent, levels=self.levels)
+
+    def same(self) -> "QTensor":
+        """Another object of the same values, which operations in place on this one leave as it is."""
+        return QTensor(self.q, self.scale, self.runtime, self.pixels, self.latent, self.levels)
+
+    def share(self, views: Sequence["QTensor"]) -> None:
+        """These may share their memory with this tensor; several of them are disjoint parts."""
+        self.aliases.append(weakref.ref(self))
+        for view in views:
+            view.aliases = self.aliases if len(views) == 1 else self.aliases[:]
+        for view in views:
+            reference = weakref.ref(view)
+            self.aliases.append(reference)
+            if len(views) > 1:
+                view.aliases.append(reference)
+
+    def overwrite(self, new: "QTensor", function: str) -> None:
+        """Take the values of `new`, the result of `function` in place."""
+        if new is self:
+            return
+        if self.runtime.tracer is None:  # symbols have no memory
+            for reference in self.aliases:
+                other = reference()
+                if other is not None and other is not self and other.readable and _shares_memory(other.q, self.q):
+                    other.overwritten = f"{function} in {self.runtime.where}"
+                    del other.q
+        self.q, self.scale, self.aliases = new.q, new.scale, []
+        self.pixels, self.latent, self.levels = new.pixels, new.latent, new.levels
+
+    @property
+    def readable(self) -> bool:
+        return not hasattr(self, "overwritten")
 
     def detach(self) -> "QTensor":
         return self.moved(self.q.detach(), None if self.scale is None else self.scale.detach())
@@ -88,6 +127,11 @@ class QTensor:
         return dispatch(function, args, kwargs or {})
 
     def __getattr__(self, name: str):
+        if name == "q" and not self.readable:
+            raise InputError(
+                f"licq cannot run this network: {self.overwritten} changes a tensor in place, and another view of it is read afterwards; "
+                "write it as an operation that returns a new tensor"
+            )
         method = getattr(torch.Tensor, name, None)
         if method is None or name.startswith("__") or not callable(method):
             raise AttributeError(f"a quantized tensor has no attribute {name!r}")
@@ -99,12 +143,10 @@ class QTensor:
     def __add__(self, other):
         return dispatch(torch.add, (self, other), {})
 
-    __radd__ = __iadd__ = __add__
+    __radd__ = __add__
 
     def __sub__(self, other):
         return dispatch(torch.sub, (self, other), {})
-
-    __isub__ = __sub__
 
     def __rsub__(self, other):
         return dispatch(torch.add, (-self, other), {})
@@ -112,12 +154,10 @@ class QTensor:
     def __mul__(self, other):
         return dispatch(torch.mul, (self, other), {})
 
-    __rmul__ = __imul__ = __mul__
+    __rmul__ = __mul__
 
     def __truediv__(self, other):
         return dispatch(torch.div, (self, other), {})
-
-    __itruediv__ = __truediv__
 
     def __rtruediv__(self, other):
         return dispatch(torch.Tensor.__rtruediv__, (self, other), {})
@@ -133,6 +173,21 @@ class QTensor:
 
     def __pow__(self, exponent):
         return dispatch(torch.pow, (self, exponent), {})
+
+
+def _operator(name: str) -> Callable:
+    method = getattr(torch.Tensor, name)
+    return lambda self, *others: dispatch(method, (self, *others), {})
+
+
+# After the class: with __eq__ in its body it would lose its hash.
+for _name in ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__abs__", "__mod__", "__floordiv__", "__rfloordiv__",
+              "__rpow__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__setitem__", "__bool__", "__int__", "__float__"):  # fmt: skip
+    setattr(QTensor, _name, _operator(_name))
+
+
+def _shares_memory(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 # ------------------------------------------------------------------------------------------------------- dispatch
@@ -153,8 +208,9 @@ def handles(*names: str):
 
 
 _ALIASES = {
-    "__add__": "add", "__radd__": "add", "__iadd__": "add", "__sub__": "sub", "__mul__": "mul", "__rmul__": "mul",
-    "__imul__": "mul", "multiply": "mul", "__truediv__": "div", "true_divide": "div", "divide": "div",
+    "__add__": "add", "__radd__": "add", "__iadd__": "add", "__sub__": "sub", "__isub__": "sub", "__mul__": "mul",
+    "__rmul__": "mul", "__imul__": "mul", "multiply": "mul", "__truediv__": "div", "__itruediv__": "div", "true_divide": "div",
+    "divide": "div", "__eq__": "eq", "__ne__": "ne", "__lt__": "lt", "__le__": "le", "__gt__": "gt", "__ge__": "ge", "__abs__": "abs",
     "__matmul__": "matmul", "bmm": "matmul", "mm": "matmul", "__neg__": "neg", "negative": "neg",
     "concat": "cat", "concatenate": "cat", "swapaxes": "transpose", "clip": "clamp", "subtract": "sub",
 }  # fmt: skip
@@ -179,13 +235,69 @@ def runtime_of(arguments: Any) -> "Runtime | None":
     return None
 
 
+def is_in_place(function: Callable, kwargs: dict) -> bool:
+    """Whether a torch function changes its first argument."""
+    name = getattr(function, "__name__", "")
+    if name.startswith("__"):
+        return name == "__setitem__" or name[:3] == "__i" and name[3:-2] in ("add", "sub", "mul", "truediv")
+    return name.endswith("_") or bool(kwargs.get("inplace"))
+
+
+def out_of_place(function: Callable, name: str) -> Callable | None:
+    """The function that returns what this one, in place, writes; None where there is none (fill_, copy_, x[i] = y)."""
+    if not getattr(function, "__name__", "").endswith("_"):
+        return function  # inplace=True
+    return next((getattr(home, name) for home in (torch.Tensor, torch, F) if hasattr(home, name) and name != "__setitem__"), None)
+
+
 def dispatch(function: Callable, args: tuple, kwargs: dict):
     """Run a torch function whose arguments hold quantized tensors."""
     runtime = runtime_of(args) or runtime_of(kwargs.values())
-    handler = HANDLERS.get(function_name(function))
-    if handler is None:
-        return runtime.in_float(function, args, kwargs)
-    return handler(runtime, function, args, kwargs)
+    for position, key in enumerate(("input", "other")):
+        if len(args) == position and key in kwargs:
+            args, kwargs = (*args, kwargs[key]), {name: value for name, value in kwargs.items() if name != key}
+    name = function_name(function)
+    outer, runtime.calling = runtime.calling, name
+    if not is_in_place(function, kwargs):
+        result = _run(runtime, name, function, args, kwargs)
+    elif isinstance(args[0], QTensor):
+        result = args[0]
+        result.overwrite(_result_of_in_place(runtime, name, function, args, kwargs), name)
+    elif function.__name__.startswith("__i"):  # t += x only names the sum t
+        result = _run(runtime, name, function, args, kwargs)
+    else:  # an ordinary tensor is written to
+        result = runtime.in_float(function, args, kwargs)
+    runtime.calling = outer
+    return result
+
+
+def _run(runtime: "Runtime", name: str, function: Callable, args: tuple, kwargs: dict):
+    handler = HANDLERS.get(name)
+    return runtime.in_float(function, args, kwargs) if handler is None else handler(runtime, function, args, kwargs)
+
+
+def _result_of_in_place(runtime: "Runtime", name: str, function: Callable, args: tuple, kwargs: dict) -> QTensor:
+    """What a function in place will write into its first argument, which is not changed here."""
+    if name == "__setitem__" and isinstance(args[2], (int, float)) and args[2] == 0:
+        return _with_zeros(*args[:2])
+    instead = out_of_place(function, name)
+    if instead is not None:
+        return _run(runtime, name, instead, args, {key: value for key, value in kwargs.items() if key != "inplace"})
+    written = QTensor(args[0].real().clone(), None, runtime)
+    runtime.in_float(function, (written, *args[1:]), kwargs)
+    return written
+
+
+def _with_zeros(x: QTensor, index: Any) -> QTensor:
+    """x with zeros at x[index], which are exact on any scale."""
+    mask = torch.ones(x.shape, device=x.device)
+    mask[to_real(index)] = 0
+    return x.moved(x.q * mask, x.scale)
+
+
+def arguments(args: tuple, kwargs: dict, names: Iterable[str]) -> dict[str, Any]:
+    """The given arguments behind the first one, by name."""
+    return {**dict(zip(names, args[1:])), **kwargs}
 
 
 def to_real(argument: Any) -> Any:
@@ -217,14 +329,15 @@ def _view(runtime, function, args, kwargs):
     x = args[0]
     q = function(x.q, *args[1:], **kwargs)
     many = isinstance(q, (list, tuple))
-    if x.scale is None or x.scale.ndim == 0:
-        return type(q)(x.moved(part, x.scale) for part in q) if many else x.moved(q, x.scale)
-    if function_name(function) in ("contiguous", "clone"):
-        return x.moved(q, x.scale)
-    scale = function(x.scale.expand(x.q.shape), *args[1:], **kwargs)
-    if many:
-        return type(q)(x.moved(part, collapse(s)) for part, s in zip(q, scale))
-    return x.moved(q, collapse(scale))
+    parts = q if many else (q,)
+    if x.scale is None or x.scale.ndim == 0 or function_name(function) in ("contiguous", "clone"):
+        scales = [x.scale] * len(parts)
+    else:
+        scale = function(x.scale.expand(x.q.shape), *args[1:], **kwargs)
+        scales = [collapse(part) for part in (scale if many else (scale,))]
+    views = [x.moved(part, scale) for part, scale in zip(parts, scales)]
+    x.share(views)
+    return type(q)(views) if many else views[0]
 
 
 def reshape_scale(scale: Tensor, old: Sequence[int], new: Sequence[int]) -> Tensor:
@@ -263,16 +376,23 @@ def _reshape(runtime, function, args, kwargs):
     scale = x.scale
     if scale is not None and scale.ndim:
         scale = reshape_scale(scale, x.q.shape, q.shape)
-    return x.moved(q, scale)
+    view = x.moved(q, scale)
+    x.share([view])
+    return view
 
 
-@handles("roll", "index_select", "repeat_interleave", "gather_windows")
+_ARGUMENTS_OF_MOVES = {"roll": ("shifts", "dims"), "index_select": ("dim", "index"), "repeat_interleave": ("repeats", "dim")}
+
+
+@handles(*_ARGUMENTS_OF_MOVES)
 def _along_dims(runtime, function, args, kwargs):
     """Copies that move positions about: the scale must not vary along the dimension they touch."""
     x = args[0]
-    dims = kwargs["dims"] if "dims" in kwargs else args[2 if function_name(function) == "roll" else 1]
-    dims = [dims] if isinstance(dims, int) else dims
-    x = runtime.one_scale_along(x, dims)
+    given = arguments(args, kwargs, _ARGUMENTS_OF_MOVES[function_name(function)])
+    dims = given.get("dims", given.get("dim"))
+    if dims is None:  # of the tensor as one row
+        return runtime.in_float(function, args, kwargs)
+    x = runtime.one_scale_along(x, [dims] if isinstance(dims, int) else dims)
     return x.moved(function(x.q, *args[1:], **kwargs), x.scale)
 
 
@@ -369,7 +489,7 @@ def _relu(runtime, function, args, kwargs):
 def _mul(runtime, function, args, kwargs):
     a, b = args[0], args[1]
     if function_name(function) == "div":
-        if not isinstance(a, QTensor) or isinstance(b, QTensor):
+        if not isinstance(a, QTensor) or isinstance(b, QTensor) or kwargs.get("rounding_mode") is not None:
             return runtime.in_float(function, args, kwargs)
         b = 1 / b
     if not isinstance(a, QTensor):
@@ -400,7 +520,7 @@ def _add(runtime, function, args, kwargs):
     if not isinstance(a, QTensor):
         a, b = b, a
     if isinstance(b, (int, float)) and b == 0:
-        return a
+        return a.same()
     return runtime.function("add", {}, (a, b))
 
 
@@ -416,7 +536,9 @@ def _matmul(runtime, function, args, kwargs):
 
 @handles("softmax")
 def _softmax(runtime, function, args, kwargs):
-    dim = kwargs.get("dim", args[1] if len(args) > 1 else -1)
+    dim = arguments(args, kwargs, ["dim"]).get("dim")
+    if dim is None:  # as torch.nn.functional.softmax chooses it
+        dim = 0 if args[0].ndim in (0, 1, 3) else 1
     return runtime.function("softmax", {"dim": dim}, (args[0],))
 
 
@@ -432,17 +554,27 @@ def _gelu(runtime, function, args, kwargs):
     return runtime.function("gelu" if approximate == "none" else "gelu_tanh", {}, (args[0],))
 
 
+_OPTIONS_OF_TABLES = {"elu": {"alpha": 1.0}, "softplus": {"beta": 1.0, "threshold": 20.0}}
+
+
 @handles("sigmoid", "tanh", "silu", "softplus", "exp", "elu", "hardswish", "hardsigmoid", "mish", "square", "sqrt", "log")
 def _table(runtime, function, args, kwargs):
-    extra = [a for a in args[1:] if a not in (False, None)]
-    if extra:
+    """The table of a function with its arguments, of which the node keeps those that are not the defaults."""
+    name = function_name(function)
+    defaults = _OPTIONS_OF_TABLES.get(name, {})
+    given = arguments(args, kwargs, defaults)
+    given.pop("inplace", None)
+    known = given.keys() <= defaults.keys() and len(args) <= 1 + len(defaults)
+    if not known or not all(isinstance(value, (int, float)) for value in given.values()):
         return runtime.in_float(function, args, kwargs)
-    return runtime.function(function_name(function), {}, (args[0],))
+    options = {key: float(value) for key, value in given.items() if value != defaults[key]}
+    return runtime.function(name, options, (args[0],))
 
 
 @handles("pow")
 def _pow(runtime, function, args, kwargs):
-    if args[1] != 2:
+    exponent = arguments(args, kwargs, ["exponent"]).get("exponent")
+    if not isinstance(args[0], QTensor) or not isinstance(exponent, (int, float)) or exponent != 2:
         return runtime.in_float(function, args, kwargs)
     return runtime.function("square", {}, (args[0],))
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from quant.config import QuantConfig
@@ -35,6 +36,7 @@ class Runtime:
         self.observing = False
         self.dropping: Any = None  # while a unit learns: (whole numbers, the same without rounding and clipping) -> some of both
         self.tracer: Any = None  # where the forward is written down as a program: see integer/lowering.py
+        self.calling = ""  # the torch function that runs, for the message where it fails
         self._path: list[str] = [""]
         self._counts: list[Counter[str]] = [Counter()]
         self._calls: Counter[str] = Counter()
@@ -44,6 +46,7 @@ class Runtime:
         self._stop_before: Call | None = None
         self._stop_after: Call | None = None
         self._trace: list[tuple[str, Call]] | None = None
+        introduce_to_einops()
 
     # ------------------------------------------------------------------------------------------- where a call stands
 
@@ -68,9 +71,15 @@ class Runtime:
     def path(self) -> str:
         return self._path[-1]
 
+    @property
+    def where(self) -> str:
+        """The module that runs, for a reader."""
+        return self.path or "the codec's own forward"
+
     def begin(self) -> None:
         """A forward of the whole codec starts."""
         self._path, self._counts, self._calls = [""], [Counter()], Counter()
+        self.calling = ""
 
     # ----------------------------------------------------------------------------------------------- running a node
 
@@ -85,11 +94,13 @@ class Runtime:
         output = self._replay[call] if call in self._replay else run()
         if self._trace is not None:
             self._trace.append(("end", call))
-        if self._record is not None and self._wanted(call):
+        replayed, recorded = call in self._replay, self._record is not None and self._wanted(call)
+        if recorded:
             self._record[call] = output
         if call == self._stop_after:
             raise StopForward
-        return output
+        # the forward may change it in place, but what is kept stays as it is
+        return _same(output) if replayed or recorded else output
 
     @contextmanager
     def replaying(self, outputs: dict[Call, Any]) -> Iterator[None]:
@@ -137,11 +148,12 @@ class Runtime:
         key = name.replace(".", "/")
         if key not in self.functions:
             if not self.observing:
-                raise RuntimeError(
+                raise InputError(
                     f"{kind} at {name} was not met in calibration, so it has no static range; "
                     "the forward must take the same path for every image"
                 )
             self.add_function(name, kind, options)
+            self.functions[key].to(next(x.device for x in inputs if isinstance(x, QTensor)))
         return self.functions[key](*inputs)
 
     def add_function(self, name: str, kind: str, options: dict[str, Any]) -> None:
@@ -177,9 +189,8 @@ class Runtime:
     def in_float(self, function: Callable, args: tuple, kwargs: dict) -> Any:
         """A function with no integer algorithm here: it runs on real numbers, and the report says so."""
         if self.tracer is not None:
-            where = self.path or "the codec's own forward"
-            raise InputError(f"{function_name(function)} in {where} has no integer form, so the model cannot be lowered")
-        self.kept_in_float[(function_name(function), self.path or "the codec's own forward")] += 1
+            raise InputError(f"{function_name(function)} in {self.where} has no integer form, so the model cannot be lowered")
+        self.kept_in_float[(function_name(function), self.where)] += 1
         return self.wrap(function(*to_real(args), **to_real(kwargs)))
 
     def wrap(self, output: Any) -> Any:
@@ -189,6 +200,25 @@ class Runtime:
         if isinstance(output, (list, tuple)):
             return type(output)(self.wrap(item) for item in output)
         return output
+
+
+def introduce_to_einops() -> None:
+    """Where einops is installed, have it treat quantized tensors as PyTorch's; without that it refuses them."""
+    try:
+        from einops import _backends
+
+        _backends._type2backend.setdefault(QTensor, _backends.get_backend(torch.empty(0)))
+    except (ImportError, AttributeError):
+        pass
+
+
+def _same(output: Any) -> Any:
+    """The output of a node in other objects of the same values."""
+    if isinstance(output, QTensor):
+        return output.same()
+    if isinstance(output, (list, tuple)):
+        return type(output)(_same(item) for item in output)
+    return output
 
 
 def detached(output: Any) -> Any:

@@ -8,6 +8,9 @@ from torch import nn
 
 from quant.config import QuantConfig
 from quant.model import QuantModel
+from quant.qtensor import HANDLERS, QTensor
+from quant.runtime import Runtime
+from support.errors import InputError
 
 FORWARD = "the codec's own forward"
 
@@ -152,7 +155,7 @@ def test_module_that_computes_behind_our_back_still_gets_real_numbers(images):
         model.freeze()
         with torch.no_grad():
             out = model(images)["x_hat"]
-    except (TypeError, AttributeError, RuntimeError):
+    except (InputError, TypeError, AttributeError, RuntimeError):
         return
     with torch.no_grad():
         torch.testing.assert_close(out, model.model.conv.real(images), rtol=0, atol=0.02)
@@ -183,3 +186,174 @@ def test_function_on_a_parameter_beside_layers_is_named_with_its_module(images):
     coverage = model.coverage()
     assert coverage["kept_in_float"] == [{"function": "lerp", "in": "part"}]
     assert coverage["quantized"] == {"conv": 1}
+
+
+# ---------------------------------------------------------------------- forwards that licq runs as they are, or refuses
+
+
+class Around(nn.Module):
+    """A codec with a function of the test's between its layers; the modules given are its own."""
+
+    def __init__(self, middle, **modules: nn.Module):
+        super().__init__()
+        self.middle = middle
+        self.down, self.entropy_bottleneck, self.mid = nn.Conv2d(3, 8, 5, 4, 2), EntropyBottleneck(8), nn.Conv2d(8, 8, 3, padding=1)
+        self.up = nn.Sequential(nn.Conv2d(8, 48, 3, padding=1), nn.PixelShuffle(4))
+        for name, module in modules.items():
+            self.add_module(name, module)
+        with torch.no_grad():
+            self.down.weight.mul_(8)
+
+    def forward(self, x):
+        y_hat, likelihoods = self.entropy_bottleneck(self.mid(self.middle(self, self.down(x))))
+        return {"x_hat": self.up(y_hat), "likelihoods": {"y": likelihoods}}
+
+
+def around(middle, **modules: nn.Module) -> nn.Module:
+    torch.manual_seed(1)
+    return Around(middle, **modules).eval()
+
+
+def observed(network: nn.Module, images) -> QuantModel:
+    model = QuantModel(network, QuantConfig())
+    model.observe([images])
+    return model
+
+
+@torch.no_grad()
+def difference_of_float_state(model: QuantModel, network: nn.Module, images) -> float:
+    model.quantize_nodes(False)
+    model.runtime.observing = True  # the image enters as real numbers
+    try:
+        return float((model(images)["x_hat"] - network(images.clone())["x_hat"]).abs().max())
+    finally:
+        model.runtime.observing = False
+
+
+def assert_runs_as_it_is(network: nn.Module, images) -> QuantModel:
+    """In float the network's own numbers, and near them as a frozen model."""
+    model = observed(network, images)
+    assert difference_of_float_state(model, network, images) < 1e-4
+    model.freeze()
+    with torch.no_grad():
+        expected = network(images.clone())["x_hat"].clamp(0, 1)
+        assert float((model(images)["x_hat"] - expected).abs().mean()) < 0.03
+    return model
+
+
+def statement(change):
+    """A function of the test that changes y in place and throws the result away."""
+
+    def middle(codec, y):
+        change(y)
+        return y
+
+    return middle
+
+
+def other_name(codec, y):
+    kept = y
+    y += 1.0
+    return kept
+
+
+def changed_part(codec, y):
+    value, gate = y.chunk(2, 1)
+    value.relu_()
+    gate *= 0.5
+    return torch.cat([value, gate], 1)
+
+
+IN_PLACE = {
+    "relu_": (statement(lambda y: y.relu_()), {}),
+    "clamp_": (statement(lambda y: y.clamp_(-0.3, 0.3)), {}),
+    "add_ and mul_": (statement(lambda y: y.add_(1.0).mul_(2.0)), {}),
+    "fill_": (statement(lambda y: y.copy_(y + torch.zeros_like(y).fill_(0.5))), {}),
+    "inplace=True": (statement(lambda y: F.relu(y, inplace=True)), {}),
+    "activation before a skip": (lambda codec, y: y + codec.conv(codec.act(y)),
+                                 {"act": nn.LeakyReLU(inplace=True), "conv": nn.Conv2d(8, 8, 1)}),
+    "another name": (other_name, {}),
+    "a part whose whole is not read": (changed_part, {}),
+    "zeros": (statement(lambda y: y.__setitem__((..., slice(0, None, 2), slice(1, None, 2)), 0)), {}),
+    "a part": (statement(lambda y: y.__setitem__((slice(None), slice(0, 2)), y[:, 2:4] * 0.5)), {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_operations_in_place_change_the_tensor_that_the_forward_goes_on_with(name, images):
+    middle, modules = IN_PLACE[name]
+    assert_runs_as_it_is(around(middle, **modules), images)
+
+
+def test_what_a_node_gave_is_kept_as_it_was_where_the_forward_changes_it_in_place(images):
+    model = observed(around(lambda codec, y: codec.act(y), act=nn.ReLU(inplace=True)), images)
+    with torch.no_grad(), model.runtime.recording([("down", 0)]) as record:
+        model(images)
+    assert float(record["down", 0].real().min()) < 0
+    with torch.no_grad(), model.runtime.replaying(record):
+        once, twice = model(images)["x_hat"], model(images)["x_hat"]
+    assert torch.equal(once, twice) and float(record["down", 0].real().min()) < 0
+
+
+@pytest.mark.parametrize("change", [lambda whole, view: view.relu_(), lambda whole, view: whole.relu_()])
+def test_a_view_that_lags_behind_an_operation_in_place_is_refused_by_name(change, images):
+    def middle(codec, y):
+        view = y[:, :4]
+        change(y, view)
+        return torch.cat([y[:, :4], view], 1)
+
+    with pytest.raises(InputError, match="relu in the codec's own forward changes a tensor in place"):
+        observed(around(middle), images)
+
+
+def test_a_copy_is_no_view():
+    runtime = Runtime(QuantConfig())
+    x = QTensor(torch.tensor([[-1.0, 2.0]]), None, runtime)
+    copy, view = x.t().reshape(2).clone(), x.t()
+    x.relu_()
+    assert copy.q.tolist() == [-1, 2] and x.q.tolist() == [[0, 2]]
+    with pytest.raises(InputError):
+        view.shape
+
+
+def test_a_float_forward_that_is_not_the_networks_own_is_refused(images, monkeypatch):
+    network = around(lambda codec, y: torch.relu(y))
+    monkeypatch.setitem(HANDLERS, "relu", lambda runtime, function, args, kwargs: args[0])
+    with pytest.raises(InputError, match="licq does not run this network as it is: its x_hat differs"):
+        observed(network, images)
+
+
+def test_a_latent_rounded_to_the_other_side_is_not_refused(images, monkeypatch):
+    network = around(lambda codec, y: y)
+    model = QuantModel(network, QuantConfig())
+    rounded = model.model.entropy_bottleneck.real
+
+    def flipped(z):
+        z_hat, likelihoods = rounded(z)
+        z_hat[0, 0, 0, 0] += 1
+        return z_hat, likelihoods
+
+    monkeypatch.setattr(model.model.entropy_bottleneck, "real", flipped)
+    model.observe([images])
+    assert difference_of_float_state(model, network, images) > 1e-3
+
+
+def test_the_comparison_changes_neither_random_numbers_nor_the_network(images):
+    network = around(lambda codec, y: y + 0.0 * torch.rand(1))
+    network.train()
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    torch.manual_seed(5)
+    observed(network, images)
+    after = torch.rand(1)
+    torch.manual_seed(5)
+    torch.rand(1), torch.rand(1)  # of the forward that observes, of the one on whole numbers
+    assert torch.equal(after, torch.rand(1))
+    assert network.training and all(torch.equal(before[key], value) for key, value in network.state_dict().items())
+
+
+def test_a_network_that_was_trained_further_is_not_compared(images):
+    network = around(lambda codec, y: y)
+    model = QuantModel(network, QuantConfig())
+    with torch.no_grad():
+        network.up[0].weight.mul_(-3)
+    model.observe([images])

@@ -296,7 +296,7 @@ def test_what_stays_in_float_is_named_with_its_place():
 
 def test_a_path_not_taken_in_calibration_is_refused_by_name():
     codec = quantized(Unseen(True))
-    with pytest.raises(RuntimeError, match="sigmoid0 was not met in calibration"):
+    with pytest.raises(InputError, match="sigmoid0 was not met in calibration"):
         run(codec, torch.ones(1, 3, 64, 64))
 
 
