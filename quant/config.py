@@ -83,6 +83,8 @@ class QuantConfig:
         one_of("a_symmetry", self.a_symmetry, tuple(SYMMETRY))
         if not re.fullmatch(r"channel|tensor|groups[1-9]\d*", self.w_granularity):
             raise InputError(f"w_granularity {self.w_granularity!r} is unknown; choose channel, tensor, or groups4 for four groups")
+        if self.transform == "split":
+            raise InputError("channel splitting goes with every transform and is a knob of its own; use --set split=0.1, the share of operations it may add")
         one_of("transform", self.transform, ("equalize", "fold", "smooth", "ptf"))
         one_of("scales", self.scales, ("fixed_point", "power_of_two"))
         one_of("softmax", self.softmax, ("linear", "log2", "log_sqrt2"))

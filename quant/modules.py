@@ -114,7 +114,7 @@ class QuantModule(nn.Module):
             grid.thaw()
 
     def learnable(self) -> dict[str, list[nn.Parameter]]:
-        """What reconstruction may learn here, by knob: range_w, range_b, range_a, rounding, border, weight, bias."""
+        """What reconstruction may learn here, by knob: range_w, range_b, range_a, rounding, border, bias."""
         return {}
 
 
@@ -459,7 +459,6 @@ class QuantMAC(QuantModule):
         if self.config.w_bits != FLOAT_BITS:
             knobs["range_w"] = [self.weight_quantizer.log_n]
             knobs["rounding"] = list(self.weight_quantizer.rounding.parameters())
-            knobs["weight"] = [self.module.weight]
         if self.config.a_bits != FLOAT_BITS and not self.input_grid.exact:
             knobs["range_a"] = [self.input_grid.log_n]
             knobs["border"] = [] if self.input_grid.border is None else [self.input_grid.border]

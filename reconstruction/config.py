@@ -15,6 +15,7 @@ LOSSES = ("mse", "fisher", "rd", "rd_direct", "kl", "stage", "output")
 AWARE = ("fisher", "rd", "rd_direct", "output")  # losses that know J; with the others nothing is chosen by it
 UNITS = ("layer", "block", "stage", "network")
 KNOBS = ("range_w", "range_b", "range_a", "rounding", "bias", "border")
+SCHEMES = {"offset": "learned_offset", "weight": "ste"}  # other names of the knob "rounding", by what these schemes learn
 PRESETS = Path(__file__).parent / "presets"
 
 
@@ -32,9 +33,10 @@ class ReconstructionConfig:
                 the whole codec, where both are relative to what they are with weights rounded to nearest.
     unit:       layer | block | stage | network: what is reconstructed at once.
     learn:      any of range_w (eq. 15), range_a (eq. 16), range_b (eq. 17), rounding, bias, border (where activations are
-                rounded up, a constant a channel; after AQuant, Li et al. 2022). With rounding "ste" the scheme learns the weights
-                themselves, straight-through, in units of their first step; a learned range scales them. Activation ranges are not learned by default: on ten
-                crops they shrink, and clip other images.
+                rounded up, a constant a channel; after AQuant, Li et al. 2022). "offset" and "weight" are rounding with the schemes
+                "learned_offset" (eq. 14) and "ste", and are written out so: ste learns the weights themselves, straight-through, in
+                units of their first step; a learned range scales them. Activation ranges are not learned by default: on ten crops
+                they shrink, and clip other images.
     iters:      optimizer steps per unit, over both phases of Algorithm 1; 0 leaves the units out, as the default does: from the
                 start that round_init gives, units gained nothing in trials, or less than as much time of the joint pass.
     tail_share: of these, the share (the last ones) that uses the true J where loss is rd or rd_direct; the others use the Fisher
@@ -105,7 +107,7 @@ class ReconstructionConfig:
         one_of("loss", self.loss, LOSSES)
         one_of("unit", self.unit, UNITS)
         for knob in self.learn:
-            one_of("learn", knob, KNOBS)
+            one_of("learn", knob, (*KNOBS, *SCHEMES))
         one_of("round_init", self.round_init, ("nearest", "gptq"))
         for name in ("iters", "joint_iters"):
             if getattr(self, name) < 0:
@@ -150,6 +152,14 @@ class PtqConfig:
     preset: str = "licq"
     quant: QuantConfig = QuantConfig(rounding="learned_offset")
     reconstruction: ReconstructionConfig = ReconstructionConfig()
+
+    def __post_init__(self):
+        learn = self.reconstruction.learn
+        for knob, scheme in SCHEMES.items():
+            if knob in learn and self.quant.rounding != scheme:
+                raise InputError(f"learn {knob} needs rounding {scheme}, not {self.quant.rounding}; add --set rounding={scheme}")
+        learn = dict.fromkeys("rounding" if knob in SCHEMES else knob for knob in learn)
+        object.__setattr__(self, "reconstruction", dataclasses.replace(self.reconstruction, learn=tuple(learn)))
 
     @classmethod
     def from_preset(cls, preset: str = "licq", **overrides: Any) -> "PtqConfig":

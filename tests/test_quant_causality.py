@@ -70,7 +70,7 @@ class Injected:
     def learn_noise(self, seed: int) -> None:
         """Move everything that reconstruction may learn, as if it had learned."""
         draw = torch.Generator().manual_seed(seed)
-        size = {"range_w": 0.05, "range_a": 0.05, "range_b": 0.05, "rounding": 1.0, "bias": 0.1, "weight": 0.1}
+        size = {"range_w": 0.05, "range_a": 0.05, "range_b": 0.05, "rounding": 1.0, "bias": 0.1}
         for node in self.quantized.nodes.values():
             for knob, parameters in node.learnable().items():
                 for parameter in parameters:

@@ -255,7 +255,7 @@ def test_thawed_models_learn_again_and_freeze_to_the_same_numbers():
     codec.freeze()
     frozen = run(codec, images(1))
     codec.thaw()
-    weight = next(node for node in codec.nodes.values() if node.kind == "conv").learnable()["weight"][0].requires_grad_()
+    weight = next(node for node in codec.nodes.values() if node.kind == "conv").module.weight.requires_grad_()
     out = codec(images(1))
     (out["x_hat"].square().mean() - out["likelihoods"]["y"].log().mean()).backward()
     assert float(weight.grad.abs().sum()) > 0

@@ -15,7 +15,7 @@ from reconstruction import driver
 from reconstruction import state as state_module
 from reconstruction.api import quantize
 from reconstruction.cache import PrefixCache
-from reconstruction.config import KNOBS, LOSSES, UNITS, PtqConfig, ReconstructionConfig, list_presets
+from reconstruction.config import KNOBS, LOSSES, UNITS, PtqConfig, ReconstructionConfig, list_presets, parse_knobs
 from reconstruction.objective import Objective, rate
 from reconstruction.stress import stressed
 from reconstruction.targets import Targets, divergence, tensor_of
@@ -333,6 +333,16 @@ def test_every_preset_loads_and_knobs_are_checked(tmp_path):
         with pytest.raises(InputError):
             ReconstructionConfig(**knobs)
     assert set(ReconstructionConfig().learn) <= set(KNOBS)
+
+
+def test_offsets_and_weights_are_learned_by_the_rounding_schemes_that_do_so():
+    for knob, scheme in (("offset", "learned_offset"), ("weight", "ste")):
+        knobs = parse_knobs([("learn", f"range_w,{knob}"), ("rounding", scheme)], {})
+        assert PtqConfig.from_preset("licq", **knobs).reconstruction.learn == ("range_w", "rounding")
+        with pytest.raises(InputError, match=f"learn {knob} needs rounding {scheme}, not adaround; add --set rounding={scheme}"):
+            PtqConfig.from_preset("licq", **{**knobs, "rounding": "adaround"})
+    with pytest.raises(InputError, match="--set split=0.1"):
+        PtqConfig.from_preset("licq", transform="split")
 
 
 def test_images_of_a_wrong_shape_are_refused():
