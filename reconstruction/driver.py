@@ -201,6 +201,10 @@ class Reconstruction:
         parameters = learned(nodes)
         fixed = {"range_w", "rounding"} if any(isinstance(m, AdaRound) for n in nodes.values() for m in n.modules()) else set()
         active = {k: p for k, p in parameters.items() if k.split("|")[1] in set(config.learn) - fixed}
+        if not active:
+            self._settle_all()
+            j = self._measure()[0]
+            return {"j_before": j, "j_after": j, "seconds": time.monotonic() - started}
         stored = self.state.load("joint")
         if stored is not None and stored[0]["done"]:
             fact = stored[0]["fact"]

@@ -101,6 +101,11 @@ def test_adaround_decides_before_it_is_hardened():
     assert shares_undecided() < 0.6 * shares_undecided(regularizer=0.0)
 
 
+def test_a_joint_pass_with_nothing_to_learn_leaves_the_codec_as_it_is():
+    qmodel = quantize(codec("balle2018"), images(), PtqConfig.from_preset("adaround", iters=1, joint_iters=2), lmbda=0.01, progress=False)
+    assert qmodel.history["joint"]["j_before"] == qmodel.history["joint"]["j_after"] == qmodel.history["j_end"]
+
+
 def test_ranges_that_are_learned_after_the_rounding_meet_whole_weights(monkeypatch):
     learn, seen = driver._UnitRun._learn, []
 
