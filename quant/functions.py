@@ -25,6 +25,7 @@ from quant.integer_functions import (
 )
 from quant.modules import QuantModule
 from quant.qtensor import QTensor
+from support.errors import InputError
 
 
 def make_function(kind: str, options: dict[str, Any], config: QuantConfig) -> "QuantFunction":
@@ -127,6 +128,8 @@ class QuantMul(QuantFunction):
 class QuantMatMul(QuantFunction):
     """One of attention's two matrix products: both operands in a_bits, one scale per head where there are heads.
 
+    Dimension -3 of four or more is taken for the heads, unless its size varies in calibration.
+
     depth: the most numbers in a sum that were observed.
     """
 
@@ -147,14 +150,29 @@ class QuantMatMul(QuantFunction):
         return True
 
     def observe(self, inputs: tuple, output: Any) -> None:
-        if min(x.ndim for x in inputs) < 4:
-            self.grid_a.channel_dim = self.grid_b.channel_dim = None
+        if min(x.ndim for x in inputs) < 4 or any(
+            grid.channels_seen not in (0, x.shape[-3]) for grid, x in self._grids_of_heads(inputs)  # windows, not heads
+        ):
+            self.grid_a.merge_channels()
+            self.grid_b.merge_channels()
             self.options["heads"] = False
         if inputs[0].levels:  # they are what they are
             self.grid_a.channel_dim, self.grid_a.bits, self.grid_a.fixed = None, 16, LEVEL_UNIT
         self.grid_a.observe(inputs[0].real())
         self.grid_b.observe(inputs[1].real())
         self.options["depth"] = max(self.options["depth"], inputs[0].shape[-1])
+
+    def _grids_of_heads(self, inputs: tuple) -> list[tuple[Grid, QTensor]]:
+        return [(grid, x) for grid, x in zip((self.grid_a, self.grid_b), inputs) if grid.channel_dim is not None]
+
+    def _check_heads(self, inputs: tuple) -> None:
+        for grid, x in self._grids_of_heads(inputs):
+            heads = (grid.scale if grid.frozen else grid.low).numel()
+            if heads not in (1, x.shape[-3]):
+                raise InputError(
+                    f"{self.name} was calibrated with a scale for each of {heads} heads (dimension -3) and meets {x.shape[-3]}; "
+                    "calibrate on images of more than one size, or with a_granularity=tensor"
+                )
 
     @property
     def bound(self) -> Tensor | None:
@@ -164,6 +182,7 @@ class QuantMatMul(QuantFunction):
         return self.options["depth"] * self.grid_a.largest().max() * self.grid_b.largest().max()
 
     def integer(self, a: QTensor, b: QTensor) -> QTensor:
+        self._check_heads((a, b))
         a, b = self.grid_a(a), self.grid_b(b)
         if not (a.is_integer and b.is_integer):
             return a.like(a.real() @ b.real(), None)

@@ -102,6 +102,20 @@ class Grid(nn.Module):
         if self.spec.method != "max":
             self._keep_some(rows)
 
+    @property
+    def channels_seen(self) -> int:
+        """How many channels the observed values had; 0 before the first."""
+        return 0 if self._seen is None else len(self._seen[0])
+
+    def merge_channels(self) -> None:
+        """One scale for all channels, from what was observed and what will be."""
+        self.channel_dim = None
+        if self._seen is not None:
+            low, high, energy = self._seen
+            self._seen = low.amin(0, keepdim=True), high.amax(0, keepdim=True), energy.sum(0, keepdim=True)
+            self._count *= len(low)
+            self._samples = [part.reshape(1, -1) for part in self._samples]
+
     def _keep_some(self, rows: Tensor) -> None:
         """One value of `_every` from every batch alike; when they become too many, half of them go, and of all to come."""
         most = max(_SAMPLES // rows.shape[0], _FEWEST)

@@ -357,3 +357,100 @@ def test_a_network_that_was_trained_further_is_not_compared(images):
     with torch.no_grad():
         network.up[0].weight.mul_(-3)
     model.observe([images])
+
+
+@pytest.mark.parametrize("function, kinds", [
+    (lambda codec, y: F.elu(y, alpha=0.2), {"elu"}),
+    (lambda codec, y: codec.act(y), {"softplus"}),
+    (lambda codec, y: F.softplus(y, beta=5), {"softplus"}),
+    (lambda codec, y: torch.div(y, 0.3, rounding_mode="floor") * 0.3, set()),
+    (lambda codec, y: torch.pow(2, y.clamp(-3, 3)), set()),
+    (lambda codec, y: torch.clamp(input=y, min=-0.3, max=0.3), set()),
+    (lambda codec, y: F.leaky_relu(y).repeat_interleave(2, dim=1)[:, ::2], {"leaky_relu"}),
+    (lambda codec, y: y.repeat_interleave(4, 2)[:, :, ::4], set()),
+    (lambda codec, y: torch.where((y > 0) | (y == 0), y, 0.1 * y), set()),
+    (lambda codec, y: abs(y), set()),
+    (lambda codec, y: y * (y.shape[1] if bool(y.max() > 1e9) else 0.5), set()),
+])  # fmt: skip
+def test_arguments_and_operators_count(function, kinds, images):
+    model = assert_runs_as_it_is(around(function, act=nn.Softplus()), images)
+    assert kinds == model.coverage()["quantized"].keys() - {"conv", "entropy_bottleneck", "carrier"}
+
+
+def test_a_table_with_arguments_comes_back_from_its_file(images, tmp_path):
+    network = around(lambda codec, y: F.softplus(F.elu(y, alpha=0.2), beta=5))
+    model = observed(network, images)
+    model.freeze()
+    model.save(tmp_path / "m.safetensors")
+    loaded = QuantModel.load(tmp_path / "m.safetensors", model=network)
+    with torch.no_grad():
+        assert torch.equal(model(images)["x_hat"], loaded(images)["x_hat"])
+    assert loaded.functions["elu0"].options == {"alpha": 0.2} and loaded.functions["softplus0"].options == {"beta": 5.0}
+
+
+def test_einops_moves_quantized_tensors(images):
+    einops = pytest.importorskip("einops")
+
+    def middle(codec, y):
+        rows = einops.rearrange(y, "b c h w -> b (h w) c")
+        return einops.rearrange(rows, "b (h w) c -> b c h w", h=y.shape[2])
+
+    assert not assert_runs_as_it_is(around(middle), images).coverage()["kept_in_float"]
+
+
+def test_compressais_checkerboard_codec_runs_as_it_is(images):
+    from compressai.models import Cheng2020AnchorCheckerboard
+
+    torch.manual_seed(0)
+    network = Cheng2020AnchorCheckerboard(N=8).eval()
+    model = observed(network, images[:1])
+    assert difference_of_float_state(model, network, images[:1]) < 1e-4
+    assert ("__setitem__", "latent_codec.y") in {(entry["function"], entry["in"]) for entry in model.coverage()["kept_in_float"]}
+
+
+@pytest.mark.parametrize("modules, middle, message", [
+    ({"a": nn.MultiheadAttention(8, 2)}, lambda codec, y: codec.a(y.flatten(2), y.flatten(2), y.flatten(2))[0], "network: a: .*is_nested"),
+    ({}, lambda codec, y: y.reshape(7, 7), "network: reshape in the codec's own forward: RuntimeError"),
+    ({"c": nn.Conv2d(9, 8, 1)}, lambda codec, y: codec.c(y), "network: c: RuntimeError"),
+])  # fmt: skip
+def test_what_a_forward_raises_is_one_line_that_names_the_place(modules, middle, message, images):
+    with pytest.raises(InputError, match=message):
+        observed(around(middle, **modules), images)
+
+
+def test_networks_of_half_precision_are_told_to_convert(images):
+    with pytest.raises(InputError, match="float16.*float()"):
+        observed(around(lambda codec, y: y).half(), images)
+
+
+class Windows(nn.Module):
+    """Attention inside windows of 4x4, with the windows where heads are in other codecs."""
+
+    def forward(self, y):
+        b, c, h, w = y.shape
+        rows = y.reshape(b, c, h // 4, 4, w // 4, 4).permute(0, 2, 4, 3, 5, 1).reshape(b, -1, 16, c)
+        rows = torch.softmax(rows @ rows.transpose(-1, -2) * 0.3, -1) @ rows
+        return rows.reshape(b, h // 4, w // 4, 4, 4, c).permute(0, 5, 1, 3, 2, 4).reshape(b, c, h, w)
+
+
+def test_windows_that_vary_in_calibration_have_one_scale(images):
+    model = QuantModel(around(lambda codec, y: codec.windows(y), windows=Windows()), QuantConfig())
+    model.observe([images, images[:, :, :32]])
+    assert model.nodes["windows.matmul0"].grid_a.channel_dim is None
+    assert model.nodes["windows.matmul0"].options["heads"] is False
+    model.freeze()
+    with torch.no_grad():
+        assert torch.isfinite(model(images.repeat(1, 1, 2, 2))["x_hat"]).all()
+
+
+def test_windows_that_vary_only_later_are_refused_in_words(images):
+    model = observed(around(lambda codec, y: codec.windows(y), windows=Windows()), images)
+    with pytest.raises(InputError, match="windows.matmul0 was calibrated with a scale for each of 16 heads"):
+        model(images.repeat(1, 1, 2, 2))
+
+
+def test_nodes_of_functions_are_made_where_their_input_is():
+    runtime = Runtime(QuantConfig(softmax="log2"))
+    runtime.observing = True
+    runtime.function("softmax", {"dim": -1}, (QTensor(torch.empty(2, 3, device="meta"), None, runtime),))
+    assert {buffer.device.type for buffer in runtime.functions["softmax0"].buffers()} == {"meta"}

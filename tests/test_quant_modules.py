@@ -710,6 +710,21 @@ def test_matrix_products_have_a_scale_per_head_and_equal_integers(bits):
     assert float((out.real() - a @ b).square().mean() / (a @ b).square().mean()) < 10 * 4.0**-bits
 
 
+def test_merged_channels_are_one_channel_that_saw_it_all():
+    first, second = draw(2, 3, 5), draw(2, 4, 5, seed=1)
+    merged, plain = Grid(8, 24, 1, "percentile99"), Grid(8, 24, None, "percentile99")
+    merged.observe(first)
+    merged.merge_channels()
+    merged.observe(second)
+    for x in (first, second):
+        plain.observe(x)
+    for grid in (merged, plain):
+        grid.initialize()
+        grid.freeze()
+    torch.testing.assert_close(merged.scale, plain.scale)
+    torch.testing.assert_close(merged.energy, plain.energy)
+
+
 def test_sixteen_bit_matrix_products_are_exact():
     """Products of 16-bit codes pass 2^24, where float32 sums would round."""
     a, b = 1 + 0.1 * draw(1, 2, 5, 64).abs(), 1 + 0.1 * draw(1, 2, 64, 5, seed=1).abs()
