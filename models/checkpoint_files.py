@@ -220,6 +220,8 @@ def _decompress(path: Path, content: Tensor, size: Any) -> tuple[dict[str, Tenso
             raise ValueError(f"its tensors take {len(inside)} bytes, and it states {size}")
         tensors = safetensors.torch.load(inside)
         metadata = json.loads(tensors.pop(_HEADER).numpy().tobytes())
+        if not isinstance(metadata, dict):
+            raise ValueError("its header is no JSON object")
     except (lzma.LZMAError, safetensors.SafetensorError, ValueError, KeyError) as error:
         raise _damaged(path, error) from error
     if metadata.pop("sha256", None) != _digest(tensors):

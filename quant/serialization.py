@@ -19,6 +19,7 @@ from models.checkpoint_files import CDF_STATE, QUANTIZED_FORMAT, pack_cdfs, read
 from models.registry import architecture_of, create_network, list_models
 from quant.boundaries import QuantGaussianConditional, QuantVariableBottleneck
 from quant.config import QuantConfig
+from quant.file_checks import wrong_numbers
 from quant.grid import Grid
 from quant.modules import QuantMAC, QuantModule
 from quant.norms import QuantLayerNorm
@@ -93,11 +94,14 @@ def load_quantized(
         _rebuild(model, header, path)
         _fill(model, tensors, set(header["constants"]), path)
         _complete(model, header, path)
+        for name, node in model.nodes.items():
+            if (problem := wrong_numbers(node)) is not None:
+                raise InputError(f"{path}: {name}: {problem}; quantize the codec again")
         check_certificates(model, path)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        model.extra = header["extra"]
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError, RuntimeError) as error:
         raise InputError(f"{path} does not describe a program of this version ({error!r}); quantize the codec again") from error
     model.frozen = model.loaded = True
-    model.extra = header["extra"]
     return model if device is None else model.to(device)
 
 
@@ -134,19 +138,27 @@ def read_quantized(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]
         )
     if header.pop("sha256_header", None) != _seal(header):
         raise InputError(f"{path} is damaged (its header does not have the SHA-256 that it states); copy or make it again")
+    try:
+        return header, _unpacked(header, tensors)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError, RuntimeError) as error:
+        raise InputError(f"{path} is damaged ({error!r}); copy or make it again") from error
+
+
+def _unpacked(header: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Stored tensors in the types that the program uses, as the header says."""
     for name, (bits, shape) in header["packed"].items():
         if name in tensors:
-            try:
-                tensors[name] = unpack(tensors[name], bits, tuple(shape))
-            except ValueError as error:
-                raise InputError(f"{path} is damaged ({name}: {error}); copy or make it again") from error
+            tensors[name] = unpack(tensors[name], bits, tuple(shape))
     for name in header.get("steps", ()):
         if name in tensors:
             tensors[name] = tensors[name].long().cumsum(-1)
     for name, stated in header["types"].items():
         if name in tensors:  # CDF tables are unpacked by now, under their own names and in their own type
-            tensors[name] = tensors[name].to(getattr(torch, stated))
-    return header, tensors
+            dtype = getattr(torch, stated)
+            if not isinstance(dtype, torch.dtype):
+                raise TypeError(f"{stated} is no type")
+            tensors[name] = tensors[name].to(dtype)
+    return tensors
 
 
 def unread_tensors(model: "QuantModel") -> set[str]:

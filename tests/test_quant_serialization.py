@@ -1,6 +1,7 @@
 """Quantized models in files: bit-exact, small, independent of the weights they are loaded over, and sealed."""
 
 import copy
+import json
 import lzma
 
 import pytest
@@ -405,6 +406,55 @@ def test_a_certificate_that_does_not_hold_is_refused(tmp_path):
     codec.save(tmp_path / "model.safetensors")
     loaded = QuantModel.load(tmp_path / "model.safetensors")
     assert all(torch.equal(loaded.nodes[n].bound, codec.nodes[n].bound) for n in codec.nodes if getattr(codec.nodes[n], "bound", None) is not None)
+
+
+def reforged(path, target, change) -> None:
+    """The file with `change(header, tensors)` done to what it stores, and every seal made anew."""
+    with safetensors.safe_open(path, "pt") as stream:
+        inside = safetensors.torch.load(lzma.decompress(stream.get_tensor("xz").numpy().tobytes()))
+    header = json.loads(inside.pop("header").numpy().tobytes())
+    for seal in ("sha256", "sha256_header"):
+        header.pop(seal)
+    change(header, inside)
+    write_tensors(target, inside, {**header, "sha256_header": serialization._seal(header)}, compress=True)
+
+
+def _changed(end: str, make):
+    """The first tensor whose name ends so becomes `make` of it."""
+
+    def change(header, tensors):
+        name = next(name for name in tensors if name.endswith(end))
+        header["types"].pop(name, None)
+        tensors[name] = make(tensors[name])
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (_changed("_cdf_steps", lambda steps: (steps.to(torch.int32) * 0).to(torch.uint16)), "do not rise from 0 to 65536"),
+        (_changed("inverses", lambda table: table * 0), "densities"),
+        (_changed("thresholds", lambda table: table.flip(0)), "densities"),
+        (_changed("normal", lambda table: table[1:]), "other sizes"),
+        (_changed(".out_scale", lambda scale: scale * float("nan")), "not one positive number"),
+        (_changed(".out_scale", lambda scale: torch.cat([scale, scale[:1]])), "not one positive number"),
+        (_changed("bias_int", lambda bias: torch.cat([bias, bias[:1]])), "its bias"),
+        (_changed("input_grid.scale", lambda scale: scale * 0), "not positive"),
+        (_changed("mantissa", lambda mantissa: torch.cat([mantissa, mantissa], 1)), "each channel"),
+        (lambda header, tensors: header.pop("packed"), "packed"),
+        (lambda header, tensors: header.pop("types"), "types"),
+        (lambda header, tensors: header.pop("extra"), "extra"),
+        (lambda header, tensors: header["types"].update(dict.fromkeys(header["types"], "load")), "load is no type"),
+        (lambda header, tensors: header["kwargs"].update(N=-1), "negative dimension"),
+    ],
+)
+def test_forged_models_are_one_line(tmp_path, change, expected):
+    frozen("balle2018").save(tmp_path / "good.safetensors")
+    reforged(tmp_path / "good.safetensors", tmp_path / "bad.safetensors", change)
+    with pytest.raises(InputError, match=expected) as caught:
+        QuantModel.load(tmp_path / "bad.safetensors")
+    assert "\n" not in str(caught.value)
 
 
 # ---------------------------------------------------------------------------------------------------- inputs in float
