@@ -436,5 +436,12 @@ def _where(origin: dict, extra: dict) -> Path:
     return Path(origin["path"])
 
 
+def after_interrupt(argv: Sequence[str]) -> str:
+    """How to go on after an interrupt of this command line."""
+    if argv and argv[0] in (*commands.NAMES, "verify"):
+        return "run the same command again"
+    return "the same command with --resume goes on after the last finished part, of 64 images at most"
+
+
 if __name__ == "__main__":
-    sys.exit(main_guard(main, interrupted="the same command with --resume goes on after the last finished part, of 64 images at most"))
+    sys.exit(main_guard(main, interrupted=after_interrupt(sys.argv[1:])))

@@ -1,6 +1,9 @@
 """main_eval.py encode, decode and info: image files to .licq files and back."""
 
 import argparse
+import os
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -58,7 +61,7 @@ def models_of(run: str | Path) -> list[Path]:
     Raises:
         InputError: there is none.
     """
-    path = Path(run).expanduser()
+    path = Path(os.path.expanduser(run))
     found = [path] if path.is_file() else sorted(path.glob("q*/model.safetensors")) or list(path.glob("model.safetensors"))
     if not found:
         raise InputError(f"no quantized model at {run}; give a model.safetensors or a folder that main_ptq.py has written with --model")
@@ -66,16 +69,16 @@ def models_of(run: str | Path) -> list[Path]:
 
 
 def files_of(inputs: Sequence[str], suffixes: frozenset[str]) -> list[Path]:
-    """Every file that `inputs` name; of folders those with one of the suffixes.
+    """Every file that `inputs` name; of folders those with one of the suffixes, hidden ones left out.
 
     Raises:
         InputError: a missing input, an empty folder.
     """
     sources: list[Path] = []
     for word in inputs:
-        path = Path(word).expanduser()
+        path = Path(os.path.expanduser(word))
         if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in suffixes and p.is_file())
+            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in suffixes and not p.name.startswith(".") and p.is_file())
             if not inside:
                 raise InputError(f"no {' or '.join(sorted(suffixes))} file in {word}; give another folder")
             sources += inside
@@ -95,9 +98,9 @@ def jobs(inputs: Sequence[str], out: str | None, suffixes: frozenset[str], suffi
     sources = files_of(inputs, suffixes)
     single = out is not None and len(sources) == 1 and not Path(out).is_dir() and not Path(inputs[0]).is_dir()
     pairs = [(p, Path(out) if single else (Path(out) if out else p.parent) / (p.stem + suffix)) for p in sources]
-    targets = [target for _, target in pairs]
+    targets = Counter(target for _, target in pairs)
     for source, target in pairs:
-        if targets.count(target) > 1:
+        if targets[target] > 1:
             raise InputError(f"two inputs would be written to {target}; rename one, or write them to different folders")
         if target.exists() and target.samefile(source):
             raise InputError(f"{source} would be overwritten by its own output; name another with -o")
@@ -137,22 +140,28 @@ def encode(args: argparse.Namespace) -> int:
 
     model, level = _model_for(args)
     pairs = jobs(args.inputs, args.out, frozenset(SUFFIXES), SUFFIX)
-    for target, size, pixels in _worked(_encode_one, [(*pair, model, level) for pair in pairs], args, "encoding"):
+    turned = []
+    for (source, _), (target, size, pixels, is_turned) in zip(pairs, _worked(_encode_one, [(*pair, model, level) for pair in pairs], args, "encoding")):
+        turned += [source] if is_turned else []
         if not args.quiet:
             print(f"{target}: {size} bytes, {8 * size / pixels:.4f} bits per pixel")
+    if turned:
+        others = f" and {len(turned) - 1} more" if turned[1:] else ""
+        print(f"{turned[0]}{others}: coded as stored, without the EXIF orientation; to have it applied, turn the pixels first "
+              "(ImageMagick: convert IN -auto-orient OUT.png)", file=sys.stderr)  # fmt: skip
     return 0
 
 
-def _encode_one(piece: _Piece) -> tuple[Path, int, int]:
+def _encode_one(piece: _Piece) -> tuple[Path, int, int, bool]:
     import torch
 
-    from data.images import load_pixels
+    from data.images import is_turned, load_pixels
 
     pixels = torch.from_numpy(load_pixels(piece.source)).permute(2, 0, 1)
     data = _codec_of(piece).encode(pixels, piece.level)
     with atomic_path(piece.target) as temporary:
         temporary.write_bytes(data)
-    return piece.target, len(data), pixels[0].numel()
+    return piece.target, len(data), pixels[0].numel(), is_turned(piece.source)
 
 
 def _model_for(args: argparse.Namespace) -> tuple[Path, float | None]:

@@ -12,6 +12,8 @@ from support.errors import InputError
 
 MIN_SIDE = 8  # pixels; the smallest image that a codec with four stride-2 stages says anything about
 
+_ORIENTATION = 0x0112  # EXIF tag
+
 # A silent conversion would change what is measured, so the user converts, and sees what is lost.
 _TO_RGB = "convert it to 8-bit RGB with ImageMagick: convert IN -alpha remove -colorspace sRGB PNG24:OUT.png"
 _MODES = {
@@ -85,6 +87,17 @@ def _is_16_bit(image: Image.Image) -> bool:
         arguments = tile[3] if isinstance(tile[3], tuple) else (tile[3],)
         if any(isinstance(item, str) and ";16" in item for item in arguments):
             return True
-        if tile[0] == "ppm" and isinstance(arguments[-1], int) and arguments[-1] > 255:
+        if tile[0] in ("ppm", "ppm_plain") and isinstance(arguments[-1], int) and arguments[-1] > 255:
+            return True
+        if tile[0] == "SGI16":
             return True
     return False
+
+
+def is_turned(path: str | Path) -> bool:
+    """Whether the file asks viewers to turn or mirror its pixels (EXIF orientation); `load_pixels` does not."""
+    try:
+        with Image.open(path) as image:
+            return image.getexif().get(_ORIENTATION, 1) not in (0, 1)
+    except Exception:  # damaged metadata ask for nothing
+        return False

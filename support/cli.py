@@ -14,6 +14,7 @@ EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 
 # The user can mend these; any other OSError is a defect of ours and keeps its traceback.
 _STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
+_PATH_ERRORS = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR}
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -27,7 +28,7 @@ def main_guard(function: Callable[[], int | None],
                interrupted: str = "the same command with --resume continues from the last finished unit") -> int:
     """Run a command line's body and return its exit status, with errors as one line `error: ...` on standard error.
 
-    0 or what `function` returns; 2 for bad arguments or input, no memory, no disk space; 130 when interrupted;
+    0 or what `function` returns; 2 for bad arguments or input, a path that cannot be read, no memory, no disk space; 130 when interrupted;
     141 when the reader of standard output has gone. Any other exception is a defect and passes through.
     Used as `sys.exit(main_guard(main))`. `interrupted` says after an interrupt how to go on.
     """
@@ -65,6 +66,8 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.errno in _STORAGE_ERRORS:
         where = f" {error.filename}" if error.filename else ""
         return f"cannot write{where}: {error.strerror}; free some space or choose another folder with --out"
+    if isinstance(error, OSError) and error.errno in _PATH_ERRORS and error.filename:
+        return f"{error.filename}: {error.strerror}; check the path and its permissions"
     return None
 
 

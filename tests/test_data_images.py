@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data.images import load_image, load_pixels
+from data.images import is_turned, load_image, load_pixels
 from support.errors import InputError
 
 
@@ -36,6 +36,7 @@ def test_exif_orientation_is_not_applied(tmp_path, make_image):
     exif = Image.Exif()
     exif[0x0112] = 6
     image.save(tmp_path / "turned.jpg", exif=exif)
+    assert is_turned(tmp_path / "turned.jpg") and not is_turned(image.filename)
     assert load_image(tmp_path / "turned.jpg").shape == (3, 16, 24)
 
 
@@ -50,6 +51,8 @@ BAD = {
     "empty.png": (lambda path: path.write_bytes(b""), "not an image"),
     "deep.png": (write_png, "16 bits"),
     "deepgrey.png": (lambda path: write_png(path, colour=0), "16 bits"),
+    "plain.ppm": (lambda path: path.write_bytes(b"P3 16 16 65535\n" + b"300 " * 16 * 16 * 3), "16 bits"),
+    "deep.rgb": (lambda path: path.write_bytes(struct.pack(">HBBHHHH", 474, 0, 2, 3, 16, 16, 3).ljust(512, b"\0") + bytes(16 * 16 * 6)), "16 bits"),
     "deep.ppm": (lambda path: path.write_bytes(b"P6 16 16 65535\n" + bytes(16 * 16 * 6)), "16 bits"),
     "grey.jpg": (lambda path: save(path, "L"), "is grey"),
     "bits.png": (lambda path: save(path, "1"), "1 bit"),

@@ -2,14 +2,17 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from main_jobs import ARCH, job, one_line, report_of, run, zoo  # noqa: F401
 
 import main_eval
+from codec import commands
 from evaluation import verify
 from data.images import load_image, load_pixels
 from data.padding import crop_back, pad_to_multiple
@@ -232,6 +235,49 @@ def test_what_cannot_be_coded_is_one_line(saved, tmp_path, capsys):
         printed = capsys.readouterr()
         assert printed.err.count("\n") == 1 and expected in printed.err and printed.out == "", line
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_pixels_that_a_viewer_would_turn_are_told_once(saved, tmp_path, capsys):
+    image, exif = Image.open(tmp_path / "eval" / "1.png"), Image.Exif()
+    exif[0x0112] = 6
+    for name in ("a.jpg", "b.jpg"):
+        image.save(tmp_path / name, exif=exif)
+    model = saved / "q1" / "model.safetensors"
+    assert command("encode", tmp_path / "eval" / "2.png", tmp_path / "a.jpg", tmp_path / "b.jpg", "-o", tmp_path / "coded", "--model", model, "--quiet") == 0
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "a.jpg and 1 more" in told and "EXIF orientation" in told
+
+
+def test_paths_that_cannot_be_read_are_one_line(tmp_path, capsys, monkeypatch):
+    image, long = tmp_path / "eval" / "1.png", tmp_path / ("x" * 300)
+    image.parent.mkdir(exist_ok=True)
+    image.write_bytes(b"")
+    for line in (("encode", long, "--model", tmp_path), ("encode", image, "--model", long), ("encode", image, "-o", long, "--model", tmp_path),
+                 ("decode", long, "--model", tmp_path), ("info", long), ("info", "~nobody-of-this-name/a.licq")):  # fmt: skip
+        assert command(*line) == 2
+        assert capsys.readouterr().err.count("\n") == 1, line
+
+    def denied(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", denied)
+    assert command("info", tmp_path) == 2
+    assert "Permission denied" in capsys.readouterr().err
+
+
+def test_many_inputs_and_hidden_ones(tmp_path):
+    names = [f"{number}.licq" for number in range(3000)]
+    for name in (*names, ".left.licq"):
+        (tmp_path / name).touch()
+    start = time.process_time()
+    assert len(commands.jobs([str(tmp_path)], str(tmp_path / "out"), frozenset({".licq"}), ".png")) == len(names)
+    assert time.process_time() - start < 2  # comparing all with all took minutes for some ten thousand
+
+
+def test_an_interrupted_command_says_how_to_go_on():
+    for word in ("encode", "decode", "info", "verify"):
+        assert "--resume" not in main_eval.after_interrupt([word, "x"])
+    assert "--resume" in main_eval.after_interrupt(["--model", "encode"]) and "--resume" in main_eval.after_interrupt([])
 
 
 @pytest.mark.slow

@@ -25,6 +25,8 @@ def raising(error):
     (MemoryError(), "out of memory"),
     (torch.OutOfMemoryError("CUDA out of memory"), "out of memory"),
     (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), "out of memory"),
+    (OSError(errno.ENAMETOOLONG, "File name too long", "/in/x"), "/in/x: File name too long"),
+    (PermissionError(errno.EACCES, "Permission denied", "/in/x"), "/in/x: Permission denied"),
     (OSError(errno.ENOSPC, "No space left on device", "/out/x"), "cannot write /out/x: No space left on device"),
 ])
 def test_users_error_is_one_line_and_status_2(error, words, capsys):
