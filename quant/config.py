@@ -42,7 +42,8 @@ class QuantConfig:
                     other images they reach several times as far as on the calibration crops, and a clipped symbol is
                     seen. Up to 16 bits are two 8-bit digits in an int8 kernel, at 1/256 of the pixels or less.
     boundary_bits:  fractional bits of y, z, means and scales at the codec's boundaries.
-    strict_int8:    8 bits on every stored tensor, as the paper does (sets carrier_bits, table_bits, latent_bits to 8).
+    strict_int8:    8 bits on every stored tensor, as the paper does (sets carrier_bits, table_bits, latent_bits to 8; to a_bits where
+                    activations have 9 to 16).
     frac_bits:      n_r of eqs. 3 and 4.
     a_headroom:     first ranges of activations reach to this multiple of what the estimator says.
     headroom:       carriers reach to this multiple of the largest value seen in calibration.
@@ -96,9 +97,9 @@ class QuantConfig:
         RangeSpec.parse(self.w_range)
         RangeSpec.parse(self.a_range)
         if self.strict_int8:
-            object.__setattr__(self, "carrier_bits", 8)
-            object.__setattr__(self, "table_bits", 8)
-            object.__setattr__(self, "latent_bits", 8)
+            bits = self.a_bits if 8 < self.a_bits <= 16 else 8
+            for name in ("carrier_bits", "table_bits", "latent_bits"):
+                object.__setattr__(self, name, bits)
         for name in ("carrier_bits", "table_bits", "latent_bits", "softmax_bits"):
             if not 2 <= getattr(self, name) <= 16:
                 raise InputError(f"{name} {getattr(self, name)} is out of range; choose 2 to 16")

@@ -324,6 +324,7 @@ def test_layers_that_read_latents_hold_other_images_larger_ones():
     strict = QuantModel(create_model("minnen2018", N=4, M=6).eval(), QuantConfig(strict_int8=True))
     strict.observe([torch.rand(1, 3, 64, 64)])
     assert strict.nodes["g_s.0"].input_grid.bits == 8
+    assert [QuantConfig(a_bits=bits, strict_int8=True).carrier_bits for bits in (6, 8, 10, 32)] == [8, 8, 10, 8]
 
 
 def test_whole_symbols_enter_the_synthesis_exactly():
