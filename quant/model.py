@@ -174,6 +174,8 @@ class QuantModel(nn.Module):
                 source = copy.deepcopy(source).eval().to(batch.device)
                 if batch.shape[1] > 3:
                     source.rate = batch[:, 3:4, :1, :1]
+                elif hasattr(source, "rate"):  # a variable-rate codec may have been set to another one here
+                    source.rate = self.model.rate
                 expected = source(batch[:, :3].clone())
                 pairs = {"x_hat": (output["x_hat"], expected["x_hat"])}
                 pairs |= {f"likelihoods {key}": (output["likelihoods"][key], p) for key, p in expected["likelihoods"].items()}
