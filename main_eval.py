@@ -14,21 +14,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from codec import commands
-from evaluation import verify
-from support import options
-from support.cli import ArgumentParser, main_guard
-from support.errors import InputError
-from support.files import write_json
-from sweeps.engine import Engine
-from sweeps.shards import PART, forget_shards, measured_in_shards
+from licq.runs import coding as commands
+from licq.runs import verify
+from licq.support import options
+from licq.support.cli import ArgumentParser, main_guard
+from licq.support.errors import InputError
+from licq.support.files import write_json
+from licq.workers.engine import Engine
+from licq.runs.shards import PART, forget_shards, measured_in_shards
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from data.datasets import Dataset
-    from quant.model import QuantModel
+    from licq.data.datasets import Dataset
+    from licq.quant.model import QuantModel
 
 EPILOG = """\
 The folder of --out gets report.html, report.md, report.json, rd.png and compressai/*.json, of the same form as main_ptq.py's.
@@ -156,7 +156,7 @@ class Subject:
 
     def codecs(self, index: int) -> tuple["QuantModel | None", "nn.Module | None"]:
         """The quantized model and the float codec of a rate point, set to its rate; None where there is none."""
-        from quant.model import QuantModel
+        from licq.quant.model import QuantModel
 
         quality, file, extra = self.points()[index]
         quant = QuantModel.load(file) if file else None
@@ -169,11 +169,11 @@ class Subject:
 
 def look(args: argparse.Namespace, files: list[Path]) -> Subject:
     """Everything is looked at first; nothing is written but an empty folder."""
-    from data.datasets import Dataset
-    from evaluation.inputs import check_images, find_evaluation_set, pick_device
-    from models.registry import get_architecture, list_models
-    from support.determinism import set_threads
-    from support.files import writable_folder
+    from licq.data.datasets import Dataset
+    from licq.runs.inputs import check_images, find_evaluation_set, pick_device
+    from licq.models.registry import get_architecture, list_models
+    from licq.support.determinism import set_threads
+    from licq.support.files import writable_folder
 
     device = pick_device(args.device)
     set_threads(args.threads)
@@ -212,15 +212,15 @@ def look(args: argparse.Namespace, files: list[Path]) -> Subject:
 
 def measure(subject: Subject, which: slice) -> dict:
     """The codecs on some of the images, as JSON: {"points": one dictionary a rate point, "anchors": see classical_points}."""
-    from data.datasets import Dataset
-    from evaluation.anchors import classical_points
-    from evaluation.evaluate import evaluate
-    from models.registry import get_architecture
-    from support.files import sha256
+    from licq.data.datasets import Dataset
+    from licq.evaluation.anchors import classical_points
+    from licq.evaluation.evaluate import evaluate
+    from licq.models.registry import get_architecture
+    from licq.support.files import sha256
 
     args = subject.args
     if args.real:
-        from codec.api import Codec
+        from licq.codec.api import Codec
 
     images = Dataset(subject.dataset.name, subject.dataset.paths[which])
     pad = get_architecture(subject.arch).multiple
@@ -243,14 +243,14 @@ def evaluate_all(subject: Subject, engine: Engine, argv: list[str]) -> int:
     import numpy as np
     import torch
 
-    from evaluation.anchors import anchors_of
-    from evaluation.crops import make_crops, save_picture
-    from evaluation.evaluate import Report
-    from evaluation.presentation import coverage_lines, render_summary
-    from evaluation.report import build_report, make_point, write_report
-    from models.registry import get_architecture
-    from support.determinism import versions
-    from support.files import sha256
+    from licq.evaluation.anchors import anchors_of
+    from licq.report.crops import make_crops, save_picture
+    from licq.evaluation.evaluate import Report
+    from licq.report.text import coverage_lines, render_summary
+    from licq.report.build import build_report, make_point, write_report
+    from licq.models.registry import get_architecture
+    from licq.support.determinism import versions
+    from licq.support.files import sha256
 
     args, common, out, dataset = subject.args, subject.common, subject.out, subject.dataset
     settings = {"versions": versions(), "threads": engine.threads or torch.get_num_threads(), "device": str(subject.device), "real": args.real,
@@ -322,7 +322,7 @@ def read_extra(path: Path) -> dict:
     Raises:
         InputError: damaged, not a quantized model, or not one of main_ptq.py's.
     """
-    from quant.serialization import read_quantized
+    from licq.quant.serialization import read_quantized
 
     extra = read_quantized(path)[0].get("extra") or {}
     missing = {"arch", "quality", "lambda", "metric", "config", "calibration", "checkpoint"} - extra.keys()
@@ -338,8 +338,8 @@ def rates_of_one(file: Path, extra: dict, args: argparse.Namespace) -> tuple[lis
     Raises:
         InputError: a quality for which it was not quantized.
     """
-    from models.registry import get_architecture
-    from quant.model import QuantModel
+    from licq.models.registry import get_architecture
+    from licq.quant.model import QuantModel
 
     lambdas = {int(quality): lmbda for quality, lmbda in extra["rates"].items()}
     qualities = [] if args.rate_factor and args.quality is None else sorted(lambdas) if args.quality in (None, "all") else args.quality
@@ -395,10 +395,10 @@ def refuse_idle_flags(args: argparse.Namespace, files: list[Path], saved: list[d
 
 def find_floats(args: argparse.Namespace, saved: list[dict]) -> dict:
     """quality -> FloatModel: those the flags name, else those that the saved models were made from."""
-    from evaluation.float_models import FloatModel, find_float_models, weights_digest
-    from models.checkpoints import load_checkpoint
-    from models.registry import get_architecture
-    from support.files import sha256
+    from licq.runs.float_models import FloatModel, find_float_models, weights_digest
+    from licq.models.checkpoints import load_checkpoint
+    from licq.models.registry import get_architecture
+    from licq.support.files import sha256
 
     if not args.with_float:
         return {}
@@ -430,7 +430,7 @@ def find_floats(args: argparse.Namespace, saved: list[dict]) -> dict:
 def _where(origin: dict, extra: dict) -> Path:
     """The checkpoint's path; an embedded one moves with the project."""
     if origin["origin"] == "embedded":
-        from models.checkpoints import embedded_checkpoint
+        from licq.models.checkpoints import embedded_checkpoint
 
         return embedded_checkpoint(extra["arch"], max(1, round(extra["quality"])))  # a rate between two qualities has both's
     return Path(origin["path"])

@@ -12,22 +12,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from support import options
-from support.cli import ArgumentParser, main_guard
-from support.errors import InputError
-from support.progress import time_left
-from sweeps import commands
+from licq.support import options
+from licq.support.cli import ArgumentParser, main_guard
+from licq.support.errors import InputError
+from licq.support.progress import time_left
+from licq.sweeps import commands
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from data.datasets import Dataset
-    from evaluation.float_models import FloatModel
-    from evaluation.run_folder import QualityFolder, RunFolder
-    from quant.bits import Bits
-    from quant.model import QuantModel
-    from reconstruction.config import PtqConfig
+    from licq.data.datasets import Dataset
+    from licq.runs.float_models import FloatModel
+    from licq.runs.folder import QualityFolder, RunFolder
+    from licq.quant.bits import Bits
+    from licq.quant.model import QuantModel
+    from licq.reconstruction.config import PtqConfig
 
 # torch takes seconds to import: it is left to the functions that run after the arguments have been checked.
 
@@ -132,11 +132,11 @@ def main(argv: list[str] | None = None) -> int:
     args.quality = options.merge_qualities(args.quality)
     run = prepare(args)
     if args.analyze:
-        from evaluation.layer_runs import analyze_run
+        from licq.runs.layers import analyze_run
 
         return analyze_run(run)
     if args.max_bd_rate is not None:
-        from evaluation.layer_runs import below_bd_rate
+        from licq.runs.layers import below_bd_rate
 
         run = below_bd_rate(run, lambda attempt: (points := quantize_all(attempt), summarize(attempt, points)["bd_rate_psnr"]))
     return finish(run, quantize_all(run))
@@ -177,7 +177,7 @@ class Run:
     @property
     def is_variable(self) -> bool:
         """One quantized codec serves all qualities."""
-        from models.registry import get_architecture
+        from licq.models.registry import get_architecture
 
         return get_architecture(self.models[0].arch).variable
 
@@ -188,14 +188,14 @@ class Run:
 
 def prepare(args: argparse.Namespace) -> Run:
     """Check settings, checkpoints, images, the device and the folder, in this order: nothing is written before the last."""
-    from evaluation.float_models import find_float_models
-    from evaluation.inputs import calibration_crops, evaluation_set, images_digest, pick_device
-    from evaluation.layer_runs import check_flags, check_written, named_layers, settings_of_layers
-    from evaluation.run_folder import RunFolder
-    from models.registry import get_architecture
-    from quant.config import FLOAT_BITS
-    from support.determinism import seed_everything, set_threads
-    from support.version import __version__
+    from licq.runs.float_models import find_float_models
+    from licq.runs.inputs import calibration_crops, evaluation_set, images_digest, pick_device
+    from licq.runs.layers import check_flags, check_written, named_layers, settings_of_layers
+    from licq.runs.folder import RunFolder
+    from licq.models.registry import get_architecture
+    from licq.quant.config import FLOAT_BITS
+    from licq.support.determinism import seed_everything, set_threads
+    from licq.support.version import __version__
 
     check_flags(args)
     config = build_config(args)
@@ -239,7 +239,7 @@ def with_rates(network: "nn.Module", crops: "Tensor", models: list["FloatModel"]
     """The crops of a variable-rate codec, each with the gain and the lambda of one of the qualities."""
     import torch
 
-    from data.calibration import draw_levels
+    from licq.data.calibration import draw_levels
 
     lambdas = {source.quality: source.lmbda for source in models}
     levels = draw_levels(len(crops), list(lambdas), seed)
@@ -249,7 +249,7 @@ def with_rates(network: "nn.Module", crops: "Tensor", models: list["FloatModel"]
 
 def build_config(args: argparse.Namespace) -> "PtqConfig":
     """The preset with the knobs of the command line."""
-    from reconstruction.config import PtqConfig, parse_knobs
+    from licq.reconstruction.config import PtqConfig, parse_knobs
 
     knobs = {"w_bits": args.w_bits, "a_bits": args.a_bits, "seed": args.seed}
     knobs |= {name: value for name in ("bias_bits", "loss", "unit", "iters") if (value := getattr(args, name)) is not None}
@@ -260,11 +260,11 @@ def build_config(args: argparse.Namespace) -> "PtqConfig":
 
 def quantize_quality(run: Run, index: int) -> dict:
     """One rate point, of which finished parts are taken from the folder; returns the point of report.json."""
-    from evaluation.crops import save_crops
-    from evaluation.evaluate import Report, evaluate
-    from evaluation.layer_runs import bits_of_quality, own_settings, write_bits
-    from evaluation.report import make_point
-    from evaluation.shared import shared
+    from licq.report.crops import save_crops
+    from licq.evaluation.evaluate import Report, evaluate
+    from licq.runs.layers import bits_of_quality, own_settings, write_bits
+    from licq.report.build import make_point
+    from licq.runs.shared import shared
 
     source, args = run.models[index], run.args
     folder = run.folder.quality(source.quality, own_settings(source), shared=run.is_variable)
@@ -313,8 +313,8 @@ def plain_baseline(model: "nn.Module", run: Run, quality: int, bits: "Bits | Non
 
 
 def _plain(model: "nn.Module", run: Run, own: "Bits | None") -> "QuantModel":
-    from quant.config import QuantConfig
-    from quant.model import QuantModel
+    from licq.quant.config import QuantConfig
+    from licq.quant.model import QuantModel
 
     bits = {name: getattr(run.config.quant, name) for name in ("w_bits", "a_bits", "bias_bits", "strict_int8")}
     plain = QuantModel(model, QuantConfig(**bits, latent_bits=min(run.config.quant.a_bits, 16), a_granularity="tensor",
@@ -336,9 +336,9 @@ def _reconstruct(model: "nn.Module", run: Run, index: int, folder: "QualityFolde
 
     own: the bits of single layers, see `bits_of_quality`.
     """
-    from evaluation.layer_runs import described_bits, take_model
-    from reconstruction.api import quantize
-    from support.files import sha256
+    from licq.runs.layers import described_bits, take_model
+    from licq.reconstruction.api import quantize
+    from licq.support.files import sha256
 
     args, source = run.args, run.models[index]
     if run.taken_from is not None:
@@ -367,7 +367,7 @@ def _reconstruct(model: "nn.Module", run: Run, index: int, folder: "QualityFolde
 
 def _saved(run: Run, index: int, folder: "QualityFolder") -> "QuantModel":
     """The quantized codec of a quality as it was saved."""
-    from quant.model import QuantModel
+    from licq.quant.model import QuantModel
 
     codec = QuantModel.load(folder.model)
     if run.is_variable:
@@ -377,10 +377,10 @@ def _saved(run: Run, index: int, folder: "QualityFolder") -> "QuantModel":
 
 def summarize(run: Run, points: list[dict]) -> dict:
     """The dictionary of report.json."""
-    from evaluation.anchors import anchors_of
-    from evaluation.presentation import coverage_lines
-    from evaluation.report import build_report
-    from evaluation.shared import shared
+    from licq.evaluation.anchors import anchors_of
+    from licq.report.text import coverage_lines
+    from licq.report.build import build_report
+    from licq.runs.shared import shared
 
     config, args = run.config, run.args
     arch = run.models[0].arch
@@ -399,8 +399,8 @@ def summarize(run: Run, points: list[dict]) -> dict:
 
 def finish(run: Run, points: list[dict]) -> int:
     """The report, and its essence on standard output."""
-    from evaluation.presentation import render_summary
-    from evaluation.report import write_report
+    from licq.report.text import render_summary
+    from licq.report.build import write_report
 
     report = summarize(run, points)
     write_report(run.folder.path, report)

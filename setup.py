@@ -1,13 +1,26 @@
 import re
 from pathlib import Path
 
-from setuptools import Extension, find_packages, setup
+from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).resolve().parent
 README = HERE / "README.md"
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "support" / "version.py").read_text()).group(1)
-PACKAGES = ["support", "models", "quant", "reconstruction", "integer", "codec", "data", "evaluation", "sweeps"]
+PACKAGES = [
+    "support",
+    "workers",
+    "data",
+    "models",
+    "quant",
+    "reconstruction",
+    "integer",
+    "codec",
+    "evaluation",
+    "report",
+    "runs",
+    "sweeps",
+]
 
 # Neither contraction nor reassociation: the kernels' floating-point steps are exact one by one. Partial sums may wrap around.
 EXACT = ["-O3", "-std=gnu11", "-fwrapv", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
@@ -31,21 +44,22 @@ setup(
     long_description=README.read_text(encoding="utf-8") if README.exists() else "",
     long_description_content_type="text/markdown",
     python_requires=">=3.10",
-    packages=find_packages(where=str(HERE), include=PACKAGES + [f"{name}.*" for name in PACKAGES]),
-    # An editable install with this mapping puts the whole folder on the path: a package added later is found at once.
-    package_dir={"": "."},
+    # One import name: in a wheel the folders lie below licq/; in a checkout licq/__init__.py looks beside itself.
+    packages=["licq", *(f"licq.{name}" for name in PACKAGES)],
+    package_dir={"licq": "licq", **{f"licq.{name}": name for name in PACKAGES}},
     py_modules=["main_ptq", "main_eval"],
     package_data={
-        "integer": ["kernels.h"],
-        "models": ["zoo/*.safetensors", "zoo/README.md"],
-        "reconstruction": ["presets/*.yaml"],
-        "data": ["*.json"],
-        "evaluation": ["*.json", "*.j2"],
-        "sweeps": ["files/*.yaml"],
+        "licq.integer": ["kernels.h"],
+        "licq.models": ["zoo/*.safetensors", "zoo/README.md"],
+        "licq.reconstruction": ["presets/*.yaml"],
+        "licq.data": ["*.json"],
+        "licq.evaluation": ["*.json"],
+        "licq.report": ["*.j2"],
+        "licq.sweeps": ["files/*.yaml"],
     },
     # no Python module: a library that integer/library.py opens
     ext_modules=[
-        Extension("integer._kernels", ["integer/kernels.c", "integer/winograd.c"], depends=["integer/kernels.h"], libraries=["m"],
+        Extension("licq.integer._kernels", ["integer/kernels.c", "integer/winograd.c"], depends=["integer/kernels.h"], libraries=["m"],
                   extra_compile_args=[*EXACT, "-fopenmp"], extra_link_args=["-fopenmp"], optional=True),
     ],
     cmdclass={"build_ext": BuildKernels},

@@ -15,12 +15,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from tabulate import tabulate
 
-from models.registry import create_model, get_architecture
-from reconstruction.api import quantize
-from reconstruction.config import PtqConfig, parse_knobs
-from support import options
-from support.cli import ArgumentParser, main_guard
-from support.determinism import seed_everything, set_threads
+from licq.models.registry import create_model, get_architecture
+from licq.reconstruction.api import quantize
+from licq.reconstruction.config import PtqConfig, parse_knobs
+from licq.support import options
+from licq.support.cli import ArgumentParser, main_guard
+from licq.support.determinism import seed_everything, set_threads
 
 
 def calibrate(arch: str, width: float, crops: int, crop: int, threads: int, knobs: dict) -> dict:

@@ -21,20 +21,20 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from codec.coder import Coder
-from codec.latents import cut
-from codec.plan import Plan
-from codec.sizes import Sizes
-from integer.execution import executable
-from integer.lowering import lower
-from integer.program import Program
-from models.registry import create_model, get_architecture
-from quant.config import QuantConfig
-from quant.model import QuantModel
-from support import options
-from support.cli import ArgumentParser, main_guard
-from support.determinism import seed_everything, set_threads
-from support.errors import InputError
+from licq.codec.coder import Coder
+from licq.codec.latents import cut
+from licq.codec.plan import Plan
+from licq.codec.sizes import Sizes
+from licq.integer.execution import executable
+from licq.integer.lowering import lower
+from licq.integer.program import Program
+from licq.models.registry import create_model, get_architecture
+from licq.quant.config import QuantConfig
+from licq.quant.model import QuantModel
+from licq.support import options
+from licq.support.cli import ArgumentParser, main_guard
+from licq.support.determinism import seed_everything, set_threads
+from licq.support.errors import InputError
 
 _LATENTS_LIKE = 2.0  # standard deviation that random latents are brought to
 

@@ -12,8 +12,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tabulate import tabulate
 
-from support.cli import ArgumentParser, main_guard
-from support.errors import InputError
+from licq.support.cli import ArgumentParser, main_guard
+from licq.support.errors import InputError
 
 HEADS = ["codec", "rates", "images", "BD-rate", "plain", "MS-SSIM BD-rate", "delta J", "plain", "calibration", "peak memory", "file, of float's", "kept in float"]
 

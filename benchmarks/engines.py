@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from support.errors import InputError
+from licq.support.errors import InputError
 
 Inputs = list[np.ndarray]
 Run = Callable[[np.ndarray], np.ndarray]

@@ -14,16 +14,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from tabulate import tabulate
 
-from codec.api import Codec
-from codec.commands import models_of
-from data.images import load_pixels
-from data.padding import pad_to_multiple
-from evaluation.inputs import evaluation_set
-from evaluation.verify import model_at
-from support import options
-from support.cli import ArgumentParser, main_guard
-from support.determinism import set_threads
-from support.progress import progress
+from licq.codec.api import Codec
+from licq.runs.coding import models_of
+from licq.data.images import load_pixels
+from licq.data.padding import pad_to_multiple
+from licq.runs.inputs import evaluation_set
+from licq.runs.verify import model_at
+from licq.support import options
+from licq.support.cli import ArgumentParser, main_guard
+from licq.support.determinism import set_threads
+from licq.support.progress import progress
 
 _IMPROBABLE = 16  # bits
 

@@ -20,11 +20,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tabulate import tabulate
 
-from codec.container import Container
-from support import options
-from support.cli import ArgumentParser, main_guard
-from support.errors import InputError
-from support.progress import progress
+from licq.codec.container import Container
+from licq.support import options
+from licq.support.cli import ArgumentParser, main_guard
+from licq.support.errors import InputError
+from licq.support.progress import progress
 
 KINDS = ("cut", "flipped bit", "hostile stream")
 _MEMORY = 8 * 2**30
@@ -69,7 +69,7 @@ def work(model: str, file: str, count: int, first: int) -> None:
     """Decode the inputs from number `first` on; one line for each on standard output: its kind and what became of it."""
     import resource
 
-    from codec.api import Codec
+    from licq.codec.api import Codec
 
     codec = Codec.load(model, 1)
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
@@ -126,10 +126,10 @@ def main() -> int:
     args = parser.parse_args()
     import torch
 
-    from codec.api import Codec
-    from codec.commands import models_of
-    from data.datasets import open_dataset
-    from data.images import load_pixels
+    from licq.codec.api import Codec
+    from licq.runs.coding import models_of
+    from licq.data.datasets import open_dataset
+    from licq.data.images import load_pixels
 
     files = {file.parent.name: file for file in models_of(args.model)}
     model = files.get(f"q{args.quality:g}" if args.quality is not None else "") or next(iter(files.values()))

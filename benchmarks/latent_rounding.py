@@ -16,14 +16,14 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from data.images import load_image
-from evaluation.float_models import find_float_models
-from evaluation.inputs import evaluation_set
-from support import options
-from support.cli import ArgumentParser, main_guard
-from support.determinism import set_threads
-from support.errors import InputError
-from support.progress import progress
+from licq.data.images import load_image
+from licq.runs.float_models import find_float_models
+from licq.runs.inputs import evaluation_set
+from licq.support import options
+from licq.support.cli import ArgumentParser, main_guard
+from licq.support.determinism import set_threads
+from licq.support.errors import InputError
+from licq.support.progress import progress
 
 _MOST = 200
 

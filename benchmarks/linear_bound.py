@@ -14,10 +14,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 from tabulate import tabulate
 
-from data.images import load_pixels
-from evaluation.inputs import evaluation_set
-from support import options
-from support.cli import ArgumentParser, main_guard
+from licq.data.images import load_pixels
+from licq.runs.inputs import evaluation_set
+from licq.support import options
+from licq.support.cli import ArgumentParser, main_guard
 
 SIDE = 16
 

@@ -20,20 +20,20 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
-from data.datasets import Dataset
-from data.images import load_image
-from evaluation.float_models import find_float_models
-from evaluation.inputs import calibration_crops, evaluation_set
-from models.registry import get_architecture
-from reconstruction.api import quantize
-from reconstruction.config import PtqConfig, parse_knobs
-from reconstruction.objective import Objective, rate
-from support import options
-from support.cli import ArgumentParser, main_guard
-from support.determinism import seed_everything, set_threads
-from support.errors import InputError
-from support.files import write_json
-from support.version import __version__
+from licq.data.datasets import Dataset
+from licq.data.images import load_image
+from licq.runs.float_models import find_float_models
+from licq.runs.inputs import calibration_crops, evaluation_set
+from licq.models.registry import get_architecture
+from licq.reconstruction.api import quantize
+from licq.reconstruction.config import PtqConfig, parse_knobs
+from licq.reconstruction.objective import Objective, rate
+from licq.support import options
+from licq.support.cli import ArgumentParser, main_guard
+from licq.support.determinism import seed_everything, set_threads
+from licq.support.errors import InputError
+from licq.support.files import write_json
+from licq.support.version import __version__
 
 SIDE = 256
 

@@ -38,9 +38,9 @@ from torch import Tensor, nn
 
 from codec_speed import add_codec, codec_of, inputs_of, make_pair, networks, size, smooth, times, title, transforms
 from engines import PEERS, Inputs, Peer, Run, require_packages
-from support.cli import ArgumentParser, main_guard
-from support.determinism import set_threads
-from support.errors import InputError
+from licq.support.cli import ArgumentParser, main_guard
+from licq.support.determinism import set_threads
+from licq.support.errors import InputError
 
 PARTS = {"g_a": ("g_a",), "h_a + h_s": ("h_a", "h_s"), "g_s": ("g_s",)}
 _CALIBRATION = (2,)  # seeds of the calibration images, as large as the timed one: ONNX Runtime holds the features of all at once

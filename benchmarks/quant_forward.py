@@ -17,9 +17,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from models import create_model
-from quant.config import QuantConfig
-from quant.model import QuantModel
+from licq.models import create_model
+from licq.quant.config import QuantConfig
+from licq.quant.model import QuantModel
 
 
 def best_ms(run: Callable[[], object], repeat: int) -> float:

@@ -11,14 +11,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from tabulate import tabulate
 
-from codec.plan import Plan
-from codec.sizes import Sizes, analysis_part
-from integer.lowering import lower
-from models.registry import create_model, get_architecture
-from quant.config import QuantConfig
-from quant.model import QuantModel
-from support.cli import ArgumentParser, main_guard
-from support.determinism import seed_everything
+from licq.codec.plan import Plan
+from licq.codec.sizes import Sizes, analysis_part
+from licq.integer.lowering import lower
+from licq.models.registry import create_model, get_architecture
+from licq.quant.config import QuantConfig
+from licq.quant.model import QuantModel
+from licq.support.cli import ArgumentParser, main_guard
+from licq.support.determinism import seed_everything
 
 HEADS = ["codec", "analysis: before, after", "synthesis: before, after", "tiles begin at multiples of"]
 

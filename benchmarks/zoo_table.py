@@ -14,10 +14,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tabulate import tabulate
 
 import main_eval
-from models.checkpoints import embedded_checkpoint, embedded_qualities, read_checkpoint
-from models.registry import get_architecture, list_models
-from support import options
-from support.cli import ArgumentParser, main_guard
+from licq.models.checkpoints import embedded_checkpoint, embedded_qualities, read_checkpoint
+from licq.models.registry import get_architecture, list_models
+from licq.support import options
+from licq.support.cli import ArgumentParser, main_guard
 
 
 def report_of(arch: str, data: str, out: Path, threads: int | None) -> dict:

@@ -8,18 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from codec.coder import Coder
-from codec.container import GAIN_UNIT, MAX_GAIN, MAX_PIXELS, MODEL_BYTES, TILE, Container
-from codec.plan import Plan
-from codec.sizes import Sizes
-from data.padding import crop_back, pad_to_multiple
-from integer.execution import executable
-from integer.lowering import lower
-from integer.program import Program
-from models.registry import architecture_of, get_architecture
-from quant.model import QuantModel
-from support.errors import InputError
-from support.files import sha256
+from licq.codec.coder import Coder
+from licq.codec.container import GAIN_UNIT, MAX_GAIN, MAX_PIXELS, MODEL_BYTES, TILE, Container
+from licq.codec.plan import Plan
+from licq.codec.sizes import Sizes
+from licq.data.padding import crop_back, pad_to_multiple
+from licq.integer.execution import executable
+from licq.integer.lowering import lower
+from licq.integer.program import Program
+from licq.models.registry import architecture_of, get_architecture
+from licq.quant.model import QuantModel
+from licq.support.errors import InputError
+from licq.support.files import sha256
 
 _PLANS = 2  # sizes whose programs are kept
 

@@ -7,13 +7,13 @@ import torch
 from compressai.ans import BufferedRansEncoder, RansDecoder
 from torch import Tensor
 
-from codec.latents import Latent
-from codec.plan import Gathering, Plan, Step
-from codec.tables import GaussianRows, MixtureRows, Rows, SteppedRows, bottleneck_rows
-from quant.boundaries import QuantEntropyBottleneck, QuantGaussianMixture, QuantVariableBottleneck
-from quant.model import QuantModel
-from quant.serialization import make_tables
-from support.errors import InputError
+from licq.codec.latents import Latent
+from licq.codec.plan import Gathering, Plan, Step
+from licq.codec.tables import GaussianRows, MixtureRows, Rows, SteppedRows, bottleneck_rows
+from licq.quant.boundaries import QuantEntropyBottleneck, QuantGaussianMixture, QuantVariableBottleneck
+from licq.quant.model import QuantModel
+from licq.quant.serialization import make_tables
+from licq.support.errors import InputError
 
 _BEHIND = 16  # a byte of a hostile stream can have the decoder read so many behind it
 _BYTES_A_SYMBOL = 4

@@ -14,7 +14,7 @@ pixel, 0.15 % of the file.
 import zlib
 from dataclasses import dataclass
 
-from support.errors import InputError
+from licq.support.errors import InputError
 
 MAGIC = b"LQ"
 VERSION = 2

@@ -19,12 +19,12 @@ import torch
 from compressai.entropy_models import EntropyBottleneck, GaussianConditional, GaussianMixtureConditional
 from torch import Tensor, nn
 
-from codec.api import Codec
-from data.images import load_pixels
-from data.padding import pad_to_multiple
-from models.checkpoints import load_checkpoint
-from models.layers import RoundAboutMeans
-from support.errors import InputError
+from licq.codec.api import Codec
+from licq.data.images import load_pixels
+from licq.data.padding import pad_to_multiple
+from licq.models.checkpoints import load_checkpoint
+from licq.models.layers import RoundAboutMeans
+from licq.support.errors import InputError
 
 
 def digest(*tensors: Tensor) -> str:

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
-from codec.tables import STEP_OF_Z_BITS
-from integer.program import Program
-from support.errors import InputError
+from licq.codec.tables import STEP_OF_Z_BITS
+from licq.integer.program import Program
+from licq.support.errors import InputError
 
 
 NO_FILES = ("this codec's forward computes y_hat from other symbols than those whose rate it estimates, so no bitstream gives its images; "

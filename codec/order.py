@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from integer.program import Operation, Program
-from support.errors import InputError
+from licq.integer.program import Operation, Program
+from licq.support.errors import InputError
 
 _MOST_PASSES = 16
 _SPATIAL = ("conv", "conv3d")

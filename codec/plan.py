@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from codec.latents import NO_FILES, EncoderOnlyError, Latent, cut, find_latents
-from codec.order import Reading, dependents, passes, readings, wavefronts, window_side
-from codec.sizes import Sizes, analysis_part, synthesis_part
-from integer.execution import executable
-from integer.passes import without_duplicates
-from integer.program import Operation, Program, Range
-from integer.tiles import Tiled
-from support.errors import InputError
+from licq.codec.latents import NO_FILES, EncoderOnlyError, Latent, cut, find_latents
+from licq.codec.order import Reading, dependents, passes, readings, wavefronts, window_side
+from licq.codec.sizes import Sizes, analysis_part, synthesis_part
+from licq.integer.execution import executable
+from licq.integer.passes import without_duplicates
+from licq.integer.program import Operation, Program, Range
+from licq.integer.tiles import Tiled
+from licq.support.errors import InputError
 
 
 @dataclass

@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Sequence
 
-from codec.latents import Latent, cut, find_latents
-from integer.passes import without_duplicates
-from integer.program import Program
-from integer.reach import BATCH, Reach, reach
-from integer.tiles import Tiled
+from licq.codec.latents import Latent, cut, find_latents
+from licq.integer.passes import without_duplicates
+from licq.integer.program import Program
+from licq.integer.reach import BATCH, Reach, reach
+from licq.integer.tiles import Tiled
 
 
 def analysis_part(program: Program) -> Program:

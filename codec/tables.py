@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from quant.density import FACTORIZED_BITS, INVERSE_BITS, NORMAL_BITS, POINT_BITS, REACH, STEP_BITS, DensityTables
+from licq.quant.density import FACTORIZED_BITS, INVERSE_BITS, NORMAL_BITS, POINT_BITS, REACH, STEP_BITS, DensityTables
 
 PRECISION = 16  # bits of a frequency, fixed in CompressAI's coder
 _TAIL = 44  # tenths of standard deviations that a row reaches to; outside is 2^-16.5

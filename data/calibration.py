@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from data.images import load_image
-from support.errors import InputError
-from support.files import sha256
+from licq.data.images import load_image
+from licq.support.errors import InputError
+from licq.support.files import sha256
 
 _TRIES = 64  # draws of another position before a repeated crop of the same image is accepted
 

@@ -14,9 +14,9 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
-from support.errors import InputError
-from support.files import atomic_path, sha256
-from support.progress import progress
+from licq.support.errors import InputError
+from licq.support.files import atomic_path, sha256
+from licq.support.progress import progress
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
 _TIMEOUT = 20  # seconds without a byte before a download is given up

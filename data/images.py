@@ -8,7 +8,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from support.errors import InputError
+from licq.support.errors import InputError
 
 MIN_SIDE = 8  # pixels; the smallest image that a codec with four stride-2 stages says anything about
 

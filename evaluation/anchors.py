@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from PIL import Image, features
 
-from data.datasets import Dataset
-from data.images import load_pixels
-from evaluation.metrics import ms_ssim, psnr
-from support.errors import InputError
-from support.progress import progress as progress_bar
+from licq.data.datasets import Dataset
+from licq.data.images import load_pixels
+from licq.evaluation.metrics import ms_ssim, psnr
+from licq.support.errors import InputError
+from licq.support.progress import progress as progress_bar
 
 # few for AVIF, which takes ten times as long as JPEG for an image
 QUALITIES = {"jpeg": (5, 10, 20, 30, 45, 60, 75, 85, 92), "webp": (1, 10, 25, 45, 65, 80, 90), "avif": (10, 25, 40, 55, 70, 85)}

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.interpolate import PchipInterpolator
 
-from support.errors import InputError
+from licq.support.errors import InputError
 
 MIN_POINTS = {"cubic": 4, "pchip": 2}
 

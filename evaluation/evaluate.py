@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from codec.api import Codec
-from data.datasets import Dataset, open_dataset
-from data.images import load_image
-from evaluation.metrics import bpp_from_likelihoods, ms_ssim, mse, psnr_from_mse, to_pixels
-from data.padding import crop_back, pad_to_multiple
-from support.errors import InputError
-from support.progress import progress as progress_bar
+from licq.codec.api import Codec
+from licq.data.datasets import Dataset, open_dataset
+from licq.data.images import load_image
+from licq.evaluation.metrics import bpp_from_likelihoods, ms_ssim, mse, psnr_from_mse, to_pixels
+from licq.data.padding import crop_back, pad_to_multiple
+from licq.support.errors import InputError
+from licq.support.progress import progress as progress_bar
 
 
 @dataclass(frozen=True)

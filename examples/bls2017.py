@@ -20,9 +20,9 @@ from compressai.entropy_models import EntropyBottleneck
 from compressai.layers import GDN1
 from torch import Tensor, nn
 
-from models.checkpoints import fill_network, read_state_dict
-from models.registry import register_model
-from support.errors import InputError
+from licq.models.checkpoints import fill_network, read_state_dict
+from licq.models.registry import register_model
+from licq.support.errors import InputError
 
 STEPS = {1: 8, 2: 4, 3: 2, 4: 1}  # quality -> step of y
 

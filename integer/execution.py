@@ -8,12 +8,12 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
-from integer.fast import FastProgram
-from integer.library import library
-from integer.passes import optimize
-from integer.program import Program
-from integer.reference import run
-from integer.selfcheck import first_difference
+from licq.integer.fast import FastProgram
+from licq.integer.library import library
+from licq.integer.passes import optimize
+from licq.integer.program import Program
+from licq.integer.reference import run
+from licq.integer.selfcheck import first_difference
 
 Executable = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 

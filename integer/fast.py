@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from integer.groups import Group, constants_of, groups_of, operand_type
-from integer.items import AttentionItem, CopyItem, Item, LayerNormItem, SingleItem
-from integer.layers import GroupItem
-from integer.library import SLACK, library
-from integer.program import Operation, Program, Range
+from licq.integer.groups import Group, constants_of, groups_of, operand_type
+from licq.integer.items import AttentionItem, CopyItem, Item, LayerNormItem, SingleItem
+from licq.integer.layers import GroupItem
+from licq.integer.library import SLACK, library
+from licq.integer.program import Operation, Program, Range
 
 
 class FastProgram:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from integer.program import INT32, Operation, Program, Range
+from licq.integer.program import INT32, Operation, Program, Range
 
 _PRODUCTS = ("conv", "deconv", "linear")
 _ELEMENTWISE = ("rescale", "add", "product", "neg", "abs", "square", "clamp", "leaky", "table", "gdn", "mask")

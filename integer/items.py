@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from integer.groups import fits, parameters_of, varying_dim
-from integer.library import TYPES, Attention, LayerNorm, library
-from integer.program import INT32, Operation, Program, Range
-from integer.reference import MEANING, results_of
-from quant.fixedpoint import multiplier_value
-from quant.integer_functions import layer_norm_constants
+from licq.integer.groups import fits, parameters_of, varying_dim
+from licq.integer.library import TYPES, Attention, LayerNorm, library
+from licq.integer.program import INT32, Operation, Program, Range
+from licq.integer.reference import MEANING, results_of
+from licq.quant.fixedpoint import multiplier_value
+from licq.quant.integer_functions import layer_norm_constants
 
 if TYPE_CHECKING:
-    from integer.fast import FastProgram
+    from licq.integer.fast import FastProgram
 
 
 class Item:

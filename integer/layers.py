@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from integer.groups import Group, operand_type, shuffled_channels, varying_dim
-from integer.items import Item, nudged
-from integer.library import (
+from licq.integer.groups import Group, operand_type, shuffled_channels, varying_dim
+from licq.integer.items import Item, nudged
+from licq.integer.library import (
     ABS, ADD, ADDC, CLAMP, GDN, LEAKY, LOAD, NEG, PRODUCT, RESCALE, S16, SLACK, SQUARE, STORE, TABLE, TYPES, U8, Array, Product, Step, Winograd, library,
 )  # fmt: skip
-from integer.program import INT32, Operation, Range
-from integer.winograd import BLOCK, windows, winograd_weights
-from quant.fixedpoint import multiplier_value
+from licq.integer.program import INT32, Operation, Range
+from licq.integer.winograd import BLOCK, windows, winograd_weights
+from licq.quant.fixedpoint import multiplier_value
 
 if TYPE_CHECKING:
-    from integer.fast import FastProgram
+    from licq.integer.fast import FastProgram
 
 _OPERANDS = {torch.uint8: U8, torch.int16: S16}  # what `products` in kernels.c reads
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from integer.program import Boundary, Operation, Program, Range
-from quant.boundaries import (
+from licq.integer.program import Boundary, Operation, Program, Range
+from licq.quant.boundaries import (
     QuantEntropyBottleneck,
     QuantGaussianConditional,
     QuantGaussianMixture,
@@ -20,17 +20,17 @@ from quant.boundaries import (
     QuantVariableBottleneck,
     QuantWholeOffsets,
 )
-from quant.config import FLOAT_BITS
-from quant.fixedpoint import quantize_multiplier, round_half_away
-from quant.functions import QuantAdd, QuantCarrier, QuantLeakyReLU, QuantMatMul, QuantMul, QuantSoftmax, QuantTable
-from quant.grid import Grid
-from quant.integer_functions import LEVEL_UNIT, MASKED, SOFTMAX_STEP, SOFTMAX_UNIT
-from quant.model import PIXEL, QuantModel
-from quant.modules import QuantConvTranspose2d, QuantLinear, QuantMAC, QuantModule
-from quant.norms import QuantGDN, QuantLayerNorm
-from quant.qtensor import QTensor, function_name
-from quant.runtime import Runtime
-from support.errors import InputError
+from licq.quant.config import FLOAT_BITS
+from licq.quant.fixedpoint import quantize_multiplier, round_half_away
+from licq.quant.functions import QuantAdd, QuantCarrier, QuantLeakyReLU, QuantMatMul, QuantMul, QuantSoftmax, QuantTable
+from licq.quant.grid import Grid
+from licq.quant.integer_functions import LEVEL_UNIT, MASKED, SOFTMAX_STEP, SOFTMAX_UNIT
+from licq.quant.model import PIXEL, QuantModel
+from licq.quant.modules import QuantConvTranspose2d, QuantLinear, QuantMAC, QuantModule
+from licq.quant.norms import QuantGDN, QuantLayerNorm
+from licq.quant.qtensor import QTensor, function_name
+from licq.quant.runtime import Runtime
+from licq.support.errors import InputError
 
 LAYOUT = frozenset({
     "permute", "transpose", "t", "unsqueeze", "squeeze", "movedim", "chunk", "split", "narrow", "select", "__getitem__", "expand",

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from integer.lowering import Input
-from integer.program import Boundary, Operation, Program
-from integer.reference import layout_function
+from licq.integer.lowering import Input
+from licq.integer.program import Boundary, Operation, Program
+from licq.integer.reference import layout_function
 
 _PARAMETERS = ("mantissa", "shift", "low", "high", "refinement")
 _UNARY = ("rescale", "leaky", "clamp", "neg", "abs", "square", "table")

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from integer.program import Operation, Program
-from integer.reference import MEANING, interpret
-from quant.integer_functions import MASKED
+from licq.integer.program import Operation, Program
+from licq.integer.reference import MEANING, interpret
+from licq.quant.integer_functions import MASKED
 
 BATCH = 4
 """Of the program that is traced: first rows, last rows, first columns, last columns."""

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from integer.lowering import Input
-from integer.program import Operation, Program
-from quant.fixedpoint import requantize
-from quant.integer_functions import fixed_softmax, integer_gdn, integer_layer_norm
-from support.determinism import exact_products
+from licq.integer.lowering import Input
+from licq.integer.program import Operation, Program
+from licq.quant.fixedpoint import requantize
+from licq.quant.integer_functions import fixed_softmax, integer_gdn, integer_layer_norm
+from licq.support.determinism import exact_products
 
 EXACT_FLOAT32 = 2**24
 _IN_FLOAT = {"unfold", "max_pool2d", "upsample_nearest2d"}  # layout functions that PyTorch lacks for whole numbers

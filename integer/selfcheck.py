@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from integer.fast import FastProgram
-from integer.program import Operation, Program, Range
-from integer.reference import run
-from quant.fixedpoint import quantize_multiplier
-from quant.integer_functions import softmax_table
+from licq.integer.fast import FastProgram
+from licq.integer.program import Operation, Program, Range
+from licq.integer.reference import run
+from licq.quant.fixedpoint import quantize_multiplier
+from licq.quant.integer_functions import softmax_table
 
 Check = tuple[str, Program, dict[str, Tensor]]
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from integer.execution import Executable, executable
-from integer.program import Program
-from integer.reach import Reach, Span
-from support.progress import progress
+from licq.integer.execution import Executable, executable
+from licq.integer.program import Program
+from licq.integer.reach import Reach, Span
+from licq.support.progress import progress
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
 """Architectures by name, their checkpoints and the reference zoo."""
 
-from models.registry import Architecture, create_model, get_architecture, list_models, register_model
+from licq.models.registry import Architecture, create_model, get_architecture, list_models, register_model
 
 __all__ = ["Architecture", "create_model", "get_architecture", "list_models", "register_model"]

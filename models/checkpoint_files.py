@@ -16,8 +16,8 @@ import torch
 from compressai.entropy_models import EntropyBottleneck
 from torch import Tensor
 
-from support.errors import InputError
-from support.files import atomic_path
+from licq.support.errors import InputError
+from licq.support.files import atomic_path
 
 QUANTIZED_FORMAT = "licq-quantized"  # what the header of a quantized model's file states as its format
 CDF_STATE = ("_quantized_cdf", "_offset", "_cdf_length")

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.checkpoint_files import CDF_STATE, CheckpointFile, read_file, sha256_file, write_file
-from models.registry import Architecture, get_architecture, list_models, mark_architecture
-from support.errors import InputError
+from licq.models.checkpoint_files import CDF_STATE, CheckpointFile, read_file, sha256_file, write_file
+from licq.models.registry import Architecture, get_architecture, list_models, mark_architecture
+from licq.support.errors import InputError
 
 __all__ = [
     "embedded_checkpoint",
@@ -182,7 +182,7 @@ def load_model(
     if checkpoint is not None and pretrained:
         raise InputError("--checkpoint and --pretrained exclude each other; give one of them")
     if pretrained:
-        from models.pretrained import pretrained_checkpoint
+        from licq.models.pretrained import pretrained_checkpoint
 
         checkpoint = pretrained_checkpoint(architecture.name, quality, metric)
     elif checkpoint is None:

@@ -16,8 +16,8 @@ from compressai.entropy_models import EntropyBottleneck, GaussianMixtureConditio
 from compressai.models import CompressionModel
 from torch import Tensor, nn
 
-from models.layers import MaskedConv3d
-from models.registry import register_model
+from licq.models.layers import MaskedConv3d
+from licq.models.registry import register_model
 
 _COMPONENTS = 3  # of the mixture
 _FILTERS = (3, 3, 3)  # of the entropy bottleneck

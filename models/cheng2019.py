@@ -15,8 +15,8 @@ from compressai.models import JointAutoregressiveHierarchicalPriors
 from compressai.models.utils import deconv
 from torch import Tensor, nn
 
-from models.layers import WholeLatent
-from models.registry import register_model
+from licq.models.layers import WholeLatent
+from licq.models.registry import register_model
 
 _SLOPE = 0.2  # of LeakyReLU, TensorFlow's default
 

@@ -14,8 +14,8 @@ from compressai.models import (
 )
 from torch import Tensor
 
-from models.layers import WholeLatent
-from models.registry import register_model
+from licq.models.layers import WholeLatent
+from licq.models.registry import register_model
 
 
 def _sizes(narrow: dict[str, int], wide: dict[str, int], first_wide: int, last: int) -> dict[int, dict[str, int]]:

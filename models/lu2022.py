@@ -13,9 +13,9 @@ from compressai.models import CompressionModel
 from compressai.models.utils import conv, deconv
 from torch import Tensor, nn
 
-from models.attention import NeighborhoodAttention
-from models.layers import MultistageMaskedConv2d, RoundAboutMeans
-from models.registry import register_model
+from licq.models.attention import NeighborhoodAttention
+from licq.models.layers import MultistageMaskedConv2d, RoundAboutMeans
+from licq.models.registry import register_model
 
 STEPS = 4
 

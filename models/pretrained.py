@@ -18,10 +18,10 @@ import torch
 from compressai.zoo import image as zoo_image
 from compressai.zoo import image_vbr as zoo_image_vbr
 
-from models.checkpoint_files import sha256_file
-from models.registry import get_architecture, list_models
-from support.errors import InputError
-from support.files import atomic_path
+from licq.models.checkpoint_files import sha256_file
+from licq.models.registry import get_architecture, list_models
+from licq.support.errors import InputError
+from licq.support.files import atomic_path
 
 TIMEOUT_S = 30
 _NETWORK_ERRORS = (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError, ssl.SSLError)

@@ -14,9 +14,9 @@ import torch
 from compressai.models import Cheng2020Attention, JointAutoregressiveHierarchicalPriors, ScaleHyperprior
 from torch import Tensor, nn
 
-from models.compressai_models import infer_n, infer_n_m
-from models.layers import WholeLatent
-from models.registry import LAMBDAS, register_model
+from licq.models.compressai_models import infer_n, infer_n_m
+from licq.models.layers import WholeLatent
+from licq.models.registry import LAMBDAS, register_model
 
 # the public code's lambdas: CompressAI's, and three more of its second checkpoint
 LEVEL_LAMBDAS = (*LAMBDAS["mse"].values(), 0.36, 0.72, 1.44)

@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from support.errors import InputError
+from licq.support.errors import InputError
 
 # The weight of the distortion in J = R + lambda * D, per quality, as CompressAI trains (its documentation, "Training"):
 # D = 255^2 * mse on images in 0..1, or D = 1 - MS-SSIM.
@@ -28,8 +28,8 @@ LAMBDAS = {
     "ms-ssim": {1: 2.40, 2: 4.58, 3: 8.73, 4: 16.64, 5: 31.73, 6: 60.50, 7: 115.37, 8: 220.00},
 }
 
-_BUILT_IN = ("models.compressai_models", "models.cheng2019", "models.chen2021", "models.qvrf", "models.vbr",
-             "models.tic", "models.lu2022")
+_BUILT_IN = ("licq.models.compressai_models", "licq.models.cheng2019", "licq.models.chen2021", "licq.models.qvrf", "licq.models.vbr",
+             "licq.models.tic", "licq.models.lu2022")
 _REGISTRY: dict[str, "Architecture"] = {}
 _PLUGINS: dict[Path, str] = {}  # files that have been run, and the name that each registered
 

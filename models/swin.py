@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import MaskedSoftmax
+from licq.models.attention import MaskedSoftmax
 
 MASKED = -100.0
 

@@ -12,9 +12,9 @@ from compressai.models import CompressionModel
 from compressai.models.utils import conv, deconv
 from torch import Tensor, nn
 
-from models.layers import WholeGaussianConditional
-from models.registry import register_model
-from models.swin import RSTB, CausalAttentionModule
+from licq.models.layers import WholeGaussianConditional
+from licq.models.registry import register_model
+from licq.models.swin import RSTB, CausalAttentionModule
 
 # The public code is trained on 256x256 crops; its checkpoints hold the window masks of that size.
 TRAIN_SIDE = 256

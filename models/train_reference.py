@@ -19,13 +19,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from models.checkpoints import load_checkpoint, save_checkpoint
-from models.narrow import narrow
-from models.registry import create_model, get_architecture
-from support.cli import main_guard
-from support.errors import InputError
-from support.files import atomic_path
-from support.progress import progress
+from licq.models.checkpoints import load_checkpoint, save_checkpoint
+from licq.models.narrow import narrow
+from licq.models.registry import create_model, get_architecture
+from licq.support.cli import main_guard
+from licq.support.errors import InputError
+from licq.support.files import atomic_path
+from licq.support.progress import progress
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 

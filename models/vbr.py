@@ -17,10 +17,10 @@ from compressai.models import JointAutoregressiveHierarchicalPriorsVbr, MeanScal
 from compressai.models.base import get_scale_table
 from torch import Tensor, nn
 
-from models.compressai_models import infer_n_m
-from models.layers import WholeLatent
-from models.qvrf import LEVEL_LAMBDAS, VariableRate
-from models.registry import register_model
+from licq.models.compressai_models import infer_n_m
+from licq.models.layers import WholeLatent
+from licq.models.qvrf import LEVEL_LAMBDAS, VariableRate
+from licq.models.registry import register_model
 
 SCALE_BOUND = 0.11
 """The smallest scale of the Gaussian conditional model, and of the offsets."""

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import yaml
 
-from quant.config import FLOAT_BITS
-from support.errors import InputError
+from licq.quant.config import FLOAT_BITS
+from licq.support.errors import InputError
 
 Bits = dict[str, dict[str, int]]
 SIDES = ("w_bits", "a_bits")

@@ -5,10 +5,10 @@ from typing import Any
 from compressai.layers import AttentionBlock, ResidualBlock, ResidualBlockUpsample, ResidualBlockWithStride
 from torch import nn
 
-from models.chen2021 import NonLocalBlock, ResBlock
-from models.lu2022 import NSABlock
-from models.swin import SwinTransformerBlock
-from quant.runtime import Runtime
+from licq.models.chen2021 import NonLocalBlock, ResBlock
+from licq.models.lu2022 import NSABlock
+from licq.models.swin import SwinTransformerBlock
+from licq.quant.runtime import Runtime
 
 BLOCKS: set[type[nn.Module]] = set()
 

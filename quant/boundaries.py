@@ -10,14 +10,14 @@ import torch
 from compressai.entropy_models import GaussianConditional
 from torch import Tensor, nn
 
-from models.layers import WholeGaussianConditional
-from models.vbr import OffsetNet
-from quant.config import QuantConfig
-from quant.density import DensityTables, density_tables, factorized_table
-from quant.fixedpoint import requantize_ste, round_half_away, round_ste
-from quant.grid import Grid
-from quant.modules import QuantModule
-from quant.qtensor import QTensor, to_real
+from licq.models.layers import WholeGaussianConditional
+from licq.models.vbr import OffsetNet
+from licq.quant.config import QuantConfig
+from licq.quant.density import DensityTables, density_tables, factorized_table
+from licq.quant.fixedpoint import requantize_ste, round_half_away, round_ste
+from licq.quant.grid import Grid
+from licq.quant.modules import QuantModule
+from licq.quant.qtensor import QTensor, to_real
 
 _WIDE = 24  # bits of the boundary grids; the numbers stay exact in float32
 

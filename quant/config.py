@@ -4,9 +4,9 @@ import dataclasses
 import re
 from typing import Any
 
-from quant.ranges import RangeSpec
-from quant.rounding import ROUNDINGS
-from support.errors import InputError
+from licq.quant.ranges import RangeSpec
+from licq.quant.rounding import ROUNDINGS
+from licq.support.errors import InputError
 
 FLOAT_BITS = 32
 # an activation's channel has a zero point when its smaller side is below this share of the larger

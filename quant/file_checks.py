@@ -2,12 +2,12 @@
 
 from torch import Tensor, isfinite
 
-from quant.boundaries import QuantEntropyBottleneck, QuantGaussianConditional
-from quant.config import FLOAT_BITS
-from quant.density import FACTORIZED_BITS, INVERSE_BITS, LARGEST, LEVELS, NORMAL_BITS, REACH, STEP_BITS
-from quant.grid import Grid
-from quant.modules import QuantMAC, QuantModule
-from quant.norms import QuantGDN, QuantLayerNorm
+from licq.quant.boundaries import QuantEntropyBottleneck, QuantGaussianConditional
+from licq.quant.config import FLOAT_BITS
+from licq.quant.density import FACTORIZED_BITS, INVERSE_BITS, LARGEST, LEVELS, NORMAL_BITS, REACH, STEP_BITS
+from licq.quant.grid import Grid
+from licq.quant.modules import QuantMAC, QuantModule
+from licq.quant.norms import QuantGDN, QuantLayerNorm
 
 _PRECISION = 16  # bits of a stored CDF's total
 

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from quant.config import FLOAT_BITS, QuantConfig
-from quant.fixedpoint import requantize_ste, round_half_away, round_ste, straight_through
-from quant.grid import Grid
-from quant.integer_functions import (
+from licq.quant.config import FLOAT_BITS, QuantConfig
+from licq.quant.fixedpoint import requantize_ste, round_half_away, round_ste, straight_through
+from licq.quant.grid import Grid
+from licq.quant.integer_functions import (
     LEVEL_UNIT,
     MASKED,
     SOFTMAX_STEP,
@@ -23,9 +23,9 @@ from quant.integer_functions import (
     softmax_table,
     table_lookup,
 )
-from quant.modules import QuantModule
-from quant.qtensor import QTensor
-from support.errors import InputError
+from licq.quant.modules import QuantModule
+from licq.quant.qtensor import QTensor
+from licq.support.errors import InputError
 
 
 def make_function(kind: str, options: dict[str, Any], config: QuantConfig) -> "QuantFunction":

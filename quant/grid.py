@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor, nn
 
-from quant.config import FLOAT_BITS, SYMMETRY
-from quant.fixedpoint import Limits, fixed_point_scale, int_range, power_of_two_scale, requantize_ste, round_half_away, round_ste
-from quant.qtensor import QTensor
-from quant.ranges import RangeSpec, sample
+from licq.quant.config import FLOAT_BITS, SYMMETRY
+from licq.quant.fixedpoint import Limits, fixed_point_scale, int_range, power_of_two_scale, requantize_ste, round_half_away, round_ste
+from licq.quant.qtensor import QTensor
+from licq.quant.ranges import RangeSpec, sample
 
 _SAMPLES = 2**21  # values kept for the range estimators: what clips is rare, and an estimator that has not seen it clips too much
 _FEWEST = 4096  # of them for each channel

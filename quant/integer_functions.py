@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from quant.fixedpoint import MANTISSA_BITS, below_half, piece_size, pieces, power_of_two, requantize, round_half_away
+from licq.quant.fixedpoint import MANTISSA_BITS, below_half, piece_size, pieces, power_of_two, requantize, round_half_away
 
 SOFTMAX_FRAC_BITS = 15
 """`integer_softmax` returns probabilities in units of 2^-15."""

@@ -10,19 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quant.bits import SIDES, Bits, check_layers
-from quant.config import FLOAT_BITS, QuantConfig
-from quant.fixedpoint import quantize_multiplier, requantize
-from quant.functions import QuantMatMul
-from quant.grid import Grid
-from quant.modules import QuantMAC, QuantModule
-from quant.qtensor import QTensor, to_real
-from quant.rewriter import fixed_weights, rewrite
-from quant.runtime import Runtime, StopForward
-from quant.serialization import load_quantized, save_quantized
-from support.cli import explain
-from support.determinism import exact_products
-from support.errors import InputError
+from licq.quant.bits import SIDES, Bits, check_layers
+from licq.quant.config import FLOAT_BITS, QuantConfig
+from licq.quant.fixedpoint import quantize_multiplier, requantize
+from licq.quant.functions import QuantMatMul
+from licq.quant.grid import Grid
+from licq.quant.modules import QuantMAC, QuantModule
+from licq.quant.qtensor import QTensor, to_real
+from licq.quant.rewriter import fixed_weights, rewrite
+from licq.quant.runtime import Runtime, StopForward
+from licq.quant.serialization import load_quantized, save_quantized
+from licq.support.cli import explain
+from licq.support.determinism import exact_products
+from licq.support.errors import InputError
 
 PIXEL = 1 / 255
 CLEAR_MISMATCH = 0.05  # of an output's standard deviation

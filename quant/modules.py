@@ -8,15 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quant.config import FLOAT_BITS, QuantConfig
-from quant.fixedpoint import int_range, power_of_two_scale, requantize_ste, round_ste
-from quant.grid import SCALES, Grid
-from quant.qtensor import QTensor
-from quant.ranges import RangeSpec
-from quant.rounding import Rounding, make_rounding
-from quant.runtime import Runtime
-from quant.transforms import TRANSFORMS, range_groups
-from support.errors import InputError
+from licq.quant.config import FLOAT_BITS, QuantConfig
+from licq.quant.fixedpoint import int_range, power_of_two_scale, requantize_ste, round_ste
+from licq.quant.grid import SCALES, Grid
+from licq.quant.qtensor import QTensor
+from licq.quant.ranges import RangeSpec
+from licq.quant.rounding import Rounding, make_rounding
+from licq.quant.runtime import Runtime
+from licq.quant.transforms import TRANSFORMS, range_groups
+from licq.support.errors import InputError
 
 EXACT_FLOAT32 = 2**24  # whole numbers below this are exact in float32, so is any order of summing them
 

@@ -5,12 +5,12 @@ import torch.nn.functional as F
 from compressai.layers import GDN1
 from torch import Tensor, nn
 
-from quant.config import FLOAT_BITS, QuantConfig
-from quant.fixedpoint import quantize_multiplier, requantize_ste, round_half_away, straight_through
-from quant.grid import Grid
-from quant.integer_functions import LAYER_NORM_FRAC_BITS, integer_gdn, integer_layer_norm
-from quant.modules import QuantMAC, QuantModule
-from quant.qtensor import QTensor
+from licq.quant.config import FLOAT_BITS, QuantConfig
+from licq.quant.fixedpoint import quantize_multiplier, requantize_ste, round_half_away, straight_through
+from licq.quant.grid import Grid
+from licq.quant.integer_functions import LAYER_NORM_FRAC_BITS, integer_gdn, integer_layer_norm
+from licq.quant.modules import QuantMAC, QuantModule
+from licq.quant.qtensor import QTensor
 
 
 SQUARED_BITS = 12

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from support.errors import InputError
+from licq.support.errors import InputError
 
 if TYPE_CHECKING:
-    from quant.runtime import Runtime
+    from licq.quant.runtime import Runtime
 
 
 class QTensor:

@@ -19,8 +19,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from quant.fixedpoint import int_range
-from support.errors import InputError
+from licq.quant.fixedpoint import int_range
+from licq.support.errors import InputError
 
 _SAMPLES = 1 << 20
 _SAMPLES_PER_CHANNEL = 4096

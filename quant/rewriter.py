@@ -11,11 +11,11 @@ from torch.nn.utils import prune, remove_spectral_norm, remove_weight_norm
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from models.attention import MaskedSoftmax
-from models.layers import MaskedConv3d, MultistageMaskedConv2d, RoundAboutMeans, WholeGaussianConditional
-from models.vbr import OffsetNet, RateFunction, VariableBottleneck, WholeOffsetNet
-from quant.blocks import BLOCKS, QuantBlock
-from quant.boundaries import (
+from licq.models.attention import MaskedSoftmax
+from licq.models.layers import MaskedConv3d, MultistageMaskedConv2d, RoundAboutMeans, WholeGaussianConditional
+from licq.models.vbr import OffsetNet, RateFunction, VariableBottleneck, WholeOffsetNet
+from licq.quant.blocks import BLOCKS, QuantBlock
+from licq.quant.boundaries import (
     QuantEntropyBottleneck,
     QuantGaussianConditional,
     QuantGaussianMixture,
@@ -24,12 +24,12 @@ from quant.boundaries import (
     QuantVariableBottleneck,
     QuantWholeOffsets,
 )
-from quant.config import QuantConfig
-from quant.functions import QuantSoftmax
-from quant.modules import QuantConv2d, QuantConv3d, QuantConvTranspose2d, QuantLinear, QuantModule
-from quant.norms import QuantGDN, QuantLayerNorm
-from quant.runtime import Runtime
-from support.errors import InputError
+from licq.quant.config import QuantConfig
+from licq.quant.functions import QuantSoftmax
+from licq.quant.modules import QuantConv2d, QuantConv3d, QuantConvTranspose2d, QuantLinear, QuantModule
+from licq.quant.norms import QuantGDN, QuantLayerNorm
+from licq.quant.runtime import Runtime
+from licq.support.errors import InputError
 
 Replacement = Callable[[nn.Module, QuantConfig], QuantModule]
 

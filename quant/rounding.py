@@ -9,8 +9,8 @@ exactly 0, before and after `harden()`, so that a masked convolution stays causa
 import torch
 from torch import Tensor, nn
 
-from quant.fixedpoint import round_ste
-from support.errors import InputError
+from licq.quant.fixedpoint import round_ste
+from licq.support.errors import InputError
 
 
 class Rounding(nn.Module):

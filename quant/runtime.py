@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quant.config import QuantConfig
-from quant.qtensor import QTensor, function_name, to_real
-from support.errors import InputError
+from licq.quant.config import QuantConfig
+from licq.quant.qtensor import QTensor, function_name, to_real
+from licq.support.errors import InputError
 
 
 Call = tuple[str, int]  # a node or block by name, and which of its calls in one forward
@@ -157,7 +157,7 @@ class Runtime:
         return self.functions[key](*inputs)
 
     def add_function(self, name: str, kind: str, options: dict[str, Any]) -> None:
-        from quant.functions import make_function  # the functions know the runtime only through their inputs
+        from licq.quant.functions import make_function  # the functions know the runtime only through their inputs
 
         node = make_function(kind, options, self.config)
         node.bind(self, name)
@@ -180,7 +180,7 @@ class Runtime:
 
     def constant(self, value: Tensor) -> QTensor:
         """A constant tensor on a grid of its own, carrier bits wide."""
-        from quant.fixedpoint import fixed_point_scale, round_ste
+        from licq.quant.fixedpoint import fixed_point_scale, round_ste
 
         qmax = 2 ** (self.config.carrier_bits - 1) - 1
         scale = fixed_point_scale(value.detach().abs().amax().double() / qmax, self.config.frac_bits)

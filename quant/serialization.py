@@ -15,20 +15,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from models.checkpoint_files import CDF_STATE, QUANTIZED_FORMAT, pack_cdfs, read_tensors, write_tensors
-from models.registry import architecture_of, create_network, list_models
-from quant.boundaries import QuantGaussianConditional, QuantVariableBottleneck
-from quant.config import QuantConfig
-from quant.file_checks import wrong_numbers
-from quant.grid import Grid
-from quant.modules import QuantMAC, QuantModule
-from quant.norms import QuantLayerNorm
-from quant.packing import bits_needed, pack, unpack
-from quant.rounding import AdaRound
-from support.errors import InputError
+from licq.models.checkpoint_files import CDF_STATE, QUANTIZED_FORMAT, pack_cdfs, read_tensors, write_tensors
+from licq.models.registry import architecture_of, create_network, list_models
+from licq.quant.boundaries import QuantGaussianConditional, QuantVariableBottleneck
+from licq.quant.config import QuantConfig
+from licq.quant.file_checks import wrong_numbers
+from licq.quant.grid import Grid
+from licq.quant.modules import QuantMAC, QuantModule
+from licq.quant.norms import QuantLayerNorm
+from licq.quant.packing import bits_needed, pack, unpack
+from licq.quant.rounding import AdaRound
+from licq.support.errors import InputError
 
 if TYPE_CHECKING:
-    from quant.model import QuantModel
+    from licq.quant.model import QuantModel
 
 VERSION = 4
 _READ = (3, 4)
@@ -86,7 +86,7 @@ def load_quantized(
     Raises:
         InputError: no such file, damaged, not a quantized model, of another version, or of another network.
     """
-    from quant.model import QuantModel  # which imports this file for its `save` and `load`
+    from licq.quant.model import QuantModel  # which imports this file for its `save` and `load`
 
     header, tensors = read_quantized(path)
     try:
@@ -232,7 +232,7 @@ def _constants(model: "QuantModel") -> set[str]:
     known = architecture_of(model.model)
     if known is None:
         return set()
-    from quant.model import QuantModel
+    from licq.quant.model import QuantModel
 
     fresh = dict(QuantModel(create_network(*known), model.config).model.named_buffers())
     return {

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from quant.fixedpoint import int_range
+from licq.quant.fixedpoint import int_range
 
 if TYPE_CHECKING:
-    from quant.modules import QuantMAC
+    from licq.quant.modules import QuantMAC
 
 FACTORS = 3  # FQ-ViT's K: the least scale is 2^-3 of the largest
 

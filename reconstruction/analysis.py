@@ -12,17 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant.model import QuantModel
-from quant.modules import PLAIN_LAYERS, QuantMAC
-from quant.qtensor import QTensor
-from quant.runtime import Call
-from reconstruction.cache import PrefixCache
-from reconstruction.objective import Objective, rate
-from reconstruction.sensitivity import Sensitivity, predicted_losses
-from reconstruction.targets import tensor_of
-from reconstruction.units import Trace, Unit, find_units
-from support.errors import InputError
-from support.progress import progress as progress_bar
+from licq.quant.model import QuantModel
+from licq.quant.modules import PLAIN_LAYERS, QuantMAC
+from licq.quant.qtensor import QTensor
+from licq.quant.runtime import Call
+from licq.reconstruction.cache import PrefixCache
+from licq.reconstruction.objective import Objective, rate
+from licq.reconstruction.sensitivity import Sensitivity, predicted_losses
+from licq.reconstruction.targets import tensor_of
+from licq.reconstruction.units import Trace, Unit, find_units
+from licq.support.errors import InputError
+from licq.support.progress import progress as progress_bar
 
 SIDES = ("weights", "inputs", "both")
 PERCENTILE = 0.999

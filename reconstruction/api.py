@@ -10,23 +10,23 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from models.qvrf import VariableRate
-from quant.bits import Bits
-from quant.config import QuantConfig
-from quant.model import QuantModel
-from quant.rounding import ROUNDINGS
-from reconstruction.balance import balance_scales
-from reconstruction.config import AWARE, PtqConfig, ReconstructionConfig
-from reconstruction.driver import Reconstruction
-from reconstruction.gptq import compensate_rounding, turned
-from reconstruction.objective import Objective, mean_cost
-from reconstruction.search import best_norm, search_ranges
-from reconstruction.sensitivity import Sensitivity, measure_sensitivities, predicted_losses
-from reconstruction.split import split_channels
-from reconstruction.state import StateFolder, fingerprint, learned, restore
-from reconstruction.stress import stressed
-from support.errors import InputError
-from support.progress import progress as progress_bar
+from licq.models.qvrf import VariableRate
+from licq.quant.bits import Bits
+from licq.quant.config import QuantConfig
+from licq.quant.model import QuantModel
+from licq.quant.rounding import ROUNDINGS
+from licq.reconstruction.balance import balance_scales
+from licq.reconstruction.config import AWARE, PtqConfig, ReconstructionConfig
+from licq.reconstruction.driver import Reconstruction
+from licq.reconstruction.gptq import compensate_rounding, turned
+from licq.reconstruction.objective import Objective, mean_cost
+from licq.reconstruction.search import best_norm, search_ranges
+from licq.reconstruction.sensitivity import Sensitivity, measure_sensitivities, predicted_losses
+from licq.reconstruction.split import split_channels
+from licq.reconstruction.state import StateFolder, fingerprint, learned, restore
+from licq.reconstruction.stress import stressed
+from licq.support.errors import InputError
+from licq.support.progress import progress as progress_bar
 
 
 def quantize(

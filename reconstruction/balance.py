@@ -9,12 +9,12 @@ on to the layer before). Each channel's scale is found by descent on the noise t
 import torch
 from torch import Tensor
 
-from quant.config import FLOAT_BITS
-from quant.fixedpoint import int_range
-from quant.model import QuantModel
-from quant.modules import LARGEST_ACCUMULATOR, QuantMAC
-from reconstruction.sensitivity import Sensitivity, input_noise, kernel_power, taps, weight_noise
-from support.progress import progress as progress_bar
+from licq.quant.config import FLOAT_BITS
+from licq.quant.fixedpoint import int_range
+from licq.quant.model import QuantModel
+from licq.quant.modules import LARGEST_ACCUMULATOR, QuantMAC
+from licq.reconstruction.sensitivity import Sensitivity, input_noise, kernel_power, taps, weight_noise
+from licq.support.progress import progress as progress_bar
 
 STEPS = 200
 

@@ -6,10 +6,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from quant.model import QuantModel
-from quant.qtensor import QTensor
-from quant.runtime import Call, detached
-from reconstruction.units import Trace
+from licq.quant.model import QuantModel
+from licq.quant.qtensor import QTensor
+from licq.quant.runtime import Call, detached
+from licq.reconstruction.units import Trace
 
 
 class PrefixCache:

@@ -7,9 +7,9 @@ from typing import Any
 
 import yaml
 
-from quant.config import QuantConfig, one_of
-from support import options
-from support.errors import InputError
+from licq.quant.config import QuantConfig, one_of
+from licq.support import options
+from licq.support.errors import InputError
 
 LOSSES = ("mse", "fisher", "rd", "rd_direct", "kl", "stage", "output")
 AWARE = ("fisher", "rd", "rd_direct", "output")  # losses that know J; with the others nothing is chosen by it

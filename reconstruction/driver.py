@@ -10,15 +10,15 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from quant.model import QuantModel
-from quant.rounding import AdaRound, Rounding, temperature
-from reconstruction.cache import PrefixCache, mixed
-from reconstruction.config import ReconstructionConfig
-from reconstruction.objective import Objective, rate
-from reconstruction.state import StateFolder, learned, restore, snapshot
-from reconstruction.targets import Targets
-from reconstruction.units import Trace, Unit, find_units
-from support.progress import progress as progress_bar
+from licq.quant.model import QuantModel
+from licq.quant.rounding import AdaRound, Rounding, temperature
+from licq.reconstruction.cache import PrefixCache, mixed
+from licq.reconstruction.config import ReconstructionConfig
+from licq.reconstruction.objective import Objective, rate
+from licq.reconstruction.state import StateFolder, learned, restore, snapshot
+from licq.reconstruction.targets import Targets
+from licq.reconstruction.units import Trace, Unit, find_units
+from licq.support.progress import progress as progress_bar
 
 WEIGHT_KNOBS = ("range_w", "range_b", "rounding", "bias")
 ACTIVATION_KNOBS = ("range_a", "border")

@@ -14,14 +14,14 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from quant.config import FLOAT_BITS
-from quant.fixedpoint import int_range, round_half_away
-from quant.model import QuantModel
-from quant.modules import PLAIN_LAYERS, QuantConvTranspose2d, QuantLinear, QuantMAC
-from quant.qtensor import QTensor
-from quant.rounding import ROUNDINGS
-from support.errors import InputError
-from support.progress import progress as progress_bar
+from licq.quant.config import FLOAT_BITS
+from licq.quant.fixedpoint import int_range, round_half_away
+from licq.quant.model import QuantModel
+from licq.quant.modules import PLAIN_LAYERS, QuantConvTranspose2d, QuantLinear, QuantMAC
+from licq.quant.qtensor import QTensor
+from licq.quant.rounding import ROUNDINGS
+from licq.support.errors import InputError
+from licq.support.progress import progress as progress_bar
 
 MEMORY = 1 << 29  # bytes of matrices H held at a time
 POSITIONS = 20_480  # of all images that enter H, where there are so many

@@ -16,17 +16,17 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import lil_array
 from torch import Tensor, nn
 
-from quant.bits import Bits
-from quant.model import QuantModel
-from quant.modules import QuantMAC
-from quant.norms import SQUARED_BITS
-from reconstruction.analysis import Probe, Remember
-from reconstruction.api import Start, prepare
-from reconstruction.config import PtqConfig
-from reconstruction.objective import Objective
-from reconstruction.sensitivity import operations
-from support.errors import InputError
-from support.progress import progress as progress_bar
+from licq.quant.bits import Bits
+from licq.quant.model import QuantModel
+from licq.quant.modules import QuantMAC
+from licq.quant.norms import SQUARED_BITS
+from licq.reconstruction.analysis import Probe, Remember
+from licq.reconstruction.api import Start, prepare
+from licq.reconstruction.config import PtqConfig
+from licq.reconstruction.objective import Objective
+from licq.reconstruction.sensitivity import operations
+from licq.support.errors import InputError
+from licq.support.progress import progress as progress_bar
 
 GAP = 1e-9  # relative, of the solver
 _BELIEF = 0.1

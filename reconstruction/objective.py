@@ -6,7 +6,7 @@ import torch
 from pytorch_msssim import ms_ssim
 from torch import Tensor
 
-from support.errors import InputError
+from licq.support.errors import InputError
 
 
 def rate(output: dict, x: Tensor) -> Tensor:

@@ -12,12 +12,12 @@ import torch
 from scipy.optimize import OptimizeResult, minimize
 from torch import Tensor
 
-from quant.config import QuantConfig
-from quant.model import QuantModel
-from quant.modules import QuantMAC
-from reconstruction.objective import Objective, mean_cost
-from reconstruction.state import StateFolder
-from support.progress import progress as progress_bar
+from licq.quant.config import QuantConfig
+from licq.quant.model import QuantModel
+from licq.quant.modules import QuantMAC
+from licq.reconstruction.objective import Objective, mean_cost
+from licq.reconstruction.state import StateFolder
+from licq.support.progress import progress as progress_bar
 
 NORMS = (2.0, 2.5, 3.0, 3.5, 4.0)
 _WIDEST, _NARROWEST = 0.3, -1.6  # of ln of a factor

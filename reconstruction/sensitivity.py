@@ -14,13 +14,13 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from quant.config import FLOAT_BITS
-from quant.model import QuantModel
-from quant.modules import PLAIN_LAYERS, QuantConvTranspose2d, QuantMAC
-from quant.runtime import Call
-from reconstruction.objective import Objective, rate
-from reconstruction.targets import tensor_of
-from support.progress import progress as progress_bar
+from licq.quant.config import FLOAT_BITS
+from licq.quant.model import QuantModel
+from licq.quant.modules import PLAIN_LAYERS, QuantConvTranspose2d, QuantMAC
+from licq.quant.runtime import Call
+from licq.reconstruction.objective import Objective, rate
+from licq.reconstruction.targets import tensor_of
+from licq.support.progress import progress as progress_bar
 
 PROBES = 2  # random sign images for each batch
 

@@ -9,10 +9,10 @@ decided by the predicted rise of J (`reconstruction.sensitivity`) for each opera
 import torch
 from torch import Tensor
 
-from quant.config import FLOAT_BITS
-from quant.model import QuantModel
-from quant.modules import LARGEST_ACCUMULATOR, QuantMAC
-from reconstruction.sensitivity import Sensitivity, input_noise
+from licq.quant.config import FLOAT_BITS
+from licq.quant.model import QuantModel
+from licq.quant.modules import LARGEST_ACCUMULATOR, QuantMAC
+from licq.reconstruction.sensitivity import Sensitivity, input_noise
 
 MOST_BITS = 8  # inputs of more bits have two digits as it is
 

@@ -10,8 +10,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from support.errors import InputError
-from support.files import atomic_path
+from licq.support.errors import InputError
+from licq.support.files import atomic_path
 
 
 def fingerprint(model: nn.Module, images: Tensor, *settings: object) -> str:

@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quant.model import QuantModel
-from quant.qtensor import QTensor
-from quant.runtime import Call
-from reconstruction.objective import Objective
-from reconstruction.units import Unit
+from licq.quant.model import QuantModel
+from licq.quant.qtensor import QTensor
+from licq.quant.runtime import Call
+from licq.reconstruction.objective import Objective
+from licq.reconstruction.units import Unit
 
 MEMORY = 1 << 30  # bytes of targets held at a time
 

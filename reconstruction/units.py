@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quant.model import QuantModel
-from quant.runtime import Call
+from licq.quant.model import QuantModel
+from licq.quant.runtime import Call
 
 BOUNDARIES = ("round", "entropy_bottleneck", "gaussian_conditional")
 

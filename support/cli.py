@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from support.errors import InputError
+from licq.support.errors import InputError
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it

@@ -9,8 +9,8 @@ from importlib import metadata
 import numpy as np
 import torch
 
-from support.errors import InputError
-from support.version import __version__
+from licq.support.errors import InputError
+from licq.support.version import __version__
 
 
 def seed_everything(seed: int) -> None:

@@ -8,7 +8,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from support.errors import InputError
+from licq.support.errors import InputError
 
 
 @contextlib.contextmanager

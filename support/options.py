@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from support.errors import InputError
+from licq.support.errors import InputError
 
 # The public interface. reconstruction.config and models.registry have the same lists; a test compares them.
 LOSSES = ("mse", "fisher", "rd", "rd_direct", "kl", "stage", "output")

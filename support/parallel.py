@@ -9,7 +9,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from typing import Any
 
-from support.errors import InputError
+from licq.support.errors import InputError
 
 _MEMORY_A_JOB = 2 * 2**30  # bytes
 _START = 3  # a process has to have so many pieces of work to be worth its start

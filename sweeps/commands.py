@@ -13,14 +13,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from evaluation.run_folder import forget_run, read_json, refuse_other_settings
-from support import options
-from support.cli import ArgumentParser
-from support.errors import InputError
-from support.files import writable_folder, write_json
-from support.version import __version__
-from sweeps.engine import Engine, Task
-from sweeps.grid import Sweep, list_sweeps, load_sweep
+from licq.runs.folder import forget_run, read_json, refuse_other_settings
+from licq.support import options
+from licq.support.cli import ArgumentParser
+from licq.support.errors import InputError
+from licq.support.files import writable_folder, write_json
+from licq.support.version import __version__
+from licq.workers.engine import Engine, Task
+from licq.sweeps.grid import Sweep, list_sweeps, load_sweep
 
 
 def add_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
@@ -112,7 +112,7 @@ def _named_threads(settings: dict) -> dict:
 
 
 def _finish(out: Path, sweep: Sweep, finished: dict[str, dict]) -> int:
-    from sweeps.summary import Result, write_summary
+    from licq.sweeps.summary import Result, write_summary
 
     results = [Result.of(one, out / "runs" / one.name, finished[one.name]["error"]) for one in sweep.runs if one.name in finished]
     print(f"{sweep.title}\n\n{write_summary(out, sweep, results)}\n\nsummary:  {out / 'summary.md'}, summary.csv, points.csv")

@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from support.errors import InputError
+from licq.support.errors import InputError
 
 FILES = Path(__file__).parent / "files"
 SEED = "seed"

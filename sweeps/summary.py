@@ -14,11 +14,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
-from evaluation.metrics import ms_ssim_db
-from evaluation.figures import BASELINE_STYLE, FLOAT_STYLE, QUANT_STYLE
-from evaluation.run_folder import read_json
-from support.files import atomic_path, write_text
-from sweeps.grid import CURVES, METRICS, SEED, Plot, Run, Sweep
+from licq.evaluation.metrics import ms_ssim_db
+from licq.report.figures import BASELINE_STYLE, FLOAT_STYLE, QUANT_STYLE
+from licq.runs.folder import read_json
+from licq.support.files import atomic_path, write_text
+from licq.sweeps.grid import CURVES, METRICS, SEED, Plot, Run, Sweep
 
 _STYLES = [QUANT_STYLE, BASELINE_STYLE] + [dict(color=color, marker=marker, markersize=5, linestyle="-", linewidth=1.2) for color, marker in (
     ("#009E73", "D"), ("#CC79A7", "v"), ("#E69F00", "P"), ("#56B4E9", "X"), ("#888888", "<"), ("#F0E442", ">"))]  # fmt: skip

@@ -16,7 +16,7 @@ def _isolated(monkeypatch, tmp_path_factory):
     def refuse(url):
         raise ConnectionRefusedError(f"tests do not use the network: {url}")
 
-    monkeypatch.setattr("data.datasets._fetch", refuse)
+    monkeypatch.setattr("licq.data.datasets._fetch", refuse)
 
 
 @pytest.fixture

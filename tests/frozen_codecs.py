@@ -5,10 +5,10 @@ from functools import lru_cache
 import pytest
 import torch
 
-from quant.config import QuantConfig
-from quant.model import QuantModel
-from quant.modules import QuantMAC
-from tiny_codecs import images, tiny_codec
+from licq.quant.config import QuantConfig
+from licq.quant.model import QuantModel
+from licq.quant.modules import QuantMAC
+from tests.tiny_codecs import images, tiny_codec
 
 
 def frozen(name: str, split: bool = False, **config) -> QuantModel:

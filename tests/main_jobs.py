@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import main_ptq
-from models.checkpoints import save_checkpoint
-from models.registry import LAMBDAS, create_model
-from support.cli import main_guard
+from licq.models.checkpoints import save_checkpoint
+from licq.models.registry import LAMBDAS, create_model
+from licq.support.cli import main_guard
 
 ARCH = "minnen2018-mean"
 TIMES = {"seconds", "calibration_seconds", "resumed_seconds", "seconds_by_step", "peak_memory_mb",

@@ -7,8 +7,8 @@ import sys
 import time
 from pathlib import Path
 
-from support.errors import InputError
-from support.files import write_json, write_text
+from licq.support.errors import InputError
+from licq.support.files import write_json, write_text
 
 
 def main(words: list[str]) -> int:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from models.registry import create_model
+from licq.models.registry import create_model
 
 _SWIN = {"N": 8, "M": 8, "depths": (2, 1, 1, 1, 1), "num_heads": (2, 2, 2, 2, 2), "window_size": 4}
 SIZES = {
