@@ -22,12 +22,14 @@ PACKAGES = [
     "sweeps",
 ]
 
-# Neither contraction nor reassociation: the kernels' floating-point steps are exact one by one. Partial sums may wrap around.
+# Neither contraction nor reassociation: the kernels' floating-point steps are exact one by one. Partial sums
+# may wrap around.
 EXACT = ["-O3", "-std=gnu11", "-fwrapv", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 
 
 class BuildKernels(build_ext):
-    """The C kernels with threads, else without, else not at all: then the reference runs, slower and with the same bits."""
+    """The C kernels with threads, else without, else not at all: then the reference runs, slower and with the
+    same bits."""
 
     def build_extension(self, ext: Extension) -> None:
         try:
@@ -44,7 +46,8 @@ setup(
     long_description=README.read_text(encoding="utf-8") if README.exists() else "",
     long_description_content_type="text/markdown",
     python_requires=">=3.10",
-    # One import name: in a wheel the folders lie below licq/; in a checkout licq/__init__.py looks beside itself.
+    # One import name: in a wheel the folders lie below licq/; in a checkout licq/__init__.py looks beside
+    # itself.
     packages=["licq", *(f"licq.{name}" for name in PACKAGES)],
     package_dir={"licq": "licq", **{f"licq.{name}": name for name in PACKAGES}},
     py_modules=["main_ptq", "main_eval"],
@@ -59,8 +62,15 @@ setup(
     },
     # no Python module: a library that integer/library.py opens
     ext_modules=[
-        Extension("licq.integer._kernels", ["integer/kernels.c", "integer/winograd.c"], depends=["integer/kernels.h"], libraries=["m"],
-                  extra_compile_args=[*EXACT, "-fopenmp"], extra_link_args=["-fopenmp"], optional=True),
+        Extension(
+            "licq.integer._kernels",
+            ["integer/kernels.c", "integer/winograd.c"],
+            depends=["integer/kernels.h"],
+            libraries=["m"],
+            extra_compile_args=[*EXACT, "-fopenmp"],
+            extra_link_args=["-fopenmp"],
+            optional=True,
+        ),
     ],
     cmdclass={"build_ext": BuildKernels},
     install_requires=[
@@ -83,6 +93,12 @@ setup(
     extras_require={
         "ray": ["ray>=2.9"],  # sweeps and evaluations on a cluster; docs/sweeps.md
         "test": ["pytest", "pytest-xdist", "bjontegaard", "ray>=2.9"],
-        "bench": ["onnx", "onnxscript", "onnxruntime", "openvino", "nncf"],  # what benchmarks/peers.py compares with
+        "bench": [
+            "onnx",
+            "onnxscript",
+            "onnxruntime",
+            "openvino",
+            "nncf",
+        ],  # what benchmarks/peers.py compares with
     },
 )

@@ -2,8 +2,9 @@
 
     python benchmarks/calibration.py --arch lu2022 --width 1 1.5 2
 
-A whole calibration with the default settings for each width, in a process of its own. Widths multiply the channels of the
-reference configuration; weights and images are random, which neither time nor memory depends on.
+A whole calibration with the default settings for each width, in a process of its own. Widths multiply the
+channels of the reference configuration; weights and images are random, which neither time nor memory depends
+on.
 """
 
 import multiprocessing
@@ -30,33 +31,59 @@ def calibrate(arch: str, width: float, crops: int, crop: int, threads: int, knob
     sizes = get_architecture(arch).sizes(None, "reference")
     wider = {name: round(width * size) for name, size in sizes.items() if name in ("N", "M")}
     model = create_model(arch, configuration="reference", **wider).eval()
-    images = torch.nn.functional.interpolate(torch.rand(crops, 3, 16, 16), size=(crop, crop), mode="bicubic").clamp(0, 1)
-    history = quantize(model, (images * 255).round() / 255, PtqConfig.from_preset(**knobs), lmbda=0.01).history
+    images = torch.nn.functional.interpolate(
+        torch.rand(crops, 3, 16, 16), size=(crop, crop), mode="bicubic"
+    ).clamp(0, 1)
+    history = quantize(
+        model, (images * 255).round() / 255, PtqConfig.from_preset(**knobs), lmbda=0.01
+    ).history
     return history | {"parameters": sum(p.numel() for p in model.parameters()), "sizes": wider}
 
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--arch", default="lu2022")
-    parser.add_argument("--width", nargs="+", type=float, default=[1.0, 1.5, 2.0], help="factors on the channels (default: 1 1.5 2)")
-    parser.add_argument("--crops", type=options.positive, default=80, help="(default: 80, ten images with eight crops each)")
+    parser.add_argument(
+        "--width",
+        nargs="+",
+        type=float,
+        default=[1.0, 1.5, 2.0],
+        help="factors on the channels (default: 1 1.5 2)",
+    )
+    parser.add_argument(
+        "--crops", type=options.positive, default=80, help="(default: 80, ten images with eight crops each)"
+    )
     parser.add_argument("--crop", type=options.positive, default=256)
-    parser.add_argument("--set", dest="knobs", metavar="KNOB=VALUE", type=options.assignment, action="append", default=[])
+    parser.add_argument(
+        "--set", dest="knobs", metavar="KNOB=VALUE", type=options.assignment, action="append", default=[]
+    )
     parser.add_argument("--threads", type=options.threads, default=1)
     arguments = parser.parse_args()
     knobs = parse_knobs(arguments.knobs, {})
     PtqConfig.from_preset(**knobs)
     rows = []
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:  # a process's peak of memory is its own
+    with multiprocessing.get_context("spawn").Pool(
+        1, maxtasksperchild=1
+    ) as pool:  # a process's peak of memory is its own
         for width in arguments.width:
-            found = pool.apply(calibrate, (arguments.arch, width, arguments.crops, arguments.crop, arguments.threads, knobs))
+            found = pool.apply(
+                calibrate, (arguments.arch, width, arguments.crops, arguments.crop, arguments.threads, knobs)
+            )
             laps = found["seconds_by_step"]
-            rows.append([", ".join(f"{name}={size}" for name, size in found["sizes"].items()), f"{found['parameters'] / 1e6:.2f} M",
-                         *(f"{seconds:.0f} s" for seconds in laps.values()), f"{found['seconds'] / 60:.1f} min",
-                         f"{found['peak_memory_mb']:.0f} MB"])  # fmt: skip
+            rows.append(
+                [
+                    ", ".join(f"{name}={size}" for name, size in found["sizes"].items()),
+                    f"{found['parameters'] / 1e6:.2f} M",
+                    *(f"{seconds:.0f} s" for seconds in laps.values()),
+                    f"{found['seconds'] / 60:.1f} min",
+                    f"{found['peak_memory_mb']:.0f} MB",
+                ]
+            )
             print(f"{rows[-1][0]}: {rows[-1][-2]}, {rows[-1][-1]}", file=sys.stderr, flush=True)
     header = ["channels", "parameters", *laps, "in all", "peak memory"]
-    print(f"{arguments.arch}, {arguments.crops} crops of {arguments.crop} pixels, {arguments.threads} thread(s)\n")
+    print(
+        f"{arguments.arch}, {arguments.crops} crops of {arguments.crop} pixels, {arguments.threads} thread(s)\n"
+    )
     print(tabulate(rows, headers=header, tablefmt="github", disable_numparse=True))
 
 

@@ -2,8 +2,9 @@
 
     python benchmarks/codec_speed.py --arch minnen2018 --configuration official --size 768x512 --threads 1
 
-Weights are random and calibration is two crops: neither changes what is computed. Every line is the median of several runs, the
-float and the integer one in turns. compressai: its own compress and decompress, of the float codec, where it has them.
+Weights are random and calibration is two crops: neither changes what is computed. Every line is the median of
+several runs, the float and the integer one in turns. compressai: its own compress and decompress, of the
+float codec, where it has them.
 """
 
 import statistics
@@ -47,7 +48,11 @@ def random_codec(arch: str, configuration: str | None, quality: int) -> nn.Modul
     hook = model.gaussian_conditional.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     with torch.no_grad():
         model(smooth(256, 256))
-        last = [module for module in (model.g_a.modules() if isinstance(model.g_a, nn.Module) else model.modules()) if isinstance(module, nn.Conv2d)]
+        last = [
+            module
+            for module in (model.g_a.modules() if isinstance(model.g_a, nn.Module) else model.modules())
+            if isinstance(module, nn.Conv2d)
+        ]
         if isinstance(model.g_a, nn.Module):
             last[-1].weight *= _LATENTS_LIKE / float(torch.cat([part.flatten() for part in seen]).std())
     hook.remove()
@@ -57,11 +62,14 @@ def random_codec(arch: str, configuration: str | None, quality: int) -> nn.Modul
 
 def smooth(height: int, width: int, seed: int = 1) -> Tensor:
     coarse = torch.rand(1, 3, height // 16, width // 16, generator=torch.Generator().manual_seed(seed))
-    return (torch.nn.functional.interpolate(coarse, size=(height, width), mode="bicubic").clamp(0, 1) * 255).round() / 255
+    return (
+        torch.nn.functional.interpolate(coarse, size=(height, width), mode="bicubic").clamp(0, 1) * 255
+    ).round() / 255
 
 
 def times(tasks: dict[str, Callable], repeats: int, cpu: bool = False) -> dict[str, float]:
-    """Median seconds of each task, run in turns; once before it counts. cpu: of the process's threads together, not of the clock."""
+    """Median seconds of each task, run in turns; once before it counts. cpu: of the process's threads
+    together, not of the clock."""
     spent: dict[str, list[float]] = {name: [] for name in tasks}
     clock = time.process_time if cpu else time.perf_counter
     for turn in range(repeats + 1):
@@ -92,7 +100,9 @@ class Pair:
 
 
 @torch.no_grad()
-def make_pair(arch: str, configuration: str | None, quality: int, size: tuple[int, int], threads: int) -> Pair:
+def make_pair(
+    arch: str, configuration: str | None, quality: int, size: tuple[int, int], threads: int
+) -> Pair:
     """size: width, height."""
     width, height = size
     quantized = QuantModel(random_codec(arch, configuration, quality), QuantConfig())
@@ -115,12 +125,20 @@ def transforms(pair: Pair) -> dict[str, Callable]:
     """By part and kind, float and integer: a transform alone."""
     model, plan, pixels = pair.model, pair.plan, pair.pixels
     given, program = inputs_of(model, pair.x), plan.program
-    analysis = executable(program.part({"pixels": program.inputs["pixels"]}, {"y": plan.latents[-1].latent}), plan.threads)
+    analysis = executable(
+        program.part({"pixels": program.inputs["pixels"]}, {"y": plan.latents[-1].latent}), plan.threads
+    )
     hyper_part = hyper(plan)
-    features = {name: torch.zeros(program.values[int(name)].shape, dtype=program.values[int(name)].dtype) for name in hyper_part.inputs}
+    features = {
+        name: torch.zeros(program.values[int(name)].shape, dtype=program.values[int(name)].dtype)
+        for name in hyper_part.inputs
+    }
     run_hyper = executable(hyper_part, plan.threads)
     run, needs = plan.synthesis
-    symbols = {name: torch.zeros(program.values[number].shape, dtype=program.values[number].dtype) for name, number in needs.items()}
+    symbols = {
+        name: torch.zeros(program.values[number].shape, dtype=program.values[number].dtype)
+        for name, number in needs.items()
+    }
     return {
         "g_a float": lambda: model.g_a(given["g_a"]),
         "g_a integer": lambda: analysis({"pixels": pixels}),
@@ -139,7 +157,16 @@ def networks(pair: Pair) -> dict[str, Callable]:
 
 
 @torch.no_grad()
-def measure(arch: str, configuration: str | None, quality: int, size: tuple[int, int], threads: int, repeats: int, compressai: bool, cpu: bool = False) -> dict:
+def measure(
+    arch: str,
+    configuration: str | None,
+    quality: int,
+    size: tuple[int, int],
+    threads: int,
+    repeats: int,
+    compressai: bool,
+    cpu: bool = False,
+) -> dict:
     """Seconds by (part, kind), and facts."""
     pair = make_pair(arch, configuration, quality, size, threads)
     started = time.perf_counter()
@@ -163,7 +190,12 @@ def measure(arch: str, configuration: str | None, quality: int, size: tuple[int,
         started = clock()
         model.decompress(coded["strings"], coded["shape"])
         found["decode compressai"] = clock() - started
-    return {"seconds": found, "prepared": prepared, "bits per pixel": 8 * len(stream) / (size[0] * size[1]), "share": file_share(pair)}
+    return {
+        "seconds": found,
+        "prepared": prepared,
+        "bits per pixel": 8 * len(stream) / (size[0] * size[1]),
+        "share": file_share(pair),
+    }
 
 
 def file_share(pair: Pair) -> float:
@@ -178,7 +210,13 @@ def hyper(plan: Plan) -> Program:
     """h_a and h_s: from what the first layers of h_a read to what the last ones of h_s give."""
     program = plan.program
     producers = program.producers()
-    read = {number for op in program.operations if op.node.startswith("h_a") for number in op.inputs if not producers[number].node.startswith("h_a")}
+    read = {
+        number
+        for op in program.operations
+        if op.node.startswith("h_a")
+        for number in op.inputs
+        if not producers[number].node.startswith("h_a")
+    }
     inside = [op for op in program.operations if op.node.startswith("h_s")]
     used = {number for op in inside for number in op.inputs}
     given = {f"out{number}": number for op in inside for number in op.outputs if number not in used}
@@ -191,25 +229,38 @@ def size(text: str) -> tuple[int, int]:
     except ValueError:
         width = height = 0
     if min(width, height) < 64 or width % 64 or height % 64:
-        raise InputError(f"--size {text} is not possible; give WIDTHxHEIGHT, multiples of 64, such as 768x512")
+        raise InputError(
+            f"--size {text} is not possible; give WIDTHxHEIGHT, multiples of 64, such as 768x512"
+        )
     return width, height
 
 
 def add_codec(parser: ArgumentParser, archs: list[str]) -> None:
     """--arch --configuration --quality --size --threads --repeats: what is timed, and how."""
     parser.add_argument("--arch", nargs="+", default=archs, help=f"default: {' '.join(archs)}")
-    parser.add_argument("--configuration", default="official", help="official or reference (default: official)")
+    parser.add_argument(
+        "--configuration", default="official", help="official or reference (default: official)"
+    )
     parser.add_argument("--quality", type=int, default=1, help="whose official width (default: 1)")
     parser.add_argument("--size", default="768x512", help="WIDTHxHEIGHT (default: 768x512)")
     parser.add_argument("--threads", metavar="N", type=options.threads, default=1, help="default: 1")
     parser.add_argument("--repeats", metavar="N", type=options.positive, default=3, help="default: 3")
-    parser.add_argument("--cpu_time", action="store_true",
-                        help="seconds of the processor, not of the clock: for one thread on a machine that is busy with other work")
+    parser.add_argument(
+        "--cpu_time",
+        action="store_true",
+        help="seconds of the processor, not of the clock: for one thread on a machine that is busy with other work",
+    )
 
 
 def codec_of(args: Namespace, arch: str) -> tuple[str, str | None, int, tuple[int, int], int]:
     """The arguments of `make_pair`."""
-    return arch, None if args.configuration == "official" else args.configuration, args.quality, size(args.size), args.threads
+    return (
+        arch,
+        None if args.configuration == "official" else args.configuration,
+        args.quality,
+        size(args.size),
+        args.threads,
+    )
 
 
 def title(args: Namespace, arch: str) -> str:
@@ -219,7 +270,9 @@ def title(args: Namespace, arch: str) -> str:
 def main() -> None:
     parser = ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     add_codec(parser, ["minnen2018"])
-    parser.add_argument("--no-compressai", dest="compressai", action="store_false", help="leave out its serial coder")
+    parser.add_argument(
+        "--no-compressai", dest="compressai", action="store_false", help="leave out its serial coder"
+    )
     args = parser.parse_args()
     set_threads(args.threads)
     for arch in args.arch:
@@ -227,9 +280,20 @@ def main() -> None:
         seconds = found["seconds"]
         parts = dict.fromkeys(name.rpartition(" ")[0] for name in seconds)
         kinds = ("float", "integer", "compressai")
-        rows = [[part, *(f"{seconds[f'{part} {kind}']:.3f} s" if f"{part} {kind}" in seconds else "-" for kind in kinds)] for part in parts]
-        print(f"{title(args, arch)}, {found['bits per pixel']:.2f} bits per pixel; made ready in {found['prepared']:.1f} s; "
-              f"the model's file is {100 * found['share']:.1f} % of the float codec's\n")
+        rows = [
+            [
+                part,
+                *(
+                    f"{seconds[f'{part} {kind}']:.3f} s" if f"{part} {kind}" in seconds else "-"
+                    for kind in kinds
+                ),
+            ]
+            for part in parts
+        ]
+        print(
+            f"{title(args, arch)}, {found['bits per pixel']:.2f} bits per pixel; made ready in {found['prepared']:.1f} s; "
+            f"the model's file is {100 * found['share']:.1f} % of the float codec's\n"
+        )
         print(tabulate(rows, ["part", *kinds], tablefmt="github", disable_numparse=True), "\n")
 
 

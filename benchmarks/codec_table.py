@@ -1,7 +1,8 @@
 """One line for each run of main_ptq.py: what quantization costs a codec, beside the plain baseline.
 
-    for A in balle2018 minnen2018 ...; do python main_ptq.py --arch $A --loss rd --calib clic --eval kodak --out runs/table/$A; done
-    python benchmarks/codec_table.py runs/table/*
+for A in balle2018 minnen2018 ...; do python main_ptq.py --arch $A --loss rd --calib clic --eval kodak --out
+runs/table/$A; done
+python benchmarks/codec_table.py runs/table/*
 """
 
 import json
@@ -15,7 +16,20 @@ from tabulate import tabulate
 from licq.support.cli import ArgumentParser, main_guard
 from licq.support.errors import InputError
 
-HEADS = ["codec", "rates", "images", "BD-rate", "plain", "MS-SSIM BD-rate", "delta J", "plain", "calibration", "peak memory", "file, of float's", "kept in float"]
+HEADS = [
+    "codec",
+    "rates",
+    "images",
+    "BD-rate",
+    "plain",
+    "MS-SSIM BD-rate",
+    "delta J",
+    "plain",
+    "calibration",
+    "peak memory",
+    "file, of float's",
+    "kept in float",
+]
 
 
 def percent(value: float | None) -> str:
@@ -30,12 +44,24 @@ def between(values: list[float], form: str) -> str:
 def row(report: dict) -> list[str]:
     points = report["points"]
     plain = [point["baseline_delta_j_percent"] for point in points if "baseline" in point]
-    float_parts = [str(part) for part in report["kept_in_float"]] + [f"{name} ({why})" for name, why in report["left_alone"].items()]
+    float_parts = [str(part) for part in report["kept_in_float"]] + [
+        f"{name} ({why})" for name, why in report["left_alone"].items()
+    ]
     share = [100 * point["model_bytes"] / point["fp32_model_bytes"] for point in points]
-    return [report["arch"], str(len(points)), str(report["images"]), percent(report["bd_rate_psnr"]), percent(report.get("bd_rate_psnr_baseline")), percent(report["bd_rate_ms_ssim"]),
-            between([point["delta_j_percent"] for point in points], "+.2f") + " %", between(plain, "+.2f") + " %" if plain else "n/a",
-            between([point["calibration_seconds"] for point in points], ".0f") + " s",
-            between([point["peak_memory_mb"] for point in points], ".0f") + " MB", between(share, ".1f") + " %", "; ".join(float_parts) or "nothing"]  # fmt: skip
+    return [
+        report["arch"],
+        str(len(points)),
+        str(report["images"]),
+        percent(report["bd_rate_psnr"]),
+        percent(report.get("bd_rate_psnr_baseline")),
+        percent(report["bd_rate_ms_ssim"]),
+        between([point["delta_j_percent"] for point in points], "+.2f") + " %",
+        between(plain, "+.2f") + " %" if plain else "n/a",
+        between([point["calibration_seconds"] for point in points], ".0f") + " s",
+        between([point["peak_memory_mb"] for point in points], ".0f") + " MB",
+        between(share, ".1f") + " %",
+        "; ".join(float_parts) or "nothing",
+    ]
 
 
 def main() -> None:

@@ -1,4 +1,5 @@
-"""Inference engines that run an ONNX file on the CPU with a given number of threads, in float or quantized to INT8.
+"""Inference engines that run an ONNX file on the CPU with a given number of threads, in float or quantized to
+INT8.
 
 Each is imported where it is used: a comparison with one of them needs no other.
 """
@@ -17,7 +18,9 @@ from licq.support.errors import InputError
 Inputs = list[np.ndarray]
 Run = Callable[[np.ndarray], np.ndarray]
 
-sys.modules.setdefault("openvino_telemetry", None)  # OpenVINO and NNCF report their import over the network where they find it
+sys.modules.setdefault(
+    "openvino_telemetry", None
+)  # OpenVINO and NNCF report their import over the network where they find it
 
 
 def _has_attention(path: Path) -> bool:
@@ -33,7 +36,9 @@ def run_onnxruntime(path: Path, _: Inputs, threads: int) -> Run:
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    options.add_session_config_entry("session.force_spinning_stop", "1")  # or its idle threads take the next engine's time
+    options.add_session_config_entry(
+        "session.force_spinning_stop", "1"
+    )  # or its idle threads take the next engine's time
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return lambda x: session.run(None, {"x": x})[0]
 
@@ -49,13 +54,24 @@ def run_onnxruntime_int8(path: Path, calibration: Inputs, threads: int) -> Run:
             x = next(self.left, None)
             return None if x is None else {"x": x}
 
-    # Without quant_pre_process: the file has its shapes, and what that folds makes that of lu2022 nine times larger, not faster.
+    # Without quant_pre_process: the file has its shapes, and what that folds makes that of lu2022 nine times
+    # larger, not faster.
     quantized = path.with_suffix(".int8.onnx")
-    # Unsigned by signed is its fast kernel on x86; without VNNI that saturates, unless weights have seven bits (reduce_range), at
-    # the same speed. Around attention, quantizing all that can be (its default) costs more than it saves.
+    # Unsigned by signed is its fast kernel on x86; without VNNI that saturates, unless weights have seven
+    # bits (reduce_range), at the same speed. Around attention, quantizing all that can be (its default) costs
+    # more than it saves.
     operations = ["Conv", "MatMul", "Gemm"] if _has_attention(path) else None
-    quantize_static(path, quantized, Reader(), quant_format=QuantFormat.QDQ, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
-                    per_channel=True, reduce_range=True, op_types_to_quantize=operations)  # fmt: skip
+    quantize_static(
+        path,
+        quantized,
+        Reader(),
+        quant_format=QuantFormat.QDQ,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+        per_channel=True,
+        reduce_range=True,
+        op_types_to_quantize=operations,
+    )
     return run_onnxruntime(quantized, calibration, threads)
 
 
@@ -63,8 +79,13 @@ def _run_openvino(model: Any, threads: int) -> Run:
     import openvino
 
     # unpinned as the others: a pinned calling thread would keep its core for them too
-    settings = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY",
-                "ENABLE_CPU_PINNING": False}  # fmt: skip
+    settings = {
+        "INFERENCE_NUM_THREADS": threads,
+        "NUM_STREAMS": 1,
+        "INFERENCE_PRECISION_HINT": "f32",
+        "PERFORMANCE_HINT": "LATENCY",
+        "ENABLE_CPU_PINNING": False,
+    }
     request = openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
     return lambda x: request.infer([x], share_inputs=True, share_outputs=True)[0]
 
@@ -79,18 +100,23 @@ def run_openvino_int8(path: Path, calibration: Inputs, threads: int) -> Run:
     import nncf
     import openvino
 
-    # Activations of these codecs have signs only here and there (mixed); seven-bit weights where eight would saturate, see above.
+    # Activations of these codecs have signs only here and there (mixed); seven-bit weights where eight would
+    # saturate, see above.
     quantized = nncf.quantize(
-        openvino.Core().read_model(path), nncf.Dataset(calibration), subset_size=len(calibration), preset=nncf.QuantizationPreset.MIXED,
+        openvino.Core().read_model(path),
+        nncf.Dataset(calibration),
+        subset_size=len(calibration),
+        preset=nncf.QuantizationPreset.MIXED,
         model_type=nncf.ModelType.TRANSFORMER if _has_attention(path) else None,
         advanced_parameters=nncf.AdvancedQuantizationParameters(overflow_fix=nncf.OverflowFix.ENABLE),
-    )  # fmt: skip
+    )
     return _run_openvino(quantized, threads)
 
 
 @dataclass(frozen=True)
 class Peer:
-    """An engine: its heading, packages, and what makes a part's ONNX file, given calibration inputs and threads, runnable."""
+    """An engine: its heading, packages, and what makes a part's ONNX file, given calibration inputs and
+    threads, runnable."""
 
     head: str
     packages: tuple[str, ...]
@@ -107,7 +133,11 @@ PEERS = {
 
 def require_packages(peers: list[str]) -> None:
     """Raises InputError when a package is missing: before minutes of work, not after."""
-    wanted = dict.fromkeys(package for peer in peers for package in ("onnx", "onnxscript", *PEERS[peer].packages))
+    wanted = dict.fromkeys(
+        package for peer in peers for package in ("onnx", "onnxscript", *PEERS[peer].packages)
+    )
     missing = [package for package in wanted if importlib.util.find_spec(package) is None]
     if missing:
-        raise InputError(f"not installed: {', '.join(missing)}; pip install .[bench] (or --peers without names: PyTorch and licq only)")
+        raise InputError(
+            f"not installed: {', '.join(missing)}; pip install .[bench] (or --peers without names: PyTorch and licq only)"
+        )

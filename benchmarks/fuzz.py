@@ -1,9 +1,11 @@
-"""Damaged and hostile .licq files against the decoder: how many it refuses, decodes to an image of the stated size, or dies of.
+"""Damaged and hostile .licq files against the decoder: how many it refuses, decodes to an image of the stated
+size, or dies of.
 
     python benchmarks/fuzz.py --model runs/minnen2018_w8a8_rd --quality 5 --inputs 2000
 
-Every cut and every flipped bit of one file, then files whose checksums are right and whose streams are random, cut, spliced, repeated.
-The decoder runs in a process of its own with 8 GiB of memory; a death, a hang or any other exception counts as a crash.
+Every cut and every flipped bit of one file, then files whose checksums are right and whose streams are
+random, cut, spliced, repeated. The decoder runs in a process of its own with 8 GiB of memory; a death, a hang
+or any other exception counts as a crash.
 """
 
 import json
@@ -32,7 +34,8 @@ _SECONDS = 60  # of one file, which takes a tenth of one
 
 
 def hostile(good: Container, draw: random.Random) -> bytes:
-    """A file of the same model with right checksums: a stream that no encoder has written, and perhaps another size."""
+    """A file of the same model with right checksums: a stream that no encoder has written, and perhaps
+    another size."""
     stream = bytearray(good.streams[0])
     kind = draw.randrange(5)
     if kind == 0:
@@ -66,7 +69,8 @@ def inputs(data: bytes, count: int) -> Iterator[tuple[str, bytes]]:
 
 
 def work(model: str, file: str, count: int, first: int) -> None:
-    """Decode the inputs from number `first` on; one line for each on standard output: its kind and what became of it."""
+    """Decode the inputs from number `first` on; one line for each on standard output: its kind and what
+    became of it."""
     import resource
 
     from licq.codec.api import Codec
@@ -94,8 +98,21 @@ def fuzz(model: Path, file: Path, count: int, shown: bool = True) -> Counter:
     done = 0
     bar = progress(total=len(every), desc="decoding", unit="file", enabled=shown)
     while done < len(every):
-        with subprocess.Popen([sys.executable, "-W", "ignore", __file__, "--work", str(model), str(file), str(count), str(done)],
-                              stdout=subprocess.PIPE, text=True) as process:  # fmt: skip
+        with subprocess.Popen(
+            [
+                sys.executable,
+                "-W",
+                "ignore",
+                __file__,
+                "--work",
+                str(model),
+                str(file),
+                str(count),
+                str(done),
+            ],
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as process:
             for line in process.stdout:
                 found[tuple(json.loads(line))] += 1
                 done += 1
@@ -119,27 +136,43 @@ def main() -> int:
         work(model, file, int(count), int(first))
         return 0
     parser = ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--model", metavar="RUN", required=True, help="a model.safetensors, or the folder of a main_ptq.py run")
-    parser.add_argument("--quality", metavar="Q", type=float, help="which model of the folder; of a variable-rate codec the rate")
-    parser.add_argument("--inputs", metavar="N", type=options.positive, default=1000, help="hostile streams (default: 1000)")
+    parser.add_argument(
+        "--model",
+        metavar="RUN",
+        required=True,
+        help="a model.safetensors, or the folder of a main_ptq.py run",
+    )
+    parser.add_argument(
+        "--quality",
+        metavar="Q",
+        type=float,
+        help="which model of the folder; of a variable-rate codec the rate",
+    )
+    parser.add_argument(
+        "--inputs", metavar="N", type=options.positive, default=1000, help="hostile streams (default: 1000)"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress")
     args = parser.parse_args()
     import torch
 
     from licq.codec.api import Codec
-    from licq.runs.coding import models_of
     from licq.data.datasets import open_dataset
     from licq.data.images import load_pixels
+    from licq.runs.coding import models_of
 
     files = {file.parent.name: file for file in models_of(args.model)}
     model = files.get(f"q{args.quality:g}" if args.quality is not None else "") or next(iter(files.values()))
     codec = Codec.load(model, 1)
-    pixels = torch.from_numpy(load_pixels(open_dataset("photos").paths[0])).permute(2, 0, 1)[:, 100:170, 100:200]
+    pixels = torch.from_numpy(load_pixels(open_dataset("photos").paths[0])).permute(2, 0, 1)[
+        :, 100:170, 100:200
+    ]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "good.licq"
         file.write_bytes(codec.encode(pixels, args.quality if codec.variable else None))
         found = fuzz(model, file, args.inputs, not args.quiet)
-    print(f"{model}, a file of {pixels.shape[2]}x{pixels.shape[1]} pixels, {sum(found.values())} inputs\n\n{table(found)}")
+    print(
+        f"{model}, a file of {pixels.shape[2]}x{pixels.shape[1]} pixels, {sum(found.values())} inputs\n\n{table(found)}"
+    )
     return 1 if any(what == "crash" for _, what in found) else 0
 
 

@@ -2,8 +2,9 @@
 
     python benchmarks/latent_rounding.py --arch minnen2018 --quality 1,5 --data kodak --every 5 --images 4
 
-estimate: CompressAI's, bits of round(y - means) where the image is made of round(y). whole: bits of round(y). serial: y_hat is
-round(y - means) + means with means that depend on the y_hat before, as CompressAI's coder has it; found by iterating.
+estimate: CompressAI's, bits of round(y - means) where the image is made of round(y). whole: bits of round(y).
+serial: y_hat is round(y - means) + means with means that depend on the y_hat before, as CompressAI's coder
+has it; found by iterating.
 """
 
 import math
@@ -40,7 +41,9 @@ def measure(model: nn.Module, x: Tensor) -> list[float]:
     gaussian = model.gaussian_conditional
 
     def parameters(y_hat: Tensor) -> tuple[Tensor, Tensor]:
-        scales, means = model.entropy_parameters(torch.cat((params, model.context_prediction(y_hat)), 1)).chunk(2, 1)
+        scales, means = model.entropy_parameters(
+            torch.cat((params, model.context_prediction(y_hat)), 1)
+        ).chunk(2, 1)
         return scales, means
 
     def bits(symbols: Tensor, scales: Tensor, means: Tensor | None = None) -> float:
@@ -56,8 +59,13 @@ def measure(model: nn.Module, x: Tensor) -> list[float]:
         if torch.equal(following, serial):
             break
         serial = following
-    return [bits((y - means).round(), scales), bits(whole, scales, means), bits((y - serial_means).round(), serial_scales),
-            psnr(model.g_s(whole), x), psnr(model.g_s(serial), x)]  # fmt: skip
+    return [
+        bits((y - means).round(), scales),
+        bits(whole, scales, means),
+        bits((y - serial_means).round(), serial_scales),
+        psnr(model.g_s(whole), x),
+        psnr(model.g_s(serial), x),
+    ]
 
 
 def main() -> None:
@@ -65,10 +73,20 @@ def main() -> None:
     parser.add_argument("--arch", default="minnen2018", help="default: minnen2018")
     parser.add_argument("--quality", metavar="Q", type=options.qualities, default=None, help="default: all")
     parser.add_argument("--data", metavar="SET", help="images (default: as in evaluation)")
-    parser.add_argument("--every", metavar="N", type=options.positive, default=1, help="take every Nth of them (default: 1)")
+    parser.add_argument(
+        "--every", metavar="N", type=options.positive, default=1, help="take every Nth of them (default: 1)"
+    )
     parser.add_argument("--images", metavar="N", type=options.positive, help="so many (default: all)")
-    parser.add_argument("--side", metavar="PX", type=options.positive, default=512, help="at most so much of each side, a multiple of 64 (default: 512)")
-    parser.add_argument("--threads", metavar="N", type=options.threads, help="CPU threads (default: PyTorch's choice)")
+    parser.add_argument(
+        "--side",
+        metavar="PX",
+        type=options.positive,
+        default=512,
+        help="at most so much of each side, a multiple of 64 (default: 512)",
+    )
+    parser.add_argument(
+        "--threads", metavar="N", type=options.threads, help="CPU threads (default: PyTorch's choice)"
+    )
     args = parser.parse_args()
     set_threads(args.threads)
     paths = evaluation_set(args.data)[0].paths[:: args.every][: args.images]
@@ -76,15 +94,32 @@ def main() -> None:
     for source in find_float_models(args.arch, args.quality):
         model = source.load()
         if not hasattr(model, "context_prediction") or hasattr(model, "Gain"):
-            raise InputError(f"--arch {args.arch} has no context model of this kind; choose minnen2018, cheng2020 or one like them")
+            raise InputError(
+                f"--arch {args.arch} has no context model of this kind; choose minnen2018, cheng2020 or one like them"
+            )
         found = []
         for path in progress(paths, desc=f"{args.arch} quality {source.quality}", unit="image"):
             x = load_image(path)[None]
             height, width = (min(side, args.side) // 64 * 64 for side in x.shape[2:])
             found.append(torch.tensor(measure(model, x[:, :, :height, :width])))
         estimate, whole, serial, first, second = torch.stack(found).mean(0).tolist()
-        rows.append([args.arch, source.quality, f"{estimate:.4f}, {first:.3f} dB", f"{whole:.4f}, {first:.3f} dB", f"{serial:.4f}, {second:.3f} dB"])
-    print(tabulate(rows, ["codec", "quality", "estimate", "whole", "serial"], tablefmt="github", disable_numparse=True))
+        rows.append(
+            [
+                args.arch,
+                source.quality,
+                f"{estimate:.4f}, {first:.3f} dB",
+                f"{whole:.4f}, {first:.3f} dB",
+                f"{serial:.4f}, {second:.3f} dB",
+            ]
+        )
+    print(
+        tabulate(
+            rows,
+            ["codec", "quality", "estimate", "whole", "serial"],
+            tablefmt="github",
+            disable_numparse=True,
+        )
+    )
 
 
 if __name__ == "__main__":

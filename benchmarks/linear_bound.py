@@ -1,9 +1,10 @@
-"""How well a linear transform of image blocks to a few numbers can do: the PSNR that the number of latent channels allows.
+"""How well a linear transform of image blocks to a few numbers can do: the PSNR that the number of latent
+channels allows.
 
     python benchmarks/linear_bound.py --data kodak --channels 36,64,80,96
 
-Principal components of the images' own 16x16 blocks, nothing rounded, no rate: a bound for linear block transforms, and a yardstick
-for the latents of small codecs, of which one position stands for such a block.
+Principal components of the images' own 16x16 blocks, nothing rounded, no rate: a bound for linear block
+transforms, and a yardstick for the latents of small codecs, of which one position stands for such a block.
 """
 
 import sys
@@ -41,10 +42,23 @@ def bound(images: list[np.ndarray], channels: int) -> float:
 def main() -> None:
     parser = ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--data", metavar="SET", help="images (default: as in evaluation)")
-    parser.add_argument("--channels", metavar="N", type=options.reductions, default=[36, 64, 80, 96], help="separated by commas (default: 36,64,80,96)")
+    parser.add_argument(
+        "--channels",
+        metavar="N",
+        type=options.reductions,
+        default=[36, 64, 80, 96],
+        help="separated by commas (default: 36,64,80,96)",
+    )
     args = parser.parse_args()
     images = [blocks(load_pixels(path)) for path in evaluation_set(args.data)[0].paths]
-    print(tabulate([[count, f"{bound(images, count):.2f} dB"] for count in args.channels], ["channels", "PSNR"], tablefmt="github", disable_numparse=True))
+    print(
+        tabulate(
+            [[count, f"{bound(images, count):.2f} dB"] for count in args.channels],
+            ["channels", "PSNR"],
+            tablefmt="github",
+            disable_numparse=True,
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
     LICQ_DATA=... python benchmarks/loss_table.py --arch lu2022 --quality 3 --bits 8,8 6,6 4,8 --losses rd mse
 
-Evaluation is on the middle 256 x 256 pixels of each image, which is much faster than whole images and enough to rank losses:
-rise of J = R + lambda * D against the float codec, in percent of its mean. Finished runs are kept in --out and not
-repeated. Further settings by --set, as in main_ptq.py.
+Evaluation is on the middle 256 x 256 pixels of each image, which is much faster than whole images and enough
+to rank losses: rise of J = R + lambda * D against the float codec, in percent of its mean. Finished runs are
+kept in --out and not repeated. Further settings by --set, as in main_ptq.py.
 """
 
 import argparse
@@ -22,12 +22,12 @@ from torch import Tensor
 
 from licq.data.datasets import Dataset
 from licq.data.images import load_image
-from licq.runs.float_models import find_float_models
-from licq.runs.inputs import calibration_crops, evaluation_set
 from licq.models.registry import get_architecture
 from licq.reconstruction.api import quantize
 from licq.reconstruction.config import PtqConfig, parse_knobs
 from licq.reconstruction.objective import Objective, rate
+from licq.runs.float_models import find_float_models
+from licq.runs.inputs import calibration_crops, evaluation_set
 from licq.support import options
 from licq.support.cli import ArgumentParser, main_guard
 from licq.support.determinism import seed_everything, set_threads
@@ -60,7 +60,11 @@ def measure(model: torch.nn.Module, crops: list[Tensor], objective: Objective) -
         rates.append(float(rate(output, x)))
         distortions.append(float(objective.distortion(pixels, x)))
         psnr.append(float(-10 * torch.log10((pixels["x_hat"] - x).square().mean())))
-    return {"j": statistics.mean(rates) + statistics.mean(distortions), "bpp": statistics.mean(rates), "psnr": statistics.mean(psnr)}
+    return {
+        "j": statistics.mean(rates) + statistics.mean(distortions),
+        "bpp": statistics.mean(rates),
+        "psnr": statistics.mean(psnr),
+    }
 
 
 def bit_pair(text: str) -> tuple[int, int]:
@@ -76,8 +80,16 @@ def main() -> None:
     parser.add_argument("--arch", default="lu2022")
     parser.add_argument("--checkpoint", type=options.existing_or_pattern)
     parser.add_argument("--quality", type=int, default=3)
-    parser.add_argument("--bits", nargs="+", type=bit_pair, default=[(8, 8), (6, 6), (4, 8)], help="w_bits,a_bits (default: 8,8 6,6 4,8)")
-    parser.add_argument("--losses", nargs="+", choices=options.LOSSES, default=["rd", "mse"], help="(default: rd mse)")
+    parser.add_argument(
+        "--bits",
+        nargs="+",
+        type=bit_pair,
+        default=[(8, 8), (6, 6), (4, 8)],
+        help="w_bits,a_bits (default: 8,8 6,6 4,8)",
+    )
+    parser.add_argument(
+        "--losses", nargs="+", choices=options.LOSSES, default=["rd", "mse"], help="(default: rd mse)"
+    )
     parser.add_argument("--seeds", nargs="+", type=options.seed, default=[0, 1, 2], help="(default: 0 1 2)")
     parser.add_argument("--calib", default="clic")
     parser.add_argument("--num_calib", type=options.positive, default=10)
@@ -85,9 +97,13 @@ def main() -> None:
     parser.add_argument("--crops_per_image", type=options.positive, default=8)
     parser.add_argument("--crop_reductions", type=options.reductions, default=[1, 2])
     parser.add_argument("--eval", dest="data", default="kodak")
-    parser.add_argument("--set", dest="knobs", metavar="KNOB=VALUE", type=options.assignment, action="append", default=[])
+    parser.add_argument(
+        "--set", dest="knobs", metavar="KNOB=VALUE", type=options.assignment, action="append", default=[]
+    )
     parser.add_argument("--threads", type=options.threads, default=1)
-    parser.add_argument("--out", type=Path, default=Path("runs/loss_table.json"), help="finished runs (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/loss_table.json"), help="finished runs (default: %(default)s)"
+    )
     arguments = parser.parse_args()
     knobs = parse_knobs(arguments.knobs, {})
     taken = sorted({"w_bits", "a_bits", "loss", "seed"} & knobs.keys())
@@ -101,8 +117,10 @@ def main() -> None:
     objective, crops = Objective(source.lmbda), centres(dataset)
     model = source.load()
     done = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {}
-    budget = f"{arguments.calib} {arguments.num_calib}x{arguments.crops_per_image}x{arguments.crop} " \
-             f"{arguments.crop_reductions} {sorted(arguments.knobs)}"
+    budget = (
+        f"{arguments.calib} {arguments.num_calib}x{arguments.crops_per_image}x{arguments.crop} "
+        f"{arguments.crop_reductions} {sorted(arguments.knobs)}"
+    )
     prefix = f"{source.arch} q{source.quality} {source.sha256[:8]} {arguments.data} | {budget}"
     if prefix not in done:
         done[prefix] = measure(model, crops, objective)
@@ -112,31 +130,62 @@ def main() -> None:
         for loss in arguments.losses:
             rises, found = [], []
             for seed in arguments.seeds:
-                config = PtqConfig.from_preset("licq", **{**knobs, "w_bits": w_bits, "a_bits": a_bits, "loss": loss, "seed": seed})
-                settings = hashlib.sha256(json.dumps([__version__, config.to_dict()], sort_keys=True).encode()).hexdigest()[:8]
+                config = PtqConfig.from_preset(
+                    "licq", **{**knobs, "w_bits": w_bits, "a_bits": a_bits, "loss": loss, "seed": seed}
+                )
+                settings = hashlib.sha256(
+                    json.dumps([__version__, config.to_dict()], sort_keys=True).encode()
+                ).hexdigest()[:8]
                 key = f"{prefix} {settings} | W{w_bits}A{a_bits} {loss} {seed}"
                 if key not in done:
                     seed_everything(seed)
                     calibration, _, _ = calibration_crops(
-                        arguments.calib, arguments.num_calib, arguments.crop, arguments.crops_per_image, arguments.crop_reductions,
-                        seed, multiple, "mse", dataset)
+                        arguments.calib,
+                        arguments.num_calib,
+                        arguments.crop,
+                        arguments.crops_per_image,
+                        arguments.crop_reductions,
+                        seed,
+                        multiple,
+                        "mse",
+                        dataset,
+                    )
                     codec = quantize(model, calibration, config, lmbda=source.lmbda)
                     history = codec.history
                     done[key] = measure(codec, crops, objective) | {
                         "seconds": history["seconds"],
-                        "calibration": {name: history[name] / history["j_float"] - 1 for name in ("j_start", "j_end")}}
+                        "calibration": {
+                            name: history[name] / history["j_float"] - 1 for name in ("j_start", "j_end")
+                        },
+                    }
                     write_json(arguments.out, done)
                 found.append(done[key])
                 rises.append(100 * (found[-1]["j"] / reference["j"] - 1))
                 print(f"{key.rpartition('| ')[2]}: J {rises[-1]:+.2f}%", flush=True)
             spread = statistics.stdev(rises) if len(rises) > 1 else 0.0
             rate_change = 100 * (statistics.mean(f["bpp"] for f in found) / reference["bpp"] - 1)
-            rows.append([f"W{w_bits}A{a_bits}", loss, f"{statistics.mean(rises):+.2f} ± {spread:.2f} %", f"{rate_change:+.2f} %",
-                         f"{statistics.mean(f['psnr'] for f in found) - reference['psnr']:+.3f} dB",
-                         f"{100 * statistics.mean(f['calibration']['j_start'] for f in found):+.2f} %",
-                         f"{100 * statistics.mean(f['calibration']['j_end'] for f in found):+.2f} %",
-                         f"{statistics.mean(f['seconds'] for f in found):.0f} s"])
-    header = ["bits", "loss", f"delta J, {len(arguments.seeds)} seeds", "rate", "PSNR", "calibration: delta J at start", "at end", "time"]
+            rows.append(
+                [
+                    f"W{w_bits}A{a_bits}",
+                    loss,
+                    f"{statistics.mean(rises):+.2f} ± {spread:.2f} %",
+                    f"{rate_change:+.2f} %",
+                    f"{statistics.mean(f['psnr'] for f in found) - reference['psnr']:+.3f} dB",
+                    f"{100 * statistics.mean(f['calibration']['j_start'] for f in found):+.2f} %",
+                    f"{100 * statistics.mean(f['calibration']['j_end'] for f in found):+.2f} %",
+                    f"{statistics.mean(f['seconds'] for f in found):.0f} s",
+                ]
+            )
+    header = [
+        "bits",
+        "loss",
+        f"delta J, {len(arguments.seeds)} seeds",
+        "rate",
+        "PSNR",
+        "calibration: delta J at start",
+        "at end",
+        "time",
+    ]
     print(f"\n{prefix}\nfloat: {reference['bpp']:.4f} bpp, {reference['psnr']:.3f} dB\n")
     print(tabulate(rows, headers=header, tablefmt="github", disable_numparse=True))
 

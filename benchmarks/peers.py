@@ -1,14 +1,16 @@
-"""Time of a codec's transforms in the inference engines that it could run in, beside licq's integer program; peak memory.
+"""Time of a codec's transforms in the inference engines that it could run in, beside licq's integer program;
+peak memory.
 
     pip install .[bench]
     python benchmarks/peers.py --arch minnen2018 --size 768x512 --threads 1
     python benchmarks/peers.py --size 2048x1408 --memory
 
-Everything is exported from one float codec of random weights and calibrated on a smooth random image of the same size. ONNX Runtime INT8: static,
-QDQ, a scale for each output channel of weights. OpenVINO INT8: NNCF's post-training quantization. Engines take turns, transform
-by transform, and are in memory together: for lu2022 of official width, 4 GB each at 768x512, name some with --peers. A line under
-each table says how far their output is from PyTorch's, so that a fast wrong one is seen. --memory: what a whole encode, g_a to g_s,
-adds to a process in which the codec is loaded.
+Everything is exported from one float codec of random weights and calibrated on a smooth random image of the
+same size. ONNX Runtime INT8: static, QDQ, a scale for each output channel of weights. OpenVINO INT8: NNCF's
+post-training quantization. Engines take turns, transform
+by transform, and are in memory together: for lu2022 of official width, 4 GB each at 768x512, name some with
+--peers. A line under each table says how far their output is from PyTorch's, so that a fast wrong one is
+seen. --memory: what a whole encode, g_a to g_s, adds to a process in which the codec is loaded.
 """
 
 import contextlib
@@ -33,21 +35,36 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import numpy as np
 import torch
+from codec_speed import (
+    add_codec,
+    codec_of,
+    inputs_of,
+    make_pair,
+    networks,
+    size,
+    smooth,
+    times,
+    title,
+    transforms,
+)
+from engines import PEERS, Inputs, Peer, Run, require_packages
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from codec_speed import add_codec, codec_of, inputs_of, make_pair, networks, size, smooth, times, title, transforms
-from engines import PEERS, Inputs, Peer, Run, require_packages
 from licq.support.cli import ArgumentParser, main_guard
 from licq.support.determinism import set_threads
 from licq.support.errors import InputError
 
 PARTS = {"g_a": ("g_a",), "h_a + h_s": ("h_a", "h_s"), "g_s": ("g_s",)}
-_CALIBRATION = (2,)  # seeds of the calibration images, as large as the timed one: ONNX Runtime holds the features of all at once
+_CALIBRATION = (
+    2,
+    # seeds of the calibration images, as large as the timed one: ONNX Runtime holds the features of all at once
+)
 
 
 class Part(nn.Module):
-    """Transforms of a codec one after the other, as a module: what exporters take, where lu2022's are methods."""
+    """Transforms of a codec one after the other, as a module: what exporters take, where lu2022's are
+    methods."""
 
     def __init__(self, model: nn.Module, names: tuple[str, ...]):
         super().__init__()
@@ -72,7 +89,8 @@ def _quiet() -> Iterator[None]:
 
 
 def _attempt(where: str, work: Callable[[], Any]) -> Any:
-    """What `work` gives; None where it fails, and one line on standard error that says why: a dash, not the end of the other engines."""
+    """What `work` gives; None where it fails, and one line on standard error that says why: a dash, not the
+    end of the other engines."""
     try:
         with _quiet():
             return work()
@@ -93,21 +111,40 @@ def _started(peer: Peer, path: Path, inputs: Inputs, threads: int) -> Run:
     return run
 
 
-def peer_runs(module: nn.Module, inputs: Inputs, peers: list[Peer], threads: int, where: str) -> dict[str, Run]:
-    """By heading, the engines that can run this module. inputs: the one that it is timed on, then those of calibration."""
+def peer_runs(
+    module: nn.Module, inputs: Inputs, peers: list[Peer], threads: int, where: str
+) -> dict[str, Run]:
+    """By heading, the engines that can run this module. inputs: the one that it is timed on, then those of
+    calibration."""
     with tempfile.TemporaryDirectory() as folder:
-        path = _attempt(f"{where}, ONNX export", lambda: _export(module, torch.from_numpy(inputs[0]), Path(folder) / "part.onnx")) if peers else None
-        found = {peer.head: _attempt(f"{where}, {peer.head}", lambda peer=peer: _started(peer, path, inputs, threads)) for peer in peers if path}
+        path = (
+            _attempt(
+                f"{where}, ONNX export",
+                lambda: _export(module, torch.from_numpy(inputs[0]), Path(folder) / "part.onnx"),
+            )
+            if peers
+            else None
+        )
+        found = {
+            peer.head: _attempt(
+                f"{where}, {peer.head}", lambda peer=peer: _started(peer, path, inputs, threads)
+            )
+            for peer in peers
+            if path
+        }
     return {head: run for head, run in found.items() if run is not None}
 
 
 def limit_memory() -> None:
-    """Lets this process ask for nine tenths of the free memory: an engine that wants more gets an error, where the system would end us all."""
+    """Lets this process ask for nine tenths of the free memory: an engine that wants more gets an error,
+    where the system would end us all."""
     free = Path("/proc/meminfo")
     if free.exists():
         most = int((_status("VmData") + 0.9 * _number(free, "MemAvailable")) * 2**20)
         hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
-        resource.setrlimit(resource.RLIMIT_DATA, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
+        resource.setrlimit(
+            resource.RLIMIT_DATA, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard)
+        )
 
 
 def _ratio(wanted: np.ndarray, got: np.ndarray) -> float:
@@ -129,7 +166,11 @@ def compare(args: Namespace, arch: str) -> str:
     for part, names in PARTS.items():
         inputs = [parts[part].numpy() for parts in given]
         runs = peer_runs(Part(pair.model, names).eval(), inputs, peers, args.threads, f"{arch}, {part}")
-        tasks = {"PyTorch": ours[f"{part} float"], **{head: lambda run=run: run(inputs[0]) for head, run in runs.items()}, "licq": ours[f"{part} integer"]}
+        tasks = {
+            "PyTorch": ours[f"{part} float"],
+            **{head: lambda run=run: run(inputs[0]) for head, run in runs.items()},
+            "licq": ours[f"{part} integer"],
+        }
         found = times(tasks, args.repeats, args.cpu_time)
         rows.append([part, *(f"{1000 * found[head]:.1f} ms" if head in found else "-" for head in heads)])
         wanted = tasks["PyTorch"]().numpy()
@@ -182,8 +223,18 @@ def memory_table(args: Namespace, arch: str) -> str:
 def main() -> None:
     parser = ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     add_codec(parser, ["minnen2018", "cheng2020", "lu2022"])
-    parser.add_argument("--peers", nargs="*", choices=list(PEERS), default=list(PEERS), help="engines beside PyTorch and licq (default: all)")
-    parser.add_argument("--memory", action="store_true", help="peak memory of PyTorch's and licq's encode instead of times; Linux only")
+    parser.add_argument(
+        "--peers",
+        nargs="*",
+        choices=list(PEERS),
+        default=list(PEERS),
+        help="engines beside PyTorch and licq (default: all)",
+    )
+    parser.add_argument(
+        "--memory",
+        action="store_true",
+        help="peak memory of PyTorch's and licq's encode instead of times; Linux only",
+    )
     args = parser.parse_args()
     codec_of(args, args.arch[0])  # refuses a bad --size
     if args.memory and not Path("/proc/self/clear_refs").exists():
@@ -198,7 +249,9 @@ def main() -> None:
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "alloc" not in str(error):
                 raise
-            raise InputError(f"{title(args, arch)}: out of memory; give fewer --peers at once or a smaller --size") from error
+            raise InputError(
+                f"{title(args, arch)}: out of memory; give fewer --peers at once or a smaller --size"
+            ) from error
 
 
 if __name__ == "__main__":

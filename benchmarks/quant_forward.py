@@ -2,8 +2,9 @@
 
     python benchmarks/quant_forward.py --arch lu2022 --size 512 --mode frozen
 
-Random weights and a random image: the time does not depend on what they hold. Prints milliseconds of processor time for one image
-(the fastest of --repeat runs; with one thread that is elapsed time, less what other programs took) and the ratio to float; `learn` is a forward and a backward, on both sides.
+Random weights and a random image: the time does not depend on what they hold. Prints milliseconds of
+processor time for one image (the fastest of --repeat runs; with one thread that is elapsed time, less what
+other programs took) and the ratio to float; `learn` is a forward and a backward, on both sides.
 """
 
 import argparse
@@ -33,7 +34,9 @@ def best_ms(run: Callable[[], object], repeat: int) -> float:
     return 1000 * min(times)
 
 
-def forward_backward(model: torch.nn.Module, x: torch.Tensor, parameters: list[torch.nn.Parameter]) -> Callable[[], None]:
+def forward_backward(
+    model: torch.nn.Module, x: torch.Tensor, parameters: list[torch.nn.Parameter]
+) -> Callable[[], None]:
     """One step of learning: the gradient of distortion plus rate for these parameters."""
 
     def run() -> None:
@@ -49,7 +52,9 @@ def forward_backward(model: torch.nn.Module, x: torch.Tensor, parameters: list[t
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--arch", default="lu2022")
-    parser.add_argument("--configuration", default="reference", help="widths: reference, or official for the paper's")
+    parser.add_argument(
+        "--configuration", default="reference", help="widths: reference, or official for the paper's"
+    )
     parser.add_argument("--size", type=int, default=256, help="side of the square image, a multiple of 64")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--mode", choices=("float", "frozen", "learn"), default="frozen")
@@ -75,7 +80,9 @@ def main() -> None:
     quantized.observe([x[:1]])
     quantized.quantize_nodes(True)
     if learning:
-        parameters = [p for node in quantized.nodes.values() for knob in node.learnable().values() for p in knob]
+        parameters = [
+            p for node in quantized.nodes.values() for knob in node.learnable().values() for p in knob
+        ]
         for parameter in parameters:
             parameter.requires_grad_(True)
         run = forward_backward(quantized, x, parameters)
@@ -86,9 +93,15 @@ def main() -> None:
         run()
         with torch.profiler.profile() as profile:
             run()
-        print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=30, max_name_column_width=50))
+        print(
+            profile.key_averages().table(
+                sort_by="self_cpu_time_total", row_limit=30, max_name_column_width=50
+            )
+        )
     quantized_ms = best_ms(run, arguments.repeat)
-    print(f"{arguments.mode} {quantized_ms / arguments.batch:.0f} ms per image, {quantized_ms / float_ms:.2f} x float")
+    print(
+        f"{arguments.mode} {quantized_ms / arguments.batch:.0f} ms per image, {quantized_ms / float_ms:.2f} x float"
+    )
     print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB")
 
 

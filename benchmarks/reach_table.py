@@ -1,6 +1,6 @@
 """How much a tile of a large image has to see beyond what it keeps, for each codec, as a Markdown table.
 
-    python benchmarks/reach_table.py --arch balle2018 minnen2018 lu2022
+python benchmarks/reach_table.py --arch balle2018 minnen2018 lu2022
 """
 
 import sys
@@ -34,13 +34,19 @@ def row(arch: str, configuration: str | None) -> list[str]:
     found = [sizes.reach("analysis", analysis_part), sizes.reach("synthesis", plan.synthesis_of)]
     if None in found:
         return [arch, "the whole image", "the whole image", "-"]
-    return [arch, *(f"{far.rows.before}, {far.rows.after}" for far in found), str(max(far.rows.period for far in found))]
+    return [
+        arch,
+        *(f"{far.rows.before}, {far.rows.after}" for far in found),
+        str(max(far.rows.period for far in found)),
+    ]
 
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--arch", nargs="+", required=True)
-    parser.add_argument("--configuration", default="reference", help="reference or official (default: reference)")
+    parser.add_argument(
+        "--configuration", default="reference", help="reference or official (default: reference)"
+    )
     args = parser.parse_args()
     rows = [row(arch, None if args.configuration == "official" else args.configuration) for arch in args.arch]
     print(tabulate(rows, HEADS, tablefmt="github", disable_numparse=True))

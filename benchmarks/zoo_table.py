@@ -1,4 +1,5 @@
-"""The tables of models/zoo/README.md: what every embedded checkpoint is, and its rate and distortion as main_eval.py measures them.
+"""The tables of models/zoo/README.md: what every embedded checkpoint is, and its rate and distortion as
+main_eval.py measures them.
 
     python benchmarks/zoo_table.py --data kodak
 
@@ -33,30 +34,67 @@ def point_row(arch: str, point: dict, repeats: bool) -> list:
     """repeats: the checkpoint has been told on an earlier line."""
     known = read_checkpoint(embedded_checkpoint(arch, int(point["quality"]))).metadata
     width = ", ".join(f"{name} {known['kwargs'][name]}" for name in ("N", "M") if name in known["kwargs"])
-    trained = ["the same file"] * 3 if repeats else [known.get("init") or "scratch", f"{known['steps']} x {known['batch']}", known["seconds"]]
-    return [arch, width, point["quality"], point["lambda"], *trained, f"{point['fp32']['bpp']:.4f}", f"{point['fp32']['psnr']:.3f}"]
+    trained = (
+        ["the same file"] * 3
+        if repeats
+        else [known.get("init") or "scratch", f"{known['steps']} x {known['batch']}", known["seconds"]]
+    )
+    return [
+        arch,
+        width,
+        point["quality"],
+        point["lambda"],
+        *trained,
+        f"{point['fp32']['bpp']:.4f}",
+        f"{point['fp32']['psnr']:.3f}",
+    ]
 
 
 def curve_row(arch: str, report: dict) -> list:
-    found = {"published" if name.startswith("published") else name: value["fp32"] for name, value in report["anchor_bd_rate_psnr"].items()}
-    return [arch, *("-" if found.get(name) is None else f"{found[name]:+.1f} %" for name in ("JPEG", "WebP", "published"))]
+    found = {
+        "published" if name.startswith("published") else name: value["fp32"]
+        for name, value in report["anchor_bd_rate_psnr"].items()
+    }
+    return [
+        arch,
+        *(
+            "-" if found.get(name) is None else f"{found[name]:+.1f} %"
+            for name in ("JPEG", "WebP", "published")
+        ),
+    ]
 
 
 def tables(reports: dict[str, dict]) -> str:
     """Markdown: a line for every checkpoint and rate, then one for every architecture."""
-    points = [point_row(arch, point, get_architecture(arch).variable and place > 0)
-              for arch, report in reports.items() for place, point in enumerate(report["points"])]  # fmt: skip
+    points = [
+        point_row(arch, point, get_architecture(arch).variable and place > 0)
+        for arch, report in reports.items()
+        for place, point in enumerate(report["points"])
+    ]
     heads = ["codec", "width", "quality", "lambda", "start", "steps x batch", "seconds", "bpp", "PSNR [dB]"]
     curves = [curve_row(arch, report) for arch, report in reports.items()]
-    return "\n\n".join((tabulate(points, heads, tablefmt="github", disable_numparse=True),
-                        tabulate(curves, ["codec", "BD-rate against JPEG", "WebP", "published"], tablefmt="github", disable_numparse=True)))  # fmt: skip
+    return "\n\n".join(
+        (
+            tabulate(points, heads, tablefmt="github", disable_numparse=True),
+            tabulate(
+                curves,
+                ["codec", "BD-rate against JPEG", "WebP", "published"],
+                tablefmt="github",
+                disable_numparse=True,
+            ),
+        )
+    )
 
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--data", metavar="SET", default="kodak", help="images (default: kodak)")
-    parser.add_argument("--out", metavar="FOLDER", type=Path, default=Path("runs/zoo_table"), help="default: runs/zoo_table")
-    parser.add_argument("--threads", metavar="N", type=options.threads, help="CPU threads (default: PyTorch's choice)")
+    parser.add_argument(
+        "--out", metavar="FOLDER", type=Path, default=Path("runs/zoo_table"), help="default: runs/zoo_table"
+    )
+    parser.add_argument(
+        "--threads", metavar="N", type=options.threads, help="CPU threads (default: PyTorch's choice)"
+    )
     args = parser.parse_args()
     archs = [arch for arch in list_models() if embedded_qualities(arch)]
     print(tables({arch: report_of(arch, args.data, args.out, args.threads) for arch in archs}))

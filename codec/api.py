@@ -32,12 +32,20 @@ class Codec:
         digest: what names the model in its files, at least four bytes: the SHA-256 of its own file.
         threads: of the kernels; None: PyTorch's.
         multiple: sides of the images that the network takes are multiples of it.
-        tile: images of more than tile x tile pixels are computed in tiles, with the same result; None: all in one piece.
+        tile: images of more than tile x tile pixels are computed in tiles, with the same result; None: all in
+        one piece.
         progress: show how far the tiles of a large image are.
     """
 
-    def __init__(self, model: QuantModel, digest: bytes, threads: int | None = None, multiple: int | None = None,
-                 tile: int | None = TILE, progress: bool = False):  # fmt: skip
+    def __init__(
+        self,
+        model: QuantModel,
+        digest: bytes,
+        threads: int | None = None,
+        multiple: int | None = None,
+        tile: int | None = TILE,
+        progress: bool = False,
+    ):
         if not model.frozen:
             raise InputError("only a frozen model can write files; call freeze() after calibration")
         known = architecture_of(model.model)
@@ -50,7 +58,8 @@ class Codec:
 
     @classmethod
     def load(cls, path: str | Path, threads: int | None = None, **options: Any) -> "Codec":
-        """The codec of a file that `QuantModel.save` or main_ptq.py has written; `options` as of the class."""
+        """The codec of a file that `QuantModel.save` or main_ptq.py has written; `options` as of the
+        class."""
         return cls(QuantModel.load(path), bytes.fromhex(sha256(path)), threads, **options)
 
     def encode(self, pixels: Tensor, level: float | None = None) -> bytes:
@@ -61,7 +70,8 @@ class Codec:
             level: rate of a variable-rate codec, from 1; default: what the model is set to.
 
         Raises:
-            InputError: a level for a codec without or out of range, too many pixels, or a codec whose forward has no bitstream.
+            InputError: a level for a codec without or out of range, too many pixels, or a codec whose forward
+            has no bitstream.
         """
         gain = self.gain(level)
         height, width = pixels.shape[-2:]
@@ -78,11 +88,15 @@ class Codec:
         """
         content = Container.from_bytes(data)
         if content.model != self.digest:
-            raise InputError(f"the file is of another model ({content.model.hex()}, this one is {self.digest.hex()}); give that with --model")
+            raise InputError(
+                f"the file is of another model ({content.model.hex()}, this one is {self.digest.hex()}); give that with --model"
+            )
         if bool(content.gain) != self.variable or len(content.streams) != 1:
             raise InputError("the file does not fit this model, though it names it; encode the image again")
         self._check_size(content.height, content.width)
-        like, unpad = pad_to_multiple(torch.empty((1, 1, content.height, content.width), device="meta"), self.multiple)
+        like, unpad = pad_to_multiple(
+            torch.empty((1, 1, content.height, content.width), device="meta"), self.multiple
+        )
         plan = self._plan(*like.shape[-2:], content.gain)
         return crop_back(self._coder.decode(plan, content.streams[0]), unpad)[0].contiguous()
 
@@ -106,10 +120,14 @@ class Codec:
         for name in outputs:
             place, _, what = name.partition(".")
             names.setdefault(int(place), {})[what] = found[name][:1].cpu()
-        return {"latents": [names[place] for place in sorted(names)], "pixels": crop_back(found["pixels"][:1].cpu(), unpad)[0].contiguous()}
+        return {
+            "latents": [names[place] for place in sorted(names)],
+            "pixels": crop_back(found["pixels"][:1].cpu(), unpad)[0].contiguous(),
+        }
 
     def gain(self, level: float | None) -> int:
-        """What a file states for a level, in GAIN_UNITs; 0 for a codec of one rate. level: None: what the model is set to.
+        """What a file states for a level, in GAIN_UNITs; 0 for a codec of one rate. level: None: what the
+        model is set to.
 
         Raises:
             InputError: a level for a codec without, or out of range.
@@ -124,21 +142,26 @@ class Codec:
         except OverflowError:
             gain = float("inf")
         if level is not None and not (level > 0 and gain <= MAX_GAIN):
-            raise InputError(f"a rate of {level:g} is out of range; choose a number from 1 to {network.levels}")
+            raise InputError(
+                f"a rate of {level:g} is out of range; choose a number from 1 to {network.levels}"
+            )
         if not gain <= MAX_GAIN:
             raise InputError(f"a gain of {gain:g} is out of range; choose one of at most {MAX_GAIN}")
         return max(1, round(gain / GAIN_UNIT))
 
     def settle_rate(self) -> None:
-        """Put the gain that a variable-rate model is set to where files can state it, so that its forward is what they decode to."""
+        """Put the gain that a variable-rate model is set to where files can state it, so that its forward is
+        what they decode to."""
         self._set(self.gain(None))
 
     def _check_size(self, height: int, width: int) -> None:
         """Raises InputError where the image, padded, is too large."""
         padded = [-(-side // self.multiple) * self.multiple for side in (height, width)]
         if padded[0] * padded[1] > MAX_PIXELS:
-            raise InputError(f"an image of {width}x{height}, with its sides rounded up to multiples of {self.multiple}, is too large for one "
-                             f"file; cut it into parts of at most {MAX_PIXELS} pixels")  # fmt: skip
+            raise InputError(
+                f"an image of {width}x{height}, with its sides rounded up to multiples of {self.multiple}, is too large for one "
+                f"file; cut it into parts of at most {MAX_PIXELS} pixels"
+            )
 
     def _plan(self, height: int, width: int, gain: int) -> Plan:
         key = (height, width, gain)

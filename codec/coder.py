@@ -1,4 +1,5 @@
-"""Symbols to bytes and back, latent by latent, in the order of the plan; entropy coding is CompressAI's rANS."""
+"""Symbols to bytes and back, latent by latent, in the order of the plan; entropy coding is CompressAI's
+rANS."""
 
 from collections.abc import Iterator, Mapping
 
@@ -33,13 +34,15 @@ class Coder:
                 self._tables[node.name] = SteppedRows(node.cumulative)
             elif isinstance(node, QuantEntropyBottleneck):
                 inner = node.module
-                self._tables[node.name] = bottleneck_rows(inner._quantized_cdf, inner._cdf_length, inner._offset)
+                self._tables[node.name] = bottleneck_rows(
+                    inner._quantized_cdf, inner._cdf_length, inner._offset
+                )
             elif isinstance(node, QuantGaussianMixture):
                 self._tables[node.name] = MixtureRows(node.density, self.bits, node.module.K)
             elif hasattr(node, "density"):
                 self._tables[node.name] = GaussianRows(node.density, self.bits)
 
-    # ------------------------------------------------------------------------------------------------------------ encode
+    # ------------------------------------------------------------------------------------------------- encode
 
     def encode(self, plan: Plan, pixels: Tensor) -> bytes:
         """One image (1, 3, H, W), uint8, of the plan's size."""
@@ -51,19 +54,31 @@ class Coder:
             densities = {name: found[name].reshape(-1, count) for name in latent.densities}
             for group in order:
                 chosen = torch.from_numpy(group)
-                self._push(encoder, latent, symbols[:, chosen], {name: part[:, chosen] for name, part in densities.items()})
+                self._push(
+                    encoder,
+                    latent,
+                    symbols[:, chosen],
+                    {name: part[:, chosen] for name, part in densities.items()},
+                )
         return encoder.flush()
 
-    def _push(self, encoder: BufferedRansEncoder, latent: Latent, symbols: Tensor, densities: Mapping[str, Tensor]) -> None:
+    def _push(
+        self, encoder: BufferedRansEncoder, latent: Latent, symbols: Tensor, densities: Mapping[str, Tensor]
+    ) -> None:
         whole = symbols.flatten().numpy()
         for piece, rows in self._rows(latent, densities, symbols.shape):
             values = (whole[piece].astype(np.int64) - rows.base).tolist()
-            if latent.kind == "mixture":  # three edges around the symbol are all that the encoder needs of a long row
+            if (
+                latent.kind == "mixture"
+            ):  # three edges around the symbol are all that the encoder needs of a long row
                 rows, values = _shortened(rows, values)
             encoder.encode_with_indexes(values, rows.rows.tolist(), rows.cdfs, rows.sizes, rows.offsets)
 
-    def _rows(self, latent: Latent, densities: Mapping[str, Tensor], shape: tuple[int, ...]) -> Iterator[tuple[slice, Rows]]:
-        """The distributions of symbols (channels, positions), flat, piece by piece: rows take many times the memory of symbols."""
+    def _rows(
+        self, latent: Latent, densities: Mapping[str, Tensor], shape: tuple[int, ...]
+    ) -> Iterator[tuple[slice, Rows]]:
+        """The distributions of symbols (channels, positions), flat, piece by piece: rows take many times the
+        memory of symbols."""
         tables, count = self._tables[latent.node], shape[0] * shape[1]
         components = tables.count if latent.kind == "mixture" else 1
         flat = {name: part.reshape(components, count) for name, part in densities.items()}
@@ -81,7 +96,7 @@ class Coder:
                 rows = tables.of(parts["scales"], parts["means"] if latent.whole else None)
             yield piece, rows
 
-    # ------------------------------------------------------------------------------------------------------------ decode
+    # ------------------------------------------------------------------------------------------------- decode
 
     def decode(self, plan: Plan, stream: bytes) -> Tensor:
         """The pixels (1, 3, H, W), uint8, of a stream that `encode` made of an image of the plan's size.
@@ -105,12 +120,20 @@ class Coder:
         channels = int(np.prod(latent.shape)) // count
         symbols = torch.zeros((channels, count), dtype=torch.int64)
         context = _context(step, values, count)
-        densities = None if context else {name: values[number].reshape(-1, count) for name, number in latent.densities.items()}
+        densities = (
+            None
+            if context
+            else {name: values[number].reshape(-1, count) for name, number in latent.densities.items()}
+        )
         means = torch.zeros((channels, count), dtype=torch.int64)
         limits = program.values[latent.symbols[0]].range
         for group in step.order:
             chosen = torch.from_numpy(group)
-            here = context.densities(chosen) if context else {name: part[:, chosen] for name, part in densities.items()}
+            here = (
+                context.densities(chosen)
+                if context
+                else {name: part[:, chosen] for name, part in densities.items()}
+            )
             found = self._pull(decoder, latent, here, (channels, len(group)))
             if int(found.min()) < limits.low or int(found.max()) > limits.high:
                 raise InputError(_DAMAGED)
@@ -126,7 +149,9 @@ class Coder:
         for number in latent.decoded:
             values[number] = decoded.to(program.values[number].dtype)
 
-    def _pull(self, decoder: RansDecoder, latent: Latent, densities: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
+    def _pull(
+        self, decoder: RansDecoder, latent: Latent, densities: Mapping[str, Tensor], shape: tuple[int, int]
+    ) -> Tensor:
         found = np.empty(shape[0] * shape[1], dtype=np.int64)
         for piece, rows in self._rows(latent, densities, shape):
             found[piece] = decoder.decode_stream(rows.rows.tolist(), rows.cdfs, rows.sizes, rows.offsets)
@@ -135,7 +160,9 @@ class Coder:
 
 
 def _run(run, needs: tuple[int, ...], values: Mapping[int, Tensor]) -> dict[int, Tensor]:
-    return {int(name): tensor for name, tensor in run({str(number): values[number] for number in needs}).items()}
+    return {
+        int(name): tensor for name, tensor in run({str(number): values[number] for number in needs}).items()
+    }
 
 
 def _shortened(rows: Rows, values: list[int]) -> tuple[Rows, list[int]]:
@@ -152,13 +179,17 @@ def _shortened(rows: Rows, values: list[int]) -> tuple[Rows, list[int]]:
     return Rows(rows.rows, rows.base, cdfs, rows.offsets), short
 
 
-# ----------------------------------------------------------------------------------------------------- context models
+# --------------------------------------------------------------------------------------------- context models
 
 
 def _context(step: Step, values: Mapping[int, Tensor], count: int) -> "_Planes | _Columns | None":
     if step.context is None:
         return None
-    return _Planes(step, values, count) if step.context.gathering is None else _Columns(step, step.context.gathering, values, count)
+    return (
+        _Planes(step, values, count)
+        if step.context.gathering is None
+        else _Columns(step, step.context.gathering, values, count)
+    )
 
 
 class _Planes:
@@ -199,11 +230,14 @@ class _Columns:
         for number in self.context.inputs:
             value = values[number]
             if tuple(value.shape[-len(shape) :]) != tuple(shape):
-                raise InputError(f"{step.latent.node}: its context model takes more than what lies at each position")
+                raise InputError(
+                    f"{step.latent.node}: its context model takes more than what lies at each position"
+                )
             self.rows[str(number)] = value.reshape(-1, count).T.contiguous()
 
     def _slots(self, chosen: Tensor) -> Tensor:
-        """Where each position is laid in the room: in a volume, into its own channel, whose parameters differ from others'."""
+        """Where each position is laid in the room: in a volume, into its own channel, whose parameters differ
+        from others'."""
         if not self.volume:
             return torch.arange(len(chosen))
         channel = chosen // self.a_channel  # ascending, as positions of one front are
@@ -232,7 +266,9 @@ class _Columns:
         return {name: part.reshape(-1, self.room)[:, slots] for name, part in found.items()}
 
     def _empty(self) -> Tensor:
-        return self._prepared(torch.zeros((1, 1), dtype=torch.int64), torch.zeros(1, dtype=torch.int64)).new_zeros((self.padded, self.gathering.channels))
+        return self._prepared(
+            torch.zeros((1, 1), dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+        ).new_zeros((self.padded, self.gathering.channels))
 
     def _prepared(self, decoded: Tensor, slots: Tensor) -> Tensor:
         """decoded: (channels, positions); what the spatial operation takes, (positions, channels)."""

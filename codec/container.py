@@ -3,12 +3,13 @@
     bytes     2  "LQ"
               1  version in its lower four bits; 16: a gain follows; 32 times the number of streams less one
               4  the model: first bytes of the SHA-256 of its file
-    varints      width, height, the gain of a variable-rate codec times 2^16, the streams' lengths but the last one's
+    varints      width, height, the gain of a variable-rate codec times 2^16, the streams' lengths but the
+                 last one's
     bytes  4 each  CRC-32 of everything before it that is not a checksum, and of its stream
                  the streams
 
-Varints have seven bits a byte, lowest first; the last byte is below 128. 15 bytes beside one stream of a 768x512 image: at 0.2 bits per
-pixel, 0.15 % of the file.
+Varints have seven bits a byte, lowest first; the last byte is below 128. 15 bytes beside one stream of a
+768x512 image: at 0.2 bits per pixel, 0.15 % of the file.
 """
 
 import zlib
@@ -23,7 +24,8 @@ GAIN_UNIT = 2.0**-16
 MAX_PIXELS = 2**26
 """Of one image, its padding included; more in a file is taken for damage."""
 MAX_GAIN = 2**10
-"""Of a variable-rate codec, times 1; published ones end at 28. Symbols stay far inside what the entropy coder takes."""
+"""Of a variable-rate codec, times 1; published ones end at 28. Symbols stay far inside what the entropy coder
+takes."""
 TILE = 2048
 """Images of more than TILE x TILE pixels are computed in tiles, unless another size is asked for."""
 MAX_STREAMS = 8
@@ -35,7 +37,8 @@ _DAMAGED = "the file is truncated or damaged; get an intact copy or encode the i
 class Container:
     """model: MODEL_BYTES bytes. gain: of a variable-rate codec in GAIN_UNITs, 0 of others.
 
-    A gain and not a level, because the way from one to the other goes through logarithms, which differ between machines.
+    A gain and not a level, because the way from one to the other goes through logarithms, which differ
+    between machines.
     """
 
     model: bytes
@@ -65,7 +68,9 @@ class Container:
             raise InputError(_DAMAGED)
         kind = data[place]
         if kind & _VERSION_BITS != VERSION:
-            raise InputError(f"the file has version {kind & _VERSION_BITS} of the format, this program reads {VERSION}; encode the image again")
+            raise InputError(
+                f"the file has version {kind & _VERSION_BITS} of the format, this program reads {VERSION}; encode the image again"
+            )
         with_gain, count = bool(kind & _WITH_GAIN), kind // _STREAMS + 1
         place += 1
         model = data[place : place + MODEL_BYTES]

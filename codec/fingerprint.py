@@ -1,10 +1,11 @@
-"""What a codec computes for some images under the conditions of this process, as hashes; `evaluation.verify` runs it many times.
+"""What a codec computes for some images under the conditions of this process, as hashes; `evaluation.verify`
+runs it many times.
 
     python -m codec.fingerprint JOB.json RESULT.json
 
-A job: {"model": a quantized model's file or null, "level": rate of a variable-rate one or null, "float": [file, architecture, quality or
-level] or null, "images": [files], "threads": N, "batch": N, "tile": side or null, "device": name, "keep": folder, "base": whether this
-process makes what the others compare with}.
+A job: {"model": a quantized model's file or null, "level": rate of a variable-rate one or null, "float":
+[file, architecture, quality or level] or null, "images": [files], "threads": N, "batch": N, "tile": side or
+null, "device": name, "keep": folder, "base": whether this process makes what the others compare with}.
 """
 
 import hashlib
@@ -39,15 +40,23 @@ def with_copies(x: Tensor, batch: int) -> Tensor:
     return torch.cat([x, *(x.roll(7 * place, -1) for place in range(1, batch))])
 
 
-# ------------------------------------------------------------------------------------------------------ integer codec
+# ---------------------------------------------------------------------------------------------- integer codec
 
 
 def of_integers(codec: Codec, image: Tensor, stream: Path, job: dict[str, Any]) -> dict[str, str]:
-    """Hashes of symbols, densities, file and pixels, and of the pixels that the first process's file decodes to; without the last two of a codec without files."""
+    """Hashes of symbols, densities, file and pixels, and of the pixels that the first process's file decodes
+    to; without the last two of a codec without files."""
     found = codec.inspect(image, job["batch"], job["device"])
     result = {
         "symbols": digest(*(part["symbols"].to(torch.int64) for part in found["latents"])),
-        "indexes": digest(*(tensor.to(torch.int64) for part in found["latents"] for name, tensor in part.items() if name != "symbols")),
+        "indexes": digest(
+            *(
+                tensor.to(torch.int64)
+                for part in found["latents"]
+                for name, tensor in part.items()
+                if name != "symbols"
+            )
+        ),
         "pixels": digest(found["pixels"]),
     }
     if job["batch"] > 1 or job["device"] != "cpu":
@@ -66,11 +75,12 @@ def of_integers(codec: Codec, image: Tensor, stream: Path, job: dict[str, Any]) 
     return result
 
 
-# -------------------------------------------------------------------------------------------------------- float codec
+# ------------------------------------------------------------------------------------------------ float codec
 
 
 class Tape:
-    """The latents of a float codec: recorded in the first process, handed to the decoder's half of the others."""
+    """The latents of a float codec: recorded in the first process, handed to the decoder's half of the
+    others."""
 
     def __init__(self, model: nn.Module, played: list[Tensor] | None):
         self.model, self.played = model, played
@@ -110,7 +120,8 @@ class Tape:
 
 
 def of_floats(model: nn.Module, image: Tensor, kept: Path, job: dict[str, Any]) -> dict[str, str]:
-    """Hashes of the scale indexes and pixels that this process's decoder has for the latents of the first process."""
+    """Hashes of the scale indexes and pixels that this process's decoder has for the latents of the first
+    process."""
     x, _ = pad_to_multiple(image[None].float() / 255)
     played = None if job["base"] else torch.load(kept, weights_only=True)
     batch = with_copies(x, job["batch"]).to(job["device"])
@@ -121,7 +132,10 @@ def of_floats(model: nn.Module, image: Tensor, kept: Path, job: dict[str, Any]) 
         x_hat = model(batch)["x_hat"][:1]
     if job["base"]:
         torch.save([part.cpu() for part in tape.latents], kept)
-    return {"indexes": digest(*(part[:1] for part in tape.indexes)), "pixels": digest((x_hat.clamp(0, 1) * 255).round().to(torch.uint8))}
+    return {
+        "indexes": digest(*(part[:1] for part in tape.indexes)),
+        "pixels": digest((x_hat.clamp(0, 1) * 255).round().to(torch.uint8)),
+    }
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
@@ -131,7 +145,12 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     if codec and job["level"] is not None:
         codec.model.model.set_level(job["level"])
     model = load_checkpoint(*job["float"]).to(job["device"]) if job["float"] else None
-    found: dict[str, Any] = {"torch": torch.__version__, "capability": torch.backends.cpu.get_cpu_capability(), "integer": [], "float": []}
+    found: dict[str, Any] = {
+        "torch": torch.__version__,
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "integer": [],
+        "float": [],
+    }
     for place, path in enumerate(job["images"]):
         image = torch.from_numpy(load_pixels(path)).permute(2, 0, 1)
         if codec:

@@ -1,4 +1,5 @@
-"""The latents of a codec, found in its program, and parts of the program between what is known and what is wanted."""
+"""The latents of a codec, found in its program, and parts of the program between what is known and what is
+wanted."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -9,9 +10,10 @@ from licq.codec.tables import STEP_OF_Z_BITS
 from licq.integer.program import Program
 from licq.support.errors import InputError
 
-
-NO_FILES = ("this codec's forward computes y_hat from other symbols than those whose rate it estimates, so no bitstream gives its images; "
-            "evaluate it with estimated rates (without --real)")
+NO_FILES = (
+    "this codec's forward computes y_hat from other symbols than those whose rate it estimates, so no bitstream gives its images; "
+    "evaluate it with estimated rates (without --real)"
+)
 
 
 class EncoderOnlyError(InputError):
@@ -26,9 +28,10 @@ class EncoderOnlyError(InputError):
 class Latent:
     """One latent, by the numbers of its values in the program.
 
-    node: the entropy model's. latent: before it is rounded. symbols: every value that stands for them. decoded: those that stand for what the decoder makes
-    of them, where that is plain (symbols, with the means where they are differences). whole: the symbols are round(latent);
-    else they are differences from the means.
+    node: the entropy model's. latent: before it is rounded. symbols: every value that stands for them.
+    decoded: those that stand for what the decoder makes of them, where that is plain (symbols, with the means
+    where they are differences). whole: the symbols are round(latent); else they are differences from the
+    means.
     """
 
     node: str
@@ -58,14 +61,32 @@ def find_latents(program: Program) -> list[Latent]:
     Raises:
         InputError: y_hat is not made of the symbols whose rate the codec estimates.
     """
-    read = {number for operation in program.operations for number in operation.inputs} | set(program.outputs.values())
+    read = {number for operation in program.operations for number in operation.inputs} | set(
+        program.outputs.values()
+    )
     of_z = [boundary for boundary in program.boundaries if boundary.kind == "entropy_bottleneck"]
     latents = []
     for z in of_z:
-        same = [b for b in program.boundaries if b.latent == z.latent and _same_constant(program, b.means, z.means)]
+        same = [
+            b
+            for b in program.boundaries
+            if b.latent == z.latent and _same_constant(program, b.means, z.means)
+        ]
         symbols = tuple({z.symbols: 0, **{b.symbols: 0 for b in same}})
         step = None if z.step is None else round(float(z.step) * 2**STEP_OF_Z_BITS)
-        latents.append(Latent(z.node, "entropy_bottleneck", z.latent, symbols, (), {}, False, program.values[z.symbols].shape, step))
+        latents.append(
+            Latent(
+                z.node,
+                "entropy_bottleneck",
+                z.latent,
+                symbols,
+                (),
+                {},
+                False,
+                program.values[z.symbols].shape,
+                step,
+            )
+        )
     coded: set[int] = set()
     for density in program.boundaries:
         if density.kind not in ("gaussian", "mixture"):
@@ -74,18 +95,48 @@ def find_latents(program: Program) -> list[Latent]:
         used = [b for b in group if b.decoded in read]
         offsets = next((b for b in used if b.kind == "offsets"), None)
         if not used:  # y is scaled for the density
-            offsets = next((b for b in program.boundaries if b.kind == "offsets" and b.decoded in read and b.decoded not in coded), None)
+            offsets = next(
+                (
+                    b
+                    for b in program.boundaries
+                    if b.kind == "offsets" and b.decoded in read and b.decoded not in coded
+                ),
+                None,
+            )
         used = [offsets] if offsets else used
-        others = [b for b in program.boundaries if offsets and b.kind == "round" and b.decoded in read and b.decoded not in coded]
+        others = [
+            b
+            for b in program.boundaries
+            if offsets and b.kind == "round" and b.decoded in read and b.decoded not in coded
+        ]
         whole = density.whole or any(b.means is None for b in used if b.kind == "round")
-        final = offsets or next((b for b in used if b.symbols == density.symbols), None) or (used[-1] if used else None)
+        final = (
+            offsets
+            or next((b for b in used if b.symbols == density.symbols), None)
+            or (used[-1] if used else None)
+        )
         if final is None or others or (whole and any(b.means is not None and not b.whole for b in used)):
             raise InputError(f"{density.node}: {NO_FILES}")
-        densities = {name: number for name in ("scales", "means", "weights") if (number := getattr(density, name)) is not None}
+        densities = {
+            name: number
+            for name in ("scales", "means", "weights")
+            if (number := getattr(density, name)) is not None
+        }
         decoded = tuple({b.decoded: 0 for b in used})
         coded.update(decoded)
         shape = program.values[final.symbols].shape
-        latents.append(Latent(density.node, density.kind, final.latent, (final.symbols,), () if offsets else decoded, densities, whole, shape))
+        latents.append(
+            Latent(
+                density.node,
+                density.kind,
+                final.latent,
+                (final.symbols,),
+                () if offsets else decoded,
+                densities,
+                whole,
+                shape,
+            )
+        )
     return latents
 
 
@@ -95,7 +146,8 @@ def _same_constant(program: Program, a: int | None, b: int | None) -> bool:
 
 
 def cut(program: Program, known: set[int], outputs: Mapping[str, int]) -> Program:
-    """What computes `outputs` from those of the `known` values that it needs; its inputs are named by their numbers."""
+    """What computes `outputs` from those of the `known` values that it needs; its inputs are named by their
+    numbers."""
     producers = program.producers()
     used, seen, pending = set(), set(), list(outputs.values())
     while pending:

@@ -1,7 +1,7 @@
 """Which symbols of a latent can be decoded together, from what its context model reads.
 
-A context model is found in the program: every convolution (or unfolding) over the latent's own decoded numbers, with the taps
-that its weights leave and the 0/1 masks before and after it.
+A context model is found in the program: every convolution (or unfolding) over the latent's own decoded
+numbers, with the taps that its weights leave and the 0/1 masks before and after it.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,8 @@ _SPATIAL = ("conv", "conv3d")
 
 @dataclass(frozen=True)
 class Reading:
-    """One spatial operation on a latent: taps (count, dimensions) relative to a position; what it may read, and whom it serves.
+    """One spatial operation on a latent: taps (count, dimensions) relative to a position; what it may read,
+    and whom it serves.
 
     known, served: 0/1 over the positions, or None for all.
     """
@@ -49,7 +50,9 @@ def readings(program: Program, own: set[int]) -> list[Reading]:
     Raises:
         InputError: a context model of another kind.
     """
-    masks: dict[int, np.ndarray | None] = dict.fromkeys(own)  # values that are still position by position, with the mask on them
+    masks: dict[int, np.ndarray | None] = dict.fromkeys(
+        own
+    )  # values that are still position by position, with the mask on them
     found: list[tuple[Operation, np.ndarray, np.ndarray | None]] = []
     served: dict[int, np.ndarray] = {}  # by the operation's place in `found`
     after: dict[int, int] = {}  # results of spatial operations before anything but elementwise work
@@ -66,23 +69,32 @@ def readings(program: Program, own: set[int]) -> list[Reading]:
                 after[out] = len(found) - 1
             elif operation.kind == "layout" and operation.facts["name"] == "unfold":
                 found.append((operation, _unfolded_taps(program, operation), known))
-            elif operation.kind in ("rescale", "neg", "clamp", "abs") or (operation.kind == "layout" and operation.facts["name"] in ("unsqueeze", "contiguous")):
+            elif operation.kind in ("rescale", "neg", "clamp", "abs") or (
+                operation.kind == "layout" and operation.facts["name"] in ("unsqueeze", "contiguous")
+            ):
                 masks[out] = known
             else:
-                raise InputError(f"{operation.node}: this context model ({operation.kind} on decoded symbols) has no decoding order here")
+                raise InputError(
+                    f"{operation.node}: this context model ({operation.kind} on decoded symbols) has no decoding order here"
+                )
         else:
             before = [after[number] for number in operation.inputs if number in after]
             if before and operation.kind == "mask":
                 served[before[0]] = _plane(operation.facts["mask"])
             elif before and operation.kind in ("rescale", "neg"):
                 after[operation.outputs[0]] = before[0]
-    return [Reading(operation, taps, known, served.get(place)) for place, (operation, taps, known) in enumerate(found)]
+    return [
+        Reading(operation, taps, known, served.get(place))
+        for place, (operation, taps, known) in enumerate(found)
+    ]
 
 
 def _plane(mask: Tensor) -> np.ndarray:
     plane = mask.reshape(mask.shape[-2:]) if mask.numel() == mask.shape[-2] * mask.shape[-1] else None
     if plane is None:
-        raise InputError("a context model with a mask that differs from channel to channel has no decoding order here")
+        raise InputError(
+            "a context model with a mask that differs from channel to channel has no decoding order here"
+        )
     return plane.numpy() != 0
 
 
@@ -93,22 +105,32 @@ def _taps(operation: Operation) -> np.ndarray:
     centre = torch.tensor([size // 2 for size in used.shape])
     same = all(2 * pad == size - 1 for pad, size in zip(facts["padding"], used.shape))
     if not same or set(facts["stride"]) != {1} or set(facts["dilation"]) != {1} or facts["groups"] != 1:
-        raise InputError(f"{operation.node}: a context model that changes the resolution has no decoding order here")
+        raise InputError(
+            f"{operation.node}: a context model that changes the resolution has no decoding order here"
+        )
     return (used.nonzero() - centre).numpy()
 
 
 def window_side(unfold: Operation) -> int | None:
     """Side of an unfolding's window, None where it is not square."""
-    side = unfold.facts["options"].get("kernel_size", unfold.facts["arguments"][1] if len(unfold.facts["arguments"]) > 1 else None)
+    side = unfold.facts["options"].get(
+        "kernel_size", unfold.facts["arguments"][1] if len(unfold.facts["arguments"]) > 1 else None
+    )
     side = side[0] if isinstance(side, (tuple, list)) and len(set(side)) == 1 else side
     return side if isinstance(side, int) else None
 
 
 def _unfolded_taps(program: Program, unfold: Operation) -> np.ndarray:
-    """Those of the window's places that a mask leaves: what is unfolded goes through layouts to a multiplication with it."""
+    """Those of the window's places that a mask leaves: what is unfolded goes through layouts to a
+    multiplication with it."""
     options = unfold.facts["options"]
     side, pad = window_side(unfold), options.get("padding", 0)
-    if not isinstance(side, int) or 2 * pad != side - 1 or options.get("stride", 1) != 1 or options.get("dilation", 1) != 1:
+    if (
+        not isinstance(side, int)
+        or 2 * pad != side - 1
+        or options.get("stride", 1) != 1
+        or options.get("dilation", 1) != 1
+    ):
         raise InputError(f"{unfold.node}: an unfolding with {options} has no decoding order here")
     number = unfold.outputs[0]
     while True:
@@ -125,7 +147,8 @@ def _unfolded_taps(program: Program, unfold: Operation) -> np.ndarray:
 
 
 def passes(readings: list[Reading], shape: tuple[int, ...]) -> np.ndarray | None:
-    """The pass in which each position is decoded, where a few are enough; None where they are not. shape: of the positions."""
+    """The pass in which each position is decoded, where a few are enough; None where they are not. shape: of
+    the positions."""
     level = np.zeros(shape, dtype=np.int64)
     for _ in range(_MOST_PASSES + 1):
         new = np.zeros_like(level)
@@ -163,7 +186,9 @@ def wavefronts(reading: Reading, shape: tuple[int, ...]) -> np.ndarray:
         later = taps[:, axis + 1 :]
         now = taps[(taps[:, :axis] == 0).all(1)]
         if (now[:, axis] > 0).any() or (axis == len(shape) - 1 and (now[:, axis] >= 0).any()):
-            raise InputError(f"{reading.operation.node}: this context model reads symbols that are decoded later")
+            raise InputError(
+                f"{reading.operation.node}: this context model reads symbols that are decoded later"
+            )
         if axis + 1 < len(shape):
             reach = later[taps[:, axis] < 0] @ np.asarray(slopes[axis + 1 :])
             slopes[axis] = max(1, int(reach.max(initial=0)) + 1)

@@ -1,7 +1,8 @@
 """A program cut into what an encoder runs, and what a decoder runs between the symbols that it reads.
 
-Latents come one after the other: z, then those of y. For each, `before` computes what its densities need from what is decoded
-already; where a context model reads the latent's own symbols, `context` is run again as these come in.
+Latents come one after the other: z, then those of y. For each, `before` computes what its densities need from
+what is decoded already; where a context model reads the latent's own symbols, `context` is run again as these
+come in.
 """
 
 from collections.abc import Callable
@@ -25,7 +26,8 @@ from licq.support.errors import InputError
 class Step:
     """How one latent is decoded.
 
-    before: from the values `needs` to the values `gives`, by numbers. order: positions, flat, in the groups in which they come.
+    before: from the values `needs` to the values `gives`, by numbers. order: positions, flat, in the groups
+    in which they come.
     """
 
     latent: Latent
@@ -40,8 +42,10 @@ class Step:
 class Context:
     """Densities of some positions of a latent from its symbols before them.
 
-    run: by names of values to densities by name. own: the latent's decoded values that it takes. inputs: the other values.
-    gathering: positions are taken out and laid into an image of `room` positions, with the numbers at `taps` of each as channels.
+    run: by names of values to densities by name. own: the latent's decoded values that it takes. inputs: the
+    other values.
+    gathering: positions are taken out and laid into an image of `room` positions, with the numbers at `taps`
+    of each as channels.
     """
 
     run: Callable
@@ -77,7 +81,8 @@ class Plan:
 
     Args:
         program: of that size.
-        sizes: the codec's programs of other sizes; None where there is no context model and no need for tiles.
+        sizes: the codec's programs of other sizes; None where there is no context model and no need for
+        tiles.
         threads: of the kernels.
     """
 
@@ -95,7 +100,7 @@ class Plan:
         self._steps: list[Step] | None = None
         self._synthesis: tuple[Callable, dict[str, int]] | None = None
 
-    # ------------------------------------------------------------------------------------------------------------ parts
+    # -------------------------------------------------------------------------------------------------- parts
 
     def _executable(self, part: Program) -> Callable:
         return executable(part, self.threads)
@@ -109,14 +114,22 @@ class Plan:
         if self._encoder is None:
             self._encoder = self._make_encoder()
         found = self._encoder({"pixels": pixels})
-        return [{name: found[f"{place}.{name}"] for name in ("symbols", *latent.densities)} for place, latent in enumerate(self.latents)]
+        return [
+            {name: found[f"{place}.{name}"] for name in ("symbols", *latent.densities)}
+            for place, latent in enumerate(self.latents)
+        ]
 
     def _check(self) -> None:
-        """Raises InputError where a decoder would not have what it needs: no file is written that cannot be read."""
+        """Raises InputError where a decoder would not have what it needs: no file is written that cannot be
+        read."""
         known: set[int] = set()
         try:
             for latent in self.latents:
-                needed = _context_part(self.program, latent)[0].values() if self._readings(latent) else latent.densities.values()
+                needed = (
+                    _context_part(self.program, latent)[0].values()
+                    if self._readings(latent)
+                    else latent.densities.values()
+                )
                 cut(self.program, known, {str(number): number for number in needed})
                 known.update((*needed, *latent.given))
             self.synthesis_of(self.program)
@@ -159,11 +172,15 @@ class Plan:
         return self._synthesis
 
     def synthesis_of(self, program: Program) -> Program:
-        """`synthesis_part` of this program or one of another size, from the symbols, and where there is no context model from the densities."""
+        """`synthesis_part` of this program or one of another size, from the symbols, and where there is no
+        context model from the densities."""
         latents = find_latents(program)
         without_context = [not self._readings(latent) for latent in self.latents]
-        known = {number for latent, all_known in zip(latents, without_context, strict=True)
-                 for number in (*latent.given, *(latent.densities.values() if all_known else ()))}  # fmt: skip
+        known = {
+            number
+            for latent, all_known in zip(latents, without_context, strict=True)
+            for number in (*latent.given, *(latent.densities.values() if all_known else ()))
+        }
         return synthesis_part(program, latents, known)
 
     def order(self, place: int) -> list[np.ndarray]:
@@ -176,7 +193,9 @@ class Plan:
 
     def _readings(self, latent: Latent) -> list[Reading]:
         own = set(latent.given)
-        if latent.kind == "entropy_bottleneck" or not dependents(self.program, own).intersection(latent.densities.values()):
+        if latent.kind == "entropy_bottleneck" or not dependents(self.program, own).intersection(
+            latent.densities.values()
+        ):
             return []
         frontier, part = _context_part(self.program, latent)
         return readings(part, own)
@@ -188,7 +207,9 @@ class Plan:
         if not found:
             outputs = {str(number): number for number in latent.densities.values()}
             before = cut(self.program, known, outputs)
-            return Step(latent, self._executable(before), _inputs(before), tuple(latent.densities.values()), order)
+            return Step(
+                latent, self._executable(before), _inputs(before), tuple(latent.densities.values()), order
+            )
         frontier, part = _context_part(self.program, latent)
         before = cut(self.program, known, frontier)
         gathering = None
@@ -197,10 +218,20 @@ class Plan:
         if found[0].is_plain:
             part, gathering = self._gathered(latent, found[0], positions, order, part)
         context = Context(self._executable(part), own, inputs, gathering)
-        return Step(latent, self._executable(before), _inputs(before), tuple(frontier.values()), order, context)
+        return Step(
+            latent, self._executable(before), _inputs(before), tuple(frontier.values()), order, context
+        )
 
-    def _gathered(self, latent: Latent, reading: Reading, positions: tuple[int, ...], order: list[np.ndarray], part: Program) -> tuple[Program, Gathering]:
-        """The context model `part` of an image with room for the positions of a group, which takes columns of numbers in place of neighbours."""
+    def _gathered(
+        self,
+        latent: Latent,
+        reading: Reading,
+        positions: tuple[int, ...],
+        order: list[np.ndarray],
+        part: Program,
+    ) -> tuple[Program, Gathering]:
+        """The context model `part` of an image with room for the positions of a group, which takes columns of
+        numbers in place of neighbours."""
         if len(positions) == 2:
             most = max(len(group) for group in order)
         else:  # that many in one channel
@@ -210,13 +241,21 @@ class Plan:
         there = find_latents(small)[self.latents.index(latent)]
         same = _counterparts(part, _context_part(small, there)[1])
         if same is None:
-            raise InputError(f"{latent.node}: this codec computes other steps at other image sizes, so its context model cannot be run by positions")
+            raise InputError(
+                f"{latent.node}: this codec computes other steps at other image sizes, so its context model cannot be run by positions"
+            )
         source, number = same[reading.operation.inputs[0]], same[reading.operation.outputs[0]]
         operation = small.producers()[number]
         shape = small.values[number].shape
         facts, channels = operation.facts, small.values[source].shape[1]
         numbers = small.values[source].range.union(Range(0, 0))
-        small = Program(list(small.operations), list(small.values), dict(small.inputs), dict(small.outputs), list(small.boundaries))
+        small = Program(
+            list(small.operations),
+            list(small.values),
+            dict(small.inputs),
+            dict(small.outputs),
+            list(small.boundaries),
+        )
         if operation.kind == "layout":  # an unfolding: its result is the columns
             columns, by_channel, taps = number, True, _window(window_side(operation))
         else:
@@ -227,8 +266,19 @@ class Plan:
             weight = weight.transpose(1, 2).reshape(len(weight), -1, *[1] * taps.shape[1])
             columns = small.value((1, weight.shape[1], *shape[2:]), numbers)
             ones = (1,) * taps.shape[1]
-            changed = Operation(operation.kind, (columns,), (number,), {
-                **facts, "weight": weight.contiguous(), "stride": ones, "padding": (0,) * taps.shape[1], "dilation": ones}, operation.node)  # fmt: skip
+            changed = Operation(
+                operation.kind,
+                (columns,),
+                (number,),
+                {
+                    **facts,
+                    "weight": weight.contiguous(),
+                    "stride": ones,
+                    "padding": (0,) * taps.shape[1],
+                    "dilation": ones,
+                },
+                operation.node,
+            )
             small.operations = [changed if step is operation else step for step in small.operations]
             by_channel = False
         # inputs keep the names that they have at the image's own size
@@ -238,7 +288,9 @@ class Plan:
         prepare = _renamed(cut(small, set(there.given), {"plane": source}), names)
         room = small.values[source].shape[2:]
         own = next(number for number in latent.given if str(number) in prepare.inputs)
-        return part, Gathering(self._executable(prepare), own, _COLUMNS, taps, channels, tuple(room), by_channel)
+        return part, Gathering(
+            self._executable(prepare), own, _COLUMNS, taps, channels, tuple(room), by_channel
+        )
 
 
 _COLUMNS = "columns"
@@ -251,13 +303,20 @@ def _context_part(program: Program, latent: Latent) -> tuple[dict[str, int], Pro
     producers = program.producers()
     frontier = set()
     for operation in cut(program, _free(program, inside) | own, latent.densities).operations:
-        frontier.update(number for number in operation.inputs if number not in inside and producers[number].kind != "constant")
+        frontier.update(
+            number
+            for number in operation.inputs
+            if number not in inside and producers[number].kind != "constant"
+        )
     frontier.update(number for number in latent.densities.values() if number not in inside)
-    return {str(number): number for number in sorted(frontier)}, cut(program, frontier | own, latent.densities)
+    return {str(number): number for number in sorted(frontier)}, cut(
+        program, frontier | own, latent.densities
+    )
 
 
 def _counterparts(part: Program, other: Program) -> dict[int, int] | None:
-    """For each value of a part that of the same part at another size of images; None where the steps are others."""
+    """For each value of a part that of the same part at another size of images; None where the steps are
+    others."""
     steps, others = ([op for op in program.operations if op.kind != "input"] for program in (part, other))
     if len(steps) != len(others):
         return None
@@ -271,13 +330,21 @@ def _counterparts(part: Program, other: Program) -> dict[int, int] | None:
 
 
 def _renamed(part: Program, names: dict[int, str]) -> Program:
-    return part.part({names.get(number, name): number for name, number in part.inputs.items()}, dict(part.outputs))
+    return part.part(
+        {names.get(number, name): number for name, number in part.inputs.items()}, dict(part.outputs)
+    )
 
 
 def _free(program: Program, inside: set[int]) -> set[int]:
     """Values outside `inside` that are read from inside, so that a cut stops at them."""
     producers = program.producers()
-    return {n for op in program.operations if set(op.outputs) & inside for n in op.inputs if n not in inside and producers[n].kind != "constant"}
+    return {
+        n
+        for op in program.operations
+        if set(op.outputs) & inside
+        for n in op.inputs
+        if n not in inside and producers[n].kind != "constant"
+    }
 
 
 def _window(side: int) -> np.ndarray:
@@ -285,7 +352,8 @@ def _window(side: int) -> np.ndarray:
 
 
 def _positions(latent: Latent, found: list[Reading]) -> tuple[int, ...]:
-    """The shape of the latent's positions: rows and columns, or channels too where the context model runs over them."""
+    """The shape of the latent's positions: rows and columns, or channels too where the context model runs
+    over them."""
     volume = bool(found) and found[0].taps.shape[1] == 3
     return tuple(latent.shape[1:] if volume else latent.shape[2:])
 
@@ -297,7 +365,9 @@ def _groups(found: list[Reading], positions: tuple[int, ...]) -> list[np.ndarray
         time = wavefronts(found[0], positions)
     else:
         if any(reading.is_plain for reading in found):
-            raise InputError("a context model of several convolutions without masks has no decoding order here")
+            raise InputError(
+                "a context model of several convolutions without masks has no decoding order here"
+            )
         time = passes(found, positions)
         if time is None:
             raise InputError("this context model needs more passes than there is an order for")

@@ -1,7 +1,8 @@
-"""Cumulative frequencies of symbols, in the form that CompressAI's rANS coder takes, by whole-number arithmetic alone.
+"""Cumulative frequencies of symbols, in the form that CompressAI's rANS coder takes, by whole-number
+arithmetic alone.
 
-A row is a distribution of whole numbers from `offset` on: cumulative frequencies of 16 bits, the last one for every number
-outside (which the coder then writes out).
+A row is a distribution of whole numbers from `offset` on: cumulative frequencies of 16 bits, the last one for
+every number outside (which the coder then writes out).
 """
 
 from dataclasses import dataclass
@@ -9,7 +10,15 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from licq.quant.density import FACTORIZED_BITS, INVERSE_BITS, NORMAL_BITS, POINT_BITS, REACH, STEP_BITS, DensityTables
+from licq.quant.density import (
+    FACTORIZED_BITS,
+    INVERSE_BITS,
+    NORMAL_BITS,
+    POINT_BITS,
+    REACH,
+    STEP_BITS,
+    DensityTables,
+)
 
 PRECISION = 16  # bits of a frequency, fixed in CompressAI's coder
 _TAIL = 44  # tenths of standard deviations that a row reaches to; outside is 2^-16.5
@@ -32,7 +41,8 @@ class Rows:
 
 
 class GaussianRows:
-    """Discretized Gaussians by level of the scale and, where the symbols are not differences from the mean, the mean's fraction.
+    """Discretized Gaussians by level of the scale and, where the symbols are not differences from the mean,
+    the mean's fraction.
 
     Args:
         tables: those of the model.
@@ -44,13 +54,18 @@ class GaussianRows:
         self.boundary_bits = boundary_bits
         one = 1 << INVERSE_BITS
         inverses = self.inverses.tolist()
-        self.reach = [(2 * _TAIL * one + 30 * inverse) // (20 * inverse) for inverse in inverses]  # that many deviations and 1.5
+        self.reach = [
+            (2 * _TAIL * one + 30 * inverse) // (20 * inverse) for inverse in inverses
+        ]  # that many deviations and 1.5
         most = min(_MOST_STEPS, boundary_bits)
-        self.steps = [min(max(0, (_FINE * inverse - 1).bit_length() - INVERSE_BITS), most) for inverse in inverses]
+        self.steps = [
+            min(max(0, (_FINE * inverse - 1).bit_length() - INVERSE_BITS), most) for inverse in inverses
+        ]
         self._rows: dict[tuple[int, int], list[int]] = {}
 
     def of(self, scales: Tensor, means: Tensor | None = None) -> Rows:
-        """scales, means: whole numbers of one shape; without means, of symbols that are differences from them."""
+        """scales, means: whole numbers of one shape; without means, of symbols that are differences from
+        them."""
         level = np.searchsorted(self.thresholds, scales.flatten().numpy(), side="right")
         if means is None:
             fraction = base = np.zeros(len(level), dtype=np.int64)
@@ -58,7 +73,9 @@ class GaussianRows:
             base, fraction = self._split(means.flatten().numpy().astype(np.int64), level)
         keys, rows = np.unique((level << _MOST_STEPS) + fraction, return_inverse=True)
         pairs = [(int(key) >> _MOST_STEPS, int(key) & ((1 << _MOST_STEPS) - 1)) for key in keys]
-        return Rows(rows, base, [self._row(*pair) for pair in pairs], [-self.reach[level] for level, _ in pairs])
+        return Rows(
+            rows, base, [self._row(*pair) for pair in pairs], [-self.reach[level] for level, _ in pairs]
+        )
 
     def _split(self, means: np.ndarray, level: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """A mean as a whole number and a count of its level's steps."""
@@ -71,14 +88,19 @@ class GaussianRows:
         key = (level, fraction)
         if key not in self._rows:
             reach, steps = self.reach[level], self.steps[level]
-            edges = np.arange(-reach, reach + 3) * 2 - 1  # halves; one more bin on the right, where the mean is
+            edges = (
+                np.arange(-reach, reach + 3) * 2 - 1
+            )  # halves; one more bin on the right, where the mean is
             distance = (edges << steps) - 2 * fraction  # in 2^-(steps + 1)
-            self._rows[key] = frequencies(phi(distance * int(self.inverses[level]), steps + 1, self.normal)).tolist()
+            self._rows[key] = frequencies(
+                phi(distance * int(self.inverses[level]), steps + 1, self.normal)
+            ).tolist()
         return self._rows[key]
 
 
 def phi(distance: np.ndarray, bits: int, normal: np.ndarray) -> np.ndarray:
-    """2^30 Phi(t) for t = distance 2^-(20 + bits), by linear interpolation of the table; whole numbers throughout."""
+    """2^30 Phi(t) for t = distance 2^-(20 + bits), by linear interpolation of the table; whole numbers
+    throughout."""
     size = np.abs(distance)
     fine = INVERSE_BITS + bits - STEP_BITS  # bits of what lies between two entries
     place = np.minimum(size >> fine, REACH << STEP_BITS)
@@ -89,7 +111,8 @@ def phi(distance: np.ndarray, bits: int, normal: np.ndarray) -> np.ndarray:
 
 
 def frequencies(cumulative: np.ndarray) -> np.ndarray:
-    """16-bit cumulative frequencies from those at the edges of the bins (..., edges), of 2^30 together; every bin gets one at least."""
+    """16-bit cumulative frequencies from those at the edges of the bins (..., edges), of 2^30 together; every
+    bin gets one at least."""
     bins = cumulative.shape[-1]  # with that of everything outside
     share = cumulative - cumulative[..., :1]
     counted = np.arange(bins) + ((share * ((1 << PRECISION) - bins)) >> NORMAL_BITS)
@@ -110,7 +133,9 @@ class MixtureRows:
     def of(self, scales: Tensor, means: Tensor, weights: Tensor) -> Rows:
         """scales, means, weights: whole numbers (components, symbols)."""
         one = self.gaussians
-        scales, means, weights = (part.reshape(self.count, -1).numpy().astype(np.int64) for part in (scales, means, weights))
+        scales, means, weights = (
+            part.reshape(self.count, -1).numpy().astype(np.int64) for part in (scales, means, weights)
+        )
         level = np.searchsorted(one.thresholds, scales, side="right")
         reach = np.asarray(one.reach)[level]
         whole = means >> one.boundary_bits
@@ -127,7 +152,10 @@ class MixtureRows:
             summed = np.zeros(edges.shape, dtype=np.int64)
             for part in range(self.count):
                 distance = (edges << one.boundary_bits) - 2 * means[part, chosen, None]
-                summed += phi(distance * one.inverses[level[part, chosen], None], one.boundary_bits + 1, one.normal) * weights[part, chosen, None]
+                summed += (
+                    phi(distance * one.inverses[level[part, chosen], None], one.boundary_bits + 1, one.normal)
+                    * weights[part, chosen, None]
+                )
             rows = frequencies(summed // total[:, None]).tolist()
             for place, row in zip(chosen.tolist(), rows):
                 cdfs[place] = row
@@ -141,7 +169,8 @@ STEP_OF_Z_BITS = 16
 
 
 class SteppedRows:
-    """Factorized densities of z, whose symbols stand for numbers a step apart; any step, from distribution functions at fixed points.
+    """Factorized densities of z, whose symbols stand for numbers a step apart; any step, from distribution
+    functions at fixed points.
 
     Args:
         cumulative: `quant.density.factorized_table`, (channels, points).
@@ -166,7 +195,9 @@ class SteppedRows:
         edges = np.clip(edges, 0, ((len(function) - 1) << fine) - 1)
         place, rest = edges >> fine, edges & ((1 << fine) - 1)
         values = function[place] + (((function[place + 1] - function[place]) * rest) >> fine)
-        least = 1 << (FACTORIZED_BITS - PRECISION)  # a bin with less before or behind it is left to the escape
+        least = 1 << (
+            FACTORIZED_BITS - PRECISION
+        )  # a bin with less before or behind it is left to the escape
         first = int(np.argmax(values[1:] > least)) if (values[1:] > least).any() else reach
         last = len(values) - 2 - int(np.argmax(values[-2::-1] < (1 << FACTORIZED_BITS) - least))
         chosen = values[first : max(last, first) + 2]
@@ -176,4 +207,6 @@ class SteppedRows:
 def bottleneck_rows(cdf: Tensor, lengths: Tensor, offsets: Tensor) -> tuple[list[list[int]], list[int]]:
     """(cdfs, offsets) of CompressAI's stored tables: (channels, longest), (channels,), (channels,)."""
     table = cdf.cpu().tolist()
-    return [row[:length] for row, length in zip(table, lengths.cpu().tolist(), strict=True)], offsets.cpu().flatten().tolist()
+    return [
+        row[:length] for row, length in zip(table, lengths.cpu().tolist(), strict=True)
+    ], offsets.cpu().flatten().tolist()

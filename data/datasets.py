@@ -1,8 +1,8 @@
 """Data sets by name or folder: kodak, clic, tecnick, photos, photos-calib.
 
-`datasets.json` beside this file says, for each name, how many images it has, where a file comes from and its SHA-256.
-`photos` and `photos-calib` are photographs that installed packages ship, no image in both: `photos` (lossless PNGs) is
-for evaluation, `photos-calib` for calibration.
+`datasets.json` beside this file says, for each name, how many images it has, where a file comes from and its
+SHA-256. `photos` and `photos-calib` are photographs that installed packages ship, no image in both: `photos`
+(lossless PNGs) is for evaluation, `photos-calib` for calibration.
 """
 
 import http.client
@@ -41,9 +41,9 @@ def known_datasets() -> dict[str, dict]:
 def open_dataset(name_or_folder: str | Path) -> Dataset:
     """The data set of that name, or of the images directly in that folder.
 
-    A known name is looked for in $LICQ_DATA/<name>, then in the cache ($LICQ_CACHE or ~/.cache/licq)/<name>, then
-    downloaded into the cache, each file checked by its SHA-256, where it has a stable public address. A folder with
-    the same name as a data set is reached as ./name.
+    A known name is looked for in $LICQ_DATA/<name>, then in the cache ($LICQ_CACHE or ~/.cache/licq)/<name>,
+    then downloaded into the cache, each file checked by its SHA-256, where it has a stable public address. A
+    folder with the same name as a data set is reached as ./name.
 
     Raises:
         InputError: unknown name, missing or empty folder, incomplete data set, no network.
@@ -61,8 +61,10 @@ def open_dataset(name_or_folder: str | Path) -> Dataset:
     paths = images_in(folder)
     expected = entry.get("images", len(paths))
     if len(paths) != expected:
-        raise InputError(f"{folder} holds {len(paths)} images, {text} has {expected}; complete it, or give the path "
-                         f"{folder}/ itself to use what is there")
+        raise InputError(
+            f"{folder} holds {len(paths)} images, {text} has {expected}; complete it, or give the path "
+            f"{folder}/ itself to use what is there"
+        )
     return Dataset(text, paths)
 
 
@@ -74,7 +76,9 @@ def is_local(name: str) -> bool:
 def images_in(folder: str | Path) -> tuple[Path, ...]:
     """The image files directly in `folder` (by suffix, hidden files left out), in natural order."""
     try:
-        entries = [path for path in Path(folder).iterdir() if not path.name.startswith(".") and path.is_file()]
+        entries = [
+            path for path in Path(folder).iterdir() if not path.name.startswith(".") and path.is_file()
+        ]
     except OSError as error:
         raise InputError(f"cannot read the folder {folder}: {error.strerror}") from error
     return tuple(sorted((path for path in entries if path.suffix.lower() in SUFFIXES), key=natural_key))
@@ -82,8 +86,11 @@ def images_in(folder: str | Path) -> tuple[Path, ...]:
 
 def natural_key(path: Path) -> list:
     """Sort key in which a run of digits counts as a number: kodim2 before kodim10."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part)
-            for part in re.split(r"([0-9]+)", path.name.lower()) if part] + [(1, 0, path.name)]
+    return [
+        (0, int(part), "") if part.isdigit() else (1, 0, part)
+        for part in re.split(r"([0-9]+)", path.name.lower())
+        if part
+    ] + [(1, 0, path.name)]
 
 
 def cache_folder() -> Path:
@@ -96,10 +103,14 @@ def _open_folder(text: str, known: dict) -> Dataset:
     if folder.is_file():
         raise InputError(f"{folder} is a file; give a folder of images or one of {', '.join(known)}")
     if not folder.is_dir():
-        raise InputError(f"no data set or folder {text}; give a folder of images or one of {', '.join(known)}")
+        raise InputError(
+            f"no data set or folder {text}; give a folder of images or one of {', '.join(known)}"
+        )
     paths = images_in(folder)
     if not paths:
-        raise InputError(f"the folder {folder} holds no images ({' '.join(sorted(SUFFIXES))}); put some there")
+        raise InputError(
+            f"the folder {folder} holds no images ({' '.join(sorted(SUFFIXES))}); put some there"
+        )
     return Dataset(folder.resolve().name, paths)
 
 
@@ -131,7 +142,9 @@ def _download(name: str, entry: dict) -> Path:
     looked = f"{root}/{name}" if root else "LICQ_DATA (not set)"
     where = f"no images of {name} in {looked} or {cache_folder() / name}"
     if "url" not in entry:
-        raise InputError(f"{where}; put there {entry['get']}, and set LICQ_DATA to the folder that holds {name}/")
+        raise InputError(
+            f"{where}; put there {entry['get']}, and set LICQ_DATA to the folder that holds {name}/"
+        )
     folder = cache_folder() / name
     for file, digest in progress(entry["sha256"].items(), desc=f"downloading {name}", unit="image"):
         path = folder / file
@@ -139,14 +152,21 @@ def _download(name: str, entry: dict) -> Path:
             continue
         try:
             content = _fetch(entry["url"] + file)
-        except (OSError, http.client.HTTPException) as error:  # URLError, timeouts and refused connections alike
-            raise InputError(f"{where}, and {entry['url']} cannot be reached ({error}); set LICQ_DATA to the folder "
-                             f"that holds {name}/") from error
+        except (
+            OSError,
+            http.client.HTTPException,
+        ) as error:  # URLError, timeouts and refused connections alike
+            raise InputError(
+                f"{where}, and {entry['url']} cannot be reached ({error}); set LICQ_DATA to the folder "
+                f"that holds {name}/"
+            ) from error
         with atomic_path(path) as temporary:
             temporary.write_bytes(content)
             if sha256(temporary) != digest:
-                raise InputError(f"{entry['url']}{file} is not the file it should be (SHA-256 differs); get {name} "
-                                 f"elsewhere and set LICQ_DATA to the folder that holds {name}/")
+                raise InputError(
+                    f"{entry['url']}{file} is not the file it should be (SHA-256 differs); get {name} "
+                    f"elsewhere and set LICQ_DATA to the folder that holds {name}/"
+                )
     return folder
 
 

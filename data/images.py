@@ -17,17 +17,28 @@ _ORIENTATION = 0x0112  # EXIF tag
 # A silent conversion would change what is measured, so the user converts, and sees what is lost.
 _TO_RGB = "convert it to 8-bit RGB with ImageMagick: convert IN -alpha remove -colorspace sRGB PNG24:OUT.png"
 _MODES = {
-    "1": "black and white (1 bit)", "L": "grey", "LA": "grey with alpha", "P": "a palette image",
-    "PA": "a palette image with alpha", "RGBA": "RGB with alpha", "RGBa": "RGB with alpha", "La": "grey with alpha",
-    "CMYK": "CMYK", "YCbCr": "YCbCr", "LAB": "CIE Lab", "HSV": "HSV", "I": "32-bit integer grey", "F": "floating-point grey",
+    "1": "black and white (1 bit)",
+    "L": "grey",
+    "LA": "grey with alpha",
+    "P": "a palette image",
+    "PA": "a palette image with alpha",
+    "RGBA": "RGB with alpha",
+    "RGBa": "RGB with alpha",
+    "La": "grey with alpha",
+    "CMYK": "CMYK",
+    "YCbCr": "YCbCr",
+    "LAB": "CIE Lab",
+    "HSV": "HSV",
+    "I": "32-bit integer grey",
+    "F": "floating-point grey",
 }
 
 
 def load_image(path: str | Path) -> Tensor:
     """The pixels of an 8-bit RGB image file, float32 (3, H, W) in 0..1.
 
-    Pixels are taken as stored: an EXIF orientation is not applied and an ICC profile is ignored, as in every published
-    number on these data sets.
+    Pixels are taken as stored: an EXIF orientation is not applied and an ICC profile is ignored, as in every
+    published number on these data sets.
 
     Raises:
         InputError: missing, not an image, truncated, 16-bit, grey, CMYK, palette, alpha, more than one frame,
@@ -53,20 +64,28 @@ def load_pixels(path: str | Path) -> np.ndarray:
                 return np.array(image, dtype=np.uint8)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         limit = (Image.MAX_IMAGE_PIXELS or 0) // 10**6
-        raise InputError(f"{path}: has more than {limit} million pixels; cut it into smaller images") from error
+        raise InputError(
+            f"{path}: has more than {limit} million pixels; cut it into smaller images"
+        ) from error
     except UnidentifiedImageError as error:
-        raise InputError(f"{path}: is not an image that Pillow can read; give a PNG, JPEG, WebP, PPM or TIFF") from error
+        raise InputError(
+            f"{path}: is not an image that Pillow can read; give a PNG, JPEG, WebP, PPM or TIFF"
+        ) from error
     except PermissionError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     except InputError:
         raise
-    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error, ...
+    except (
+        Exception
+    ) as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error, ...
         raise InputError(f"{path}: is truncated or damaged ({error}); get an intact copy") from error
 
 
 def _refuse_unless_rgb8(path: Path, image: Image.Image) -> None:
     if getattr(image, "n_frames", 1) > 1:
-        raise InputError(f"{path}: is animated or holds {image.n_frames} pictures; extract one with ImageMagick: convert 'IN[0]' PNG24:OUT.png")
+        raise InputError(
+            f"{path}: is animated or holds {image.n_frames} pictures; extract one with ImageMagick: convert 'IN[0]' PNG24:OUT.png"
+        )
     if _is_16_bit(image):
         raise InputError(f"{path}: has 16 bits per channel; {_TO_RGB}")
     if image.mode != "RGB":
@@ -76,7 +95,9 @@ def _refuse_unless_rgb8(path: Path, image: Image.Image) -> None:
         raise InputError(f"{path}: is RGB with a transparent colour; {_TO_RGB}")
     width, height = image.size
     if min(width, height) < MIN_SIDE:
-        raise InputError(f"{path}: is {width}x{height}, smaller than {MIN_SIDE} pixels on a side; give a larger image")
+        raise InputError(
+            f"{path}: is {width}x{height}, smaller than {MIN_SIDE} pixels on a side; give a larger image"
+        )
 
 
 def _is_16_bit(image: Image.Image) -> bool:
@@ -95,7 +116,8 @@ def _is_16_bit(image: Image.Image) -> bool:
 
 
 def is_turned(path: str | Path) -> bool:
-    """Whether the file asks viewers to turn or mirror its pixels (EXIF orientation); `load_pixels` does not."""
+    """Whether the file asks viewers to turn or mirror its pixels (EXIF orientation); `load_pixels` does
+    not."""
     try:
         with Image.open(path) as image:
             return image.getexif().get(_ORIENTATION, 1) not in (0, 1)

@@ -6,7 +6,8 @@ from torch import Tensor
 
 
 def pad_to_multiple(x: Tensor, multiple: int = 64) -> tuple[Tensor, tuple[int, int, int, int]]:
-    """x (..., H, W) with zeros around it, centred, so that H and W are multiples of `multiple` (a power of two).
+    """x (..., H, W) with zeros around it, centred, so that H and W are multiples of `multiple` (a power of
+    two).
 
     Returns the padded tensor and the argument that `crop_back` takes.
     """

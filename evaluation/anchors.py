@@ -1,4 +1,5 @@
-"""R-D curves to compare with: classical codecs, from the bytes that Pillow writes, and what others published."""
+"""R-D curves to compare with: classical codecs, from the bytes that Pillow writes, and what others
+published."""
 
 import io
 import json
@@ -16,7 +17,11 @@ from licq.support.errors import InputError
 from licq.support.progress import progress as progress_bar
 
 # few for AVIF, which takes ten times as long as JPEG for an image
-QUALITIES = {"jpeg": (5, 10, 20, 30, 45, 60, 75, 85, 92), "webp": (1, 10, 25, 45, 65, 80, 90), "avif": (10, 25, 40, 55, 70, 85)}
+QUALITIES = {
+    "jpeg": (5, 10, 20, 30, 45, 60, 75, 85, 92),
+    "webp": (1, 10, 25, 45, 65, 80, 90),
+    "avif": (10, 25, 40, 55, 70, 85),
+}
 _NAMES = {"jpeg": "JPEG", "webp": "WebP", "avif": "AVIF"}
 # Pillow's own default is speed 6 too; how many threads encode must not show in the bytes
 _OPTIONS = {"avif": {"speed": 6, "max_threads": 1}}
@@ -27,25 +32,39 @@ def can_write(codec: str) -> bool:
     return features.check("jpg" if codec == "jpeg" else codec)
 
 
-def anchor_curve(paths: Sequence[Path], codec: str = "jpeg", qualities: Sequence[int] | None = None,
-                 with_ms_ssim: bool = False, progress: bool = False, **options) -> list[dict]:
-    """R-D points of Pillow's `codec` ("jpeg", "webp" or "avif"), means over the images, one a quality setting; see `anchor_points`.
+def anchor_curve(
+    paths: Sequence[Path],
+    codec: str = "jpeg",
+    qualities: Sequence[int] | None = None,
+    with_ms_ssim: bool = False,
+    progress: bool = False,
+    **options,
+) -> list[dict]:
+    """R-D points of Pillow's `codec` ("jpeg", "webp" or "avif"), means over the images, one a quality
+    setting; see `anchor_points`.
 
     Returns:
-        [{"quality", "bpp", "psnr", "ms_ssim"}] by rising quality; ms_ssim is None unless asked for (it takes most of
-        the time).
+        [{"quality", "bpp", "psnr", "ms_ssim"}] by rising quality; ms_ssim is None unless asked for (it takes
+        most of the time).
     """
     qualities = sorted(qualities or QUALITIES[codec])
     return _curve(anchor_points(paths, codec, qualities, with_ms_ssim, progress, **options), qualities)
 
 
-def anchor_points(paths: Sequence[Path], codec: str = "jpeg", qualities: Sequence[int] | None = None,
-                  with_ms_ssim: bool = False, progress: bool = False, **options) -> np.ndarray:
-    """bpp, PSNR and MS-SSIM (NaN unless asked for) of Pillow's `codec`: (qualities, images, 3) by rising quality.
+def anchor_points(
+    paths: Sequence[Path],
+    codec: str = "jpeg",
+    qualities: Sequence[int] | None = None,
+    with_ms_ssim: bool = False,
+    progress: bool = False,
+    **options,
+) -> np.ndarray:
+    """bpp, PSNR and MS-SSIM (NaN unless asked for) of Pillow's `codec`: (qualities, images, 3) by rising
+    quality.
 
-    Bytes are those of the whole file, headers included, metadata left out. Pillow's defaults otherwise: JPEG is
-    baseline 4:2:0 with the standard Huffman tables, AVIF 4:2:0 at speed 6 (slower ones gain up to 0.4 dB); `options`
-    (e.g. subsampling="4:4:4", optimize=True) go to Pillow's `save`.
+    Bytes are those of the whole file, headers included, metadata left out. Pillow's defaults otherwise: JPEG
+    is baseline 4:2:0 with the standard Huffman tables, AVIF 4:2:0 at speed 6 (slower ones gain up to 0.4 dB);
+    `options` (e.g. subsampling="4:4:4", optimize=True) go to Pillow's `save`.
 
     Raises:
         InputError: no images, or a Pillow without that codec.
@@ -58,7 +77,9 @@ def anchor_points(paths: Sequence[Path], codec: str = "jpeg", qualities: Sequenc
         raise InputError(f"no images for the {codec} curve")
     qualities = sorted(qualities or QUALITIES[codec])
     points = np.zeros((len(qualities), len(paths), 3))
-    for column, path in enumerate(progress_bar(paths, desc=_NAMES[codec], unit="image", enabled=progress, leave=False)):
+    for column, path in enumerate(
+        progress_bar(paths, desc=_NAMES[codec], unit="image", enabled=progress, leave=False)
+    ):
         pixels = load_pixels(path)
         image = Image.fromarray(pixels)
         original = _tensor(pixels)
@@ -67,14 +88,24 @@ def anchor_points(paths: Sequence[Path], codec: str = "jpeg", qualities: Sequenc
             image.save(coded, format=codec, quality=quality, **_OPTIONS.get(codec, {}) | options)
             decoded = _tensor(np.array(Image.open(coded).convert("RGB")))
             similarity = ms_ssim(original, decoded) if with_ms_ssim else None
-            points[row, column] = (8 * coded.tell() / (image.width * image.height), psnr(original, decoded),
-                                   np.nan if similarity is None else similarity)
+            points[row, column] = (
+                8 * coded.tell() / (image.width * image.height),
+                psnr(original, decoded),
+                np.nan if similarity is None else similarity,
+            )
     return points
 
 
 def _curve(points: np.ndarray, qualities: Sequence[int]) -> list[dict]:
-    return [{"quality": int(quality), "bpp": float(row[:, 0].mean()), "psnr": float(row[:, 1].mean()),
-             "ms_ssim": _mean_of_known(row[:, 2])} for quality, row in zip(qualities, points)]
+    return [
+        {
+            "quality": int(quality),
+            "bpp": float(row[:, 0].mean()),
+            "psnr": float(row[:, 1].mean()),
+            "ms_ssim": _mean_of_known(row[:, 2]),
+        }
+        for quality, row in zip(qualities, points)
+    ]
 
 
 PUBLISHED = Path(__file__).parent / "published.json"
@@ -82,26 +113,43 @@ _IMAGES = {"kodak": 24}  # of the data sets that the published curves are of
 
 
 def published_curve(arch: str, dataset: Dataset, metric: str = "mse") -> list[dict] | None:
-    """The R-D points that were published for the official models of an architecture, from real bitstreams; None where
-    published.json, which names the source of each, has none for this data set and training metric.
+    """The R-D points that were published for the official models of an architecture, from real bitstreams;
+    None where published.json, which names the source of each, has none for this data set and training metric.
 
     Returns:
         [{"bpp", "psnr", "ms_ssim"}] by rising rate.
     """
     entry = json.loads(PUBLISHED.read_text(encoding="utf-8")).get(arch)
-    if entry is None or (entry["dataset"], entry["metric"]) != (dataset.name, metric) or len(dataset) != _IMAGES[dataset.name]:
+    if (
+        entry is None
+        or (entry["dataset"], entry["metric"]) != (dataset.name, metric)
+        or len(dataset) != _IMAGES[dataset.name]
+    ):
         return None
-    return [{"bpp": bpp, "psnr": psnr, "ms_ssim": ms_ssim} for bpp, psnr, ms_ssim in zip(entry["bpp"], entry["psnr"], entry["ms_ssim"])]
+    return [
+        {"bpp": bpp, "psnr": psnr, "ms_ssim": ms_ssim}
+        for bpp, psnr, ms_ssim in zip(entry["bpp"], entry["psnr"], entry["ms_ssim"])
+    ]
 
 
 def classical_points(paths: Sequence[Path], progress: bool = False) -> dict[str, np.ndarray]:
     """`anchor_points` of JPEG, WebP and AVIF where Pillow has them, which `anchors_of` takes the means of."""
-    return {codec: anchor_points(paths, codec, with_ms_ssim=True, progress=progress) for codec in QUALITIES if can_write(codec)}
+    return {
+        codec: anchor_points(paths, codec, with_ms_ssim=True, progress=progress)
+        for codec in QUALITIES
+        if can_write(codec)
+    }
 
 
-def anchors_of(arch: str, dataset: Dataset, metric: str = "mse", progress: bool = False,
-               points: Mapping[str, np.ndarray] | None = None) -> dict[str, list[dict]]:
-    """The curves of a report, by name: JPEG, WebP and AVIF where Pillow has them, and what was published for the architecture.
+def anchors_of(
+    arch: str,
+    dataset: Dataset,
+    metric: str = "mse",
+    progress: bool = False,
+    points: Mapping[str, np.ndarray] | None = None,
+) -> dict[str, list[dict]]:
+    """The curves of a report, by name: JPEG, WebP and AVIF where Pillow has them, and what was published for
+    the architecture.
 
     `points`: the data set's `classical_points` if they are known.
     """

@@ -13,15 +13,16 @@ from torch import Tensor, nn
 from licq.codec.api import Codec
 from licq.data.datasets import Dataset, open_dataset
 from licq.data.images import load_image
-from licq.evaluation.metrics import bpp_from_likelihoods, ms_ssim, mse, psnr_from_mse, to_pixels
 from licq.data.padding import crop_back, pad_to_multiple
+from licq.evaluation.metrics import bpp_from_likelihoods, ms_ssim, mse, psnr_from_mse, to_pixels
 from licq.support.errors import InputError
 from licq.support.progress import progress as progress_bar
 
 
 @dataclass(frozen=True)
 class ImageResult:
-    """One image. bpp in bits per pixel, psnr in dB, mse on 0..255, ms_ssim in 0..1 or None where it does not fit."""
+    """One image. bpp in bits per pixel, psnr in dB, mse on 0..255, ms_ssim in 0..1 or None where it does not
+    fit."""
 
     name: str
     width: int
@@ -33,7 +34,8 @@ class ImageResult:
     ms_ssim: float | None
 
     def cost(self, lmbda: float, metric: str = "mse") -> float:
-        """The codec's objective J = R + lambda * D of this image, R in bpp; D is the MSE on 0..255, or 1 - MS-SSIM.
+        """The codec's objective J = R + lambda * D of this image, R in bpp; D is the MSE on 0..255, or 1 -
+        MS-SSIM.
 
         CompressAI writes the first as lambda * 255^2 * mse with mse on 0..1: the same number.
         """
@@ -48,7 +50,8 @@ class ImageResult:
 
 @dataclass(frozen=True)
 class Report:
-    """What `evaluate` found. `bpp_source` is "estimate" (likelihoods) or "bitstream" (bytes written and decoded)."""
+    """What `evaluate` found. `bpp_source` is "estimate" (likelihoods) or "bitstream" (bytes written and
+    decoded)."""
 
     name: str
     per_image: tuple[ImageResult, ...]
@@ -61,8 +64,10 @@ class Report:
         ms_ssim is the mean over the images large enough for it, None when there are none.
         """
         similar = [image.ms_ssim for image in self.per_image if image.ms_ssim is not None]
-        means = {key: sum(getattr(image, key) for image in self.per_image) / len(self.per_image)
-                 for key in ("bpp", "bpp_estimated", "psnr")}
+        means = {
+            key: sum(getattr(image, key) for image in self.per_image) / len(self.per_image)
+            for key in ("bpp", "bpp_estimated", "psnr")
+        }
         return means | {"ms_ssim": sum(similar) / len(similar) if similar else None}
 
     def cost(self, lmbda: float, metric: str = "mse") -> float:
@@ -75,13 +80,20 @@ class Report:
 
     def to_dict(self) -> dict:
         """The whole report as a plain dictionary; `from_dict` is the way back, also through JSON."""
-        return {"name": self.name, "bpp_source": self.bpp_source, "seconds": self.seconds, "images": self.images_as_dicts()}
+        return {
+            "name": self.name,
+            "bpp_source": self.bpp_source,
+            "seconds": self.seconds,
+            "images": self.images_as_dicts(),
+        }
 
     @classmethod
     def from_dict(cls, stored: dict) -> "Report":
         """The report that `to_dict` was of. A PSNR that JSON could not hold (null) was infinite."""
-        images = tuple(ImageResult(**{**image, "psnr": math.inf if image["psnr"] is None else image["psnr"]})
-                       for image in stored["images"])
+        images = tuple(
+            ImageResult(**{**image, "psnr": math.inf if image["psnr"] is None else image["psnr"]})
+            for image in stored["images"]
+        )
         return cls(stored["name"], images, stored["bpp_source"], stored["seconds"])
 
     @classmethod
@@ -97,22 +109,33 @@ def delta_j_percent(reference: Report, other: Report, lmbda: float, metric: str 
     return 100.0 * (other.cost(lmbda, metric) - before) / before
 
 
-def evaluate(model: nn.Module, images: Dataset | str | Path | Sequence[Path | str] | Sequence[Tensor], *,
-             name: str | None = None, pad: int = 64, device: torch.device | str | None = None, codec: Codec | None = None,
-             progress: bool = True) -> Report:
-    """Run `model` on each image by itself and measure it; bpp is the likelihood estimate, or with `codec` that of files.
+def evaluate(
+    model: nn.Module,
+    images: Dataset | str | Path | Sequence[Path | str] | Sequence[Tensor],
+    *,
+    name: str | None = None,
+    pad: int = 64,
+    device: torch.device | str | None = None,
+    codec: Codec | None = None,
+    progress: bool = True,
+) -> Report:
+    """Run `model` on each image by itself and measure it; bpp is the likelihood estimate, or with `codec`
+    that of files.
 
     Args:
-        model: anything whose call on (1, 3, H, W) in 0..1 returns {"x_hat": the same shape, "likelihoods": {...}}.
+        model: anything whose call on (1, 3, H, W) in 0..1 returns {"x_hat": the same shape, "likelihoods":
+        {...}}.
             It is put in evaluation mode for the duration.
         images: a data set, its name, a folder, image files, or tensors (3, H, W) or (1, 3, H, W) in 0..1.
         name: the report's; default the data set's, else "images".
-        pad: images are padded with zeros to multiples of this (see `pad_to_multiple`); rate counts per true pixel.
+        pad: images are padded with zeros to multiples of this (see `pad_to_multiple`); rate counts per true
+        pixel.
         device: where to run; default where the model's parameters are. The model is moved there.
         codec: of the quantized `model`: encodes every image, decodes it, and must give the model's pixels.
 
     Raises:
-        InputError: no images, an unreadable image, a NaN or Inf in the model's output, or a file that decodes to other pixels, with
+        InputError: no images, an unreadable image, a NaN or Inf in the model's output, or a file that decodes
+        to other pixels, with
             the image's name.
     """
     if isinstance(images, (str, Path)):
@@ -131,14 +154,18 @@ def evaluate(model: nn.Module, images: Dataset | str | Path | Sequence[Path | st
         codec.settle_rate()
     started = time.monotonic()
     with _evaluating(model):
-        results = [_evaluate_one(model, item, index, pad, device, codec)
-                   for index, item in enumerate(progress_bar(items, desc=f"evaluating on {name}", unit="image",
-                                                             enabled=progress, leave=False))]
+        results = [
+            _evaluate_one(model, item, index, pad, device, codec)
+            for index, item in enumerate(
+                progress_bar(items, desc=f"evaluating on {name}", unit="image", enabled=progress, leave=False)
+            )
+        ]
     return Report(name, tuple(results), "bitstream" if codec else "estimate", time.monotonic() - started)
 
 
 def decoded_pixels(model: nn.Module, path: Path, pad: int, device: torch.device) -> Tensor:
-    """What `model` makes of an image file: 8-bit pixels, float32 (3, H, W) in 0..255 on the CPU, as `evaluate` measures them.
+    """What `model` makes of an image file: 8-bit pixels, float32 (3, H, W) in 0..255 on the CPU, as
+    `evaluate` measures them.
 
     Raises:
         InputError: as `evaluate`.
@@ -165,19 +192,27 @@ def _decode(model: nn.Module, x: Tensor, label: str, pad: int) -> tuple[Tensor, 
     output = model(padded)
     x_hat, likelihoods = output["x_hat"], output["likelihoods"]
     if x_hat.shape != padded.shape:
-        raise InputError(f"{label}: the model turned {tuple(padded.shape)} into {tuple(x_hat.shape)}; "
-                         f"evaluate with pad at least its total stride (now {pad})")
+        raise InputError(
+            f"{label}: the model turned {tuple(padded.shape)} into {tuple(x_hat.shape)}; "
+            f"evaluate with pad at least its total stride (now {pad})"
+        )
     if not torch.isfinite(x_hat).all():
-        raise InputError(f"{label}: the model's x_hat holds NaN or Inf; the checkpoint is damaged or the calibration "
-                         "diverged")
+        raise InputError(
+            f"{label}: the model's x_hat holds NaN or Inf; the checkpoint is damaged or the calibration "
+            "diverged"
+        )
     rate = bpp_from_likelihoods(likelihoods, x.shape[-2] * x.shape[-1])
     if not 0 <= rate < float("inf"):
-        raise InputError(f"{label}: the model's likelihoods give {rate} bpp; the checkpoint is damaged or the "
-                         "calibration diverged")
+        raise InputError(
+            f"{label}: the model's likelihoods give {rate} bpp; the checkpoint is damaged or the "
+            "calibration diverged"
+        )
     return crop_back(x_hat, unpad), rate
 
 
-def _evaluate_one(model: nn.Module, item: Path | str | Tensor, index: int, pad: int, device, codec: Codec | None) -> ImageResult:
+def _evaluate_one(
+    model: nn.Module, item: Path | str | Tensor, index: int, pad: int, device, codec: Codec | None
+) -> ImageResult:
     label = f"image {index}" if isinstance(item, Tensor) else Path(item).name
     x = (item if isinstance(item, Tensor) else load_image(item)).to(device)
     x = x.reshape(1, *x.shape[-3:])
@@ -188,7 +223,9 @@ def _evaluate_one(model: nn.Module, item: Path | str | Tensor, index: int, pad: 
         pixels, decoded = ((image[0] * 255).round().to("cpu", torch.uint8) for image in (x, x_hat))
         data = codec.encode(pixels)
         if not torch.equal(codec.decode(data), decoded):
-            raise InputError(f"{label}: its file does not decode to the pixels of the quantized network; this is a defect, please report it")
+            raise InputError(
+                f"{label}: its file does not decode to the pixels of the quantized network; this is a defect, please report it"
+            )
         real = 8 * len(data) / (height * width)
     error = mse(x, x_hat)
     return ImageResult(label, width, height, real, rate, error, psnr_from_mse(error), ms_ssim(x, x_hat))

@@ -7,17 +7,20 @@ import torch
 from pytorch_msssim import ms_ssim as _ms_ssim
 from torch import Tensor
 
-# Five scales with an 11-tap window: the smallest scale must still be wider than the window, (11 - 1) * 2^4 = 160.
+# Five scales with an 11-tap window: the smallest scale must still be wider than the window, (11 - 1) * 2^4 =
+# 160.
 _MS_SSIM_MIN_SIDE = 160
 
 
 def to_pixels(x: Tensor) -> Tensor:
-    """Pixel values as an 8-bit file would hold them, still floating point: x in 0..1, clamped, times 255, rounded."""
+    """Pixel values as an 8-bit file would hold them, still floating point: x in 0..1, clamped, times 255,
+    rounded."""
     return x.detach().to(torch.float32).clamp(0.0, 1.0).mul(255.0).round()
 
 
 def mse(x: Tensor, x_hat: Tensor) -> float:
-    """Mean squared error over all channels of the 8-bit pixels of x and x_hat (same shape, 0..1); in 0..255^2."""
+    """Mean squared error over all channels of the 8-bit pixels of x and x_hat (same shape, 0..1); in
+    0..255^2."""
     if x.shape != x_hat.shape:
         raise ValueError(f"x is {tuple(x.shape)}, x_hat is {tuple(x_hat.shape)}")
     # Differences of 8-bit pixels are integers, so float64 sums them exactly, in any order.
@@ -60,6 +63,7 @@ def ms_ssim_db(value: float) -> float:
 
 
 def bpp_from_likelihoods(likelihoods: Mapping[str, Tensor] | Iterable[Tensor], num_pixels: int) -> float:
-    """Estimated bits per pixel: the sum of -log2 of all likelihoods over `num_pixels`, those of the unpadded image."""
+    """Estimated bits per pixel: the sum of -log2 of all likelihoods over `num_pixels`, those of the unpadded
+    image."""
     tensors = likelihoods.values() if isinstance(likelihoods, Mapping) else likelihoods
     return sum(-torch.log2(t.detach().to(torch.float64)).sum().item() for t in tensors) / num_pixels

@@ -1,4 +1,5 @@
-"""A codec of your own: Balle, Laparra, Simoncelli 2017 as a plain `nn.Module`, quantized without a line for it in licq.
+"""A codec of your own: Balle, Laparra, Simoncelli 2017 as a plain `nn.Module`, quantized without a line for
+it in licq.
 
     from examples.bls2017 import BLS2017
     model = QuantModel(BLS2017.load("checkpoints/bls2017", quality=3), QuantConfig(w_bits=8, a_bits=8))
@@ -10,8 +11,9 @@ On the command line the file's path takes the place of an architecture's name:
 
     python main_ptq.py --arch examples/bls2017.py --checkpoint checkpoints/bls2017/transform.safetensors
 
-The folder holds trained weights that sjtu-tcloud published under the MIT licence, converted: transform.safetensors, and
-an entropy model for each of four steps. One transform serves four rates: y is divided by a step before it is rounded.
+The folder holds trained weights that sjtu-tcloud published under the MIT licence, converted:
+transform.safetensors, and an entropy model for each of four steps. One transform serves four rates: y is
+divided by a step before it is rounded.
 """
 
 from pathlib import Path
@@ -26,8 +28,9 @@ from licq.support.errors import InputError
 
 STEPS = {1: 8, 2: 4, 3: 2, 4: 1}  # quality -> step of y
 
-# Nothing was trained for one of these: lambda is the slope -dR/dD of the codec's own curve over the steps, with R in bits
-# per pixel and D the mean squared error of samples in 0..255, where the curve passes that step.
+# Nothing was trained for one of these: lambda is the slope -dR/dD of the codec's own curve over the steps,
+# with R in bits per pixel and D the mean squared error of samples in 0..255, where the curve passes that
+# step.
 LAMBDAS = {"mse": {1: 0.0035, 2: 0.0070, 3: 0.023, 4: 0.054}}
 
 
@@ -45,7 +48,8 @@ LAMBDAS = {"mse": {1: 0.0035, 2: 0.0070, 3: 0.023, 4: 0.054}}
 class BLS2017(nn.Module):
     """Three convolutions with GDN1 between them, one way and back, and a factorized prior.
 
-    x (B, 3, H, W) in 0..1, H and W multiples of 16 -> {"x_hat": same shape, "likelihoods": {"y": (B, N, H/16, W/16)}}.
+    x (B, 3, H, W) in 0..1, H and W multiples of 16 -> {"x_hat": same shape, "likelihoods": {"y": (B, N, H/16,
+    W/16)}}.
     """
 
     def __init__(self, N: int = 128):
@@ -87,9 +91,12 @@ class BLS2017(nn.Module):
         step = STEPS[quality]
         weights = read_state_dict(Path(folder) / "transform.safetensors")
         prior = read_state_dict(Path(folder) / f"entropy_bottleneck_step{step}.safetensors")
-        # y / step is coded and step * y_hat decoded: both are linear, so the layers next to them take the step over
+        # y / step is coded and step * y_hat decoded: both are linear, so the layers next to them take the
+        # step over
         weights["g_a.4.weight"] = weights["g_a.4.weight"] / step
         weights["g_s.0.weight"] = weights["g_s.0.weight"] * step
         model = cls(N=weights["g_a.0.weight"].shape[0]).eval()
-        fill_network(model, {**weights, **{f"entropy_bottleneck.{name}": prior[name] for name in prior}}, folder)
+        fill_network(
+            model, {**weights, **{f"entropy_bottleneck.{name}": prior[name] for name in prior}}, folder
+        )
         return model

@@ -28,12 +28,18 @@ def usable() -> bool:
         return False
     different = first_difference()
     if different is not None:
-        warnings.warn(f"the compiled kernel of {different} is wrong on this processor; the slower reference runs, with the same bits", stacklevel=2)
+        warnings.warn(
+            f"the compiled kernel of {different} is wrong on this processor; the slower reference runs, with the same bits",
+            stacklevel=2,
+        )
     return different is None
 
 
-def executable(program: Program, threads: int | None = None, device: torch.device | str = "cpu") -> Executable:
-    """Whole numbers by name -> whole numbers by name: with the compiled kernels where they can be used, else the reference.
+def executable(
+    program: Program, threads: int | None = None, device: torch.device | str = "cpu"
+) -> Executable:
+    """Whole numbers by name -> whole numbers by name: with the compiled kernels where they can be used, else
+    the reference.
 
     threads: of the kernels; None: PyTorch's.
     """

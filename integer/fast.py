@@ -1,9 +1,9 @@
-"""Programs on the CPU's integer units: layers fused with what follows them elementwise, run by `kernels.c` and
-`winograd.c`.
+"""Programs on the CPU's integer units: layers fused with what follows them elementwise, run by `kernels.c`
+and `winograd.c`.
 
-A group is one multiply-accumulate operation (or none) and the elementwise operations on its result; they run tile by tile, while
-the accumulators are in the cache, and only what other groups read is stored. Everything that has no kernel here runs as the
-reference does. Numbers are the reference's to the bit.
+A group is one multiply-accumulate operation (or none) and the elementwise operations on its result; they run
+tile by tile, while the accumulators are in the cache, and only what other groups read is stored. Everything
+that has no kernel here runs as the reference does. Numbers are the reference's to the bit.
 """
 
 import math
@@ -32,7 +32,9 @@ class FastProgram:
 
     def __init__(self, program: Program, threads: int | None = None):
         if library() is None:
-            raise RuntimeError("no compiled kernels; install the package where there is a C compiler, or use the reference")
+            raise RuntimeError(
+                "no compiled kernels; install the package where there is a C compiler, or use the reference"
+            )
         self.program, self.threads = program, threads
         self.constants = constants_of(program)
         self.plan = groups_of(program)
@@ -41,7 +43,10 @@ class FastProgram:
         self.storage = {number: self._storage(number) for number in self.readers}
         self.items = [self._item(entry) for entry in self.plan]
         self.dies = _deaths(self.items, set(program.outputs.values()))
-        sizes = {number: int(torch.Size(program.values[number].shape).numel()) * dtype.itemsize for number, (dtype, _) in self.storage.items()}
+        sizes = {
+            number: int(torch.Size(program.values[number].shape).numel()) * dtype.itemsize
+            for number, (dtype, _) in self.storage.items()
+        }
         self.slots = _slots(self.items, set(program.outputs.values()), sizes)
         self.memory: dict[int, Tensor] = {}  # by slot
         self.views: dict[tuple[int, tuple[int, ...], int], Tensor] = {}  # of the memory, see `new`
@@ -58,7 +63,11 @@ class FastProgram:
     def _storage(self, number: int) -> tuple[torch.dtype, int]:
         """(type, offset) in which a value lies in memory."""
         value, readers = self.program.values[number], self.readers[number]
-        products = [entry for entry in readers if isinstance(entry, Group) and entry.root is not None and number in entry.root.inputs]
+        products = [
+            entry
+            for entry in readers
+            if isinstance(entry, Group) and entry.root is not None and number in entry.root.inputs
+        ]
         if not products or number in self.constants:
             return value.dtype, 0
         numbers = value.range.union(Range(0, 0))  # with the border of a convolution
@@ -79,11 +88,18 @@ class FastProgram:
                 for number in self.dies[place]:
                     values.pop(number, None)
         if keep:
-            return {number: tensor.to(torch.int64) - self.storage.get(number, (None, 0))[1] for number, tensor in values.items()}
-        return {name: values[number].to(self.program.values[number].dtype) for name, number in self.program.outputs.items()}
+            return {
+                number: tensor.to(torch.int64) - self.storage.get(number, (None, 0))[1]
+                for number, tensor in values.items()
+            }
+        return {
+            name: values[number].to(self.program.values[number].dtype)
+            for name, number in self.program.outputs.items()
+        }
 
     def new(self, number: int, shape: tuple[int, ...], channel_dim: int = -1) -> Tensor:
-        """Memory for a value, with bytes behind it that kernels may read; in the next run the same, so that its pages are there.
+        """Memory for a value, with bytes behind it that kernels may read; in the next run the same, so that
+        its pages are there.
 
         channel_dim: of the shape, the one whose numbers lie side by side.
         """
@@ -108,16 +124,21 @@ class FastProgram:
 
 
 def _slots(items: list[Item], outputs: set[int], sizes: Mapping[int, int]) -> dict[int, int]:
-    """The memory of each value that a kernel or a copy writes; values that are not needed at the same time share one, of the same size first.
+    """The memory of each value that a kernel or a copy writes; values that are not needed at the same time
+    share one, of the same size first.
 
-    What PyTorch makes of a value may be a view of it, which then keeps the memory from others as long as it is needed itself.
-    A program's outputs have none: they leave it.
+    What PyTorch makes of a value may be a view of it, which then keeps the memory from others as long as it
+    is needed itself. A program's outputs have none: they leave it.
     """
     owners: dict[int, set[int]] = {}  # whose memory a value may be a view of
     last: dict[int, int] = {}
     for place, item in enumerate(items):
         for number in item.writes:
-            views = {owner for source in item.reads for owner in owners.get(source, ())} if isinstance(item, SingleItem) else set()
+            views = (
+                {owner for source in item.reads for owner in owners.get(source, ())}
+                if isinstance(item, SingleItem)
+                else set()
+            )
             owners[number] = views if type(item) is SingleItem else {number, *views}
         for number in (*item.reads, *item.writes):
             for owner in owners.get(number, ()):
@@ -147,7 +168,11 @@ def _readers(plan: list[Group | Operation], program: Program) -> dict[int, list[
     readers: dict[int, list[Group | Operation]] = {number: [] for number in program.outputs.values()}
     for entry in plan:
         operations = entry.members if isinstance(entry, Group) else [entry]
-        own = {number for operation in operations for number in operation.outputs} if isinstance(entry, Group) else set()
+        own = (
+            {number for operation in operations for number in operation.outputs}
+            if isinstance(entry, Group)
+            else set()
+        )
         for operation in operations:
             for number in operation.inputs:
                 if number not in own and entry not in readers.setdefault(number, []):

@@ -1,4 +1,5 @@
-"""Which operations of a program run together: a multiply-accumulate operation and the elementwise ones on its result."""
+"""Which operations of a program run together: a multiply-accumulate operation and the elementwise ones on its
+result."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,7 +15,8 @@ _ELEMENTWISE = ("rescale", "add", "product", "neg", "abs", "square", "clamp", "l
 
 @dataclass
 class Group:
-    """Operations that run together. root: its multiply-accumulate operation, if any. channel_dim: of its values.
+    """Operations that run together. root: its multiply-accumulate operation, if any. channel_dim: of its
+    values.
 
     shuffle: a pixel shuffle of the one value that others read, which is stored shuffled.
     """
@@ -43,14 +45,17 @@ def has_kernel(operation: Operation, program: Program) -> bool:
     if operation.kind not in _PRODUCTS or not fits(operation, program):
         return False
     facts = operation.facts
-    if isinstance(facts.get("padding"), str) or (operation.kind == "deconv" and facts["stride"][0] != facts["stride"][1]):
+    if isinstance(facts.get("padding"), str) or (
+        operation.kind == "deconv" and facts["stride"][0] != facts["stride"][1]
+    ):
         return False
     source = operand_type(program.values[operation.inputs[0]].range)
     return facts.get("groups", 1) == 1 and source is not None and facts["weight"].dtype == torch.int8
 
 
 def operand_type(numbers: Range) -> tuple[torch.dtype, int] | None:
-    """(int16, offset) in which a product can read numbers of a range and the zeros around an image; None where 16 bits do not hold them."""
+    """(int16, offset) in which a product can read numbers of a range and the zeros around an image; None
+    where 16 bits do not hold them."""
     whole = numbers.union(Range(0, 0))
     if -(2**15) <= whole.low and whole.high < 2**15:
         return torch.int16, 0
@@ -121,29 +126,54 @@ def groups_of(program: Program) -> list[Group | Operation]:
 
 
 def _with_shuffles(plan: list[Group | Operation], program: Program) -> list[Group | Operation]:
-    """The plan with the pixel shuffles of convolutions' results in their groups, where only the shuffled value is read by others.
+    """The plan with the pixel shuffles of convolutions' results in their groups, where only the shuffled
+    value is read by others.
 
-    The channels of such a group are computed in another order, so it has no other input and no constants but the parameters of channels.
+    The channels of such a group are computed in another order, so it has no other input and no constants but
+    the parameters of channels.
     """
     readers: dict[int, list[Operation]] = {}
     for operation in program.operations:
         for number in operation.inputs:
             readers.setdefault(number, []).append(operation)
-    maker = {number: entry for entry in plan if isinstance(entry, Group) for part in entry.members for number in part.outputs}
+    maker = {
+        number: entry
+        for entry in plan
+        if isinstance(entry, Group)
+        for part in entry.members
+        for number in part.outputs
+    }
     joined = []
     for entry in plan:
-        group = maker.get(entry.inputs[0]) if isinstance(entry, Operation) and entry.kind == "layout" and entry.facts["name"] == "pixel_shuffle" else None
-        if group is None or group.root is None or group.root.kind != "conv" or group.channel_dim != 1 or group.shuffle is not None:
+        group = (
+            maker.get(entry.inputs[0])
+            if isinstance(entry, Operation)
+            and entry.kind == "layout"
+            and entry.facts["name"] == "pixel_shuffle"
+            else None
+        )
+        if (
+            group is None
+            or group.root is None
+            or group.root.kind != "conv"
+            or group.channel_dim != 1
+            or group.shuffle is not None
+        ):
             continue
         own = {number for part in group.members for number in part.outputs}
         inside = {*map(id, group.members), id(entry)}
         alone = all(id(reader) in inside for number in own for reader in readers.get(number, ()))
-        if alone and own.isdisjoint(program.outputs.values()) and all(own.issuperset(part.inputs) for part in group.operations):
+        if (
+            alone
+            and own.isdisjoint(program.outputs.values())
+            and all(own.issuperset(part.inputs) for part in group.operations)
+        ):
             group.shuffle = entry
             joined.append(id(entry))
     return [entry for entry in plan if id(entry) not in joined]
 
 
 def shuffled_channels(channels: int, side: int) -> Tensor:
-    """The order in which the channels of a value must be computed so that a shuffled pixel's lie side by side."""
+    """The order in which the channels of a value must be computed so that a shuffled pixel's lie side by
+    side."""
     return torch.arange(channels).reshape(-1, side**2).T.flatten()

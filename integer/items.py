@@ -1,4 +1,5 @@
-"""Steps of a ready program that are no groups: what PyTorch computes, copies, layer normalization, attention."""
+"""Steps of a ready program that are no groups: what PyTorch computes, copies, layer normalization,
+attention."""
 
 import ctypes
 import math
@@ -54,14 +55,27 @@ class CopyItem(SingleItem):
 
     @classmethod
     def takes(cls, operation: Operation, program: Program) -> bool:
-        return operation.kind == "layout" and operation.facts["name"] in ("index_select", "reshape", "pixel_shuffle") and len(operation.inputs) == 1
+        return (
+            operation.kind == "layout"
+            and operation.facts["name"] in ("index_select", "reshape", "pixel_shuffle")
+            and len(operation.inputs) == 1
+        )
 
     def run(self, values: dict[int, Tensor], inputs: Mapping[str, Tensor], names: Mapping[int, str]) -> None:
         source, number = self.reads[0], self.writes[0]
-        x, shape, arguments = values[source], self.owner.program.values[number].shape, self.operation.facts["arguments"]
+        x, shape, arguments = (
+            values[source],
+            self.owner.program.values[number].shape,
+            self.operation.facts["arguments"],
+        )
         dtype, offset = self.owner.storage[number]
         shuffled = self.operation.facts["name"] == "pixel_shuffle"
-        if x.dtype != dtype or (shuffled and x.ndim != 4) or offset != self.owner.storage.get(source, (dtype, 0))[1] or self.operation.facts["options"]:
+        if (
+            x.dtype != dtype
+            or (shuffled and x.ndim != 4)
+            or offset != self.owner.storage.get(source, (dtype, 0))[1]
+            or self.operation.facts["options"]
+        ):
             super().run(values, inputs, names)
         elif self.operation.facts["name"] == "index_select":
             values[number] = torch.index_select(x, *arguments[1:], out=self.new(shape)[0])
@@ -87,20 +101,26 @@ def _fits16(*ranges: Range) -> bool:
 
 
 def nudged(mantissa: Tensor, shift: Tensor, largest: int, limit: int = INT32) -> Tensor | None:
-    """A multiplier, a little larger, whose products with whole numbers up to `largest` are never halves, and round as the exact ones do.
+    """A multiplier, a little larger, whose products with whole numbers up to `largest` are never halves, and
+    round as the exact ones do.
 
-    mantissa * 2^-shift (1 + 2^-51): products with it, rounded to float64, are larger than the exact ones by more than one part in
-    2^52 and less than three in 2^52. So an exact half becomes more than a half, and is rounded away from zero by any rounding to
-    nearest; and what lies below a half stays there, if three parts in 2^52 are less than the step between products, 2^-shift for odd
-    mantissas. None where they are more, for a product up to `limit` (those above it are clipped to it), or where a product leaves
-    the range of 32 bits.
+    mantissa * 2^-shift (1 + 2^-51): products with it, rounded to float64, are larger than the exact ones by
+    more than one part in 2^52 and less than three in 2^52. So an exact half becomes more than a half, and is
+    rounded away from zero by any rounding to nearest; and what lies below a half stays there, if three parts
+    in 2^52 are less than the step between products, 2^-shift for odd mantissas. None where they are more, for
+    a product up to `limit` (those above it are clipped to it), or where a product leaves the range of 32
+    bits.
     """
     mantissa, shift = torch.as_tensor(mantissa).to(torch.int64), torch.as_tensor(shift).to(torch.int64)
     exact = multiplier_value(mantissa, shift)
     products = exact.abs() * largest
-    twos = torch.where(mantissa == 0, 1, mantissa & -mantissa).double()  # powers of two: a step is twos * 2^-shift
+    twos = torch.where(
+        mantissa == 0, 1, mantissa & -mantissa
+    ).double()  # powers of two: a step is twos * 2^-shift
     step = (twos * multiplier_value(torch.ones_like(shift), shift)).clamp(max=0.5)
-    fits = bool((products < 2**31 - 2).all()) and bool((products.clamp(max=limit + 1) * 3 * 2.0**-52 < step * 0.99).all())
+    fits = bool((products < 2**31 - 2).all()) and bool(
+        (products.clamp(max=limit + 1) * 3 * 2.0**-52 < step * 0.99).all()
+    )
     return exact * (1 + 2.0**-51) if fits else None
 
 
@@ -151,10 +171,19 @@ class AttentionItem(Item):
         in_range = _fits16(q.range, k.range, v.range, program.values[weights.outputs[0]].range)
         in_range = in_range and all(fits(step, program) for step in (products, output))
         ndim = len(q.shape)
-        same = ndim >= 3 and q.shape[:-2] == k.shape[:-2] == v.shape[:-2] and softmax.facts["dim"] % ndim == ndim - 1
+        same = (
+            ndim >= 3
+            and q.shape[:-2] == k.shape[:-2] == v.shape[:-2]
+            and softmax.facts["dim"] % ndim == ndim - 1
+        )
         per_head = all(varying_dim(parameters_of(step), ndim) in (-1, ndim - 3) for step in (scores, weights))
-        alike = all(step.facts[end] is not None and step.facts[end].numel() in (1, q.shape[-3]) and bool(
-            (step.facts[end] == step.facts[end].flatten()[0]).all()) for step in (scores, weights) for end in ("low", "high"))
+        alike = all(
+            step.facts[end] is not None
+            and step.facts[end].numel() in (1, q.shape[-3])
+            and bool((step.facts[end] == step.facts[end].flatten()[0]).all())
+            for step in (scores, weights)
+            for end in ("low", "high")
+        )
         return in_range and same and per_head and alike
 
     def __init__(self, owner: "FastProgram", operation: Operation):
@@ -165,16 +194,36 @@ class AttentionItem(Item):
         *batch, heads, queries, inner = q
         keys, width = k[-1], v[-1]
         self.shape = program.values[operation.outputs[0]].shape
-        self.job = Attention(batch=int(torch.Size(batch).numel()), heads=heads, queries=queries, keys=keys, inner=inner, width=width)
+        self.job = Attention(
+            batch=int(torch.Size(batch).numel()),
+            heads=heads,
+            queries=queries,
+            keys=keys,
+            inner=inner,
+            width=width,
+        )
         self._kept: list[Tensor | None] = []
         steps = (("score", scores), ("weight", weights))
-        ends = {name: (int(step.facts["low"].flatten()[0]), int(step.facts["high"].flatten()[0])) for name, step in steps}
-        found = {name: nudged(step.facts["mantissa"], step.facts["shift"], program.values[step.inputs[0]].range.largest, max(map(abs, ends[name])))
-                 for name, step in steps}  # fmt: skip
+        ends = {
+            name: (int(step.facts["low"].flatten()[0]), int(step.facts["high"].flatten()[0]))
+            for name, step in steps
+        }
+        found = {
+            name: nudged(
+                step.facts["mantissa"],
+                step.facts["shift"],
+                program.values[step.inputs[0]].range.largest,
+                max(map(abs, ends[name])),
+            )
+            for name, step in steps
+        }
         self.job.quick = int(None not in found.values())
         for name, step in steps:
             exact = multiplier_value(step.facts["mantissa"], step.facts["shift"])
-            self._point(f"{name}_scale", (found[name] if self.job.quick else exact).reshape(-1).expand(heads).contiguous())
+            self._point(
+                f"{name}_scale",
+                (found[name] if self.job.quick else exact).reshape(-1).expand(heads).contiguous(),
+            )
             setattr(self.job, f"{name}_low", ends[name][0])
             setattr(self.job, f"{name}_high", ends[name][1])
         table = softmax.facts["table"].float().contiguous()
@@ -186,13 +235,17 @@ class AttentionItem(Item):
         self._kept.append(tensor)
         setattr(self.job, name, _pointer(tensor))
 
-    def _offsets(self, softmax: Operation, batch: tuple[int, ...], heads: int, queries: int, keys: int) -> None:
+    def _offsets(
+        self, softmax: Operation, batch: tuple[int, ...], heads: int, queries: int, keys: int
+    ) -> None:
         """Bias and mask of each kind of window, and the kind of each."""
         offset, blank, kinds = (softmax.facts[name] for name in ("offset", "blank", "kinds"))
         if offset is None:
             return
         count = int(torch.Size(batch).numel())
-        if kinds is not None:  # (kinds, heads, queries, keys); the last dimension of the batch has one kind each
+        if (
+            kinds is not None
+        ):  # (kinds, heads, queries, keys); the last dimension of the batch has one kind each
             number = offset.shape[0]
             kind = kinds.expand(batch).reshape(-1)
         else:
@@ -200,9 +253,14 @@ class AttentionItem(Item):
             number = int(torch.Size(full[: len(batch)]).numel())
             kind = torch.arange(number).reshape(full[: len(batch)]).expand(batch).reshape(-1)
             offset = offset.reshape(full)
-            offset = offset.reshape(number, *full[len(batch):])
-            blank = None if blank is None else blank.reshape(*(1,) * (len(full) - blank.ndim), *blank.shape).expand(*full[:-1], 1).reshape(
-                number, *full[len(batch):-1], 1)
+            offset = offset.reshape(number, *full[len(batch) :])
+            blank = (
+                None
+                if blank is None
+                else blank.reshape(*(1,) * (len(full) - blank.ndim), *blank.shape)
+                .expand(*full[:-1], 1)
+                .reshape(number, *full[len(batch) : -1], 1)
+            )
         self._point("offset", offset.expand(number, heads, queries, keys).to(torch.int32).contiguous())
         if blank is not None:
             self._point("blank", blank.expand(number, heads, queries, 1).to(torch.uint8).contiguous())
@@ -216,12 +274,19 @@ class AttentionItem(Item):
         held = []
         for name, part in (("q", q), ("k", k.transpose(-2, -1)), ("v", v)):
             part = part.to(torch.int16)
-            part = part[None] if part.ndim == 3 else part.flatten(0, -4)  # a view of one step along the batch, where there is one
+            part = (
+                part[None] if part.ndim == 3 else part.flatten(0, -4)
+            )  # a view of one step along the batch, where there is one
             part = part if part.stride(-1) == 1 else part.contiguous()
             held.append(part)
             setattr(job, name, part.data_ptr())
             setattr(job, f"{name}_steps", (ctypes.c_int64 * 3)(*part.stride()[:3]))
-        job.out.data, job.out.type, job.out.offset, job.threads = out.data_ptr(), TYPES[out.dtype], offset, self.threads
+        job.out.data, job.out.type, job.out.offset, job.threads = (
+            out.data_ptr(),
+            TYPES[out.dtype],
+            offset,
+            self.threads,
+        )
         if library().attention(ctypes.byref(job)):
             raise MemoryError("the kernels ran out of memory")
         values[self.writes[0]] = out

@@ -11,8 +11,29 @@ from torch import Tensor
 from licq.integer.groups import Group, operand_type, shuffled_channels, varying_dim
 from licq.integer.items import Item, nudged
 from licq.integer.library import (
-    ABS, ADD, ADDC, CLAMP, GDN, LEAKY, LOAD, NEG, PRODUCT, RESCALE, S16, SLACK, SQUARE, STORE, TABLE, TYPES, U8, Array, Product, Step, Winograd, library,
-)  # fmt: skip
+    ABS,
+    ADD,
+    ADDC,
+    CLAMP,
+    GDN,
+    LEAKY,
+    LOAD,
+    NEG,
+    PRODUCT,
+    RESCALE,
+    S16,
+    SLACK,
+    SQUARE,
+    STORE,
+    TABLE,
+    TYPES,
+    U8,
+    Array,
+    Product,
+    Step,
+    Winograd,
+    library,
+)
 from licq.integer.program import INT32, Operation, Range
 from licq.integer.winograd import BLOCK, windows, winograd_weights
 from licq.quant.fixedpoint import multiplier_value
@@ -36,10 +57,16 @@ class GroupItem(Item):
         self.order: Tensor | None = None  # of the channels, if another one
         if group.shuffle is not None:
             self.order = shuffled_channels(self.channels, group.shuffle.facts["arguments"][1])
-            facts = {name: part if part is None else part[self.order] for name, part in root.facts.items() if name in ("weight", "bias")}
+            facts = {
+                name: part if part is None else part[self.order]
+                for name, part in root.facts.items()
+                if name in ("weight", "bias")
+            }
             root = replace(root, facts={**root.facts, **facts})
         self.writes = tuple(number for number in own if number in owner.readers)
-        outside = [n for op in group.operations for n in op.inputs if n not in own and n not in owner.constants]
+        outside = [
+            n for op in group.operations for n in op.inputs if n not in own and n not in owner.constants
+        ]
         self.loads = tuple(dict.fromkeys(outside))
         self.reads = self.loads + (root.inputs if root else ())
         self._kept: list[Any] = []  # what the steps point to
@@ -49,10 +76,14 @@ class GroupItem(Item):
             self.source = root.inputs[0]
             self.stored = owner.storage[self.source]
             # where others read it as it is, it may lie in 32 bits; the products then read a copy
-            self.source_type = self.stored if self.stored[0] in _OPERANDS else operand_type(owner.program.values[self.source].range)
+            self.source_type = (
+                self.stored
+                if self.stored[0] in _OPERANDS
+                else operand_type(owner.program.values[self.source].range)
+            )
             self.jobs = self._winograd(root) or self._direct(root)
 
-    # ------------------------------------------------------------------------------------------------------------- steps
+    # -------------------------------------------------------------------------------------------------- steps
 
     def _build(self, own: set[int]) -> None:
         group, owner = self.group, self.owner
@@ -99,7 +130,9 @@ class GroupItem(Item):
                 setattr(entry, name, value)
         self.steps, self.step_count = table, len(steps)
 
-    def _step(self, steps: list[dict[str, Any]], operation: Operation, register: dict[int, int], out: int) -> None:
+    def _step(
+        self, steps: list[dict[str, Any]], operation: Operation, register: dict[int, int], out: int
+    ) -> None:
         facts, kind, constants = operation.facts, operation.kind, self.owner.constants
         data = [number for number in operation.inputs if number not in constants]
         step: dict[str, Any] = {"dst": out, "a": register[data[0]], "period": 1}
@@ -108,13 +141,20 @@ class GroupItem(Item):
         if kind == "rescale":
             low, high = (-INT32, INT32) if facts["low"] is None else (facts["low"], facts["high"])
             limit = max(int(torch.as_tensor(end).abs().max()) for end in (low, high))
-            multiplier = nudged(facts["mantissa"], facts["shift"], self.owner.program.values[data[0]].range.largest, limit)
+            multiplier = nudged(
+                facts["mantissa"], facts["shift"], self.owner.program.values[data[0]].range.largest, limit
+            )
             step["quick"] = int(multiplier is not None)
-            multiplier = multiplier_value(facts["mantissa"], facts["shift"]) if multiplier is None else multiplier
+            multiplier = (
+                multiplier_value(facts["mantissa"], facts["shift"]) if multiplier is None else multiplier
+            )
             names = {"multiplier": multiplier, "low": low, "high": high}
             if int(torch.as_tensor(facts["refinement"]).max()) != 1:
                 names["factor"] = facts["refinement"]
-            alike = all(torch.as_tensor(end).numel() == 1 or bool((end == end.flatten()[0]).all()) for end in (low, high))
+            alike = all(
+                torch.as_tensor(end).numel() == 1 or bool((end == end.flatten()[0]).all())
+                for end in (low, high)
+            )
             step.update(op=RESCALE, first=int(alike), **self._parameters(**names))
         elif kind == "add":
             low = -INT32 if facts["low"] is None else facts["low"]
@@ -126,13 +166,17 @@ class GroupItem(Item):
                     step.update(op=ADDC, **self._parameters(table=constant))
                 else:
                     step["b"] = self._constant_array(steps, constant)
-            step.update({name: self._parameters(**{name: end})[name] for name, end in (("low", low), ("high", high))})
+            step.update(
+                {name: self._parameters(**{name: end})[name] for name, end in (("low", low), ("high", high))}
+            )
         elif kind == "clamp":
             low = -INT32 if facts["low"] is None else facts["low"]
             high = INT32 if facts["high"] is None else facts["high"]
             step.update(op=CLAMP, **self._parameters(low=low, high=high))
         elif kind == "leaky":
-            multiplier = nudged(facts["mantissa"], facts["shift"], self.owner.program.values[data[0]].range.largest)
+            multiplier = nudged(
+                facts["mantissa"], facts["shift"], self.owner.program.values[data[0]].range.largest
+            )
             quick = multiplier is not None and 0 <= float(multiplier) < 1
             multiplier = multiplier if quick else multiplier_value(facts["mantissa"], facts["shift"])
             step.update(op=LEAKY, quick=int(quick), **self._parameters(multiplier=multiplier))
@@ -141,11 +185,30 @@ class GroupItem(Item):
             self._kept.append(entries)
             step.update(op=TABLE, first=facts["first"], last=len(entries) - 1, table=entries.data_ptr())
         elif kind == "gdn":
-            largest = self.owner.program.values[data[0]].range.largest, int(facts["low"].abs().max()), int(facts["high"].abs().max())
-            quick = facts["algorithm"] == "gdn" and largest[0] <= 2**15 and max(largest) <= 2**24 and int(facts["shift"].abs().max()) < 512
-            step.update(op=GDN, first=int(facts["inverse"]), last=int(facts["algorithm"] == "gdn"), quick=int(quick),
-                        **self._parameters(multiplier=facts["mantissa"].double(), table=facts["shift"], low=facts["low"], high=facts["high"],
-                                           **self._gdn_scale(facts, quick)))  # fmt: skip
+            largest = (
+                self.owner.program.values[data[0]].range.largest,
+                int(facts["low"].abs().max()),
+                int(facts["high"].abs().max()),
+            )
+            quick = (
+                facts["algorithm"] == "gdn"
+                and largest[0] <= 2**15
+                and max(largest) <= 2**24
+                and int(facts["shift"].abs().max()) < 512
+            )
+            step.update(
+                op=GDN,
+                first=int(facts["inverse"]),
+                last=int(facts["algorithm"] == "gdn"),
+                quick=int(quick),
+                **self._parameters(
+                    multiplier=facts["mantissa"].double(),
+                    table=facts["shift"],
+                    low=facts["low"],
+                    high=facts["high"],
+                    **self._gdn_scale(facts, quick),
+                ),
+            )
         elif kind == "mask":
             step.update(op=PRODUCT, b=self._constant_array(steps, facts["mask"]))
         elif kind == "product" and len(data) == 1:
@@ -157,17 +220,25 @@ class GroupItem(Item):
 
     @staticmethod
     def _gdn_scale(facts: Mapping[str, Any], quick: bool) -> dict[str, Tensor]:
-        """What `gdn8` in `kernels.c` multiplies by, where its proof holds and float32 neither overflows nor gets near its smallest numbers."""
+        """What `gdn8` in `kernels.c` multiplies by, where its proof holds and float32 neither overflows nor
+        gets near its smallest numbers."""
         mantissa, shift = facts["mantissa"], facts["shift"]
         limits = max(int(facts[end].abs().max()) for end in ("low", "high"))
-        fits = quick and limits < 2**16 and 2**10 <= int(mantissa.min()) and int(mantissa.max()) <= 2**24 and int(shift.abs().max()) <= 60
+        fits = (
+            quick
+            and limits < 2**16
+            and 2**10 <= int(mantissa.min())
+            and int(mantissa.max()) <= 2**24
+            and int(shift.abs().max()) <= 60
+        )
         return {"scale": multiplier_value(mantissa, shift).float()} if fits else {}
 
     def _is_per_channel(self, tensor: Tensor) -> bool:
         return varying_dim([tensor], len(self.group.shape)) in (-1, self.channel_dim)
 
     def _parameters(self, **parts: Any) -> dict[str, Any]:
-        """Pointers to parameters as long as the longest, repeated so that loops over them are not short; and their `period`."""
+        """Pointers to parameters as long as the longest, repeated so that loops over them are not short; and
+        their `period`."""
         tensors = {name: torch.as_tensor(part) for name, part in parts.items()}
         alike = all(part.numel() == 1 for part in tensors.values())
         period = 1 if alike and "table" not in tensors else self.channels * max(1, -(-256 // self.channels))
@@ -196,7 +267,7 @@ class GroupItem(Item):
         rows = tensor.movedim(self.channel_dim, -1)
         return tensor if rows.is_contiguous() else rows.contiguous().movedim(-1, self.channel_dim)
 
-    # ---------------------------------------------------------------------------------------------------------- products
+    # ----------------------------------------------------------------------------------------------- products
 
     def _winograd(self, root: Operation) -> list[Winograd]:
         """The products as one job of `winograd.c`, if it pays and is exact."""
@@ -235,7 +306,11 @@ class GroupItem(Item):
             jobs = [([(0, 0, 0, 0)], (1, 1))]
         elif root.kind == "conv":
             (dilation_y, dilation_x), (pad_y, pad_x) = facts["dilation"], facts["padding"]
-            taps = [(ky * dilation_y - pad_y, kx * dilation_x - pad_x, ky, kx) for ky in range(weight.shape[2]) for kx in range(weight.shape[3])]
+            taps = [
+                (ky * dilation_y - pad_y, kx * dilation_x - pad_x, ky, kx)
+                for ky in range(weight.shape[2])
+                for kx in range(weight.shape[3])
+            ]
             jobs = [(taps, facts["stride"])]
         else:
             spread = facts["stride"]
@@ -247,17 +322,33 @@ class GroupItem(Item):
         made = []
         for (taps, stride), (first_row, first_column) in zip(jobs, first):
             taps = [tap for tap in taps if bool(weight[:, :, tap[2], tap[3]].any())]  # a masked tap is none
-            chosen = torch.stack([weight[:, :, ky, kx] for _, _, ky, kx in taps], 1) if taps else weight.new_zeros(outputs, 0, weight.shape[1])
+            chosen = (
+                torch.stack([weight[:, :, ky, kx] for _, _, ky, kx in taps], 1)
+                if taps
+                else weight.new_zeros(outputs, 0, weight.shape[1])
+            )
             corrected = bias - offset * chosen.sum((1, 2))
             padded = torch.zeros(blocks * BLOCK, dtype=torch.int32)
             padded[:outputs] = corrected.to(torch.int32)
             packed = pack(chosen, x_dtype)
-            places = torch.tensor([[y, x] for y, x, _, _ in taps], dtype=torch.int32).reshape(-1, 2).contiguous()
+            places = (
+                torch.tensor([[y, x] for y, x, _, _ in taps], dtype=torch.int32).reshape(-1, 2).contiguous()
+            )
             border = torch.full((weight.shape[1] + SLACK,), offset, dtype=x_dtype)
             self._kept += [padded, packed, places, border]
             job = Product()
-            job.weights, job.bias, job.border, job.taps = packed.data_ptr(), padded.data_ptr(), border.data_ptr(), places.data_ptr()
-            job.type, job.inputs, job.count, job.outputs = _OPERANDS[x_dtype], weight.shape[1], len(taps), outputs
+            job.weights, job.bias, job.border, job.taps = (
+                packed.data_ptr(),
+                padded.data_ptr(),
+                border.data_ptr(),
+                places.data_ptr(),
+            )
+            job.type, job.inputs, job.count, job.outputs = (
+                _OPERANDS[x_dtype],
+                weight.shape[1],
+                len(taps),
+                outputs,
+            )
             job.stride_rows, job.stride_columns = stride
             if root.kind == "linear":
                 job.batch, job.height, job.width = 1, int(torch.Size(shape[:-2]).numel()), shape[-2]
@@ -272,7 +363,7 @@ class GroupItem(Item):
             made.append(job)
         return made
 
-    # --------------------------------------------------------------------------------------------------------------- run
+    # ---------------------------------------------------------------------------------------------------- run
 
     def run(self, values: dict[int, Tensor], inputs: Mapping[str, Tensor], names: Mapping[int, str]) -> None:
         owner = self.owner
@@ -282,18 +373,33 @@ class GroupItem(Item):
             if number is None:
                 tensor, offset = self.fixed[place], 0
             elif number in self.writes and place >= len(self.loads):
-                tensor, offset = owner.new(number, owner.program.values[number].shape, self.channel_dim), owner.storage[number][1]
+                tensor, offset = (
+                    owner.new(number, owner.program.values[number].shape, self.channel_dim),
+                    owner.storage[number][1],
+                )
                 values[number] = tensor
             else:
                 tensor, offset = self._physical(values[number]), owner.storage[number][1]
             if tensor.dtype not in TYPES:
                 tensor = tensor.to(torch.int32)
             held.append(tensor)
-            table[place].data, table[place].type, table[place].offset = tensor.data_ptr(), TYPES[tensor.dtype], offset
+            table[place].data, table[place].type, table[place].offset = (
+                tensor.data_ptr(),
+                TYPES[tensor.dtype],
+                offset,
+            )
         threads = self.threads
         if self.group.root is None:
             pixels = int(torch.Size(self.group.shape).numel()) // self.channels
-            failed = library().elementwise(ctypes.c_int64(pixels), self.channels, self.steps, self.step_count, table, self.registers, threads)
+            failed = library().elementwise(
+                ctypes.c_int64(pixels),
+                self.channels,
+                self.steps,
+                self.step_count,
+                table,
+                self.registers,
+                threads,
+            )
         else:
             x = self._readable(values[self.source])
             failed = 0
@@ -310,17 +416,25 @@ class GroupItem(Item):
         channel_dim = 1 if self.group.root.kind != "linear" else x.ndim - 1
         rows = x.movedim(channel_dim, -1)
         is_ready = rows.is_contiguous() and (x.dtype, self.stored[1]) == (dtype, offset)
-        row = rows.shape[-1] * x.element_size()  # the direct kernel reads four bytes at a time, Winograd's at least 32
+        row = (
+            rows.shape[-1] * x.element_size()
+        )  # the direct kernel reads four bytes at a time, Winograd's at least 32
         needed = max(32 - row, 0) if isinstance(self.jobs[0], Winograd) else -row % 4
-        if is_ready and (not needed or x.untyped_storage().nbytes() - (x.storage_offset() + x.numel()) * x.element_size() >= needed):
+        if is_ready and (
+            not needed
+            or x.untyped_storage().nbytes() - (x.storage_offset() + x.numel()) * x.element_size() >= needed
+        ):
             return x
         flat = torch.empty(rows.numel() + SLACK, dtype=dtype)[: rows.numel()].view(rows.shape)
         flat.copy_(rows if self.stored[1] == offset else rows + (offset - self.stored[1]))
         return flat
 
 
-def _phase_taps(facts: Mapping[str, Any], shape: torch.Size, phase: tuple[int, int]) -> list[tuple[int, int, int, int]]:
-    """Taps of the outputs of one phase of a transposed convolution: (row, column) read relative to the phase's own, and kernel place."""
+def _phase_taps(
+    facts: Mapping[str, Any], shape: torch.Size, phase: tuple[int, int]
+) -> list[tuple[int, int, int, int]]:
+    """Taps of the outputs of one phase of a transposed convolution: (row, column) read relative to the
+    phase's own, and kernel place."""
 
     def along(axis: int) -> list[tuple[int, int]]:
         stride, pad, dilation = facts["stride"][axis], facts["padding"][axis], facts["dilation"][axis]
@@ -331,7 +445,8 @@ def _phase_taps(facts: Mapping[str, Any], shape: torch.Size, phase: tuple[int, i
 
 
 def pack(weight: Tensor, x_dtype: torch.dtype) -> Tensor:
-    """(outputs, taps, inputs) in the kernels' order: blocks of 16 outputs, taps, inputs by four bytes, outputs, inputs of the four bytes."""
+    """(outputs, taps, inputs) in the kernels' order: blocks of 16 outputs, taps, inputs by four bytes,
+    outputs, inputs of the four bytes."""
     size = 2 if x_dtype == torch.int16 else 4
     outputs, taps, inputs = weight.shape
     blocks, parts = -(-outputs // BLOCK), -(-inputs // size)

@@ -1,4 +1,5 @@
-"""The compiled kernels (`kernels.c`, `winograd.c`) as ctypes sees them: structures, numbers of steps and types."""
+"""The compiled kernels (`kernels.c`, `winograd.c`) as ctypes sees them: structures, numbers of steps and
+types."""
 
 import ctypes
 from functools import lru_cache
@@ -27,38 +28,95 @@ class Step(ctypes.Structure):
 class Product(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("x", "weights", "bias", "border", "taps")),
-        *((name, ctypes.c_int32) for name in (
-            "type", "batch", "height", "width", "inputs", "count", "rows", "columns", "stride_rows", "stride_columns", "outputs",
-            "spread", "first_row", "first_column", "all_columns", "all_rows", "threads")),
-    ]  # fmt: skip
+        *(
+            (name, ctypes.c_int32)
+            for name in (
+                "type",
+                "batch",
+                "height",
+                "width",
+                "inputs",
+                "count",
+                "rows",
+                "columns",
+                "stride_rows",
+                "stride_columns",
+                "outputs",
+                "spread",
+                "first_row",
+                "first_column",
+                "all_columns",
+                "all_rows",
+                "threads",
+            )
+        ),
+    ]
 
 
 class Winograd(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("x", "weights", "bias", "border", "starts", "phases")),
-        *((name, ctypes.c_int32) for name in (
-            "batch", "height", "width", "inputs", "stride", "first_y", "first_x", "rows", "columns", "outputs", "spread",
-            "all_columns", "all_rows", "parts", "threads")),
-    ]  # fmt: skip
+        *(
+            (name, ctypes.c_int32)
+            for name in (
+                "batch",
+                "height",
+                "width",
+                "inputs",
+                "stride",
+                "first_y",
+                "first_x",
+                "rows",
+                "columns",
+                "outputs",
+                "spread",
+                "all_columns",
+                "all_rows",
+                "parts",
+                "threads",
+            )
+        ),
+    ]
 
 
 class LayerNorm(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("x", "eps", "multiplier", "sign", "offset", "low", "high")),
-        ("rows", ctypes.c_int64), ("eps_ceiling", ctypes.c_double), ("count", ctypes.c_int32), ("threads", ctypes.c_int32), ("out", Array),
-    ]  # fmt: skip
+        ("rows", ctypes.c_int64),
+        ("eps_ceiling", ctypes.c_double),
+        ("count", ctypes.c_int32),
+        ("threads", ctypes.c_int32),
+        ("out", Array),
+    ]
 
 
 class Attention(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in (
-            "q", "k", "v", "score_scale", "weight_scale", "offset", "blank", "kind", "table")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("q", "k", "v", "score_scale", "weight_scale", "offset", "blank", "kind", "table")
+        ),
         ("batch", ctypes.c_int64),
         *((name, ctypes.c_int64 * 3) for name in ("q_steps", "k_steps", "v_steps")),
-        *((name, ctypes.c_int32) for name in (
-            "heads", "queries", "keys", "inner", "width", "last", "score_low", "score_high", "weight_low", "weight_high", "threads", "quick")),
+        *(
+            (name, ctypes.c_int32)
+            for name in (
+                "heads",
+                "queries",
+                "keys",
+                "inner",
+                "width",
+                "last",
+                "score_low",
+                "score_high",
+                "weight_low",
+                "weight_high",
+                "threads",
+                "quick",
+            )
+        ),
         ("out", Array),
-    ]  # fmt: skip
+    ]
 
 
 @lru_cache(maxsize=1)

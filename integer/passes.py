@@ -1,4 +1,5 @@
-"""Rewrites of a program that leave its results as they are, to the bit, and bring elementwise operations next to the products.
+"""Rewrites of a program that leave its results as they are, to the bit, and bring elementwise operations next
+to the products.
 
 Every pass gives a new program; boundaries and outputs keep their values' numbers.
 """
@@ -19,9 +20,30 @@ _UNARY = ("rescale", "leaky", "clamp", "neg", "abs", "square", "table")
 _ELEMENTWISE = (*_UNARY, "add", "product", "mask")
 _PRODUCTS = ("conv", "deconv", "linear")
 _MOVES = {
-    "permute", "transpose", "t", "unsqueeze", "squeeze", "movedim", "narrow", "select", "__getitem__", "expand", "flip", "contiguous", "clone",
-    "reshape", "view", "flatten", "unflatten", "roll", "index_select", "repeat_interleave", "pad", "pixel_shuffle", "pixel_unshuffle",
-}  # fmt: skip
+    "permute",
+    "transpose",
+    "t",
+    "unsqueeze",
+    "squeeze",
+    "movedim",
+    "narrow",
+    "select",
+    "__getitem__",
+    "expand",
+    "flip",
+    "contiguous",
+    "clone",
+    "reshape",
+    "view",
+    "flatten",
+    "unflatten",
+    "roll",
+    "index_select",
+    "repeat_interleave",
+    "pad",
+    "pixel_shuffle",
+    "pixel_unshuffle",
+}
 
 
 def optimize(program: Program) -> Program:
@@ -53,7 +75,8 @@ def _readers(operations: Iterable[Operation]) -> dict[int, list[Operation]]:
 def without_duplicates(program: Program) -> Program:
     """Operations of one kind on the same values with the same facts run once; boundaries and outputs follow.
 
-    So two roundings of one latent about one mean, one for the decoder and one for the estimate of the rate, are one.
+    So two roundings of one latent about one mean, one for the decoder and one for the estimate of the rate,
+    are one.
     """
     alias: dict[int, int] = {}
     first: dict[tuple, Operation] = {}
@@ -69,11 +92,21 @@ def without_duplicates(program: Program) -> Program:
             alias.update(zip(operation.outputs, known.outputs, strict=True))
 
     def renamed(boundary: Boundary) -> Boundary:
-        changes = {name: alias.get(number, number) for name in _NUMBERS if (number := getattr(boundary, name)) is not None}
+        changes = {
+            name: alias.get(number, number)
+            for name in _NUMBERS
+            if (number := getattr(boundary, name)) is not None
+        }
         return replace(boundary, **changes)
 
     outputs = {name: alias.get(number, number) for name, number in program.outputs.items()}
-    return Program(operations, program.values, program.inputs, outputs, [renamed(boundary) for boundary in program.boundaries])
+    return Program(
+        operations,
+        program.values,
+        program.inputs,
+        outputs,
+        [renamed(boundary) for boundary in program.boundaries],
+    )
 
 
 _NUMBERS = ("latent", "symbols", "decoded", "means", "scales", "weights")
@@ -116,19 +149,30 @@ def without_idle_rescales(program: Program) -> Program:
 
 def _is_idle(program: Program, operation: Operation) -> bool:
     facts, numbers = operation.facts, program.values[operation.inputs[0]].range
-    one = torch.equal(facts["mantissa"].double(), torch.exp2(facts["shift"].double())) and bool((torch.as_tensor(facts["refinement"]) == 1).all())
-    return one and (facts["low"] is None or (int(facts["low"].max()) <= numbers.low and numbers.high <= int(facts["high"].min())))
+    one = torch.equal(facts["mantissa"].double(), torch.exp2(facts["shift"].double())) and bool(
+        (torch.as_tensor(facts["refinement"]) == 1).all()
+    )
+    return one and (
+        facts["low"] is None
+        or (int(facts["low"].max()) <= numbers.low and numbers.high <= int(facts["high"].min()))
+    )
 
 
 def with_split_products(program: Program) -> Program:
-    """A layer whose outputs are cut into parts at once (queries, keys and values; scales and means) becomes a layer for each part."""
+    """A layer whose outputs are cut into parts at once (queries, keys and values; scales and means) becomes a
+    layer for each part."""
     readers, named, operations = _readers(program.operations), _named(program), []
     replaced: set[int] = set()
     for operation in program.operations:
         if operation.outputs and operation.outputs[0] in replaced:
             continue  # the cut of a layer that is cut already
         cut = readers.get(operation.outputs[0], []) if operation.outputs else []
-        if operation.kind in _PRODUCTS and len(cut) == 1 and operation.outputs[0] not in named and _cuts_channels(program, operation, cut[0]):
+        if (
+            operation.kind in _PRODUCTS
+            and len(cut) == 1
+            and operation.outputs[0] not in named
+            and _cuts_channels(program, operation, cut[0])
+        ):
             replaced.add(cut[0].outputs[0])
             start = 0
             for number in cut[0].outputs:
@@ -148,7 +192,11 @@ def _channel_dim(program: Program, operation: Operation) -> int:
 
 
 def _cuts_channels(program: Program, product: Operation, cut: Operation) -> bool:
-    if cut.kind != "layout" or cut.facts["name"] not in ("chunk", "split") or product.facts.get("groups", 1) != 1:
+    if (
+        cut.kind != "layout"
+        or cut.facts["name"] not in ("chunk", "split")
+        or product.facts.get("groups", 1) != 1
+    ):
         return False
     arguments, options = cut.facts["arguments"], cut.facts["options"]
     dim = options.get("dim", arguments[2] if len(arguments) > 2 else 0)
@@ -156,7 +204,8 @@ def _cuts_channels(program: Program, product: Operation, cut: Operation) -> bool
 
 
 def with_early_elementwise(program: Program) -> Program:
-    """Elementwise operations on one value move in front of the layout functions that stand before them, as far as they can.
+    """Elementwise operations on one value move in front of the layout functions that stand before them, as
+    far as they can.
 
     So a layer's results are requantized as they are made, and what is moved about is small.
     """
@@ -182,21 +231,38 @@ def _moved(program: Program, operation: Operation, producers: dict[int, Operatio
     for depth in range(len(chain), 0, -1):
         layouts = chain[:depth][::-1]
         source = layouts[0].inputs[0]
-        facts = _parameters_before(operation, layouts, program.values[source].shape, _channels_of(source, program, producers))
+        facts = _parameters_before(
+            operation, layouts, program.values[source].shape, _channels_of(source, program, producers)
+        )
         if facts is None:
             continue
         numbers = program.values[operation.outputs[0]].range
-        steps = [replace(operation, inputs=(source,), outputs=(program.value(program.values[source].shape, numbers),), facts=facts)]
+        steps = [
+            replace(
+                operation,
+                inputs=(source,),
+                outputs=(program.value(program.values[source].shape, numbers),),
+                facts=facts,
+            )
+        ]
         for layout in layouts:
             last = layout is layouts[-1]
-            out = operation.outputs[0] if last else program.value(program.values[layout.outputs[0]].shape, numbers)
+            out = (
+                operation.outputs[0]
+                if last
+                else program.value(program.values[layout.outputs[0]].shape, numbers)
+            )
             steps.append(replace(layout, inputs=steps[-1].outputs, outputs=(out,)))
         return steps
     return [operation]
 
 
 def _is_move(operation: Operation) -> bool:
-    return operation.kind == "layout" and operation.facts["name"] in _MOVES and len(operation.inputs) == len(operation.outputs) == 1
+    return (
+        operation.kind == "layout"
+        and operation.facts["name"] in _MOVES
+        and len(operation.inputs) == len(operation.outputs) == 1
+    )
 
 
 def _pads(layout: Operation) -> bool:
@@ -208,18 +274,29 @@ def _channels_of(number: int, program: Program, producers: dict[int, Operation])
     operation = producers[number]
     while operation.kind in _ELEMENTWISE:
         operation = producers[operation.inputs[0]]
-    return 1 if operation.kind in ("conv", "deconv", "conv3d", "gdn", "input") else len(program.values[number].shape) - 1
+    return (
+        1
+        if operation.kind in ("conv", "deconv", "conv3d", "gdn", "input")
+        else len(program.values[number].shape) - 1
+    )
 
 
-def _parameters_before(operation: Operation, layouts: list[Operation], shape: tuple[int, ...], dim: int) -> dict[str, Any] | None:
-    """The operation's parameters in front of layout functions: numbers, or along dimension `dim` of `shape`; None where there are none.
+def _parameters_before(
+    operation: Operation, layouts: list[Operation], shape: tuple[int, ...], dim: int
+) -> dict[str, Any] | None:
+    """The operation's parameters in front of layout functions: numbers, or along dimension `dim` of `shape`;
+    None where there are none.
 
     A pad brings zeros in, so the operation must leave them as they are.
     """
     facts = operation.facts
     stated = {name: torch.as_tensor(facts[name]) for name in _PARAMETERS if facts.get(name) is not None}
     if any(_pads(layout) for layout in layouts):
-        constant = all(layout.facts["options"].get("mode", "constant") == "constant" for layout in layouts if _pads(layout))
+        constant = all(
+            layout.facts["options"].get("mode", "constant") == "constant"
+            for layout in layouts
+            if _pads(layout)
+        )
         keeps_zero = operation.kind in ("rescale", "leaky", "neg", "abs", "square")
         inside = "low" not in stated or (int(stated["low"].max()) <= 0 <= int(stated["high"].min()))
         if not (constant and keeps_zero and inside):
@@ -235,13 +312,19 @@ def _parameters_before(operation: Operation, layouts: list[Operation], shape: tu
         arguments = [came_from if isinstance(part, Input) else part for part in layout.facts["arguments"]]
         came_from = layout_function(layout.facts["name"])(*arguments, **layout.facts["options"])
     found = _along(came_from, varying, shape[dim])
-    return None if found is None else {**facts, **before, **{name: part.reshape(view) for name, part in found.items()}}
+    return (
+        None
+        if found is None
+        else {**facts, **before, **{name: part.reshape(view) for name, part in found.items()}}
+    )
 
 
 def with_attention(program: Program) -> Program:
-    """Scores, softmax and weighted sum become one operation `attention` on queries, keys (transposed) and values.
+    """Scores, softmax and weighted sum become one operation `attention` on queries, keys (transposed) and
+    values.
 
-    Its facts hold the operations that it stands for, under `steps`: matmul, rescale, softmax, rescale, matmul.
+    Its facts hold the operations that it stands for, under `steps`: matmul, rescale, softmax, rescale,
+    matmul.
     """
     producers, readers, named = program.producers(), _readers(program.operations), _named(program)
 
@@ -257,22 +340,35 @@ def with_attention(program: Program) -> Program:
             continue
         scores = producers[softmax.inputs[0]]
         products = producers[scores.inputs[0]] if scores.kind == "rescale" else None
-        if products is None or products.kind != "matmul" or only_reader(products, "rescale") is None or only_reader(scores, "softmax") is None:
+        if (
+            products is None
+            or products.kind != "matmul"
+            or only_reader(products, "rescale") is None
+            or only_reader(scores, "softmax") is None
+        ):
             continue
         weights = only_reader(softmax, "rescale")
         output = weights and only_reader(weights, "matmul")
         if output is None or output.inputs[0] != weights.outputs[0]:
             continue
         steps = [products, scores, softmax, weights, output]
-        fused[id(output)] = Operation("attention", (*products.inputs, output.inputs[1]), output.outputs, {"steps": steps}, softmax.node)
+        fused[id(output)] = Operation(
+            "attention", (*products.inputs, output.inputs[1]), output.outputs, {"steps": steps}, softmax.node
+        )
         inside.update(id(step) for step in steps)
-    operations = [fused.get(id(op), op) for op in program.operations if id(op) in fused or id(op) not in inside]
+    operations = [
+        fused.get(id(op), op) for op in program.operations if id(op) in fused or id(op) not in inside
+    ]
     return _with(program, operations)
 
 
 def _along(came_from: Tensor, parameters: dict[str, Tensor], size: int) -> dict[str, Tensor] | None:
-    """Each parameter by place, (size,). They broadcast to `came_from`, which holds places + 1, or 0; None where values clash."""
-    full = {name: part.reshape((1,) * (came_from.ndim - part.ndim) + part.shape) for name, part in parameters.items()}
+    """Each parameter by place, (size,). They broadcast to `came_from`, which holds places + 1, or 0; None
+    where values clash."""
+    full = {
+        name: part.reshape((1,) * (came_from.ndim - part.ndim) + part.shape)
+        for name, part in parameters.items()
+    }
     varies = [any(part.shape[d] > 1 for part in full.values()) for d in range(came_from.ndim)]
     sample = came_from[tuple(slice(None) if yes else slice(0, 1) for yes in varies)]
     # the sample is enough, where places vary only as the parameters do

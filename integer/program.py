@@ -1,12 +1,13 @@
 """A program: operations on whole-number tensors, in order, with the proven range of every value.
 
-An operation's kind says what it computes; `integer.reference` holds the meaning of each kind as a few lines of PyTorch, and
-faster kernels must equal it to the bit.
+An operation's kind says what it computes; `integer.reference` holds the meaning of each kind as a few lines
+of PyTorch, and faster kernels must equal it to the bit.
 
 kinds
     input            pixels, symbols: given from outside
     constant         `value`
-    rescale          round_half_away(x * mantissa * 2^-shift), clipped to low .. high, times `refinement` (split channels)
+    rescale          round_half_away(x * mantissa * 2^-shift), clipped to low .. high, times `refinement`
+                     (split channels)
     round            round_half_away(x * 2^-bits): from the grid of a boundary to symbols
     conv, conv3d, deconv, linear   products with `weight` plus `bias`, into an accumulator
     matmul           product of two values
@@ -60,7 +61,8 @@ class Range:
 
 @dataclass
 class Operation:
-    """One step. inputs, outputs: numbers of values. node: the module or function of the codec that it belongs to."""
+    """One step. inputs, outputs: numbers of values. node: the module or function of the codec that it belongs
+    to."""
 
     kind: str
     inputs: tuple[int, ...]
@@ -85,9 +87,11 @@ class Value:
 
 @dataclass
 class Boundary:
-    """A place where a latent is rounded; numbers of values, all on the grid of the boundaries but the symbols.
+    """A place where a latent is rounded; numbers of values, all on the grid of the boundaries but the
+    symbols.
 
-    kind: round, entropy_bottleneck, gaussian, mixture or offsets. latent: before it is rounded. decoded: after.
+    kind: round, entropy_bottleneck, gaussian, mixture or offsets. latent: before it is rounded. decoded:
+    after.
     whole: the symbols are round(latent), though there are means; a mixture's always are.
     """
 
@@ -105,7 +109,8 @@ class Boundary:
 
 @dataclass
 class Program:
-    """operations in order; values by number; inputs and outputs by name; boundaries in the order of the codec's forward."""
+    """operations in order; values by number; inputs and outputs by name; boundaries in the order of the
+    codec's forward."""
 
     operations: list[Operation] = field(default_factory=list)
     values: list[Value] = field(default_factory=list)
@@ -117,7 +122,15 @@ class Program:
         self.values.append(Value(tuple(shape), numbers))
         return len(self.values) - 1
 
-    def add(self, kind: str, inputs: tuple[int, ...], shape: tuple[int, ...], numbers: Range, node: str = "", **facts: Any) -> int:
+    def add(
+        self,
+        kind: str,
+        inputs: tuple[int, ...],
+        shape: tuple[int, ...],
+        numbers: Range,
+        node: str = "",
+        **facts: Any,
+    ) -> int:
         """Append an operation with one result; gives the number of its value."""
         number = self.value(shape, numbers)
         self.operations.append(Operation(kind, tuple(inputs), (number,), facts, node))
@@ -184,7 +197,11 @@ class Program:
                 raise ValueError(f"{operation.node} is needed and not given")
             pending.extend(operation.inputs)
         operations = [Operation("input", (), (value,), node=name) for name, value in inputs.items()]
-        operations += [op for op in self.operations if not given.intersection(op.outputs) and needed.intersection(op.outputs)]
+        operations += [
+            op
+            for op in self.operations
+            if not given.intersection(op.outputs) and needed.intersection(op.outputs)
+        ]
         return Program(operations, self.values, dict(inputs), dict(outputs))
 
 

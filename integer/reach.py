@@ -1,8 +1,9 @@
 """How far the results of a program reach: the part of an image that they depend on.
 
-A program runs on places instead of numbers. Every number carries the first and the last row, and column, of the image that it
-depends on, and every operation takes the extremes over what it reads; keys that a softmax masks are not read. So a program of a
-few hundred pixels says how far from a cut the numbers of a large image's tile are those of the whole image (`integer.tiles`).
+A program runs on places instead of numbers. Every number carries the first and the last row, and column, of
+the image that it depends on, and every operation takes the extremes over what it reads; keys that a softmax
+masks are not read. So a program of a few hundred pixels says how far from a cut the numbers of a large
+image's tile are those of the whole image (`integer.tiles`).
 """
 
 from dataclasses import dataclass
@@ -23,7 +24,8 @@ _NOTHING = 1.0  # depends on nothing, and may be other than zero; 0: is zero
 
 @dataclass(frozen=True)
 class Span:
-    """Along one axis, in pixels: results depend on so many before and after their own; the pattern repeats every `period`."""
+    """Along one axis, in pixels: results depend on so many before and after their own; the pattern repeats
+    every `period`."""
 
     before: int
     after: int
@@ -37,19 +39,28 @@ class Reach:
 
 
 def reach(program: Program, height: int, width: int, multiple: int) -> Reach | None:
-    """The reach of all outputs of a program of BATCH images of height x width; None where these are too small to tell.
+    """The reach of all outputs of a program of BATCH images of height x width; None where these are too small
+    to tell.
 
     Inputs and outputs have rows and columns as their last dimensions.
     """
-    inputs = {name: _places(program.values[number].shape, height, width) for name, number in program.inputs.items()}
+    inputs = {
+        name: _places(program.values[number].shape, height, width) for name, number in program.inputs.items()
+    }
     found = list(interpret(program, inputs, _EXTREMES).values())
-    rows = _span([_distances(part.amax(tuple(range(1, part.ndim - 2)))[:2].amax(2), height) for part in found], multiple)
-    columns = _span([_distances(part.amax(tuple(range(1, part.ndim - 2)))[2:].amax(1), width) for part in found], multiple)
+    rows = _span(
+        [_distances(part.amax(tuple(range(1, part.ndim - 2)))[:2].amax(2), height) for part in found],
+        multiple,
+    )
+    columns = _span(
+        [_distances(part.amax(tuple(range(1, part.ndim - 2)))[2:].amax(1), width) for part in found], multiple
+    )
     return Reach(rows, columns) if rows and columns else None
 
 
 def _places(shape: tuple[int, ...], height: int, width: int) -> Tensor:
-    """What an input's numbers depend on: themselves. First places are told as _FAR - place, last ones as _FAR + place: both grow."""
+    """What an input's numbers depend on: themselves. First places are told as _FAR - place, last ones as _FAR
+    + place: both grow."""
     parts = []
     for length, count, dim in ((height, shape[-2], -2), (width, shape[-1], -1)):
         size = length // count
@@ -62,12 +73,16 @@ def _places(shape: tuple[int, ...], height: int, width: int) -> Tensor:
 
 
 def _distances(places: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(2, n) -> for each pixel along an axis: distance to the first and to the last that it depends on, whether these touch the ends."""
+    """(2, n) -> for each pixel along an axis: distance to the first and to the last that it depends on,
+    whether these touch the ends."""
     size = length // places.shape[1]
     own = torch.arange(places.shape[1]) * size
     first, last = _FAR - places[0], places[1] - _FAR
     inside = (first > 0) & (last < length - 1)
-    return tuple(part.repeat_interleave(size) for part in ((own - first).clamp(min=0), (last - own - size + 1).clamp(min=0), inside))
+    return tuple(
+        part.repeat_interleave(size)
+        for part in ((own - first).clamp(min=0), (last - own - size + 1).clamp(min=0), inside)
+    )
 
 
 def _span(parts: list[tuple[Tensor, Tensor, Tensor]], multiple: int) -> Span | None:
@@ -79,12 +94,14 @@ def _span(parts: list[tuple[Tensor, Tensor, Tensor]], multiple: int) -> Span | N
     if len(inside) != middle.stop - middle.start:
         return None
     for period in (multiple, 2 * multiple, 4 * multiple, 8 * multiple):
-        if len(inside) >= 2 * period and all(torch.equal(part[middle][period:], part[middle][:-period]) for part in (before, after)):
+        if len(inside) >= 2 * period and all(
+            torch.equal(part[middle][period:], part[middle][:-period]) for part in (before, after)
+        ):
             return Span(int(before.max()), int(after.max()), period)
     return None
 
 
-# ------------------------------------------------------------------------------------- what each operation makes of places
+# ------------------------------------------------------------------------ what each operation makes of places
 
 
 def _slim(x: Tensor) -> Tensor:
@@ -134,8 +151,8 @@ def _linear(operation: Operation, x: Tensor) -> Tensor:
 
 
 def _matmul(operation: Operation, a: Tensor, b: Tensor) -> Tensor:
-    """The smaller of two bounds: what a row and a column hold; and, over the numbers of a row that may be other than zero, what
-    these and all that they are multiplied with hold."""
+    """The smaller of two bounds: what a row and a column hold; and, over the numbers of a row that may be
+    other than zero, what these and all that they are multiplied with hold."""
     ends = torch.maximum(a.amax(-1, keepdim=True), b.amax(-2, keepdim=True))
     inner = b.amax(-1)[..., None, :]
     read = torch.where((a == 0) | (inner == 0), 0.0, torch.maximum(a, inner)).amax(-1, keepdim=True)

@@ -1,8 +1,8 @@
 """What each operation means: a few lines of PyTorch, exact on any device (design, section 4).
 
-Products run as ordinary convolutions on whole numbers held as floats: float32 where the proven range of the result stays
-below 2^24, so that no order of summation rounds, else float64. Values are kept in the integer type that the program proves
-to be enough, so a wrong proof would show.
+Products run as ordinary convolutions on whole numbers held as floats: float32 where the proven range of the
+result stays below 2^24, so that no order of summation rounds, else float64. Values are kept in the integer
+type that the program proves to be enough, so a wrong proof would show.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -19,21 +19,36 @@ from licq.quant.integer_functions import fixed_softmax, integer_gdn, integer_lay
 from licq.support.determinism import exact_products
 
 EXACT_FLOAT32 = 2**24
-_IN_FLOAT = {"unfold", "max_pool2d", "upsample_nearest2d"}  # layout functions that PyTorch lacks for whole numbers
+_IN_FLOAT = {
+    "unfold",
+    "max_pool2d",
+    "upsample_nearest2d",
+}  # layout functions that PyTorch lacks for whole numbers
 
 
-def run(program: Program, inputs: Mapping[str, Tensor], keep: bool = False) -> dict[str, Tensor] | dict[int, Tensor]:
+def run(
+    program: Program, inputs: Mapping[str, Tensor], keep: bool = False
+) -> dict[str, Tensor] | dict[int, Tensor]:
     """The outputs of a program by name; with `keep`, every value by number.
 
-    inputs: whole numbers by name, of the shapes and ranges that the program states, on the device of its constants (`Program.to`).
+    inputs: whole numbers by name, of the shapes and ranges that the program states, on the device of its
+    constants (`Program.to`).
     """
     with exact_products(next((x.device for x in inputs.values()), torch.device("cpu"))):
-        return interpret(program, inputs, MEANING, lambda number, tensor: tensor.to(program.values[number].dtype), keep)
+        return interpret(
+            program, inputs, MEANING, lambda number, tensor: tensor.to(program.values[number].dtype), keep
+        )
 
 
-def interpret(program: Program, inputs: Mapping[str, Tensor], meaning: Mapping[str, Callable],
-              stored: Callable[[int, Tensor], Tensor] = lambda number, tensor: tensor, keep: bool = False) -> dict[Any, Tensor]:  # fmt: skip
-    """`run`, with a meaning of one's own for each kind of operation; `stored` makes of a result what is kept under its number."""
+def interpret(
+    program: Program,
+    inputs: Mapping[str, Tensor],
+    meaning: Mapping[str, Callable],
+    stored: Callable[[int, Tensor], Tensor] = lambda number, tensor: tensor,
+    keep: bool = False,
+) -> dict[Any, Tensor]:
+    """`run`, with a meaning of one's own for each kind of operation; `stored` makes of a result what is kept
+    under its number."""
     numbers = {number: name for name, number in program.inputs.items()}
     last = _last_use(program)
     values: dict[int, Tensor] = {}
@@ -47,8 +62,13 @@ def interpret(program: Program, inputs: Mapping[str, Tensor], meaning: Mapping[s
     return values if keep else {name: values[number] for name, number in program.outputs.items()}
 
 
-def results_of(operation: Operation, values: Mapping[int, Tensor], inputs: Mapping[str, Tensor], names: Mapping[int, str],
-               meaning: Mapping[str, Callable]) -> Iterator[tuple[int, Tensor]]:  # fmt: skip
+def results_of(
+    operation: Operation,
+    values: Mapping[int, Tensor],
+    inputs: Mapping[str, Tensor],
+    names: Mapping[int, str],
+    meaning: Mapping[str, Callable],
+) -> Iterator[tuple[int, Tensor]]:
     """(number, tensor) of each result of an operation on `values`; an input's is that of its name."""
     if operation.kind == "input":
         outputs = [inputs[names[operation.outputs[0]]]]
@@ -59,7 +79,11 @@ def results_of(operation: Operation, values: Mapping[int, Tensor], inputs: Mappi
 
 
 def _last_use(program: Program) -> dict[int, int]:
-    last = {number: place for place, operation in enumerate(program.operations) for number in (*operation.inputs, *operation.outputs)}
+    last = {
+        number: place
+        for place, operation in enumerate(program.operations)
+        for number in (*operation.inputs, *operation.outputs)
+    }
     return {**last, **dict.fromkeys(program.outputs.values(), len(program.operations))}
 
 
@@ -106,7 +130,16 @@ def _deconv(operation: Operation, x: Tensor, weight: Tensor) -> Tensor:
     outputs, per_group, *kernel = weight.shape
     weight = weight.reshape(facts["groups"], outputs // facts["groups"], per_group, *kernel).transpose(1, 2)
     weight = weight.reshape(-1, outputs // facts["groups"], *kernel)
-    return F.conv_transpose2d(x, weight, None, facts["stride"], facts["padding"], facts["output_padding"], facts["groups"], facts["dilation"])
+    return F.conv_transpose2d(
+        x,
+        weight,
+        None,
+        facts["stride"],
+        facts["padding"],
+        facts["output_padding"],
+        facts["groups"],
+        facts["dilation"],
+    )
 
 
 def _matmul(operation: Operation, a: Tensor, b: Tensor) -> Tensor:
@@ -116,7 +149,9 @@ def _matmul(operation: Operation, a: Tensor, b: Tensor) -> Tensor:
 
 def _add(operation: Operation, a: Tensor, b: Tensor) -> Tensor:
     out = a.to(torch.int64) + b.to(torch.int64)
-    return out if operation.facts["low"] is None else out.clamp(operation.facts["low"], operation.facts["high"])
+    return (
+        out if operation.facts["low"] is None else out.clamp(operation.facts["low"], operation.facts["high"])
+    )
 
 
 def _clamp(operation: Operation, x: Tensor) -> Tensor:
@@ -148,8 +183,14 @@ def _softmax(operation: Operation, q: Tensor) -> Tensor:
 
 def _layer_norm(operation: Operation, x: Tensor) -> Tensor:
     facts = operation.facts
-    low, high, mantissa, shift, offset = (facts[key] for key in ("low", "high", "mantissa", "shift", "offset"))
-    out = requantize(integer_layer_norm(x, facts["eps"]).to(torch.int64), mantissa.abs(), shift) * mantissa.sign() + offset
+    low, high, mantissa, shift, offset = (
+        facts[key] for key in ("low", "high", "mantissa", "shift", "offset")
+    )
+    out = (
+        requantize(integer_layer_norm(x, facts["eps"]).to(torch.int64), mantissa.abs(), shift)
+        * mantissa.sign()
+        + offset
+    )
     return torch.minimum(torch.maximum(out, low), high)
 
 
@@ -167,7 +208,9 @@ def _attention(operation: Operation, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def _layout(operation: Operation, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
     facts = operation.facts
-    as_float = facts["name"] in _IN_FLOAT or (facts["name"] == "pad" and facts["options"].get("mode", "constant") != "constant")
+    as_float = facts["name"] in _IN_FLOAT or (
+        facts["name"] == "pad" and facts["options"].get("mode", "constant") != "constant"
+    )
     arguments = _filled(facts["arguments"], [x.double() if as_float else x for x in inputs])
     return layout_function(facts["name"])(*arguments, **facts["options"])
 

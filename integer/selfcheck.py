@@ -1,4 +1,5 @@
-"""Whether the compiled kernels give the reference's numbers on this machine, on the largest numbers that they must take.
+"""Whether the compiled kernels give the reference's numbers on this machine, on the largest numbers that they
+must take.
 
 Run once when kernels are about to be used (design, section 4); takes some hundredths of a second.
 """
@@ -39,8 +40,15 @@ def _checks() -> Iterator[Check]:
     for numbers in ((-127, 127), (0, 255), (-8191, 8191)):
         for kind in ("conv", "deconv"):
             yield _product(kind, numbers)
-    for kind, kernel, stride, inputs in (("conv", 3, 1, 114), ("conv", 5, 2, 40), ("conv", 5, 2, 3), ("deconv", 5, 2, 114)):
-        yield _product(kind, (-255, 255), kernel, stride, inputs)  # for `winograd.c`, with 114 inputs the largest sums that it takes
+    for kind, kernel, stride, inputs in (
+        ("conv", 3, 1, 114),
+        ("conv", 5, 2, 40),
+        ("conv", 5, 2, 3),
+        ("deconv", 5, 2, 114),
+    ):
+        yield _product(
+            kind, (-255, 255), kernel, stride, inputs
+        )  # for `winograd.c`, with 114 inputs the largest sums that it takes
     for per_channel in (False, True):
         for largest in (2**31 - 1, 2**20):
             yield _rescale(per_channel, largest)
@@ -53,10 +61,16 @@ def _checks() -> Iterator[Check]:
 
 def _given(program: Program, out: int, kind: str, **inputs: Tensor) -> Check:
     program.outputs["out"] = out
-    return kind, program, {name: tensor.to(program.values[program.inputs[name]].dtype) for name, tensor in inputs.items()}
+    return (
+        kind,
+        program,
+        {name: tensor.to(program.values[program.inputs[name]].dtype) for name, tensor in inputs.items()},
+    )
 
 
-def _product(kind: str, numbers: tuple[int, int], kernel: int = 3, stride: int = 2, inputs: int = 37) -> Check:
+def _product(
+    kind: str, numbers: tuple[int, int], kernel: int = 3, stride: int = 2, inputs: int = 37
+) -> Check:
     """A product some of whose sums are the largest and the smallest that its range allows."""
     shape, outputs, pad = (1, inputs, 9, 11), 19, kernel // 2
     program = Program()
@@ -67,25 +81,41 @@ def _product(kind: str, numbers: tuple[int, int], kernel: int = 3, stride: int =
         out_shape = F.conv2d(torch.empty(shape), weight.float(), None, stride, pad).shape
     else:
         facts["output_padding"] = (stride - 1, stride - 1)
-        out_shape = F.conv_transpose2d(torch.empty(shape), weight.float().transpose(0, 1), None, stride, pad, stride - 1).shape
+        out_shape = F.conv_transpose2d(
+            torch.empty(shape), weight.float().transpose(0, 1), None, stride, pad, stride - 1
+        ).shape
     bound = int(weight.long().abs().flatten(1).sum(1).max()) * max(-numbers[0], numbers[1]) + 2**20
     x = program.input("x", shape, Range(*numbers))
     bias = extremes((outputs,), -(2**20), 2**20, seed=2)
-    out = program.add(kind, (x,), tuple(out_shape), Range(-bound, bound), weight=weight, bias=bias, bound=bound, **facts)
+    out = program.add(
+        kind, (x,), tuple(out_shape), Range(-bound, bound), weight=weight, bias=bias, bound=bound, **facts
+    )
     given = extremes(shape, *numbers, seed=3)
     given[:, :, :5, :5], given[:, :, :5, 6:] = numbers[0], numbers[1]
     return _given(program, out, kind, x=given)
 
 
 def _rescale(per_channel: bool, largest: int) -> Check:
-    """Numbers up to the largest, and ties, which the powers of two make. Small ones allow a multiplier without ties (`integer.items.nudged`)."""
+    """Numbers up to the largest, and ties, which the powers of two make. Small ones allow a multiplier
+    without ties (`integer.items.nudged`)."""
     shape = (1, 5, 20, 30)
     program = Program()
     x = program.input("x", shape, Range(-largest, largest))
-    multiplier = torch.tensor([2.0**-1, 2.0**-16, 3 * 2.0**-18, 0.3, 1e-7 if largest > 2**20 else 1e-4], dtype=torch.float64)[: 5 if per_channel else 1]
+    multiplier = torch.tensor(
+        [2.0**-1, 2.0**-16, 3 * 2.0**-18, 0.3, 1e-7 if largest > 2**20 else 1e-4], dtype=torch.float64
+    )[: 5 if per_channel else 1]
     mantissa, shift = (part.reshape(1, -1, 1, 1) for part in quantize_multiplier(multiplier))
-    out = program.add("rescale", (x,), shape, Range(-32767, 32767), mantissa=mantissa, shift=shift, low=torch.tensor(-32767),
-                      high=torch.tensor(32767), refinement=torch.tensor(1))  # fmt: skip
+    out = program.add(
+        "rescale",
+        (x,),
+        shape,
+        Range(-32767, 32767),
+        mantissa=mantissa,
+        shift=shift,
+        low=torch.tensor(-32767),
+        high=torch.tensor(32767),
+        refinement=torch.tensor(1),
+    )
     numbers = extremes(shape, -largest, largest)
     numbers[:, :, :10] = extremes((1, 5, 10, 30), -(2**17), 2**17)
     return _given(program, out, "rescale", x=numbers)
@@ -107,11 +137,29 @@ def _gdn(inverse: bool) -> Check:
     program = Program()
     x = program.input("x", shape, Range(-32767, 32767))
     norm = program.input("norm", shape, Range(0, 2**31 - 1))
-    mantissa, shift = (part.reshape(1, -1, 1, 1) for part in quantize_multiplier(
-        torch.logspace(-3, 1, 6, dtype=torch.float64) * (2.0**-14 if inverse else 2.0**14)))  # fmt: skip
+    mantissa, shift = (
+        part.reshape(1, -1, 1, 1)
+        for part in quantize_multiplier(
+            torch.logspace(-3, 1, 6, dtype=torch.float64) * (2.0**-14 if inverse else 2.0**14)
+        )
+    )
     ends = {name: torch.full((1, 6, 1, 1), sign * 32767) for name, sign in (("low", -1), ("high", 1))}
-    out = program.add("gdn", (x, norm), shape, Range(-32767, 32767), mantissa=mantissa, shift=shift, inverse=inverse, algorithm="gdn", **ends)
-    norms = torch.exp2(torch.rand(shape, generator=torch.Generator().manual_seed(4)) * 31).long().clamp(max=2**31 - 1)
+    out = program.add(
+        "gdn",
+        (x, norm),
+        shape,
+        Range(-32767, 32767),
+        mantissa=mantissa,
+        shift=shift,
+        inverse=inverse,
+        algorithm="gdn",
+        **ends,
+    )
+    norms = (
+        torch.exp2(torch.rand(shape, generator=torch.Generator().manual_seed(4)) * 31)
+        .long()
+        .clamp(max=2**31 - 1)
+    )
     norms[:, :, 0], norms[:, :, 1] = torch.arange(31) ** 2, 2**31 - 1
     return _given(program, out, "gdn", x=extremes(shape, -32767, 32767), norm=norms)
 
@@ -123,7 +171,17 @@ def _layer_norm() -> Check:
     mantissa, shift = quantize_multiplier(torch.logspace(-4, -1, 24, dtype=torch.float64))
     mantissa = mantissa * torch.where(torch.arange(24) % 3 == 0, -1, 1)
     ends = {name: torch.full((24,), sign * 32767) for name, sign in (("low", -1), ("high", 1))}
-    out = program.add("layer_norm", (x,), shape, Range(-32767, 32767), eps=3.7, mantissa=mantissa, shift=shift, offset=torch.arange(24) - 12, **ends)
+    out = program.add(
+        "layer_norm",
+        (x,),
+        shape,
+        Range(-32767, 32767),
+        eps=3.7,
+        mantissa=mantissa,
+        shift=shift,
+        offset=torch.arange(24) - 12,
+        **ends,
+    )
     numbers = extremes(shape, -32767, 32767)
     numbers[:, 0], numbers[:, 1] = 5, torch.arange(24)
     return _given(program, out, "layer_norm", x=numbers)
@@ -140,17 +198,36 @@ def _attention() -> Check:
     offset[:, :, :, 3] = -(2**22)
 
     def scale(multiplier: list[float], low: int, high: int) -> dict:
-        mantissa, shift = (part.reshape(-1, 1, 1) for part in quantize_multiplier(torch.tensor(multiplier, dtype=torch.float64)))
-        return {"mantissa": mantissa, "shift": shift, "low": torch.tensor(low), "high": torch.tensor(high), "refinement": torch.tensor(1)}
+        mantissa, shift = (
+            part.reshape(-1, 1, 1)
+            for part in quantize_multiplier(torch.tensor(multiplier, dtype=torch.float64))
+        )
+        return {
+            "mantissa": mantissa,
+            "shift": shift,
+            "low": torch.tensor(low),
+            "high": torch.tensor(high),
+            "refinement": torch.tensor(1),
+        }
 
     bound = 127 * 255 * keys
     steps = [
         Operation("matmul", (q, k), (values[0],), {"bound": 127 * 127 * inner}),
         Operation("rescale", (values[0],), (values[1],), scale([0.01, 0.4], -32767, 32767)),
-        Operation("softmax", (values[1],), (values[2],), {"table": softmax_table(), "offset": offset, "kinds": None, "blank": None, "dim": -1}),
+        Operation(
+            "softmax",
+            (values[1],),
+            (values[2],),
+            {"table": softmax_table(), "offset": offset, "kinds": None, "blank": None, "dim": -1},
+        ),
         Operation("rescale", (values[2],), (values[3],), scale([2.0**-8, 0.004], 0, 255)),
         Operation("matmul", (values[3], v), (), {"bound": bound}),
     ]
-    out = program.add("attention", (q, k, v), (batch, heads, queries, inner), Range(-bound, bound), steps=steps)
-    inputs = {name: extremes(program.values[program.inputs[name]].shape, -127, 127, seed=place) for place, name in enumerate("qkv")}
+    out = program.add(
+        "attention", (q, k, v), (batch, heads, queries, inner), Range(-bound, bound), steps=steps
+    )
+    inputs = {
+        name: extremes(program.values[program.inputs[name]].shape, -127, 127, seed=place)
+        for place, name in enumerate("qkv")
+    }
     return _given(program, out, "attention", **inputs)

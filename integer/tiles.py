@@ -1,8 +1,9 @@
 """A program on a large image, tile by tile: the same numbers in bounded memory.
 
-A tile is an ordinary image of its own size, and whatever depends on what lies beyond its cuts is computed and thrown away
-(`integer.reach` says how much that is). Tiles begin at multiples of the period of the network's pattern (strides, windows of
-attention), so inside a tile every operation meets the same numbers as in the whole image.
+A tile is an ordinary image of its own size, and whatever depends on what lies beyond its cuts is computed and
+thrown away (`integer.reach` says how much that is). Tiles begin at multiples of the period of the network's
+pattern (strides, windows of attention), so inside a tile every operation meets the same numbers as in the
+whole image.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,12 +29,15 @@ class Cut:
 
 
 def cuts(total: int, tile: int, span: Span, multiple: int) -> list[Cut]:
-    """Tiles of at most about `tile` pixels, or as few more as `span` needs, along an axis of `total`; what they keep covers it once."""
+    """Tiles of at most about `tile` pixels, or as few more as `span` needs, along an axis of `total`; what
+    they keep covers it once."""
     before, after = (-(-distance // multiple) * multiple for distance in (span.before, span.after))
     least = -(-(before + after + multiple) // span.period) * span.period + span.period
     length = max(tile // span.period * span.period, least)
     found = _cuts_of(total, length, before, after, span.period)
-    while length > least and len(smaller := _cuts_of(total, length - span.period, before, after, span.period)) == len(found):
+    while length > least and len(
+        smaller := _cuts_of(total, length - span.period, before, after, span.period)
+    ) == len(found):
         length, found = length - span.period, smaller  # as many tiles, of more equal sizes
     return found
 
@@ -53,7 +57,8 @@ class Tiled:
     """Computes a program's outputs for an image of height x width in tiles.
 
     Args:
-        part: gives the program for an image of a size; inputs and outputs by the same names for all sizes, with rows and columns
+        part: gives the program for an image of a size; inputs and outputs by the same names for all sizes,
+        with rows and columns
             as last dimensions.
         tile: about so many pixels along each side.
         multiple: sides of images are multiples of it.
@@ -61,8 +66,17 @@ class Tiled:
         shown: what a progress bar says; empty: none.
     """
 
-    def __init__(self, part: Callable[[int, int], Program], height: int, width: int, reach: Reach, tile: int, multiple: int,
-                 threads: int | None = None, shown: str = ""):  # fmt: skip
+    def __init__(
+        self,
+        part: Callable[[int, int], Program],
+        height: int,
+        width: int,
+        reach: Reach,
+        tile: int,
+        multiple: int,
+        threads: int | None = None,
+        shown: str = "",
+    ):
         self.part, self.height, self.width, self.threads, self.shown = part, height, width, threads, shown
         self.rows = cuts(height, tile, reach.rows, multiple)
         self.columns = cuts(width, tile, reach.columns, multiple)
@@ -72,8 +86,13 @@ class Tiled:
         """The outputs by name, from the inputs of the whole image."""
         outputs: dict[str, Tensor] = {}
         places = [(row, column) for row in self.rows for column in self.columns]
-        for row, column in progress(places, desc=self.shown, unit="tile", enabled=bool(self.shown), leave=False):
-            pieces = {name: self._piece(x, row.start, row.end, column.start, column.end).contiguous() for name, x in inputs.items()}
+        for row, column in progress(
+            places, desc=self.shown, unit="tile", enabled=bool(self.shown), leave=False
+        ):
+            pieces = {
+                name: self._piece(x, row.start, row.end, column.start, column.end).contiguous()
+                for name, x in inputs.items()
+            }
             for name, found in self._run(row.end - row.start, column.end - column.start)(pieces).items():
                 self._keep(outputs, name, found, row, column)
         return outputs
@@ -89,9 +108,16 @@ class Tiled:
         return x[..., top // down : bottom // down, left // across : right // across]
 
     def _keep(self, outputs: dict[str, Tensor], name: str, found: Tensor, row: Cut, column: Cut) -> None:
-        down, across = (row.end - row.start) // found.shape[-2], (column.end - column.start) // found.shape[-1]
+        down, across = (
+            (row.end - row.start) // found.shape[-2],
+            (column.end - column.start) // found.shape[-1],
+        )
         if name not in outputs:
-            outputs[name] = torch.empty(*found.shape[:-2], self.height // down, self.width // across, dtype=found.dtype)
+            outputs[name] = torch.empty(
+                *found.shape[:-2], self.height // down, self.width // across, dtype=found.dtype
+            )
         top, left = (row.first - row.start) // down, (column.first - column.start) // across
         height, width = (row.last - row.first) // down, (column.last - column.first) // across
-        self._piece(outputs[name], row.first, row.last, column.first, column.last).copy_(found[..., top : top + height, left : left + width])
+        self._piece(outputs[name], row.first, row.last, column.first, column.last).copy_(
+            found[..., top : top + height, left : left + width]
+        )

@@ -1,4 +1,5 @@
-"""Which convolutions run through Winograd's F(4x4, 3x3), and their transformed weights; `winograd.c` has the algorithm."""
+"""Which convolutions run through Winograd's F(4x4, 3x3), and their transformed weights; `winograd.c` has the
+algorithm."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +15,9 @@ _TILE = 4
 _WINDOW = 3
 
 # Lavin and Gray's G, with rows times 4, 6, 6, 24, 24, 1: whole numbers.
-_G = torch.tensor([[1, 0, 0], [-1, -1, -1], [-1, 1, -1], [1, 2, 4], [1, -2, 4], [0, 0, 1]], dtype=torch.float64)
+_G = torch.tensor(
+    [[1, 0, 0], [-1, -1, -1], [-1, 1, -1], [1, 2, 4], [1, -2, 4], [0, 0, 1]], dtype=torch.float64
+)
 
 _LARGEST_INPUT = (2**15 - 1) // 100  # B' d B sums at most 10 * 10 numbers
 _LARGEST_WEIGHT = (2**15 - 1) // 49  # G g G', 7 * 7
@@ -27,7 +30,8 @@ _GAIN = 0.7
 class Windows:
     """A convolution as one by 3x3 windows, from phases of the input to phases of the output.
 
-    weight: (out_phases, outputs, in_phases, inputs, 3, 3). first: where the windows' first taps lie relative to the output.
+    weight: (out_phases, outputs, in_phases, inputs, 3, 3). first: where the windows' first taps lie relative
+    to the output.
     parts: the phases of the input, in lists whose sums of products stay below 2^25.
     """
 
@@ -42,7 +46,9 @@ def _taps(kind: str, facts: Mapping[str, Any], size: int, axis: int) -> list[tup
     """(phase of the output, phase of the input, offset in it, place in the kernel) along one axis."""
     stride, pad, dilation = facts["stride"][axis], facts["padding"][axis], facts["dilation"][axis]
     if kind == "conv":
-        return [(0, place % stride, place // stride, k) for k in range(size) for place in (k * dilation - pad,)]
+        return [
+            (0, place % stride, place // stride, k) for k in range(size) for place in (k * dilation - pad,)
+        ]
     places = [(phase, phase + pad - k * dilation, k) for phase in range(stride) for k in range(size)]
     return [(phase, 0, place // stride, k) for phase, place, k in places if place % stride == 0]
 
@@ -55,7 +61,9 @@ def _used(taps: list[tuple[int, int, int, int]], first: int) -> dict[tuple[int, 
     return {phases: 6 - (0 not in places) - (2 not in places) for phases, places in there.items()}
 
 
-def windows(kind: str, facts: Mapping[str, Any], largest_input: int, shape: tuple[int, ...]) -> Windows | None:
+def windows(
+    kind: str, facts: Mapping[str, Any], largest_input: int, shape: tuple[int, ...]
+) -> Windows | None:
     """The windows of a convolution, None where it does not pay or may leave the range in which it is exact.
 
     shape: of the result, (batch, channels, height, width).
@@ -77,18 +85,25 @@ def windows(kind: str, facts: Mapping[str, Any], largest_input: int, shape: tupl
     padded = [-(-size // (spread * _TILE)) * spread * _TILE / size for size in shape[2:]]
     if count[0] * count[1] / _TILE**2 * padded[0] * padded[1] > _GAIN * len(axes[0]) * len(axes[1]):
         return None
-    made = torch.zeros(spread**2, weight.shape[0], stride**2, weight.shape[1], _WINDOW, _WINDOW, dtype=torch.int64)
+    made = torch.zeros(
+        spread**2, weight.shape[0], stride**2, weight.shape[1], _WINDOW, _WINDOW, dtype=torch.int64
+    )
     for (a, b, y, ky), (c, d, x, kx) in product(*axes):
-        made[a * spread + c, :, b * stride + d, :, y - first[0], x - first[1]] = weight[:, :, ky, kx].to(torch.int64)
+        made[a * spread + c, :, b * stride + d, :, y - first[0], x - first[1]] = weight[:, :, ky, kx].to(
+            torch.int64
+        )
     parts = _parts(made.abs().sum((3, 4, 5)).flatten(0, 1) * largest_input)
     return None if parts is None else Windows(made, stride, spread, (first[0], first[1]), parts)
 
 
 def _parts(largest: Tensor) -> list[list[int]] | None:
-    """Phases, each put into the first part that has room for it; largest: (outputs, phases), of their sums."""
+    """Phases, each put into the first part that has room for it; largest: (outputs, phases), of their
+    sums."""
     parts: list[list[int]] = []
     for phase in largest.amax(0).argsort(descending=True).tolist():
-        part = next((part for part in parts if int(largest[:, [*part, phase]].sum(1).max()) <= _LARGEST_SUM), None)
+        part = next(
+            (part for part in parts if int(largest[:, [*part, phase]].sum(1).max()) <= _LARGEST_SUM), None
+        )
         if part is not None:
             part.append(phase)
         elif int(largest[:, phase].max()) <= _LARGEST_SUM:
@@ -99,17 +114,23 @@ def _parts(largest: Tensor) -> list[list[int]] | None:
 
 
 def winograd_weights(found: Windows) -> tuple[Tensor, Tensor, Tensor]:
-    """Transformed weights in the kernel's order, where each block of outputs at each position begins, and its input phases.
+    """Transformed weights in the kernel's order, where each block of outputs at each position begins, and its
+    input phases.
 
-    weights: int16, for every part, block of 16 (out_phase, output), position, and input phase with weights there: (pairs of inputs, 16, 2).
+    weights: int16, for every part, block of 16 (out_phase, output), position, and input phase with weights
+    there: (pairs of inputs, 16, 2).
     starts: (parts, blocks, 36), in bytes. phases: (parts, blocks, 36, in_phases + 1), their number and which.
     """
     out_phases, outputs, in_phases, inputs = found.weight.shape[:4]
     blocks, pairs = -(-out_phases * outputs // BLOCK), -(-inputs // 2)
     full = torch.zeros(blocks * BLOCK, in_phases, pairs * 2, _POSITIONS, dtype=torch.int16)
     transformed = _G @ found.weight.double() @ _G.T
-    full[: out_phases * outputs, :, :inputs] = transformed.to(torch.int16).reshape(-1, in_phases, inputs, _POSITIONS)
-    ordered = full.reshape(blocks, BLOCK, in_phases, pairs, 2, _POSITIONS).permute(0, 5, 2, 3, 1, 4).contiguous()
+    full[: out_phases * outputs, :, :inputs] = transformed.to(torch.int16).reshape(
+        -1, in_phases, inputs, _POSITIONS
+    )
+    ordered = (
+        full.reshape(blocks, BLOCK, in_phases, pairs, 2, _POSITIONS).permute(0, 5, 2, 3, 1, 4).contiguous()
+    )
     there = (ordered != 0).flatten(3).any(-1)
     weights, phases = [], torch.zeros(len(found.parts), blocks, _POSITIONS, in_phases + 1, dtype=torch.int32)
     for part, members in enumerate(found.parts):

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from licq.support.errors import InputError
     from licq.support.version import __version__
 
-# In a wheel quant/, models/ ... lie in this folder. In a checkout they lie beside it, and this package looks there too.
+# In a wheel quant/, models/ ... lie in this folder. In a checkout they lie beside it, and this package looks
+# there too.
 _CHECKOUT = Path(__file__).resolve().parent.parent
 if not (Path(__file__).parent / "quant").is_dir() and (_CHECKOUT / "quant").is_dir():
     __path__.append(str(_CHECKOUT))

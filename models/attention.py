@@ -1,6 +1,7 @@
 """Neighborhood attention (NATTEN's border rule) on any device, computed tile by tile.
 
-Source: Hassani et al., "Neighborhood Attention Transformer", arXiv 2204.07143; the variant of TinyLIC, arXiv 2204.11448.
+Source: Hassani et al., "Neighborhood Attention Transformer", arXiv 2204.07143; the variant of TinyLIC, arXiv
+2204.11448.
 """
 
 from functools import lru_cache
@@ -10,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 TILE = 4
-"""Side of a tile of queries. With a window of 7, a tile of 4 x 4 computes 100 scores a query, one of 8 x 8 196, and 49 count."""
+"""Side of a tile of queries. With a window of 7, a tile of 4 x 4 computes 100 scores a query, one of 8 x 8
+196, and 49 count."""
 
 
 class MaskedSoftmax(nn.Module):
@@ -22,7 +24,8 @@ class MaskedSoftmax(nn.Module):
     def forward(self, scores: Tensor, bias: Tensor, kinds: Tensor | None = None) -> Tensor:
         """scores: (..., queries, keys); bias: broadcastable to scores, -inf where a key is masked.
 
-        With `kinds`, scores are (B, tiles, ...) and bias holds one entry per kind of tile: kinds[t] is tile t's.
+        With `kinds`, scores are (B, tiles, ...) and bias holds one entry per kind of tile: kinds[t] is tile
+        t's.
         """
         return F.softmax(scores + (bias if kinds is None else bias.index_select(0, kinds)), dim=-1)
 
@@ -34,8 +37,10 @@ def _axis_tiles(length: int, kernel: int) -> tuple[Tensor, Tensor, Tensor]:
     Returns:
         keys: (tiles, K) positions of the keys of each tile, K = min(length, kernel + TILE - 1).
         kinds: (tiles,) which row of `offsets` a tile uses; tiles inside the image all share one.
-        offsets: (kinds, TILE, K) relative position key - query + kernel - 1 in 0 .. 2 kernel - 2, or -1 where the key is
-            outside the query's window. The window is shifted inside the image: every query sees `kernel` keys.
+        offsets: (kinds, TILE, K) relative position key - query + kernel - 1 in 0 .. 2 kernel - 2, or -1 where
+        the key is
+            outside the query's window. The window is shifted inside the image: every query sees `kernel`
+            keys.
     """
     tiles = -(-length // TILE)
     span = min(length, kernel + TILE - 1)
@@ -54,11 +59,13 @@ def _axis_tiles(length: int, kernel: int) -> tuple[Tensor, Tensor, Tensor]:
 class NeighborhoodAttention(nn.Module):
     """Multi-head attention of every position to the `kernel_size` x `kernel_size` positions around it.
 
-    At the border the window is shifted inside the image, so that every query sees exactly kernel_size^2 keys; an image
-    smaller than the window is padded with zeros below and on the right, and the padding is attended to, as NATTEN does.
-    The product runs over tiles of TILE^2 queries and (kernel_size + TILE - 1)^2 keys with a mask.
+    At the border the window is shifted inside the image, so that every query sees exactly kernel_size^2 keys;
+    an image smaller than the window is padded with zeros below and on the right, and the padding is attended
+    to, as NATTEN does. The product runs over tiles of TILE^2 queries and (kernel_size + TILE - 1)^2 keys with
+    a mask.
 
-    Parameters are named as in TinyLIC's public code: qkv (Linear, 3 dim), rpb (heads, 2k-1, 2k-1), proj (Linear).
+    Parameters are named as in TinyLIC's public code: qkv (Linear, 3 dim), rpb (heads, 2k-1, 2k-1), proj
+    (Linear).
     """
 
     def __init__(self, dim: int, kernel_size: int, num_heads: int):
@@ -78,7 +85,8 @@ class NeighborhoodAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def _bias(self, height: int, width: int) -> Tensor:
-        """Relative position bias and window mask of each kind of tile: (kinds, heads, TILE^2, keys), -inf is masked."""
+        """Relative position bias and window mask of each kind of tile: (kinds, heads, TILE^2, keys), -inf is
+        masked."""
         _, _, rows = _axis_tiles(height, self.kernel_size)
         _, _, columns = _axis_tiles(width, self.kernel_size)
         rows, columns = rows.to(self.rpb.device), columns.to(self.rpb.device)
@@ -102,7 +110,9 @@ class NeighborhoodAttention(nn.Module):
 
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         q = F.pad(q, (0, 0, 0, tiles_w * TILE - full_w, 0, tiles_h * TILE - full_h))
-        q = q.reshape(batch, tiles_h, TILE, tiles_w, TILE, self.num_heads, self.head_dim).permute(0, 1, 3, 5, 2, 4, 6)
+        q = q.reshape(batch, tiles_h, TILE, tiles_w, TILE, self.num_heads, self.head_dim).permute(
+            0, 1, 3, 5, 2, 4, 6
+        )
         q = q.reshape(batch, tiles_h * tiles_w, self.num_heads, TILE * TILE, self.head_dim)
         places = (key_rows[:, None, :, None] * full_w + key_columns[None, :, None, :]).flatten().to(x.device)
         k, v = (self._keys(part, places, tiles_h * tiles_w) for part in (k, v))

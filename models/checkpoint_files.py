@@ -1,4 +1,5 @@
-"""Checkpoint files in and out: from a path to tensors with today's names, and back. No architecture is known here."""
+"""Checkpoint files in and out: from a path to tensors with today's names, and back. No architecture is known
+here."""
 
 import hashlib
 import json
@@ -27,7 +28,9 @@ _HEADER = "header"  # inside it, beside the tensors: the metadata
 _RATIO = 64  # no file of ours shrinks to less than a part of so many
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "network", "net")
 _LAMBDA_KEYS = ("lambda", "lmbda")
-_OLD_BOTTLENECK = re.compile(r"(.*\b(?:entropy_bottleneck|factorized_entropy_func)\.)_(matri|bias|factor)(?:x|es|ces|s)?\.?(\d+)")
+_OLD_BOTTLENECK = re.compile(
+    r"(.*\b(?:entropy_bottleneck|factorized_entropy_func)\.)_(matri|bias|factor)(?:x|es|ces|s)?\.?(\d+)"
+)
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,8 @@ class CheckpointFile:
     """What a checkpoint file holds.
 
     state_dict:  name -> tensor; floating point as float32, names as the installed CompressAI writes them.
-    metadata:    of those that the file states: arch, kwargs, quality, lambda, metric, and whatever its writer added.
+    metadata:    of those that the file states: arch, kwargs, quality, lambda, metric, and whatever its writer
+    added.
     """
 
     state_dict: dict[str, Tensor]
@@ -51,7 +55,8 @@ def sha256_file(path: str | Path) -> str:
 def read_file(path: str | Path) -> CheckpointFile:
     """Read a state_dict, bare or wrapped, from a PyTorch file (zip or legacy) or a safetensors file.
 
-    Nothing in the file is executed. Half-precision numbers that are constants of a layer (bounds such as 1e-9) are left
+    Nothing in the file is executed. Half-precision numbers that are constants of a layer (bounds such as
+    1e-9) are left
     out: they do not survive float16, and the layer has its own.
 
     Raises:
@@ -62,14 +67,17 @@ def read_file(path: str | Path) -> CheckpointFile:
     if len(head) > 8 and head[8:9] == b"{":
         tensors, metadata = _read_safetensors(path)
         if metadata.get("format") == QUANTIZED_FORMAT:
-            raise InputError(f"{path} is a quantized model, not a checkpoint; main_eval.py takes it with --model")
+            raise InputError(
+                f"{path} is a quantized model, not a checkpoint; main_eval.py takes it with --model"
+            )
     else:
         tensors, metadata = _unwrap(_read_pytorch(path, head), path)
     return CheckpointFile(_clean(tensors, path), metadata)
 
 
 def write_file(path: str | Path, state_dict: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Write a safetensors file: CDF tables packed, metadata and a SHA-256 of the tensors as JSON in its header.
+    """Write a safetensors file: CDF tables packed, metadata and a SHA-256 of the tensors as JSON in its
+    header.
 
     Raises:
         InputError: the file cannot be written.
@@ -89,11 +97,15 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return _read_safetensors(path)
 
 
-def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], compress: bool = False) -> None:
-    """Write a safetensors file, whole or not at all, with metadata and a SHA-256 of the tensors as JSON in its header.
+def write_tensors(
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], compress: bool = False
+) -> None:
+    """Write a safetensors file, whole or not at all, with metadata and a SHA-256 of the tensors as JSON in
+    its header.
 
     Args:
-        compress: as one tensor, `xz`: the bytes that a safetensors file with the tensors and the metadata would have, in xz's
+        compress: as one tensor, `xz`: the bytes that a safetensors file with the tensors and the metadata
+        would have, in xz's
             format. The many names and small tensors of a quantized model are otherwise a third of its file.
 
     Raises:
@@ -102,7 +114,9 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     stated = json.dumps({**metadata, "sha256": _digest(tensors)}, sort_keys=True)
     if compress:
-        inside = safetensors.torch.save({**tensors, _HEADER: torch.frombuffer(bytearray(stated.encode()), dtype=torch.uint8)})
+        inside = safetensors.torch.save(
+            {**tensors, _HEADER: torch.frombuffer(bytearray(stated.encode()), dtype=torch.uint8)}
+        )
         tensors = {_COMPRESSED: torch.frombuffer(bytearray(lzma.compress(inside)), dtype=torch.uint8)}
         stated = json.dumps({"size": len(inside), "sha256": _digest(tensors)}, sort_keys=True)
     with atomic_path(path) as temporary:
@@ -110,10 +124,12 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
 
 
 def pack_cdfs(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Replace each CDF table by the steps of its rows, 16 bits each: some fifteen times smaller for a Gaussian's table.
+    """Replace each CDF table by the steps of its rows, 16 bits each: some fifteen times smaller for a
+    Gaussian's table.
 
-    `_quantized_cdf` (rows, longest) int32, of which the first `_cdf_length` entries of a row count, becomes `_cdf_steps`
-    (sum of lengths - rows,) uint16. Rows start at 0; a table that is not of this form is left as it is.
+    `_quantized_cdf` (rows, longest) int32, of which the first `_cdf_length` entries of a row count, becomes
+    `_cdf_steps` (sum of lengths - rows,) uint16. Rows start at 0; a table that is not of this form is left as
+    it is.
     """
     packed = dict(state_dict)
     for name, cdf in state_dict.items():
@@ -149,10 +165,11 @@ def unpack_cdfs(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def rename_key(key: str) -> str:
-    """A tensor's name as the installed CompressAI has it: without wrappers' prefixes, old layer names replaced.
+    """A tensor's name as the installed CompressAI has it: without wrappers' prefixes, old layer names
+    replaced.
 
-    `module.` (DataParallel) and `_orig_mod.` (torch.compile) go; `downsample` is `skip`; the entropy bottleneck's
-    `_matrices.0`, `_matrix0` and `matrices.0` are one.
+    `module.` (DataParallel) and `_orig_mod.` (torch.compile) go; `downsample` is `skip`; the entropy
+    bottleneck's `_matrices.0`, `_matrix0` and `matrices.0` are one.
     """
     while key.startswith(("module.", "_orig_mod.")):
         key = key.partition(".")[2]
@@ -174,7 +191,9 @@ def _head(path: Path) -> bytes:
     except FileNotFoundError as error:
         raise InputError(f"no checkpoint at {path}; give an existing file with --checkpoint") from error
     except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}; give a readable file with --checkpoint") from error
+        raise InputError(
+            f"cannot read {path}: {error.strerror}; give a readable file with --checkpoint"
+        ) from error
     if not head:
         raise InputError(f"{path} is empty; download or save it again")
     if head.lstrip()[:1] == b"<":
@@ -248,7 +267,9 @@ def _read_pytorch(path: Path, head: bytes) -> Any:
                 "where you trust it, save its weights alone: torch.save(model.state_dict(), PATH)"
             ) from error
         detail = "it ends too early" if isinstance(error, EOFError) else message
-        raise _damaged(path, "unreadable" if detail.startswith("Weights only load failed") else detail) from error
+        raise _damaged(
+            path, "unreadable" if detail.startswith("Weights only load failed") else detail
+        ) from error
 
 
 def _unwrap(content: Any, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -262,7 +283,9 @@ def _unwrap(content: Any, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]
             if isinstance(value, (int, float)) and not isinstance(value, bool):
                 metadata["lambda"] = float(value)
         content = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None)
-    raise InputError(f"{path} holds no state_dict; save the weights with torch.save(model.state_dict(), PATH)")
+    raise InputError(
+        f"{path} holds no state_dict; save the weights with torch.save(model.state_dict(), PATH)"
+    )
 
 
 def _clean(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
@@ -274,7 +297,9 @@ def _clean(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
                 continue
             tensor = tensor.float()
             if not bool(torch.isfinite(tensor).all()):
-                raise InputError(f"{path} holds numbers that are not finite ({name}); its training has diverged")
+                raise InputError(
+                    f"{path} holds numbers that are not finite ({name}); its training has diverged"
+                )
         state_dict[name] = tensor
     return state_dict
 

@@ -1,8 +1,9 @@
-"""From a checkpoint to a network: which architecture it is, which sizes, whether it is the one that was asked for."""
+"""From a checkpoint to a network: which architecture it is, which sizes, whether it is the one that was asked
+for."""
 
 import re
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +49,17 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 def load_checkpoint(
     path: str | Path, arch: str | None = None, quality: int | None = None, lmbda: float | None = None
 ) -> nn.Module:
-    """The network of a checkpoint, in eval mode, on the CPU, ready to code (CDF tables from the file or made).
+    """The network of a checkpoint, in eval mode, on the CPU, ready to code (CDF tables from the file or
+    made).
 
-    Takes CompressAI's .pth.tar, TinyLIC's and TIC's files, bare or wrapped state_dicts, and our safetensors. The widths
-    are read off the tensors.
+    Takes CompressAI's .pth.tar, TinyLIC's and TIC's files, bare or wrapped state_dicts, and our safetensors.
+    The widths are read off the tensors.
 
     Args:
-        arch: the architecture that it must be, or a plug-in's file; None: the one that the file states or looks like.
-        quality: that it must be; None: any. Checked by the file's own quality or lambda, else by its widths. A variable-rate
+        arch: the architecture that it must be, or a plug-in's file; None: the one that the file states or
+        looks like.
+        quality: that it must be; None: any. Checked by the file's own quality or lambda, else by its widths.
+        A variable-rate
             codec is set to it.
         lmbda: a lambda of the user's own; then the file's lambda is not compared with the quality's.
 
@@ -90,12 +94,14 @@ def save_checkpoint(
 ) -> None:
     """Write a network as safetensors, whole or not at all.
 
-    Weights of convolutions and linear layers are stored as `dtype`; everything else (biases, GDN, entropy models, CDF
-    tables) as it is, because half precision there moves probabilities. With `metadata["arch"]`, buffers that a fresh
-    network has anyway (masks, bounds) are left out. CDF tables are stored when `model.update()` has made them.
+    Weights of convolutions and linear layers are stored as `dtype`; everything else (biases, GDN, entropy
+    models, CDF tables) as it is, because half precision there moves probabilities. With `metadata["arch"]`,
+    buffers that a fresh network has anyway (masks, bounds) are left out. CDF tables are stored when
+    `model.update()` has made them.
 
     Args:
-        metadata: arch, kwargs (found when absent), quality, lambda, metric, and anything else that JSON can hold.
+        metadata: arch, kwargs (found when absent), quality, lambda, metric, and anything else that JSON can
+        hold.
 
     Raises:
         InputError: the file cannot be written.
@@ -141,7 +147,11 @@ def embedded_checkpoint(arch: str, quality: int) -> Path:
     path = ZOO / (f"{arch}.safetensors" if architecture.variable else f"{arch}-q{quality}.safetensors")
     if path.is_file() and not (architecture.variable and quality not in rates_of(path)):
         return path
-    there = [f"{name} {', '.join(map(str, embedded_qualities(name)))}" for name in list_models() if embedded_qualities(name)]
+    there = [
+        f"{name} {', '.join(map(str, embedded_qualities(name)))}"
+        for name in list_models()
+        if embedded_qualities(name)
+    ]
     raise InputError(
         f"no embedded checkpoint of {arch} at quality {quality}; there are: {'; '.join(there) or 'none'}; "
         "choose one of these or give a file with --checkpoint"
@@ -156,7 +166,9 @@ def rates_of(path: Path) -> list[int]:
     """
     gains = read_file(path).state_dict.get("Gain")
     if gains is None:
-        raise InputError(f"{path} is no checkpoint of a variable-rate codec (it has no Gain); give another file with --checkpoint")
+        raise InputError(
+            f"{path} is no checkpoint of a variable-rate codec (it has no Gain); give another file with --checkpoint"
+        )
     return list(range(1, gains.numel() + 1))
 
 
@@ -168,12 +180,14 @@ def load_model(
     metric: str = "mse",
     lmbda: float | None = None,
 ) -> nn.Module:
-    """The network that the command line asks for: a file, CompressAI's pretrained one, or else the embedded one.
+    """The network that the command line asks for: a file, CompressAI's pretrained one, or else the embedded
+    one.
 
     `metric` chooses among pretrained models; embedded ones are trained for MSE and serve for every metric.
 
     Raises:
-        InputError: unknown names, contradicting arguments, or a checkpoint that cannot be had or does not fit.
+        InputError: unknown names, contradicting arguments, or a checkpoint that cannot be had or does not
+        fit.
     """
     architecture = get_architecture(arch)
     architecture.check_quality(quality)
@@ -191,7 +205,8 @@ def load_model(
 
 
 def identify(state_dict: Mapping[str, Tensor]) -> str | None:
-    """The registered architecture whose parameters have exactly these names and shapes; None if there is none."""
+    """The registered architecture whose parameters have exactly these names and shapes; None if there is
+    none."""
     for name in sorted(list_models(), key=lambda name: -_likeness(name, state_dict)):
         architecture = get_architecture(name)
         adapted = architecture.adapt(state_dict) if architecture.adapt is not None else state_dict
@@ -204,19 +219,30 @@ def identify(state_dict: Mapping[str, Tensor]) -> str | None:
 def _network(
     path: Path, content: CheckpointFile, arch: str | None
 ) -> tuple[Architecture, dict[str, Any], nn.Module, Mapping[str, Tensor]]:
-    """The architecture, sizes and a fresh network that a checkpoint fits, and its tensors as that network has them."""
+    """The architecture, sizes and a fresh network that a checkpoint fits, and its tensors as that network has
+    them."""
     state_dict, metadata = content.state_dict, content.metadata
     arch = arch or identify(state_dict)
     if arch is None:
         likely = max(list_models(), key=lambda name: _likeness(name, state_dict))
-        hint = f"; nearest is {likely}: pass --arch {likely} to see what differs" if _likeness(likely, state_dict) > 0.3 else ""
-        raise InputError(f"{path} is a checkpoint of no known architecture ({', '.join(list_models())}){hint}")
+        hint = (
+            f"; nearest is {likely}: pass --arch {likely} to see what differs"
+            if _likeness(likely, state_dict) > 0.3
+            else ""
+        )
+        raise InputError(
+            f"{path} is a checkpoint of no known architecture ({', '.join(list_models())}){hint}"
+        )
     architecture = get_architecture(arch)
     state_dict = _with_companions(path, state_dict, architecture)
     if architecture.adapt is not None:
         state_dict = architecture.adapt(state_dict)
     differences = ["its sizes cannot be told"]
-    stated = [metadata["kwargs"]] if metadata.get("arch") == arch and isinstance(metadata.get("kwargs"), dict) else []
+    stated = (
+        [metadata["kwargs"]]
+        if metadata.get("arch") == arch and isinstance(metadata.get("kwargs"), dict)
+        else []
+    )
     for kwargs in (*stated, _sizes(architecture, state_dict)):
         if kwargs is None:
             continue
@@ -238,7 +264,9 @@ def _network(
     )
 
 
-def _with_companions(path: Path, state_dict: Mapping[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
+def _with_companions(
+    path: Path, state_dict: Mapping[str, Tensor], architecture: Architecture
+) -> dict[str, Tensor]:
     """The tensors, with those of a second file where a publication keeps a part of its network in one."""
     whole = dict(state_dict)
     for prefix, pattern in architecture.companions.items():
@@ -266,7 +294,8 @@ def _sizes(architecture: Architecture, state_dict: Mapping[str, Tensor]) -> dict
 
 
 def _differences(model: nn.Module, state_dict: Mapping[str, Tensor]) -> list[str]:
-    """What keeps the tensors from being the model's, one phrase each; buffers may be absent or of another size."""
+    """What keeps the tensors from being the model's, one phrase each; buffers may be absent or of another
+    size."""
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     known = {*model.state_dict(), *shapes}
     phrases = [f"{name} is missing" for name in shapes if name not in state_dict]
@@ -279,7 +308,7 @@ def _differences(model: nn.Module, state_dict: Mapping[str, Tensor]) -> list[str
     return phrases
 
 
-@lru_cache(maxsize=None)
+@cache
 def _reference_names(factory: Any, sizes: tuple[tuple[str, Any], ...]) -> frozenset[str]:
     return frozenset(factory(**dict(sizes)).state_dict())
 
@@ -288,7 +317,9 @@ def _likeness(arch: str, state_dict: Mapping[str, Tensor]) -> float:
     """Share of common names between a state_dict and the architecture's smallest network, 0..1."""
     architecture = get_architecture(arch)
     configuration = "reference" if "reference" in architecture.configurations else None
-    names = _reference_names(architecture.factory, tuple(architecture.sizes(configuration=configuration).items()))
+    names = _reference_names(
+        architecture.factory, tuple(architecture.sizes(configuration=configuration).items())
+    )
     return len(names & state_dict.keys()) / len(names | state_dict.keys())
 
 
@@ -300,7 +331,8 @@ def _check_quality(
     quality: int,
     lmbda: float | None,
 ) -> None:
-    """Raises InputError when the file's quality, its lambda, or else its widths are those of another quality."""
+    """Raises InputError when the file's quality, its lambda, or else its widths are those of another
+    quality."""
     architecture.check_quality(quality)
     stated_quality, stated_lambda = metadata.get("quality"), metadata.get("lambda")
     if lmbda is None and stated_lambda is not None:
@@ -308,21 +340,32 @@ def _check_quality(
             tables = [architecture.lambdas[metadata["metric"]]]
         else:
             tables = list(architecture.lambdas.values())
-        fitting = [q for table in tables for q in table if q in architecture.official and _close(table[q], stated_lambda)]
+        fitting = [
+            q
+            for table in tables
+            for q in table
+            if q in architecture.official and _close(table[q], stated_lambda)
+        ]
         if quality not in fitting:
             mend = f"pass --quality {fitting[0]}" if fitting else f"pass --lambda {stated_lambda:g}"
             meant = tables[0][quality]
-            raise InputError(f"{path} was trained with lambda {stated_lambda:g}, but quality {quality} means {meant:g}: {mend}")
+            raise InputError(
+                f"{path} was trained with lambda {stated_lambda:g}, but quality {quality} means {meant:g}: {mend}"
+            )
         return
     if stated_quality is not None:
         if stated_quality != quality:
-            raise InputError(f"{path} is of quality {stated_quality}, not {quality}: pass --quality {stated_quality}")
+            raise InputError(
+                f"{path} is of quality {stated_quality}, not {quality}: pass --quality {stated_quality}"
+            )
         return
     if dict(kwargs) == architecture.sizes(quality):
         return
     others = [other for other in sorted(architecture.official) if dict(kwargs) == architecture.sizes(other)]
     if others:
-        found = ", ".join(f"{name}={value}" for name, value in kwargs.items() if value != architecture.sizes(quality)[name])
+        found = ", ".join(
+            f"{name}={value}" for name, value in kwargs.items() if value != architecture.sizes(quality)[name]
+        )
         raise InputError(
             f"{path} has {found}, as {architecture.name} of quality {', '.join(map(str, others))} has, "
             f"not of quality {quality}: pass --quality {others[0]}"
@@ -340,11 +383,16 @@ def _is_coder_state(name: str) -> bool:
 def _weight_names(model: nn.Module) -> list[str]:
     """Names of the weights of all convolutions and linear layers."""
     layers = (nn.Linear, nn.modules.conv._ConvNd)
-    return [f"{name}.weight" if name else "weight" for name, module in model.named_modules() if isinstance(module, layers)]
+    return [
+        f"{name}.weight" if name else "weight"
+        for name, module in model.named_modules()
+        if isinstance(module, layers)
+    ]
 
 
 def fill_network(model: nn.Module, state_dict: Mapping[str, Tensor], path: str | Path) -> None:
-    """Load the tensors; buffers that are absent, or constants made for another image size, stay the model's own.
+    """Load the tensors; buffers that are absent, or constants made for another image size, stay the model's
+    own.
 
     CDF tables take the size that they have in the file; absent ones are made, where the model has `update()`.
 
@@ -362,7 +410,9 @@ def fill_network(model: nn.Module, state_dict: Mapping[str, Tensor], path: str |
     for name, buffer in model.state_dict().items():
         if _is_coder_state(name) and name.rpartition(".")[0] in incomplete:
             tensors[name] = buffer
-        elif _is_coder_state(name) and name in tensors:  # as CompressAI's base class does, which not every codec has
+        elif (
+            _is_coder_state(name) and name in tensors
+        ):  # as CompressAI's base class does, which not every codec has
             owner, _, key = name.rpartition(".")
             model.get_submodule(owner)._buffers[key] = torch.empty_like(tensors[name], device=buffer.device)
     try:

@@ -1,10 +1,11 @@
-"""Chen2021 (NLAIC): Chen, Liu, Ma, Shen, Cao, Wang, "End-to-End Learnt Image Compression via Non-Local Attention Optimization
-and Improved Context Modeling" (TIP 2021), arXiv 1910.06244.
+"""Chen2021 (NLAIC): Chen, Liu, Ma, Shen, Cao, Wang, "End-to-End Learnt Image Compression via Non-Local
+Attention Optimization and Improved Context Modeling" (TIP 2021), arXiv 1910.06244.
 
-The network of the public code (NJUVISION/NIC), which differs from the paper's in two ways its documentation names: the
-context model is an 11x11x11 masked convolution, and a symbol has a mixture of three Gaussians. Parameters carry the names and
-shapes of that code. It keeps the context model in a file of its own; here it is `context.`, and `--checkpoint NAME.pkl` reads
-`NAMEp.pkl` beside it. Two attention branches that the public network holds and never runs are left out.
+The network of the public code (NJUVISION/NIC), which differs from the paper's in two ways its documentation
+names: the context model is an 11x11x11 masked convolution, and a symbol has a mixture of three Gaussians.
+Parameters carry the names and shapes of that code. It keeps the context model in a file of its own; here it
+is `context.`, and `--checkpoint NAME.pkl` reads `NAMEp.pkl` beside it. Two attention branches that the public
+network holds and never runs are left out.
 """
 
 from collections.abc import Mapping
@@ -23,29 +24,42 @@ _COMPONENTS = 3  # of the mixture
 _FILTERS = (3, 3, 3)  # of the entropy bottleneck
 _LEAST = 1e-6  # scale and likelihood
 _SIDE = 11  # of the context model's kernel
-# the public models are named after 100 times the weight of the squared error on 0..1 against 0.01 bits, and of 1 - MS-SSIM
+# the public models are named after 100 times the weight of the squared error on 0..1 against 0.01 bits, and
+# of 1 - MS-SSIM
 _MSE_NAMES = (200, 400, 800, 1600, 3200, 6400, 12800, 25600)
 _MS_SSIM_NAMES = (4, 8, 16, 32, 64, 128, 320, 640)
 
 
 def infer_sizes(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
     """The arguments of `NLAIC` that fit a state_dict; KeyError where it is none."""
-    return {"M": state_dict["encoder.down1.weight"].shape[0], "N2": state_dict["encoder.conv2.weight"].shape[0]}
+    return {
+        "M": state_dict["encoder.down1.weight"].shape[0],
+        "N2": state_dict["encoder.conv2.weight"].shape[0],
+    }
 
 
 def adapt(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The public code's tensors as `NLAIC` has them.
 
-    What never runs goes: `encoder.mask1`, `decoder.mask2`, and the bottleneck's last layer, which is in the files twice. The
+    What never runs goes: `encoder.mask1`, `decoder.mask2`, and the bottleneck's last layer, which is in the
+    files twice. The
     public bottleneck has no quantiles: z_hat is round(z), so the median is 0.
     """
     unused = ("encoder.mask1.", "decoder.mask2.")
     twice = tuple(f"factorized_entropy_func.{name}" for name in ("matrix", "bias", "factor"))
-    kept = {name: tensor for name, tensor in state_dict.items() if not name.startswith(unused) and name not in twice}
+    kept = {
+        name: tensor
+        for name, tensor in state_dict.items()
+        if not name.startswith(unused) and name not in twice
+    }
     first = kept.get("factorized_entropy_func.matrices.0")
     if first is not None and "factorized_entropy_func.quantiles" not in kept:
         bottleneck = EntropyBottleneck(first.shape[0], filters=_FILTERS)
-        own = {name.rpartition("func.")[2]: tensor for name, tensor in kept.items() if name.startswith("factorized_entropy_func.")}
+        own = {
+            name.rpartition("func.")[2]: tensor
+            for name, tensor in kept.items()
+            if name.startswith("factorized_entropy_func.")
+        }
         bottleneck.load_state_dict(own, strict=False)
         bottleneck._update_quantiles()
         quantiles = bottleneck.quantiles.detach().clone()
@@ -67,7 +81,8 @@ class ResBlock(nn.Module):
 
 
 class NonLocalBlock(nn.Module):
-    """Embedded Gaussian attention of every position to all (Wang et al. 2018, arXiv 1711.07971), half the channels inside."""
+    """Embedded Gaussian attention of every position to all (Wang et al. 2018, arXiv 1711.07971), half the
+    channels inside."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -194,14 +209,21 @@ class Context(nn.Module):
         super().__init__()
         self.conv1 = MaskedConv3d(1, 24, _SIDE, padding=_SIDE // 2)
         self.conv2 = nn.Sequential(
-            nn.Conv3d(25, 48, 1), nn.ReLU(), nn.Conv3d(48, 96, 1), nn.ReLU(), nn.Conv3d(96, 3 * _COMPONENTS, 1)
+            nn.Conv3d(25, 48, 1),
+            nn.ReLU(),
+            nn.Conv3d(48, 96, 1),
+            nn.ReLU(),
+            nn.Conv3d(96, 3 * _COMPONENTS, 1),
         )
         self.conv3 = nn.Conv2d(2 * M, M, 3, padding=1)
 
     def forward(self, y_hat: Tensor, hyper: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """y_hat: (B, M, H, W), hyper: (B, 2 M, H, W) -> scales, means, weights, (B, 3 M, H, W) each, one component after another."""
+        """y_hat: (B, M, H, W), hyper: (B, 2 M, H, W) -> scales, means, weights, (B, 3 M, H, W) each, one
+        component after another."""
         seen = self.conv1(y_hat.unsqueeze(1))
-        out = self.conv2(torch.cat((seen, self.conv3(hyper).unsqueeze(1)), dim=1))  # weight, mean, scale of each component
+        out = self.conv2(
+            torch.cat((seen, self.conv3(hyper).unsqueeze(1)), dim=1)
+        )  # weight, mean, scale of each component
         weights = F.softmax(out[:, 0::3], dim=1)
         return out[:, 2::3].abs().flatten(1, 2), out[:, 1::3].flatten(1, 2), weights.flatten(1, 2)
 
@@ -210,7 +232,9 @@ class Context(nn.Module):
     "chen2021",
     title="End-to-End Learnt Image Compression via Non-Local Attention Optimization and Improved Context Modeling",
     paper="arXiv 1910.06244",
-    official={quality: {"M": 192, "N2": 128} if quality < 7 else {"M": 256, "N2": 192} for quality in range(1, 9)},
+    official={
+        quality: {"M": 192, "N2": 128} if quality < 7 else {"M": 256, "N2": 192} for quality in range(1, 9)
+    },
     configurations={"reference": {"M": 32, "N2": 24}},
     lambdas={
         "mse": {quality: name / 255**2 for quality, name in enumerate(_MSE_NAMES, 1)},
@@ -235,7 +259,9 @@ class NLAIC(CompressionModel):
         self.hyper_dec = HyperDecoder(M, N2)
         self.p = Parameters(M)
         self.context = Context(M)
-        self.gaussian_conditional = GaussianMixtureConditional(_COMPONENTS, scale_bound=_LEAST, likelihood_bound=_LEAST)
+        self.gaussian_conditional = GaussianMixtureConditional(
+            _COMPONENTS, scale_bound=_LEAST, likelihood_bound=_LEAST
+        )
         self.decoder = Decoder(M)
         self.M = M
 

@@ -1,16 +1,25 @@
-"""Cheng2019: Cheng, Sun, Takeuchi, Katto, "Deep Residual Learning for Image Compression" (CVPRW 2019), arXiv 1906.09731.
+"""Cheng2019: Cheng, Sun, Takeuchi, Katto, "Deep Residual Learning for Image Compression" (CVPRW 2019), arXiv
+1906.09731.
 
 The authors published no code or weights of it. This is the network of their later public code (TensorFlow,
-ZhengxueCheng/Learned-Image-Compression-with-GMM-and-Attention) without what the later paper added, attention and the mixture
-of Gaussians: residual units of 3x3 convolutions, GDN where the resolution changes, sub-pixel convolutions in the
-synthesis, and the joint autoregressive and hierarchical prior with one Gaussian. Built from CompressAI's layers and named as
-its classes name theirs.
+ZhengxueCheng/Learned-Image-Compression-with-GMM-and-Attention) without what the later paper added, attention
+and the mixture
+of Gaussians: residual units of 3x3 convolutions, GDN where the resolution changes, sub-pixel convolutions in
+the synthesis, and the joint autoregressive and hierarchical prior with one Gaussian. Built from CompressAI's
+layers and named as its classes name theirs.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-from compressai.layers import ResidualBlock, ResidualBlockUpsample, ResidualBlockWithStride, conv1x1, conv3x3, subpel_conv3x3
+from compressai.layers import (
+    ResidualBlock,
+    ResidualBlockUpsample,
+    ResidualBlockWithStride,
+    conv1x1,
+    conv3x3,
+    subpel_conv3x3,
+)
 from compressai.models import JointAutoregressiveHierarchicalPriors
 from compressai.models.utils import deconv
 from torch import Tensor, nn
@@ -70,9 +79,15 @@ class Cheng2019(WholeLatent, JointAutoregressiveHierarchicalPriors):
             subpel_conv3x3(N, 3, 2),
         )
         wide = 3 * N // 2
-        self.h_a = _activated(conv3x3(N, N), conv3x3(N, N), conv3x3(N, N, stride=2), conv3x3(N, N), conv3x3(N, N, stride=2))
+        self.h_a = _activated(
+            conv3x3(N, N), conv3x3(N, N), conv3x3(N, N, stride=2), conv3x3(N, N), conv3x3(N, N, stride=2)
+        )
         self.h_s = _activated(
-            conv3x3(N, N), deconv(N, N, kernel_size=3), conv3x3(N, wide), deconv(wide, wide, kernel_size=3), conv3x3(wide, 2 * N)
+            conv3x3(N, N),
+            deconv(N, N, kernel_size=3),
+            conv3x3(N, wide),
+            deconv(wide, wide, kernel_size=3),
+            conv3x3(wide, 2 * N),
         )
         self.entropy_parameters = _activated(
             nn.Conv2d(4 * N, 5 * N, 1), nn.Conv2d(5 * N, 5 * N, 1), nn.Conv2d(5 * N, 2 * N, 1, bias=False)

@@ -1,6 +1,7 @@
 """The codecs of CompressAI: its own classes with the published sizes (compressai.zoo.image.cfgs).
 
-The autoregressive ones estimate the rate of the y_hat that they use; see `models.layers.WholeGaussianConditional`.
+The autoregressive ones estimate the rate of the y_hat that they use; see
+`models.layers.WholeGaussianConditional`.
 """
 
 from collections.abc import Mapping
@@ -18,7 +19,9 @@ from licq.models.layers import WholeLatent
 from licq.models.registry import register_model
 
 
-def _sizes(narrow: dict[str, int], wide: dict[str, int], first_wide: int, last: int) -> dict[int, dict[str, int]]:
+def _sizes(
+    narrow: dict[str, int], wide: dict[str, int], first_wide: int, last: int
+) -> dict[int, dict[str, int]]:
     """quality -> sizes, 1..last: `narrow` below the quality `first_wide`, `wide` from there on."""
     return {quality: wide if quality >= first_wide else narrow for quality in range(1, last + 1)}
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 class MultistageMaskedConv2d(nn.Conv2d):
     """Convolution that reads only what an earlier pass of a multistage context model has decoded.
 
-    mask_type "A" (3x3) reads the four diagonal neighbours, "B" (5x5) a checkerboard without the centre, "C" (5x5) all
-    but the pixels that share the centre's phase. The mask is applied to the weight at each forward; the parameter is
-    left as it is. Names as in TinyLIC's public code: weight, bias, mask.
+    mask_type "A" (3x3) reads the four diagonal neighbours, "B" (5x5) a checkerboard without the centre, "C"
+    (5x5) all but the pixels that share the centre's phase. The mask is applied to the weight at each forward;
+    the parameter is left as it is. Names as in TinyLIC's public code: weight, bias, mask.
     """
 
     def __init__(self, *args, mask_type: str, **kwargs):
@@ -36,10 +36,11 @@ class MultistageMaskedConv2d(nn.Conv2d):
 
 
 class MaskedConv3d(nn.Conv3d):
-    """Convolution over (channel, row, column) that reads only what comes before a position in that order: PixelCNN's mask A.
+    """Convolution over (channel, row, column) that reads only what comes before a position in that order:
+    PixelCNN's mask A.
 
-    The mask is applied to the weight at each forward; the parameter is left as it is. Names as in NLAIC's public code:
-    weight, bias, mask.
+    The mask is applied to the weight at each forward; the parameter is left as it is. Names as in NLAIC's
+    public code: weight, bias, mask.
     """
 
     def __init__(self, *args, **kwargs):
@@ -62,10 +63,12 @@ class RoundAboutMeans(nn.Module):
 
 
 class WholeGaussianConditional(GaussianConditional):
-    """GaussianConditional (Minnen 2018) of codecs whose y_hat is round(y): in evaluation the likelihood is that of round(y).
+    """GaussianConditional (Minnen 2018) of codecs whose y_hat is round(y): in evaluation the likelihood is
+    that of round(y).
 
-    CompressAI's is that of round(y - means), another number, of which no decoder can make this y_hat: it costs 0.6 to 8 % fewer
-    bits. Its own coder makes other y_hat one by one. In training, where y_hat is y with noise, the two are the same.
+    CompressAI's is that of round(y - means), another number, of which no decoder can make this y_hat: it
+    costs 0.6 to 8 % fewer bits. Its own coder makes other y_hat one by one. In training, where y_hat is y
+    with noise, the two are the same.
     """
 
     of_residual = False
@@ -83,7 +86,8 @@ class WholeGaussianConditional(GaussianConditional):
 
 
 class WholeLatent:
-    """Comes before CompressAI's autoregressive classes among the bases: their likelihood is of the y_hat that they use."""
+    """Comes before CompressAI's autoregressive classes among the bases: their likelihood is of the y_hat that
+    they use."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)

@@ -1,6 +1,8 @@
-"""TinyLIC: Lu and Ma, "High-Efficiency Lossy Image Coding Through Adaptive Neighborhood Information Aggregation".
+"""TinyLIC: Lu and Ma, "High-Efficiency Lossy Image Coding Through Adaptive Neighborhood Information
+Aggregation".
 
-arXiv 2204.11448. Parameters carry the names and shapes of the public code (lumingzzz/TinyLIC), so its checkpoints load.
+arXiv 2204.11448. Parameters carry the names and shapes of the public code (lumingzzz/TinyLIC), so its
+checkpoints load.
 """
 
 import math
@@ -21,8 +23,11 @@ STEPS = 4
 
 
 def slice_sizes(channels: int) -> list[int]:
-    """Channels of y decoded at each of the four stages, from the paper's cosine schedule: few first, many last."""
-    left = [channels] + [math.ceil(math.cos(t / STEPS * math.pi / 2) * channels) for t in range(1, STEPS)] + [0]
+    """Channels of y decoded at each of the four stages, from the paper's cosine schedule: few first, many
+    last."""
+    left = (
+        [channels] + [math.ceil(math.cos(t / STEPS * math.pi / 2) * channels) for t in range(1, STEPS)] + [0]
+    )
     return [a - b for a, b in zip(left, left[1:])]
 
 
@@ -86,7 +91,8 @@ def _pointwise_stack(*widths: int) -> nn.Sequential:
 class PassSum(nn.Module):
     """What the passes have found, added up; passes to come count as zeros.
 
-    Every pass adds up all of it in the same way, so that a position has the same numbers after its own pass and after the last one when
+    Every pass adds up all of it in the same way, so that a position has the same numbers after its own pass
+    and after the last one when
     the sums are quantized too: the decoder sees the first, the rate is estimated from the last.
     """
 
@@ -160,7 +166,8 @@ class TinyLIC(CompressionModel):
         self.round_y = RoundAboutMeans()
 
         s1, s2, s3, s4 = self.slices = slice_sizes(M)
-        # spatial context: the first slice in four passes (one pixel of each 2x2), the next two as a checkerboard
+        # spatial context: the first slice in four passes (one pixel of each 2x2), the next two as a
+        # checkerboard
         self.sc_transform_1 = MultistageMaskedConv2d(s1, s1 * 2, kernel_size=3, padding=1, mask_type="A")
         self.sc_transform_2 = MultistageMaskedConv2d(s1, s1 * 2, kernel_size=5, padding=2, mask_type="B")
         self.sc_transform_3 = MultistageMaskedConv2d(s1, s1 * 2, kernel_size=5, padding=2, mask_type="C")
@@ -269,10 +276,16 @@ class TinyLIC(CompressionModel):
 
 
 def phase_masks(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """0/1 masks (height, width) of the four pixels of each 2x2: (even row, even column), odd-odd, even-odd, odd-even."""
+    """0/1 masks (height, width) of the four pixels of each 2x2: (even row, even column), odd-odd, even-odd,
+    odd-even."""
     even_row = (torch.arange(height, device=device) % 2 == 0)[:, None]
     even_column = (torch.arange(width, device=device) % 2 == 0)[None, :]
-    phases = (even_row & even_column, ~even_row & ~even_column, even_row & ~even_column, ~even_row & even_column)
+    phases = (
+        even_row & even_column,
+        ~even_row & ~even_column,
+        even_row & ~even_column,
+        ~even_row & even_column,
+    )
     return tuple(mask.float() for mask in phases)
 
 
@@ -281,7 +294,9 @@ def infer_sizes(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
     depths, heads = [], []
     for name in ("g_a1", "g_a3", "g_a5", "g_a7", "h_a1", "h_a3"):
         prefix = f"{name}.residual_group.blocks."
-        depths.append(1 + max(int(key[len(prefix) :].split(".")[0]) for key in state_dict if key.startswith(prefix)))
+        depths.append(
+            1 + max(int(key[len(prefix) :].split(".")[0]) for key in state_dict if key.startswith(prefix))
+        )
         heads.append(state_dict[f"{prefix}0.attn.rpb"].shape[0])
     N = state_dict["g_a0.weight"].shape[0]
     return {

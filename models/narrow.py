@@ -1,8 +1,9 @@
 """A narrower codec from a trained one, as a start for training.
 
-Channels go one at a time, always the one whose part that the others do not predict costs the next layer least; what they do
-predict is folded into that layer's weights (least squares, as in Luo et al., "ThiNet", ICCV 2017, without its sampling), and
-the mean energy of the channels that are gone into the offsets of GDN. Latents stay by their share of the rate.
+Channels go one at a time, always the one whose part that the others do not predict costs the next layer
+least; what they do predict is folded into that layer's weights (least squares, as in Luo et al., "ThiNet",
+ICCV 2017, without its sampling), and the mean energy of the channels that are gone into the offsets of GDN.
+Latents stay by their share of the rate.
 """
 
 from collections.abc import Iterable
@@ -10,6 +11,7 @@ from collections.abc import Iterable
 import torch
 from compressai.layers import GDN
 from torch import Tensor, nn
+
 
 class Moments:
     """First and second moments of channels over batches, images and positions."""
@@ -37,14 +39,16 @@ class Moments:
 
 
 def _regularized(covariance: Tensor) -> Tensor:
-    return covariance + (1e-6 * covariance.diagonal().mean() + 1e-12) * torch.eye(len(covariance), dtype=covariance.dtype)
+    return covariance + (1e-6 * covariance.diagonal().mean() + 1e-12) * torch.eye(
+        len(covariance), dtype=covariance.dtype
+    )
 
 
 def choose_channels(covariance: Tensor, effect: Tensor, count: int) -> list[int]:
     """The `count` channels to keep, ascending.
 
-    covariance: (C, C). effect: (C,), squared norms of the weights that read each channel. The variance of a channel that the
-    others leave unexplained is the inverse of its entry in the inverse covariance.
+    covariance: (C, C). effect: (C,), squared norms of the weights that read each channel. The variance of a
+    channel that the others leave unexplained is the inverse of its entry in the inverse covariance.
     """
     kept = list(range(len(covariance)))
     precision = torch.linalg.inv(_regularized(covariance))
@@ -99,7 +103,10 @@ class _Narrower:
 
     def gdn(self, name: str, kept: list[int]) -> None:
         gdn = self.wide.get_submodule(name)
-        beta, gamma = (reparam(part).detach().double() for reparam, part in ((gdn.beta_reparam, gdn.beta), (gdn.gamma_reparam, gdn.gamma)))
+        beta, gamma = (
+            reparam(part).detach().double()
+            for reparam, part in ((gdn.beta_reparam, gdn.beta), (gdn.gamma_reparam, gdn.gamma))
+        )
         gone = [index for index in range(len(beta)) if index not in set(kept)]
         beta = beta[kept] + gamma[kept][:, gone] @ self.moments[name].energy[gone]
         narrow = self.narrow.get_submodule(name)
@@ -122,17 +129,20 @@ class _Narrower:
 
 
 def narrow(wide: nn.Module, target: nn.Module, batches: Iterable[Tensor]) -> set[str]:
-    """Fill `target` from `wide`, both of CompressAI's hyperprior kinds, with statistics from batches (B, 3, H, W) in 0..1.
+    """Fill `target` from `wide`, both of CompressAI's hyperprior kinds, with statistics from batches (B, 3,
+    H, W) in 0..1.
 
-    Gives the names of what it filled. Their analysis, synthesis and hyper analysis must have equal layers; a hyper synthesis or context model that only one of
-    them has keeps the target's own values.
+    Gives the names of what it filled. Their analysis, synthesis and hyper analysis must have equal layers; a
+    hyper synthesis or context model that only one of them has keeps the target's own values.
     """
     moments: dict[str, Moments] = {}
     hooks = []
     for name, module in wide.named_modules():
         if _is_conv(module) or isinstance(module, GDN):
             moments[name] = Moments()
-            hooks.append(module.register_forward_pre_hook(lambda _, inputs, into=moments[name]: into.add(inputs[0])))
+            hooks.append(
+                module.register_forward_pre_hook(lambda _, inputs, into=moments[name]: into.add(inputs[0]))
+            )
     rates = {"y": 0.0, "z": 0.0}
     wide.eval()
     with torch.no_grad():
@@ -143,7 +153,9 @@ def narrow(wide: nn.Module, target: nn.Module, batches: Iterable[Tensor]) -> set
         hook.remove()
 
     work = _Narrower(wide, target, moments)
-    y, z = (sorted(rates[key].topk(count).indices.tolist()) for key, count in (("y", target.M), ("z", target.N)))
+    y, z = (
+        sorted(rates[key].topk(count).indices.tolist()) for key, count in (("y", target.M), ("z", target.N))
+    )
     work.chain("g_a", None, y)
     work.chain("g_s", y, None)
     work.chain("h_a", y, z)
@@ -154,9 +166,15 @@ def narrow(wide: nn.Module, target: nn.Module, batches: Iterable[Tensor]) -> set
         context = choose_channels(covariance[half:, half:], effect[half:], 2 * target.M)
         work.chain("h_s", z, hyper)
         work.conv("context_prediction", y, context)
-        work.chain("entropy_parameters", hyper + [half + index for index in context], y + [wide.M + index for index in y])
+        work.chain(
+            "entropy_parameters",
+            hyper + [half + index for index in context],
+            y + [wide.M + index for index in y],
+        )
     for name, tensor in wide.state_dict().items():
         if name.startswith("entropy_bottleneck.") and tensor.ndim == 3:
             work.state[name] = tensor[z]
-    target.load_state_dict({**target.state_dict(), **{name: tensor.float() for name, tensor in work.state.items()}})
+    target.load_state_dict(
+        {**target.state_dict(), **{name: tensor.float() for name, tensor in work.state.items()}}
+    )
     return set(work.state)

@@ -1,7 +1,7 @@
 """CompressAI's pretrained models: downloaded once, and never used without their hash being checked.
 
-The tables of addresses are `compressai.zoo.image.model_urls` and `image_vbr.model_urls`; the last eight characters of a file's name are the first of
-its SHA-256, by PyTorch Hub's convention.
+The tables of addresses are `compressai.zoo.image.model_urls` and `image_vbr.model_urls`; the last eight
+characters of a file's name are the first of its SHA-256, by PyTorch Hub's convention.
 """
 
 import http.client
@@ -24,11 +24,18 @@ from licq.support.errors import InputError
 from licq.support.files import atomic_path
 
 TIMEOUT_S = 30
-_NETWORK_ERRORS = (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError, ssl.SSLError)
+_NETWORK_ERRORS = (
+    urllib.error.URLError,
+    http.client.HTTPException,
+    TimeoutError,
+    ConnectionError,
+    ssl.SSLError,
+)
 
 
 def cache_dir() -> Path:
-    """`$LICQ_CACHE/checkpoints`, or else the folder that PyTorch Hub and so CompressAI itself download into."""
+    """`$LICQ_CACHE/checkpoints`, or else the folder that PyTorch Hub and so CompressAI itself download
+    into."""
     own = os.environ.get("LICQ_CACHE")
     return (Path(own) if own else Path(torch.hub.get_dir())) / "checkpoints"
 
@@ -46,17 +53,24 @@ def pretrained_url(arch: str, quality: int, metric: str = "mse") -> str:
         table = {metric: dict.fromkeys(architecture.official, url) for metric, url in published.items()}
     if not table:
         have = [name for name in list_models() if get_architecture(name).zoo]
-        raise InputError(f"there is no pretrained {arch}, only {', '.join(have)}; give a file with --checkpoint")
+        raise InputError(
+            f"there is no pretrained {arch}, only {', '.join(have)}; give a file with --checkpoint"
+        )
     if metric not in table:
-        raise InputError(f"there is no pretrained {arch} for metric {metric!r}; choose from {', '.join(table)}")
+        raise InputError(
+            f"there is no pretrained {arch} for metric {metric!r}; choose from {', '.join(table)}"
+        )
     if quality not in table[metric]:
         known = ", ".join(map(str, table[metric]))
-        raise InputError(f"there is no pretrained {arch} of quality {quality!r}; choose --quality from {known}")
+        raise InputError(
+            f"there is no pretrained {arch} of quality {quality!r}; choose --quality from {known}"
+        )
     return table[metric][quality]
 
 
 def pretrained_checkpoint(arch: str, quality: int, metric: str = "mse") -> Path:
-    """The file of a pretrained model, from the cache or else from the network; its hash is checked either way.
+    """The file of a pretrained model, from the cache or else from the network; its hash is checked either
+    way.
 
     Raises:
         InputError: no such model, no network, or a file whose SHA-256 is not the one in its name.

@@ -1,9 +1,10 @@
-"""QVRF: Tong, Wu, Xu, Wang, Ding, "QVRF: A Quantization-error-aware Variable Rate Framework for Learned Image Compression"
-(ICIP 2023), arXiv 2303.05744.
+"""QVRF: Tong, Wu, Xu, Wang, Ding, "QVRF: A Quantization-error-aware Variable Rate Framework for Learned Image
+Compression" (ICIP 2023), arXiv 2303.05744.
 
-One network and a gain a: the latent is y * a where it is rounded and coded, and y_hat is the result over a, so that 1 / a is the
-width of a quantization step. A list of gains, learned or not, belongs to as many lambdas; every positive number in between
-is a rate too. Parameters carry the names of the public code (bytedance/QRAF): those of CompressAI's class, and `Gain`.
+One network and a gain a: the latent is y * a where it is rounded and coded, and y_hat is the result over a,
+so that 1 / a is the width of a quantization step. A list of gains, learned or not, belongs to as many
+lambdas; every positive number in between is a rate too. Parameters carry the names of the public code
+(bytedance/QRAF): those of CompressAI's class, and `Gain`.
 """
 
 import math
@@ -25,8 +26,9 @@ LEVEL_LAMBDAS = (*LAMBDAS["mse"].values(), 0.36, 0.72, 1.44)
 class VariableRate:
     """The gains of a variable-rate codec; comes before CompressAI's class among the bases.
 
-    A level is a number from 1; `rate` is the gain a of the next forward, (1, 1, 1, 1). An image may bring its own: a tensor
-    (B, 5, H, W) has the gain of each image in its fourth channel and the lambda of its J in its fifth, both constant planes.
+    A level is a number from 1; `rate` is the gain a of the next forward, (1, 1, 1, 1). An image may bring its
+    own: a tensor (B, 5, H, W) has the gain of each image in its fourth channel and the lambda of its J in its
+    fifth, both constant planes.
     """
 
     def _init_rate(self, levels: int) -> None:
@@ -54,7 +56,8 @@ class VariableRate:
         self.rate = torch.full((1, 1, 1, 1), factor)
 
     def with_planes(self, x: Tensor, levels: Tensor, lambdas: Tensor) -> Tensor:
-        """Images (B, 3, H, W) with the gain of their levels, (B,) whole numbers, and their lambdas; gradients reach `Gain`."""
+        """Images (B, 3, H, W) with the gain of their levels, (B,) whole numbers, and their lambdas; gradients
+        reach `Gain`."""
         facts = torch.stack((self.Gain.abs()[levels - 1], lambdas.to(x)), 1)
         return torch.cat((x, facts[:, :, None, None].expand(-1, -1, *x.shape[2:])), 1)
 
@@ -64,7 +67,9 @@ class VariableRate:
         Raises:
             NotImplementedError: always; so does `decompress`.
         """
-        raise NotImplementedError("no bitstreams of variable-rate codecs yet; rates are estimated from likelihoods")
+        raise NotImplementedError(
+            "no bitstreams of variable-rate codecs yet; rates are estimated from likelihoods"
+        )
 
     decompress = compress
 
@@ -90,7 +95,10 @@ class _AutoregressiveQVRF(WholeLatent, VariableRate):
         y = self.g_a(x)
         z_hat, z_likelihoods = self.entropy_bottleneck(self.h_a(y))
         scaled = y * gain
-        y_hat = self.gaussian_conditional.quantize(scaled, "noise" if self.training else "dequantize") * (1 / gain).detach()
+        y_hat = (
+            self.gaussian_conditional.quantize(scaled, "noise" if self.training else "dequantize")
+            * (1 / gain).detach()
+        )
         parameters = torch.cat((self.h_s(z_hat), self.context_prediction(y_hat)), dim=1)
         scales, means = self.entropy_parameters(parameters).chunk(2, 1)
         _, y_likelihoods = self.gaussian_conditional(scaled, scales * gain, means=means * gain)
@@ -138,7 +146,10 @@ class QVRFBalle2018(VariableRate, ScaleHyperprior):
         y = self.g_a(x)
         z_hat, z_likelihoods = self.entropy_bottleneck(self.h_a(torch.abs(y)))
         y_hat, y_likelihoods = self.gaussian_conditional(y * gain, self.h_s(z_hat) * gain)
-        return {"x_hat": self.g_s(y_hat * (1 / gain).detach()), "likelihoods": {"y": y_likelihoods, "z": z_likelihoods}}
+        return {
+            "x_hat": self.g_s(y_hat * (1 / gain).detach()),
+            "likelihoods": {"y": y_likelihoods, "z": z_likelihoods},
+        }
 
 
 @register_model(

@@ -21,15 +21,22 @@ from torch import Tensor, nn
 
 from licq.support.errors import InputError
 
-# The weight of the distortion in J = R + lambda * D, per quality, as CompressAI trains (its documentation, "Training"):
-# D = 255^2 * mse on images in 0..1, or D = 1 - MS-SSIM.
+# The weight of the distortion in J = R + lambda * D, per quality, as CompressAI trains (its documentation,
+# "Training"): D = 255^2 * mse on images in 0..1, or D = 1 - MS-SSIM.
 LAMBDAS = {
     "mse": {1: 0.0018, 2: 0.0035, 3: 0.0067, 4: 0.0130, 5: 0.0250, 6: 0.0483, 7: 0.0932, 8: 0.1800},
     "ms-ssim": {1: 2.40, 2: 4.58, 3: 8.73, 4: 16.64, 5: 31.73, 6: 60.50, 7: 115.37, 8: 220.00},
 }
 
-_BUILT_IN = ("licq.models.compressai_models", "licq.models.cheng2019", "licq.models.chen2021", "licq.models.qvrf", "licq.models.vbr",
-             "licq.models.tic", "licq.models.lu2022")
+_BUILT_IN = (
+    "licq.models.compressai_models",
+    "licq.models.cheng2019",
+    "licq.models.chen2021",
+    "licq.models.qvrf",
+    "licq.models.vbr",
+    "licq.models.tic",
+    "licq.models.lu2022",
+)
 _REGISTRY: dict[str, "Architecture"] = {}
 _PLUGINS: dict[Path, str] = {}  # files that have been run, and the name that each registered
 
@@ -40,20 +47,26 @@ class Architecture:
 
     name:            what `--arch` takes.
     factory:         called with widths (and depths) as keyword arguments, gives the network.
-    official:        quality -> keyword arguments of the published model of that quality; {} means the factory's defaults.
+    official:        quality -> keyword arguments of the published model of that quality; {} means the
+    factory's defaults.
     configurations:  name -> keyword arguments of a small size; every architecture has "reference".
     title, paper:    of the publication.
     multiple:        the sides of an input image are multiples of this.
     lambdas:         metric ("mse", "ms-ssim") -> quality -> lambda.
-    infer:           state_dict -> keyword arguments, from tensor shapes; it may raise KeyError when tensors are absent.
+    infer:           state_dict -> keyword arguments, from tensor shapes; it may raise KeyError when tensors
+    are absent.
                      None: the sizes are looked for among `official` and `configurations`.
-    adapt:           state_dict of the publication's files -> the factory's, where names or contents differ; a state_dict that is
+    adapt:           state_dict of the publication's files -> the factory's, where names or contents differ; a
+    state_dict that is
                      the factory's stays as it is.
-    companions:      prefix -> name of a second file with the tensors under it, beside one that lacks them; {stem} and
+    companions:      prefix -> name of a second file with the tensors under it, beside one that lacks them;
+    {stem} and
                      {suffix} are the first file's.
-    variable:        one network has every quality, as its `set_level(quality)` says (`models.qvrf.VariableRate`).
+    variable:        one network has every quality, as its `set_level(quality)` says
+    (`models.qvrf.VariableRate`).
     zoo:             the name of the model in `compressai.zoo`, where it has one.
-    loader:          for codecs whose weights are not a state_dict of their own: (path of --checkpoint, quality) -> the
+    loader:          for codecs whose weights are not a state_dict of their own: (path of --checkpoint,
+    quality) -> the
                      network; one path serves every quality. It raises InputError.
     """
 
@@ -73,7 +86,8 @@ class Architecture:
     loader: Callable[[Path, int | None], nn.Module] | None = None
 
     def sizes(self, quality: int | None = None, configuration: str | None = None) -> dict[str, Any]:
-        """The complete keyword arguments of a configuration or, without one, of a quality (default: the lowest).
+        """The complete keyword arguments of a configuration or, without one, of a quality (default: the
+        lowest).
 
         Raises:
             InputError: there is no such quality or configuration.
@@ -88,7 +102,8 @@ class Architecture:
         return self.complete(self.official[min(self.official) if quality is None else quality])
 
     def complete(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """`kwargs` with the factory's own defaults added, sequences as tuples: two of these can be compared."""
+        """`kwargs` with the factory's own defaults added, sequences as tuples: two of these can be
+        compared."""
         defaults = {
             name: parameter.default
             for name, parameter in inspect.signature(self.factory).parameters.items()
@@ -154,7 +169,8 @@ def list_models() -> list[str]:
 
 
 def get_architecture(name: str) -> Architecture:
-    """The architecture of that name, or the one that the Python file of that path registers (the file is run, once).
+    """The architecture of that name, or the one that the Python file of that path registers (the file is run,
+    once).
 
     Raises:
         InputError: there is none (the message lists the names), or the file is not a plug-in.
@@ -170,7 +186,8 @@ def get_architecture(name: str) -> Architecture:
 def create_model(
     name: str, quality: int | None = None, configuration: str | None = None, **overrides: Any
 ) -> nn.Module:
-    """A network with fresh weights: the sizes of `configuration`, or else of `quality`, changed by `overrides`.
+    """A network with fresh weights: the sizes of `configuration`, or else of `quality`, changed by
+    `overrides`.
 
     Raises:
         InputError: unknown name, quality, configuration or size argument.
@@ -208,7 +225,9 @@ def _run_plugin(path: str) -> str:
     if file in _PLUGINS:
         return _PLUGINS[file]
     if not file.is_file():
-        raise InputError(f"no plug-in at {path}; give an existing file or one of {', '.join(list_models())} with --arch")
+        raise InputError(
+            f"no plug-in at {path}; give an existing file or one of {', '.join(list_models())} with --arch"
+        )
     module_name = f"licq_plugin_{file.stem}_{hashlib.sha256(bytes(file)).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(module_name, file)
     module = importlib.util.module_from_spec(spec)
@@ -218,7 +237,9 @@ def _run_plugin(path: str) -> str:
         spec.loader.exec_module(module)
     except Exception as error:  # whatever somebody else's file raises
         _forget(module_name, before)
-        raise InputError(f"the plug-in {path} fails: {type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
+        raise InputError(
+            f"the plug-in {path} fails: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        ) from error
     names = [name for name, architecture in _REGISTRY.items() if before.get(name) is not architecture]
     if len(names) != 1:
         _forget(module_name, before)
@@ -236,7 +257,8 @@ def _forget(module_name: str, registry: Mapping[str, "Architecture"]) -> None:
 
 
 def _import_built_in() -> None:
-    """Import the project's own architectures, which register themselves; lazily, so that they can import this file."""
+    """Import the project's own architectures, which register themselves; lazily, so that they can import this
+    file."""
     for module in _BUILT_IN:
         if importlib.util.find_spec(module) is not None:
             importlib.import_module(module)

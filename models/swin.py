@@ -1,8 +1,10 @@
-"""Shifted-window attention (Swin) on feature maps, and the causal attention that TIC uses as its context model.
+"""Shifted-window attention (Swin) on feature maps, and the causal attention that TIC uses as its context
+model.
 
 Sources: Liu et al., "Swin Transformer", arXiv 2103.14030; Lu et al., "Transformer-based Image Compression",
-arXiv 2111.06707. Parameters and buffers carry the names and shapes of the public code (lumingzzz/TIC). Everything here
-works on channels-last maps (B, H, W, C); each non-linear function is a module, so that a quantizer finds it by type.
+arXiv 2111.06707. Parameters and buffers carry the names and shapes of the public code (lumingzzz/TIC).
+Everything here works on channels-last maps (B, H, W, C); each non-linear function is a module, so that a
+quantizer finds it by type.
 """
 
 from functools import lru_cache
@@ -17,7 +19,8 @@ MASKED = -100.0
 
 
 def relative_position_index(side: int) -> Tensor:
-    """Row of the bias table for each (query, key) of a side x side window: (side^2, side^2), in 0 .. (2 side - 1)^2 - 1."""
+    """Row of the bias table for each (query, key) of a side x side window: (side^2, side^2), in 0 .. (2 side
+    - 1)^2 - 1."""
     rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     rows, columns = rows.flatten(), columns.flatten()
     row_offset = rows[:, None] - rows[None, :] + side - 1
@@ -28,14 +31,18 @@ def relative_position_index(side: int) -> Tensor:
 def partition_windows(x: Tensor, window: int) -> Tensor:
     """(B, H, W, C) -> (B, H/window * W/window, window^2, C), windows in raster order."""
     batch, height, width, channels = x.shape
-    x = x.reshape(batch, height // window, window, width // window, window, channels).permute(0, 1, 3, 2, 4, 5)
+    x = x.reshape(batch, height // window, window, width // window, window, channels).permute(
+        0, 1, 3, 2, 4, 5
+    )
     return x.reshape(batch, (height // window) * (width // window), window * window, channels)
 
 
 def merge_windows(windows: Tensor, window: int, height: int, width: int) -> Tensor:
     """The inverse of `partition_windows`: (B, windows, window^2, C) -> (B, H, W, C)."""
     batch, channels = windows.shape[0], windows.shape[-1]
-    x = windows.reshape(batch, height // window, width // window, window, window, channels).permute(0, 1, 3, 2, 4, 5)
+    x = windows.reshape(batch, height // window, width // window, window, window, channels).permute(
+        0, 1, 3, 2, 4, 5
+    )
     return x.reshape(batch, height, width, channels)
 
 
@@ -43,8 +50,9 @@ def merge_windows(windows: Tensor, window: int, height: int, width: int) -> Tens
 def window_mask(height: int, width: int, window: int, shift: int) -> Tensor | None:
     """What is added to the scores of each window so that only neighbours in the image attend to each other.
 
-    After the cyclic shift a window at the border holds pixels from opposite sides of the map; and where height or width
-    is no multiple of the window, the last windows hold padding. Pairs from different such regions get -100.
+    After the cyclic shift a window at the border holds pixels from opposite sides of the map; and where
+    height or width is no multiple of the window, the last windows hold padding. Pairs from different such
+    regions get -100.
 
     Returns:
         (windows, window^2, window^2), 0 or -100; None where no pair is masked.
@@ -55,7 +63,11 @@ def window_mask(height: int, width: int, window: int, shift: int) -> Tensor | No
     def regions(length: int) -> Tensor:
         padded = -(-length // window) * window
         position = torch.arange(padded)
-        region = (position >= padded - window).int() + (position >= padded - shift).int() if shift else position * 0
+        region = (
+            (position >= padded - window).int() + (position >= padded - shift).int()
+            if shift
+            else position * 0
+        )
         is_padding = (position + shift) % padded >= length
         return torch.where(is_padding, 3, region)
 
@@ -114,7 +126,9 @@ class WindowAttention(nn.Module):
         """x: (B, windows, tokens, C); mask: (windows, tokens, tokens) or None -> (B, windows, tokens, C)."""
         q, k, v = split_heads(self.qkv(x), self.heads)
         bias = position_bias(self.relative_position_bias_table, self.relative_position_index)
-        if mask is not None:  # the public code adds -100; so nothing of what is masked comes through, whatever the scores are
+        if (
+            mask is not None
+        ):  # the public code adds -100; so nothing of what is masked comes through, whatever the scores are
             bias = torch.where(mask[:, None] < 0, float("-inf"), bias)
         attention = self.softmax((q * self.scale) @ k.transpose(-2, -1), bias)
         return self.proj(merge_heads(attention @ v))
@@ -123,15 +137,17 @@ class WindowAttention(nn.Module):
 class SwinTransformerBlock(nn.Module):
     """Window attention and a perceptron, each behind a LayerNorm and inside a shortcut; (B, H, W, C).
 
-    A map whose sides are no multiples of the window is padded below and on the right with tokens that nothing attends
-    to, and cut back afterwards (the public code asks for multiples instead).
+    A map whose sides are no multiples of the window is padded below and on the right with tokens that nothing
+    attends to, and cut back afterwards (the public code asks for multiples instead).
 
     Args:
         resolution: the (H, W) that the buffer `attn_mask` is made for; for other sizes the mask is computed.
         shift: of the windows, in pixels, 0 .. window - 1.
     """
 
-    def __init__(self, dim: int, resolution: tuple[int, int], heads: int, window: int, shift: int, mlp_ratio: float):
+    def __init__(
+        self, dim: int, resolution: tuple[int, int], heads: int, window: int, shift: int, mlp_ratio: float
+    ):
         super().__init__()
         self.resolution, self.window, self.shift = resolution, window, shift
         self.norm1 = nn.LayerNorm(dim)
@@ -168,7 +184,9 @@ class SwinTransformerBlock(nn.Module):
 class BlockSequence(nn.Module):
     """Swin blocks, every second one with windows shifted by half their side; (B, H, W, C)."""
 
-    def __init__(self, dim: int, resolution: tuple[int, int], depth: int, heads: int, window: int, mlp_ratio: float):
+    def __init__(
+        self, dim: int, resolution: tuple[int, int], depth: int, heads: int, window: int, mlp_ratio: float
+    ):
         super().__init__()
         self.blocks = nn.ModuleList(
             SwinTransformerBlock(dim, resolution, heads, window, (index % 2) * (window // 2), mlp_ratio)
@@ -184,7 +202,9 @@ class BlockSequence(nn.Module):
 class RSTB(nn.Module):
     """Residual Swin Transformer Block: a sequence of Swin blocks inside a shortcut; (B, C, H, W)."""
 
-    def __init__(self, dim: int, resolution: tuple[int, int], depth: int, heads: int, window: int, mlp_ratio: float):
+    def __init__(
+        self, dim: int, resolution: tuple[int, int], depth: int, heads: int, window: int, mlp_ratio: float
+    ):
         super().__init__()
         self.residual_group = BlockSequence(dim, resolution, depth, heads, window, mlp_ratio)
 
@@ -193,10 +213,11 @@ class RSTB(nn.Module):
 
 
 class CausalAttentionModule(nn.Module):
-    """Context model: attention among the 5x5 symbols around each position, the 13 that are not yet decoded set to zero.
+    """Context model: attention among the 5x5 symbols around each position, the 13 that are not yet decoded
+    set to zero.
 
-    The attended tokens are summed to one vector per position. Masking the input makes the output a function of decoded
-    symbols alone, whatever the weights.
+    The attended tokens are summed to one vector per position. Masking the input makes the output a function
+    of decoded symbols alone, whatever the weights.
     """
 
     def __init__(self, dim: int, out_dim: int, heads: int = 16, side: int = 5, mlp_ratio: float = 4.0):

@@ -28,7 +28,14 @@ def infer_sizes(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
         return f"{stage}.residual_group.blocks."
 
     def depth(stage: str) -> int:
-        return 1 + max((int(key[len(blocks(stage)) :].split(".")[0]) for key in state_dict if key.startswith(blocks(stage))), default=0)
+        return 1 + max(
+            (
+                int(key[len(blocks(stage)) :].split(".")[0])
+                for key in state_dict
+                if key.startswith(blocks(stage))
+            ),
+            default=0,
+        )
 
     tables = [state_dict[f"{blocks(stage)}0.attn.relative_position_bias_table"].shape for stage in _STAGES]
     width = state_dict["g_a0.weight"].shape[0]
@@ -50,7 +57,12 @@ def infer_sizes(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
     official={quality: {"N": 128, "M": 192} for quality in range(1, 9)},
     configurations={
         "reference": {
-            "N": 48, "M": 64, "depths": (1, 2, 2, 1, 1), "num_heads": (2, 2, 4, 4, 4), "mlp_ratio": 2.0, "causal_heads": 4,
+            "N": 48,
+            "M": 64,
+            "depths": (1, 2, 2, 1, 1),
+            "num_heads": (2, 2, 4, 4, 4),
+            "mlp_ratio": 2.0,
+            "causal_heads": 4,
         },
     },
     infer=infer_sizes,

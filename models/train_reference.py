@@ -1,11 +1,13 @@
 """Train the reference checkpoints of the zoo.
 
     python -m models.train_reference --arch lu2022 --quality 5 --data FOLDER --steps 6000
-    python -m models.train_reference --arch lu2022 --quality 6 --data FOLDER --steps 1500 --init models/zoo/lu2022-q5.safetensors
+    python -m models.train_reference --arch lu2022 --quality 6 --data FOLDER --steps 1500 --init
+    models/zoo/lu2022-q5.safetensors
 
-Loss: R + lambda * 255^2 * mse in bits per pixel (Balle et al. 2018), Adam with linear warm-up and a cosine schedule, the
-auxiliary loss of the entropy bottleneck's quantiles beside it. Every crop and every noise sample follows from the seed
-and the step, so a run that was killed and resumed sees the same data as one that was not.
+Loss: R + lambda * 255^2 * mse in bits per pixel (Balle et al. 2018), Adam with linear warm-up and a cosine
+schedule, the auxiliary loss of the entropy bottleneck's quantiles beside it. Every crop and every noise
+sample follows from the seed and the step, so a run that was killed and resumed sees the same data as one that
+was not.
 """
 
 import argparse
@@ -32,16 +34,21 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 
 def read_photos(folder: Path, crop: int) -> list[np.ndarray]:
     """All photos of a folder that hold a crop, as uint8 arrays (H, W, 3), sorted by name."""
-    paths = sorted(p for p in folder.glob("*") if p.suffix.lower() in IMAGE_SUFFIXES) if folder.is_dir() else []
+    paths = (
+        sorted(p for p in folder.glob("*") if p.suffix.lower() in IMAGE_SUFFIXES) if folder.is_dir() else []
+    )
     photos = [np.asarray(Image.open(path).convert("RGB")) for path in paths]
     photos = [photo for photo in photos if min(photo.shape[:2]) >= crop]
     if not photos:
-        raise InputError(f"no photo of at least {crop} x {crop} pixels in {folder}; pass another folder with --data")
+        raise InputError(
+            f"no photo of at least {crop} x {crop} pixels in {folder}; pass another folder with --data"
+        )
     return photos
 
 
 def draw_batch(photos: list[np.ndarray], batch: int, crop: int, seed: int, step: int) -> Tensor:
-    """A batch of random crops, half of them mirrored: (batch, 3, crop, crop) in 0..1; a function of seed and step."""
+    """A batch of random crops, half of them mirrored: (batch, 3, crop, crop) in 0..1; a function of seed and
+    step."""
     random = np.random.default_rng((seed, step))
     areas = np.array([photo.shape[0] * photo.shape[1] for photo in photos], dtype=float)
     crops = []
@@ -50,30 +57,39 @@ def draw_batch(photos: list[np.ndarray], batch: int, crop: int, seed: int, step:
         top, left = (random.integers(0, side - crop + 1) for side in photo.shape[:2])
         piece = photo[top : top + crop, left : left + crop]
         crops.append(piece[:, ::-1] if random.random() < 0.5 else piece)
-    # Contiguous: the backward pass of cheng2020 on channels-last crops corrupts memory in PyTorch 2.15 on AVX2 processors.
+    # Contiguous: the backward pass of cheng2020 on channels-last crops corrupts memory in PyTorch 2.15 on
+    # AVX2 processors.
     return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float().contiguous() / 255
 
 
 def rate_distortion(output: dict, x: Tensor, lmbda: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, bpp, mse on 0..255), means over a batch; lmbda: of all images, or (B,)."""
     pixels = x.shape[2] * x.shape[3]
-    bpp = sum(-torch.log2(likelihoods).flatten(1).sum(1) for likelihoods in output["likelihoods"].values()) / pixels
+    bpp = (
+        sum(-torch.log2(likelihoods).flatten(1).sum(1) for likelihoods in output["likelihoods"].values())
+        / pixels
+    )
     mse = 255**2 * (output["x_hat"] - x).square().flatten(1).mean(1)
     return (bpp + lmbda * mse).mean(), bpp.mean(), mse.mean()
 
 
 def spread_levels(levels: int, batch: int, seed: int, step: int) -> Tensor:
-    """(batch,): the levels of a batch for a variable-rate codec, spread over all; a function of seed and step."""
+    """(batch,): the levels of a batch for a variable-rate codec, spread over all; a function of seed and
+    step."""
     random = np.random.default_rng((seed, step, 1))
     return torch.from_numpy(1 + (random.integers(levels) + levels * np.arange(batch) // batch) % levels)
 
 
 def named_alike(source: nn.Module, model: nn.Module) -> dict[str, Tensor]:
-    """The parameters of `source` by the names of `model`, where a sequence of layers has others in between (attention, for one)."""
+    """The parameters of `source` by the names of `model`, where a sequence of layers has others in between
+    (attention, for one)."""
     given = dict(source.named_parameters())
     for name, own in model.named_children():
         other = getattr(source, name, None)
-        kinds, others = ([type(layer) for layer in part] if isinstance(part, nn.Sequential) else [] for part in (own, other))
+        kinds, others = (
+            [type(layer) for layer in part] if isinstance(part, nn.Sequential) else []
+            for part in (own, other)
+        )
         if len(others) <= len(kinds):
             continue
         places, rest = [], iter(range(len(others)))
@@ -84,19 +100,26 @@ def named_alike(source: nn.Module, model: nn.Module) -> dict[str, Tensor]:
         inside = {key: given.pop(key) for key in list(given) if key.startswith(f"{name}.")}
         for place, taken in enumerate(places):
             prefix = f"{name}.{taken}."
-            given |= {f"{name}.{place}.{key.removeprefix(prefix)}": part for key, part in inside.items() if key.startswith(prefix)}
+            given |= {
+                f"{name}.{place}.{key.removeprefix(prefix)}": part
+                for key, part in inside.items()
+                if key.startswith(prefix)
+            }
     return given
 
 
 def start_from(model: nn.Module, source: nn.Module, batches: list[Tensor]) -> None:
-    """Give `model` the weights of a trained codec; what the codec lacks keeps its initial values, which are named.
+    """Give `model` the weights of a trained codec; what the codec lacks keeps its initial values, which are
+    named.
 
     batches: (B, 3, H, W) in 0..1, for the statistics where the codec is wider than the model.
     """
     own, given = dict(model.named_parameters()), named_alike(source, model)
     common = own.keys() & given.keys()
     if not common:
-        raise InputError("--init: the checkpoint's codec has no layer in common with --arch; start from another")
+        raise InputError(
+            "--init: the checkpoint's codec has no layer in common with --arch; start from another"
+        )
     if any(own[name].shape != given[name].shape for name in common):
         common = narrow(source, model, batches)
     else:
@@ -116,9 +139,15 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
     return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * turn)))
 
 
-def train(model: nn.Module, photos: list[np.ndarray], args: argparse.Namespace, lmbda: float | list[float],
-          state_path: Path) -> float:
-    """Train in place, resuming from `state_path` where it exists; gives the seconds spent, earlier runs included.
+def train(
+    model: nn.Module,
+    photos: list[np.ndarray],
+    args: argparse.Namespace,
+    lmbda: float | list[float],
+    state_path: Path,
+) -> float:
+    """Train in place, resuming from `state_path` where it exists; gives the seconds spent, earlier runs
+    included.
 
     lmbda: one, or of a variable-rate codec those of its levels.
     """
@@ -150,7 +179,10 @@ def train(model: nn.Module, photos: list[np.ndarray], args: argparse.Namespace, 
             batch = model.with_planes(x, levels, weight)
         with autocast:
             output = model(batch)
-        output = {"x_hat": output["x_hat"].float(), "likelihoods": {k: v.float() for k, v in output["likelihoods"].items()}}
+        output = {
+            "x_hat": output["x_hat"].float(),
+            "likelihoods": {k: v.float() for k, v in output["likelihoods"].items()},
+        }
         loss, bpp, mse = rate_distortion(output, x, weight)
         optimizer.zero_grad()
         loss.backward()
@@ -180,14 +212,27 @@ def train(model: nn.Module, photos: list[np.ndarray], args: argparse.Namespace, 
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m models.train_reference", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m models.train_reference", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--arch", default="lu2022")
-    parser.add_argument("--quality", type=int, default=5, help="sets lambda (default: 5, lambda 0.025); without effect on a "
-                                                                   "variable-rate codec, which is trained for all of its levels")
-    parser.add_argument("--configuration", default="reference", help="a named size; 'official' for the published one")
+    parser.add_argument(
+        "--quality",
+        type=int,
+        default=5,
+        help="sets lambda (default: 5, lambda 0.025); without effect on a "
+        "variable-rate codec, which is trained for all of its levels",
+    )
+    parser.add_argument(
+        "--configuration", default="reference", help="a named size; 'official' for the published one"
+    )
     parser.add_argument("--data", type=Path, required=True, help="a folder of photos")
-    parser.add_argument("--init", type=Path, help="a checkpoint to start from: of this architecture, of one "
-                        "that shares layers with it, or of a wider one, which is narrowed")
+    parser.add_argument(
+        "--init",
+        type=Path,
+        help="a checkpoint to start from: of this architecture, of one "
+        "that shares layers with it, or of a wider one, which is narrowed",
+    )
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--crop", type=int, default=192)
@@ -195,7 +240,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--warmup", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast; pays on processors that have it")
+    parser.add_argument(
+        "--bf16", action="store_true", help="bfloat16 autocast; pays on processors that have it"
+    )
     parser.add_argument("--threads", type=int)
     parser.add_argument("--save_every", type=int, default=250)
     parser.add_argument("--state", type=Path, default=Path("runs/zoo"), help="folder of the resume files")
@@ -211,18 +258,28 @@ def main(argv: list[str] | None = None) -> None:
     levels = range(1, model.levels + 1) if architecture.variable else [args.quality]
     lambdas = [architecture.lambda_for(level) for level in levels]
     photos = read_photos(args.data, args.crop)
-    name = args.arch + ("" if configuration else "-official") + ("" if architecture.variable else f"-q{args.quality}")
+    name = (
+        args.arch
+        + ("" if configuration else "-official")
+        + ("" if architecture.variable else f"-q{args.quality}")
+    )
     state_path = args.state / f"{name}.train.pt"
     if args.init and not state_path.exists():
         others = range(args.steps, args.steps + 12)  # crops that training will not see
-        start_from(model, load_checkpoint(args.init), [draw_batch(photos, 4, args.crop, args.seed, step) for step in others])
+        start_from(
+            model,
+            load_checkpoint(args.init),
+            [draw_batch(photos, 4, args.crop, args.seed, step) for step in others],
+        )
     seconds = train(model, photos, args, lambdas if architecture.variable else lambdas[0], state_path)
     model.cpu().eval()
     model.update(force=True)
     metadata = {
         "arch": args.arch,
         "kwargs": dict(architecture.sizes(args.quality, configuration)),
-        **({"lambdas": lambdas} if architecture.variable else {"quality": args.quality, "lambda": lambdas[0]}),
+        **(
+            {"lambdas": lambdas} if architecture.variable else {"quality": args.quality, "lambda": lambdas[0]}
+        ),
         "metric": "mse",
         "steps": args.steps,
         "batch": args.batch,

@@ -1,9 +1,9 @@
-"""CompressAI's own variable-rate codecs: Kamisli, Racape, Choi, "Variable-Rate Learned Image Compression with Multi-Objective
-Optimization and Quantization-Reconstruction Offsets" (DCC 2024), arXiv 2402.18930.
+"""CompressAI's own variable-rate codecs: Kamisli, Racape, Choi, "Variable-Rate Learned Image Compression with
+Multi-Objective Optimization and Quantization-Reconstruction Offsets" (DCC 2024), arXiv 2402.18930.
 
-The latent is coded with a gain a <= 1, as in QVRF, and the decoder moves each symbol towards zero by an offset that a small
-network reads off the scale and the gain; z may have a step size that depends on the gain, too. CompressAI's classes with its
-parameters' names, and a forward that takes each image at its own gain.
+The latent is coded with a gain a <= 1, as in QVRF, and the decoder moves each symbol towards zero by an
+offset that a small network reads off the scale and the gain; z may have a step size that depends on the gain,
+too. CompressAI's classes with its parameters' names, and a forward that takes each image at its own gain.
 """
 
 from collections.abc import Iterable, Mapping
@@ -13,7 +13,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from compressai.entropy_models import EntropyBottleneckVbr
-from compressai.models import JointAutoregressiveHierarchicalPriorsVbr, MeanScaleHyperpriorVbr, ScaleHyperpriorVbr
+from compressai.models import (
+    JointAutoregressiveHierarchicalPriorsVbr,
+    MeanScaleHyperpriorVbr,
+    ScaleHyperpriorVbr,
+)
 from compressai.models.base import get_scale_table
 from torch import Tensor, nn
 
@@ -29,8 +33,9 @@ SCALE_BOUND = 0.11
 def in_order(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
     """A network of linear layers, ReLU and softplus, with the same bits on every machine.
 
-    A matrix product adds in an order of the machine's own, and exp and log differ in their last bits. So: float64 products and sums one
-    by one, and softplus in decimal arithmetic, whose exp and ln are rounded correctly. x: (..., inputs); result as float64.
+    A matrix product adds in an order of the machine's own, and exp and log differ in their last bits. So:
+    float64 products and sums one by one, and softplus in decimal arithmetic, whose exp and ln are rounded
+    correctly. x: (..., inputs); result as float64.
     """
     x = x.detach().cpu().double()
     for layer in layers:
@@ -41,14 +46,17 @@ def in_order(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
                 total = total + x[..., index : index + 1] * weight[:, index]
             x = total
         elif isinstance(layer, nn.Softplus):
-            x = x.clone().apply_(lambda value: float((1 + Decimal(value).exp()).ln()) if value < layer.threshold else value)
+            x = x.clone().apply_(
+                lambda value: float((1 + Decimal(value).exp()).ln()) if value < layer.threshold else value
+            )
         else:
             x = F.relu(x)
     return x
 
 
 class RateFunction:
-    """Marks a module whose input is the gain alone: what it gives is a constant of each rate, computed `in_order` but in training."""
+    """Marks a module whose input is the gain alone: what it gives is a constant of each rate, computed
+    `in_order` but in training."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
@@ -80,7 +88,11 @@ class OffsetNet(nn.Sequential):
         scales = scales.clamp(min=SCALE_BOUND)
         x = torch.stack((scales, gain.to(scales).expand_as(scales)), -1)
         for layer in self:
-            x = F.linear(x, layer.weight.to(x), layer.bias.to(x)) if isinstance(layer, nn.Linear) else F.relu(x)
+            x = (
+                F.linear(x, layer.weight.to(x), layer.bias.to(x))
+                if isinstance(layer, nn.Linear)
+                else F.relu(x)
+            )
         return -x.squeeze(-1)
 
     def forward(self, y: Tensor, scales: Tensor, means: Tensor | None, gain: Tensor) -> Tensor:
@@ -96,15 +108,18 @@ class OffsetNet(nn.Sequential):
 class WholeOffsetNet(OffsetNet):
     """y_hat from s = round(y a), where a context model needs symbols before their means are known.
 
-    y_hat = sign(r) (|r| + offset) / a + mean for r = s - mean a, and where |r| < 1/2, the mean lying in the symbol's interval, share r / a + mean.
+    y_hat = sign(r) (|r| + offset) / a + mean for r = s - mean a, and where |r| < 1/2, the mean lying in the
+    symbol's interval, share r / a + mean.
     """
 
     @staticmethod
     def shares(scales: Tensor) -> Tensor:
-        """How far the mean of a Gaussian within an interval of width 1 follows the interval's centre, at its own mean: the derivative there.
+        """How far the mean of a Gaussian within an interval of width 1 follows the interval's centre, at its
+        own mean: the derivative there.
 
-        1 / (1 + h^2 / 3 + h^4 / (3 5) + h^6 / (3 5 7) + ...), h = 1 / (2 scale), which is 2 h phi(h) / (2 Phi(h) - 1): sums, products and quotients,
-        number by number, with the same bits on every machine. scales: of the scaled symbols.
+        1 / (1 + h^2 / 3 + h^4 / (3 5) + h^6 / (3 5 7) + ...), h = 1 / (2 scale), which is 2 h phi(h) / (2
+        Phi(h) - 1): sums, products and quotients, number by number, with the same bits on every machine.
+        scales: of the scaled symbols.
         """
         square = (0.5 / scales.clamp(min=SCALE_BOUND)).square()
         term = total = torch.ones_like(square)
@@ -124,8 +139,8 @@ class WholeOffsetNet(OffsetNet):
 class VariableBottleneck(EntropyBottleneckVbr):
     """Factorized density of z in steps of each image's own size.
 
-    CompressAI's forward estimates the likelihood of an interval of width 1 whatever the step (it hands the step over as another
-    argument); its coder takes the step's width, and so does this.
+    CompressAI's forward estimates the likelihood of an interval of width 1 whatever the step (it hands the
+    step over as another argument); its coder takes the step's width, and so does this.
     """
 
     def step_likelihood(self, z_hat: Tensor, step: Tensor) -> Tensor:
@@ -175,12 +190,18 @@ class _Vbr(VariableRate):
     def update(self, scale_table: Any = None, force: bool = False, **_: Any) -> bool:
         """Make the CDF tables; of z for a step size of 1."""
         table = get_scale_table() if scale_table is None else scale_table
-        return bool(self.gaussian_conditional.update_scale_table(table, force=force)) | bool(self.entropy_bottleneck.update(force=force))
+        return bool(self.gaussian_conditional.update_scale_table(table, force=force)) | bool(
+            self.entropy_bottleneck.update(force=force)
+        )
 
 
 def infer_sizes(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
     """The arguments that fit a state_dict; KeyError where it is no variable-rate codec of CompressAI."""
-    return {**infer_n_m(state_dict), "levels": state_dict["Gain"].shape[0], "vr_entbttlnck": "gayn2zqstep.0.weight" in state_dict}
+    return {
+        **infer_n_m(state_dict),
+        "levels": state_dict["Gain"].shape[0],
+        "vr_entbttlnck": "gayn2zqstep.0.weight" in state_dict,
+    }
 
 
 def adapt(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -208,7 +229,12 @@ _FACTS = {
 }
 
 
-@register_model("balle2018-vbr", configurations={"reference": {"N": 56, "M": 80}}, zoo="bmshj2018-hyperprior-vbr", **_FACTS)
+@register_model(
+    "balle2018-vbr",
+    configurations={"reference": {"N": 56, "M": 80}},
+    zoo="bmshj2018-hyperprior-vbr",
+    **_FACTS,
+)
 class Balle2018Vbr(_Vbr, ScaleHyperpriorVbr):
     """Scale hyperprior.
 
@@ -231,7 +257,9 @@ class Balle2018Vbr(_Vbr, ScaleHyperpriorVbr):
         return {"x_hat": self.g_s(y_hat), "likelihoods": {"y": y_likelihoods, "z": z_likelihoods}}
 
 
-@register_model("minnen2018-mean-vbr", configurations={"reference": {"N": 48, "M": 64}}, zoo="mbt2018-mean-vbr", **_FACTS)
+@register_model(
+    "minnen2018-mean-vbr", configurations={"reference": {"N": 48, "M": 64}}, zoo="mbt2018-mean-vbr", **_FACTS
+)
 class Minnen2018MeanVbr(_Vbr, MeanScaleHyperpriorVbr):
     """Mean and scale hyperprior; arguments as `Balle2018Vbr`'s."""
 
@@ -253,14 +281,19 @@ def _infer_autoregressive(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
     return {**infer_n_m(state_dict), "levels": state_dict["Gain"].shape[0]}
 
 
-@register_model("minnen2018-vbr", configurations={"reference": {"N": 56, "M": 64}}, zoo="mbt2018-vbr",
-                **{**_FACTS, "infer": _infer_autoregressive})
+@register_model(
+    "minnen2018-vbr",
+    configurations={"reference": {"N": 56, "M": 64}},
+    zoo="mbt2018-vbr",
+    **{**_FACTS, "infer": _infer_autoregressive},
+)
 class Minnen2018Vbr(_Vbr, WholeLatent, JointAutoregressiveHierarchicalPriorsVbr):
     """Joint autoregressive and hierarchical priors; N, M, levels as `Balle2018Vbr`'s.
 
-    CompressAI's forward walks over the positions one by one, because its symbols round((y - mean) a) depend on the y_hat before them. Here all
-    positions go at once, as in the class of fixed rate: the symbols are round(y a), the context is round(y a) / a, and the offsets
-    move what is left of the symbols without their means.
+    CompressAI's forward walks over the positions one by one, because its symbols round((y - mean) a) depend
+    on the y_hat before them. Here all positions go at once, as in the class of fixed rate: the symbols are
+    round(y a), the context is round(y a) / a, and the offsets move what is left of the symbols without their
+    means.
     """
 
     def __init__(self, N: int = 192, M: int = 320, levels: int = 8):

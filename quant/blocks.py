@@ -19,13 +19,20 @@ def register_block(*types: type[nn.Module]) -> None:
 
 
 register_block(
-    ResidualBlock, ResidualBlockWithStride, ResidualBlockUpsample, AttentionBlock, NSABlock, SwinTransformerBlock,
-    ResBlock, NonLocalBlock,
+    ResidualBlock,
+    ResidualBlockWithStride,
+    ResidualBlockUpsample,
+    AttentionBlock,
+    NSABlock,
+    SwinTransformerBlock,
+    ResBlock,
+    NonLocalBlock,
 )
 
 
 class QuantBlock(nn.Module):
-    """A block with its own forward, whose layers are nodes and whose functions (adds, products ...) get nodes."""
+    """A block with its own forward, whose layers are nodes and whose functions (adds, products ...) get
+    nodes."""
 
     def __init__(self, module: nn.Module):
         super().__init__()

@@ -1,6 +1,7 @@
 """The codec's boundaries on integers: rounding of y and z, entropy bottleneck, Gaussian conditional.
 
-y, z, means and scales come straight from their accumulators onto a grid of 2^-f (design, section 3). The likelihoods
+y, z, means and scales come straight from their accumulators onto a grid of 2^-f (design, section 3). The
+likelihoods
 are estimates in float, for the rate: no symbol and no pixel depends on them.
 """
 
@@ -28,7 +29,8 @@ def boundary_grid(config: QuantConfig) -> Grid:
 
 
 def symbols_and_values(x: QTensor, means: QTensor | None, unit: float) -> tuple[Tensor, QTensor]:
-    """(round(x - means) as whole numbers, that plus means on the boundary grid); straight-through gradients."""
+    """(round(x - means) as whole numbers, that plus means on the boundary grid); straight-through
+    gradients."""
     residual = x.q if means is None else x.q - means.q
     symbols = requantize_ste(residual, torch.as_tensor(unit, dtype=torch.float64, device=x.q.device))
     values = symbols / unit
@@ -43,7 +45,8 @@ def rounded(x: Tensor, means: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 class QuantBoundary(QuantModule):
-    """A place where a latent is rounded; its inputs come onto the grid of the boundaries, whose step is `unit`."""
+    """A place where a latent is rounded; its inputs come onto the grid of the boundaries, whose step is
+    `unit`."""
 
     gives_latents = True
 
@@ -69,7 +72,8 @@ class QuantRound(QuantBoundary):
 
 
 class QuantEntropyBottleneck(QuantBoundary):
-    """EntropyBottleneck (Balle 2018): z_hat from integers, its likelihood under the learned factorized density."""
+    """EntropyBottleneck (Balle 2018): z_hat from integers, its likelihood under the learned factorized
+    density."""
 
     kind = "entropy_bottleneck"
 
@@ -101,7 +105,8 @@ class QuantEntropyBottleneck(QuantBoundary):
 
 
 class QuantGaussianConditional(QuantBoundary):
-    """GaussianConditional (Balle 2018, Minnen 2018): y_hat and scales from integers, the likelihood of the symbols."""
+    """GaussianConditional (Balle 2018, Minnen 2018): y_hat and scales from integers, the likelihood of the
+    symbols."""
 
     kind = "gaussian_conditional"
 
@@ -145,7 +150,9 @@ class QuantGaussianConditional(QuantBoundary):
 
     def _likelihood_of(self, symbols: Tensor, scales: Tensor, means: Tensor | None = None) -> Tensor:
         likelihood = self.module._likelihood(symbols, scales, means)
-        return self.module.likelihood_lower_bound(likelihood) if self.module.use_likelihood_bound else likelihood
+        return (
+            self.module.likelihood_lower_bound(likelihood) if self.module.use_likelihood_bound else likelihood
+        )
 
     def real(self, y: Tensor, scales: Tensor, means: Tensor | None = None) -> tuple[Tensor, Tensor]:
         whole = means if self.rounds_whole else None
@@ -156,11 +163,14 @@ class QuantGaussianConditional(QuantBoundary):
         means = None if means is None else self.grid(means)
         whole = means if self.rounds_whole else None
         symbols, y_hat = symbols_and_values(self.grid(y), means if whole is None else None, self.unit)
-        return y_hat, self._likelihood_of(symbols, to_real(self.grid(scales)), None if whole is None else to_real(whole))
+        return y_hat, self._likelihood_of(
+            symbols, to_real(self.grid(scales)), None if whole is None else to_real(whole)
+        )
 
 
 class QuantGaussianMixture(QuantGaussianConditional):
-    """GaussianMixtureConditional (Cheng 2020): y_hat, scales, means and weights from integers, the likelihood of the symbols."""
+    """GaussianMixtureConditional (Cheng 2020): y_hat, scales, means and weights from integers, the likelihood
+    of the symbols."""
 
     kind = "gaussian_mixture"
 
@@ -169,21 +179,28 @@ class QuantGaussianMixture(QuantGaussianConditional):
 
     def _likelihood_of(self, y_hat: Tensor, scales: Tensor, means: Tensor, weights: Tensor) -> Tensor:
         likelihood = self.module._likelihood(y_hat, scales, means, weights)
-        return self.module.likelihood_lower_bound(likelihood) if self.module.use_likelihood_bound else likelihood
+        return (
+            self.module.likelihood_lower_bound(likelihood) if self.module.use_likelihood_bound else likelihood
+        )
 
     def real(self, y: Tensor, scales: Tensor, means: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         y_hat = rounded(y, None)[1]
         return y_hat, self._likelihood_of(y_hat, scales, means, weights)
 
-    def integer(self, y: QTensor, scales: QTensor, means: QTensor, weights: QTensor) -> tuple[QTensor, Tensor]:
+    def integer(
+        self, y: QTensor, scales: QTensor, means: QTensor, weights: QTensor
+    ) -> tuple[QTensor, Tensor]:
         y_hat = symbols_and_values(self.grid(y), None, self.unit)[1]
-        return y_hat, self._likelihood_of(y_hat.real(), *(to_real(self.grid(part)) for part in (scales, means, weights)))
+        return y_hat, self._likelihood_of(
+            y_hat.real(), *(to_real(self.grid(part)) for part in (scales, means, weights))
+        )
 
 
 class QuantOffsets(QuantBoundary):
     """`models.vbr.OffsetNet`: y_hat with offsets from a table over the scale, one for each gain.
 
-    A table is made when its gain is first met, with the same bits on every machine; so it need not be in the model's file.
+    A table is made when its gain is first met, with the same bits on every machine; so it need not be in the
+    model's file.
     """
 
     kind = "offsets"
@@ -211,7 +228,9 @@ class QuantOffsets(QuantBoundary):
         if gain not in self._tables:
             step, low, high = self.scale_grid.parameters_of_grid()
             scales = torch.arange(int(low), int(high) + 1, device=step.device) * step.detach()
-            self._tables[gain] = round_half_away(self.module.table(scales, gain).to(step.device) / self.unit).float()
+            self._tables[gain] = round_half_away(
+                self.module.table(scales, gain).to(step.device) / self.unit
+            ).float()
         return self._tables[gain]
 
     @torch.no_grad()
@@ -220,7 +239,11 @@ class QuantOffsets(QuantBoundary):
         index = self.scale_grid(scales * gain)
         places = (index.q - self.scale_grid.parameters_of_grid()[1]).long()
         tables = [self.table(float(value)) for value in gain.flatten()]
-        offsets = torch.cat([table[part] for table, part in zip(tables, places.split(1))]) if len(tables) > 1 else tables[0][places]
+        offsets = (
+            torch.cat([table[part] for table, part in zip(tables, places.split(1))])
+            if len(tables) > 1
+            else tables[0][places]
+        )
         return torch.where(symbols == 0, 0.0, offsets) * symbols.sign()
 
     def integer(self, y: QTensor, scales: QTensor, gain: Tensor, means: QTensor | None) -> QTensor:
@@ -254,11 +277,16 @@ class QuantWholeOffsets(QuantOffsets):
     def integer(self, symbols: QTensor, scales: QTensor, gain: Tensor, means: QTensor) -> QTensor:
         symbols, mean, gain = self.grid(symbols), self.grid(means).q, gain.double()
         residual = symbols.q - requantize_ste(mean, gain)
-        nearest = requantize_ste(residual, torch.as_tensor(self.unit, dtype=torch.float64, device=residual.device))
+        nearest = requantize_ste(
+            residual, torch.as_tensor(self.unit, dtype=torch.float64, device=residual.device)
+        )
         with torch.no_grad():
             places = (self.scale_grid(scales * gain).q - self.scale_grid.parameters_of_grid()[1]).long()
             shares = torch.where(nearest == 0, self.shares()[places], 0.0)
-        near = requantize_ste(torch.where(nearest == 0, residual, 0.0) * shares, torch.as_tensor(2.0**-self.share_bits, dtype=torch.float64, device=residual.device))
+        near = requantize_ste(
+            torch.where(nearest == 0, residual, 0.0) * shares,
+            torch.as_tensor(2.0**-self.share_bits, dtype=torch.float64, device=residual.device),
+        )
         moved = torch.where(nearest == 0, near, residual + self.offsets(nearest, scales, gain))
         return QTensor(requantize_ste(moved, 1 / gain) + mean, symbols.scale, symbols.runtime, latent=True)
 

@@ -17,32 +17,44 @@ SYMMETRY = {"symmetric": 0.0, "one_sided": 0.25, "asymmetric": 1.01}
 class QuantConfig:
     """Design section 3. Every field has a default that suits W8A8.
 
-    w_bits, a_bits: bits of weights and of the inputs of multiply-accumulate layers, 2..16; 32 leaves them in float.
+    w_bits, a_bits: bits of weights and of the inputs of multiply-accumulate layers, 2..16; 32 leaves them in
+    float.
     bias_bits:      32, whole numbers at the accumulator's scale; or 8, eqs. 17 and 19 with rescaling.
     w_range, a_range: estimators of the first ranges: max, mse, lpP, percentileP, sigmaK.
     a_granularity:  "channel": a scale per input channel, folded into the weights that consume it (eq. 16);
                     "tensor": one scale per tensor.
-    a_symmetry:     which inputs of multiply-accumulate layers have a zero point: "asymmetric" all, "one_sided" the channels
+    a_symmetry:     which inputs of multiply-accumulate layers have a zero point: "asymmetric" all,
+    "one_sided" the channels
                     whose smaller side is below a quarter of the larger, "symmetric" none.
-    w_granularity:  "channel" (per output channel, eq. 15), "tensor", or "groupsK": output channels in order of their ranges, in K
+    w_granularity:  "channel" (per output channel, eq. 15), "tensor", or "groupsK": output channels in order
+    of their ranges, in K
                     groups of as equal ranges as can be (`quant.transforms.range_groups`), a scale for each.
-    transform:      the spread of the per-channel scales of a layer's inputs. "fold": each channel's own range, all folded into the
-                    weights; "equalize": between none and that, where the predicted noise of weights and activations together is
-                    least; "smooth": max|x|^alpha / max|w|^(1 - alpha) (SmoothQuant, Xiao et al. 2023); "ptf": powers of two times
-                    one scale (power-of-two factor, FQ-ViT, Lin et al. 2022). See `quant.transforms`.
+    transform:      the spread of the per-channel scales of a layer's inputs. "fold": each channel's own
+    range, all folded into the
+                    weights; "equalize": between none and that, where the predicted noise of weights and
+                    activations together is least; "smooth": max|x|^alpha / max|w|^(1 - alpha) (SmoothQuant,
+                    Xiao et al. 2023); "ptf": powers of two times one scale (power-of-two factor, FQ-ViT, Lin
+                    et al. 2022). See `quant.transforms`.
     smooth_alpha:   alpha of "smooth".
-    scales:         "fixed_point" (eqs. 3 and 4) or "power_of_two", for weights and inputs: requantization is a shift then.
-    accumulator_bits: the scale of a layer's weights is raised until its sums provably fit; 0 only states the bound.
-    softmax:        probabilities of attention: "linear", on the grid of a_bits; "log2" or "log_sqrt2", 2^softmax_bits levels at the
+    scales:         "fixed_point" (eqs. 3 and 4) or "power_of_two", for weights and inputs: requantization is
+    a shift then.
+    accumulator_bits: the scale of a layer's weights is raised until its sums provably fit; 0 only states the
+    bound.
+    softmax:        probabilities of attention: "linear", on the grid of a_bits; "log2" or "log_sqrt2",
+    2^softmax_bits levels at the
                     powers of 1/2 or of its root (FQ-ViT; RepQ-ViT, Li et al. 2023), down to 2^-14.
     rounding:       nearest | adaround | ste | learned_offset.
-    carrier_bits:   fixed point between multiply-accumulate layers, where tensors are added, multiplied or normalized.
+    carrier_bits:   fixed point between multiply-accumulate layers, where tensors are added, multiplied or
+    normalized.
     table_bits:     index of the tables of elementwise functions.
-    latent_bits:    inputs of layers that read y_hat or z_hat, where that is more than a_bits. Latents have heavy tails: on
-                    other images they reach several times as far as on the calibration crops, and a clipped symbol is
-                    seen. Up to 16 bits are two 8-bit digits in an int8 kernel, at 1/256 of the pixels or less.
+    latent_bits:    inputs of layers that read y_hat or z_hat, where that is more than a_bits. Latents have
+    heavy tails: on
+                    other images they reach several times as far as on the calibration crops, and a clipped
+                    symbol is seen. Up to 16 bits are two 8-bit digits in an int8 kernel, at 1/256 of the
+                    pixels or less.
     boundary_bits:  fractional bits of y, z, means and scales at the codec's boundaries.
-    strict_int8:    8 bits on every stored tensor, as the paper does (sets carrier_bits, table_bits, latent_bits to 8; to a_bits where
+    strict_int8:    8 bits on every stored tensor, as the paper does (sets carrier_bits, table_bits,
+    latent_bits to 8; to a_bits where
                     activations have 9 to 16).
     frac_bits:      n_r of eqs. 3 and 4.
     a_headroom:     first ranges of activations reach to this multiple of what the estimator says.
@@ -83,14 +95,20 @@ class QuantConfig:
         one_of("a_granularity", self.a_granularity, ("channel", "tensor"))
         one_of("a_symmetry", self.a_symmetry, tuple(SYMMETRY))
         if not re.fullmatch(r"channel|tensor|groups[1-9]\d*", self.w_granularity):
-            raise InputError(f"w_granularity {self.w_granularity!r} is unknown; choose channel, tensor, or groups4 for four groups")
+            raise InputError(
+                f"w_granularity {self.w_granularity!r} is unknown; choose channel, tensor, or groups4 for four groups"
+            )
         if self.transform == "split":
-            raise InputError("channel splitting goes with every transform and is a knob of its own; use --set split=0.1, the share of operations it may add")
+            raise InputError(
+                "channel splitting goes with every transform and is a knob of its own; use --set split=0.1, the share of operations it may add"
+            )
         one_of("transform", self.transform, ("equalize", "fold", "smooth", "ptf"))
         one_of("scales", self.scales, ("fixed_point", "power_of_two"))
         one_of("softmax", self.softmax, ("linear", "log2", "log_sqrt2"))
         if self.accumulator_bits and not 16 <= self.accumulator_bits <= 48:
-            raise InputError(f"accumulator_bits {self.accumulator_bits} is out of range; choose 16 to 48, or 0 for no limit")
+            raise InputError(
+                f"accumulator_bits {self.accumulator_bits} is out of range; choose 16 to 48, or 0 for no limit"
+            )
         if not 0 <= self.smooth_alpha <= 1:
             raise InputError(f"smooth_alpha {self.smooth_alpha} is out of range; choose 0 to 1")
         one_of("rounding", self.rounding, tuple(ROUNDINGS))

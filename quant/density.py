@@ -1,7 +1,9 @@
-"""The discretized Gaussians of the entropy model in whole numbers, made once when a model is frozen and saved with it.
+"""The discretized Gaussians of the entropy model in whole numbers, made once when a model is frozen and saved
+with it.
 
-Scales are told by whole-number thresholds (levels in geometric order), and the normal distribution function is a table: what
-coder and decoder compute from them are whole numbers, the same on every machine (design, section 4).
+Scales are told by whole-number thresholds (levels in geometric order), and the normal distribution function
+is a table: what coder and decoder compute from them are whole numbers, the same on every machine (design,
+section 4).
 """
 
 import copy
@@ -27,8 +29,10 @@ FURTHEST = 64  # from the median
 
 
 class DensityTables(NamedTuple):
-    """thresholds: (LEVELS - 1,), on the boundaries' grid: a scale is of level i where i of them are not above it.
-    inverses: (LEVELS,), round(2^20 / scale of the level). normal: (REACH 2^8 + 1,), round(2^30 Phi(t)) for t from 0 on.
+    """thresholds: (LEVELS - 1,), on the boundaries' grid: a scale is of level i where i of them are not above
+    it.
+    inverses: (LEVELS,), round(2^20 / scale of the level). normal: (REACH 2^8 + 1,), round(2^30 Phi(t)) for t
+    from 0 on.
     """
 
     thresholds: Tensor
@@ -42,17 +46,26 @@ def density_tables(boundary_bits: int, smallest: float = SMALLEST) -> DensityTab
     scales = np.exp(np.linspace(math.log(smallest), math.log(LARGEST), LEVELS))
     thresholds = np.round(np.sqrt(scales[1:] * scales[:-1]) * 2**boundary_bits)
     normal = np.round(ndtr(np.arange(REACH * 2**STEP_BITS + 1) / 2**STEP_BITS) * 2**NORMAL_BITS)
-    return DensityTables(*(torch.from_numpy(part.astype(np.int64)) for part in (thresholds, np.round(2**INVERSE_BITS / scales), normal)))
+    return DensityTables(
+        *(
+            torch.from_numpy(part.astype(np.int64))
+            for part in (thresholds, np.round(2**INVERSE_BITS / scales), normal)
+        )
+    )
 
 
 @torch.no_grad()
 def factorized_table(bottleneck: EntropyBottleneck, medians: Tensor) -> Tensor:
-    """round(2^20 F(x)) of each channel of z at x = median + t 2^-3, t from -T to T: (channels, 2 T + 1), int64.
+    """round(2^20 F(x)) of each channel of z at x = median + t 2^-3, t from -T to T: (channels, 2 T + 1),
+    int64.
 
     T: where all but 2^-17 of every channel lies inside, at most 64 2^3. medians: (channels,).
     """
     exact = copy.deepcopy(bottleneck).double()
-    places = torch.arange(-FURTHEST << POINT_BITS, (FURTHEST << POINT_BITS) + 1, dtype=torch.float64) / 2**POINT_BITS
+    places = (
+        torch.arange(-FURTHEST << POINT_BITS, (FURTHEST << POINT_BITS) + 1, dtype=torch.float64)
+        / 2**POINT_BITS
+    )
     x = medians.double().cpu()[:, None, None] + places
     cumulative = torch.sigmoid(exact.cpu()._logits_cumulative(x, stop_gradient=True))[:, 0].cummax(1).values
     inside = ((cumulative > 2.0**-17) & (cumulative < 1 - 2.0**-17)).any(0).nonzero().flatten()

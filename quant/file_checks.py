@@ -1,4 +1,5 @@
-"""What the numbers of a quantized model's file must be, so that its program and its entropy coder can run on them."""
+"""What the numbers of a quantized model's file must be, so that its program and its entropy coder can run on
+them."""
 
 from torch import Tensor, isfinite
 
@@ -13,7 +14,8 @@ _PRECISION = 16  # bits of a stored CDF's total
 
 
 def wrong_numbers(node: QuantModule) -> str | None:
-    """What is wrong with the stored numbers of a node that runs, in a few words; None where they can be used."""
+    """What is wrong with the stored numbers of a node that runs, in a few words; None where they can be
+    used."""
     for part in (*node.grids(), node):
         for kind, problem_of in _CHECKS.items():
             if isinstance(part, kind) and (problem := problem_of(part)) is not None:
@@ -24,7 +26,11 @@ def wrong_numbers(node: QuantModule) -> str | None:
 def _grid(grid: Grid) -> str | None:
     if grid.fixed is not None or grid.bits == FLOAT_BITS or not grid.frozen:
         return None
-    if not _positive(grid.scale) or grid.scale.ndim > 1 or not (grid.scale.shape == grid.qmin.shape == grid.qmax.shape):
+    if (
+        not _positive(grid.scale)
+        or grid.scale.ndim > 1
+        or not (grid.scale.shape == grid.qmin.shape == grid.qmax.shape)
+    ):
         return "its scales are not positive numbers, or not as many as its limits"
     if not bool(((grid.qmin <= grid.qmax) & isfinite(grid.qmin) & isfinite(grid.qmax)).all()):
         return "its limits are no ranges"
@@ -38,19 +44,29 @@ def _layer(node: QuantMAC) -> str | None:
         return f"its whole-number weights have the shape {tuple(node.weight_int.shape)}"
     if node.out_scale is None or node.out_scale.shape != (node.outputs,) or not _positive(node.out_scale):
         return "the scales of its sums are not one positive number for each output"
-    if node.bias_int is not None and (node.bias_int.shape != (node.outputs,) or not bool(isfinite(node.bias_int).all())):
+    if node.bias_int is not None and (
+        node.bias_int.shape != (node.outputs,) or not bool(isfinite(node.bias_int).all())
+    ):
         return "its bias is not one number for each output"
     if node.bound is None or node.bound.numel() != 1:
         return "it certifies no bound of its sums"
     inputs = node.weight_int.shape[1] * node.groups
-    return None if _of_channels(node.input_grid.scale, inputs) else f"it has {node.input_grid.scale.numel()} input scales for {inputs} channels"
+    return (
+        None
+        if _of_channels(node.input_grid.scale, inputs)
+        else f"it has {node.input_grid.scale.numel()} input scales for {inputs} channels"
+    )
 
 
 def _gdn(node: QuantGDN) -> str | None:
     if node.weight_int is None:
         return None
     parts = (node.x_grid.scale, node.out_grid.scale, node.mantissa, node.shift)
-    return None if all(part is not None and _of_channels(part, node.outputs) for part in parts) else "its scales are not one for each channel"
+    return (
+        None
+        if all(part is not None and _of_channels(part, node.outputs) for part in parts)
+        else "its scales are not one for each channel"
+    )
 
 
 def _layer_norm(node: QuantLayerNorm) -> str | None:
@@ -58,7 +74,11 @@ def _layer_norm(node: QuantLayerNorm) -> str | None:
         return None
     parts = (node.grid_out.scale, node.gain_mantissa, node.gain_shift, node.offset)
     channels = node.module.normalized_shape[0]
-    return None if all(part is not None and _of_channels(part, channels) for part in parts) else "its gains are not one for each channel"
+    return (
+        None
+        if all(part is not None and _of_channels(part, channels) for part in parts)
+        else "its gains are not one for each channel"
+    )
 
 
 def _gaussian(node: QuantGaussianConditional) -> str | None:
@@ -67,8 +87,14 @@ def _gaussian(node: QuantGaussianConditional) -> str | None:
     sizes = [None if part is None else tuple(part.shape) for part in node.density]
     if sizes != [(LEVELS - 1,), (LEVELS,), (REACH * 2**STEP_BITS + 1,)]:
         return "the tables of its densities have other sizes"
-    inside = _inside(node.inverses, int(2**INVERSE_BITS / LARGEST), 2 ** (INVERSE_BITS + 5)) and _inside(node.normal, 2 ** (NORMAL_BITS - 1), 2**NORMAL_BITS)
-    return None if inside and _rises(node.thresholds) and _rises(node.normal) else "the tables of its densities do not rise, or leave their range"
+    inside = _inside(node.inverses, int(2**INVERSE_BITS / LARGEST), 2 ** (INVERSE_BITS + 5)) and _inside(
+        node.normal, 2 ** (NORMAL_BITS - 1), 2**NORMAL_BITS
+    )
+    return (
+        None
+        if inside and _rises(node.thresholds) and _rises(node.normal)
+        else "the tables of its densities do not rise, or leave their range"
+    )
 
 
 def _bottleneck(node: QuantEntropyBottleneck) -> str | None:
@@ -76,11 +102,19 @@ def _bottleneck(node: QuantEntropyBottleneck) -> str | None:
     channels = inner.quantiles.shape[0]
     if cumulative is not None:
         usable = cumulative.ndim == 2 and len(cumulative) == channels and cumulative.shape[1] % 2 == 1
-        return None if usable and _rises(cumulative) and _inside(cumulative, 0, 2**FACTORIZED_BITS) else "its distribution functions do not rise"
+        return (
+            None
+            if usable and _rises(cumulative) and _inside(cumulative, 0, 2**FACTORIZED_BITS)
+            else "its distribution functions do not rise"
+        )
     cdf, lengths, offsets = inner._quantized_cdf, inner._cdf_length.flatten(), inner._offset.flatten()
     if not cdf.numel():
         return None
-    if not (cdf.ndim == 2 and len(cdf) == len(lengths) == len(offsets) == channels and _inside(lengths, 3, cdf.shape[1])):
+    if not (
+        cdf.ndim == 2
+        and len(cdf) == len(lengths) == len(offsets) == channels
+        and _inside(lengths, 3, cdf.shape[1])
+    ):
         return "its tables of frequencies have other sizes"
     rows = (row[:length].long() for row, length in zip(cdf, lengths.tolist()))
     usable = all(row[0] == 0 and row[-1] == 2**_PRECISION and bool((row.diff() > 0).all()) for row in rows)
@@ -88,8 +122,13 @@ def _bottleneck(node: QuantEntropyBottleneck) -> str | None:
 
 
 _CHECKS = {
-    Grid: _grid, QuantMAC: _layer, QuantGDN: _gdn, QuantLayerNorm: _layer_norm, QuantGaussianConditional: _gaussian, QuantEntropyBottleneck: _bottleneck,
-}  # fmt: skip
+    Grid: _grid,
+    QuantMAC: _layer,
+    QuantGDN: _gdn,
+    QuantLayerNorm: _layer_norm,
+    QuantGaussianConditional: _gaussian,
+    QuantEntropyBottleneck: _bottleneck,
+}
 
 
 def _positive(numbers: Tensor) -> bool:

@@ -2,8 +2,8 @@
 
 An integer tensor is held in a *float* tensor whose values are whole numbers (float32 when |q| < 2^24, float64
 below 2^53), so that PyTorch's ordinary operators and autograd work on it; its scale stands beside it. Every
-function here is pure and gives the same bits on every machine: it uses only operations whose float64 result is
-exact, or int64. Whole numbers never come out as -0.0 from `requantize`.
+function here is pure and gives the same bits on every machine: it uses only operations whose float64 result
+is exact, or int64. Whole numbers never come out as -0.0 from `requantize`.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 MANTISSA_BITS = 22
-"""Bits of a multiplier's mantissa: times an int32 accumulator (31 bits and sign) that is 53, exact in float64."""
+"""Bits of a multiplier's mantissa: times an int32 accumulator (31 bits and sign) that is 53, exact in
+float64."""
 
 _MAX_SHIFT = 62
 _CPU_CHUNK = 1 << 16
@@ -33,14 +34,15 @@ def int_range(bits: int, signed: bool = True) -> tuple[int, int]:
     return 0, 2**bits - 1
 
 
-# ---------------------------------------------------------------------------------------------------- rounding
+# --------------------------------------------------------------------------------------------------- rounding
 
 
 def round_half_away(x: Tensor) -> Tensor:
-    """Nearest whole number, halves away from zero, of a float tensor of any shape; same dtype, NaN and inf stay.
+    """Nearest whole number, halves away from zero, of a float tensor of any shape; same dtype, NaN and inf
+    stay.
 
-    The largest float below one half is added, not one half: x + 0.5 would itself round up to 1 for the largest x
-    below 0.5, and to the next even number for odd x above 2^52.
+    The largest float below one half is added, not one half: x + 0.5 would itself round up to 1 for the
+    largest x below 0.5, and to the next even number for odd x above 2^52.
     """
     return _round_half_away_(x.clone())
 
@@ -93,7 +95,7 @@ def straight_through(exact: Tensor, smooth: Tensor) -> Tensor:
     return _StraightThrough.apply(exact.detach(), smooth)
 
 
-# ------------------------------------------------------------------------------------------------------ scales
+# ----------------------------------------------------------------------------------------------------- scales
 
 
 def power_of_two(exponent: Tensor) -> Tensor:
@@ -110,7 +112,8 @@ def fixed_point_scale(s: Tensor, frac_bits: int = 24, scale_bits: int = 32) -> T
 
     Rounds s * 2^n_r to a whole number and clips it to 1 .. 2^(scale_bits-1)-1. The paper clips from
     -2^(b^s-1); a scale that is zero or negative has no meaning, so one LSB is the least here (deliberate
-    difference). The gradient is the identity, clipped or not, so that a range that sank below one LSB can rise.
+    difference). The gradient is the identity, clipped or not, so that a range that sank below one LSB can
+    rise.
     """
     if not 2 <= scale_bits <= 53:
         raise ValueError(f"scale_bits must be from 2 to 53, not {scale_bits}")
@@ -122,9 +125,11 @@ def fixed_point_scale(s: Tensor, frac_bits: int = 24, scale_bits: int = 32) -> T
 
 
 def power_of_two_scale(s: Tensor, frac_bits: int = 24) -> Tensor:
-    """The least power of two that is not smaller than `s`, from 2^-n_r on, in float64: requantization is a shift then.
+    """The least power of two that is not smaller than `s`, from 2^-n_r on, in float64: requantization is a
+    shift then.
 
-    A share of 2^-20 above a power of two is taken as rounding error of whoever made `s`. The gradient is the identity.
+    A share of 2^-20 above a power of two is taken as rounding error of whoever made `s`. The gradient is the
+    identity.
     """
     wide = s.to(torch.float64)
     with torch.no_grad():
@@ -134,10 +139,11 @@ def power_of_two_scale(s: Tensor, frac_bits: int = 24) -> Tensor:
 
 
 def quantize_multiplier(m: Tensor, mantissa_bits: int = MANTISSA_BITS) -> tuple[Tensor, Tensor]:
-    """(mantissa, shift), int64 of m's shape, with m ~= mantissa * 2^-shift and 2^(bits-1) <= mantissa < 2^bits.
+    """(mantissa, shift), int64 of m's shape, with m ~= mantissa * 2^-shift and 2^(bits-1) <= mantissa <
+    2^bits.
 
-    `m` is a positive finite real multiplier; the relative error is at most 2^-mantissa_bits, zero for powers of
-    two. Raises ValueError where an element is zero, negative, NaN or infinite.
+    `m` is a positive finite real multiplier; the relative error is at most 2^-mantissa_bits, zero for powers
+    of two. Raises ValueError where an element is zero, negative, NaN or infinite.
     """
     wide = m.detach().to(torch.float64)
     if not bool(((wide > 0) & torch.isfinite(wide)).all()):
@@ -149,20 +155,21 @@ def quantize_multiplier(m: Tensor, mantissa_bits: int = MANTISSA_BITS) -> tuple[
 
 
 def multiplier_value(mantissa: Tensor, shift: Tensor) -> Tensor:
-    """mantissa * 2^-shift as float64: exact (shifts above 1022, which requantize everything to 0, are cut there)."""
+    """mantissa * 2^-shift as float64: exact (shifts above 1022, which requantize everything to 0, are cut
+    there)."""
     return mantissa.to(torch.float64) * power_of_two(-shift.to(torch.int64))
 
 
-# ----------------------------------------------------------------------------------------------- requantization
+# --------------------------------------------------------------------------------------------- requantization
 
 
 def requantize(acc: Tensor, mantissa: Tensor, shift: Tensor) -> Tensor:
     """round_half_away(acc * mantissa / 2^shift): the integer program's only way from one scale to another.
 
-    `acc`: whole numbers, |acc| <= 2^31, float32 or float64 (same dtype comes back) or an integer type (int64 comes
-    back; |acc| < 2^40 is allowed there). `mantissa` (< 2^22) and `shift` (any sign; negative shifts left) are
-    whole-number tensors that broadcast against `acc`, one entry per channel for example. Both kinds give the same
-    numbers. A float32 result is exact below 2^24, an int64 one below 2^63.
+    `acc`: whole numbers, |acc| <= 2^31, float32 or float64 (same dtype comes back) or an integer type (int64
+    comes back; |acc| < 2^40 is allowed there). `mantissa` (< 2^22) and `shift` (any sign; negative shifts
+    left) are whole-number tensors that broadcast against `acc`, one entry per channel for example. Both kinds
+    give the same numbers. A float32 result is exact below 2^24, an int64 one below 2^63.
     """
     mantissa, shift = torch.as_tensor(mantissa, device=acc.device), torch.as_tensor(shift, device=acc.device)
     if acc.is_floating_point():
@@ -183,17 +190,19 @@ _NUDGE = 1 + 2.0**-48
 def _scale_and_round(
     acc: Tensor, multiplier: Tensor, limits: "Limits | None" = None, inside: Tensor | None = None
 ) -> Tensor:
-    """round_half_away(acc * multiplier) in acc's dtype; `multiplier` is float64 with at most 22 significant bits.
+    """round_half_away(acc * multiplier) in acc's dtype; `multiplier` is float64 with at most 22 significant
+    bits.
 
-    With `limits` the result is float32, clipped to them; `inside` (int8, acc's shape) then receives twice the gradient
-    of the clipping, see `_clip_`. Done in pieces that stay in the cache, because float64 copies of a whole feature map
-    cost more than the arithmetic.
+    With `limits` the result is float32, clipped to them; `inside` (int8, acc's shape) then receives twice the
+    gradient of the clipping, see `_clip_`. Done in pieces that stay in the cache, because float64 copies of a
+    whole feature map cost more than the arithmetic.
 
-    The float64 product p = acc * multiplier is exact. For a float32 `acc`, rounding to even, which is much faster,
-    gives round_half_away(p) once the multiplier has grown by a factor 1 + 2^-48. Let p be a whole number P of units
-    2^-u, |P| < 2^46 (24 bits times 22). With the roundings of the factor and of the product, 2^-53 each, P grows in
-    magnitude by more than 0 and less than half a unit. If u >= 1, halves are whole numbers of units: a tie moves away
-    from zero, and nothing else reaches or crosses a tie. If u <= 0, p is whole and moves by less than 1/2 as long as
+    The float64 product p = acc * multiplier is exact. For a float32 `acc`, rounding to even, which is much
+    faster, gives round_half_away(p) once the multiplier has grown by a factor 1 + 2^-48. Let p be a whole
+    number P of units 2^-u, |P| < 2^46 (24 bits times 22). With the roundings of the factor and of the
+    product, 2^-53 each, P grows in magnitude by more than 0 and less than half a unit. If u >= 1, halves are
+    whole numbers of units: a tie moves away from zero, and nothing else reaches or crosses a tie. If u <= 0,
+    p is whole and moves by less than 1/2 as long as
     |p| < 2^47, and float32 is exact only below 2^24 anyway.
     """
     # Not torch.broadcast_shapes: its first call imports sympy, which takes seconds.
@@ -223,8 +232,8 @@ def _scale_and_round(
 def _clip_(q: Tensor, low: Tensor | float, high: Tensor | float, inside: Tensor | None) -> None:
     """Clip float32 q in place; `inside` receives 2 where q was between the limits, 1 at a limit, 0 outside.
 
-    That is twice the gradient that torch.minimum(torch.maximum(q, low), high) has: half of it goes to the limit where
-    q equals one.
+    That is twice the gradient that torch.minimum(torch.maximum(q, low), high) has: half of it goes to the
+    limit where q equals one.
     """
     if inside is not None:
         inside.copy_((q - low).sign_().add_((high - q).sign_()))
@@ -236,7 +245,8 @@ def _clip_(q: Tensor, low: Tensor | float, high: Tensor | float, inside: Tensor 
 
 
 class Limits:
-    """qmin and qmax of a grid: float32 tensors that broadcast to the numbers, plain numbers where they are alike."""
+    """qmin and qmax of a grid: float32 tensors that broadcast to the numbers, plain numbers where they are
+    alike."""
 
     def __init__(self, qmin: Tensor, qmax: Tensor):
         self.qmin, self.qmax = qmin, qmax
@@ -248,7 +258,10 @@ class Limits:
 
     def expand(self, shape: torch.Size) -> tuple:
         """(low, high) for numbers of this shape: expanded tensors, or two numbers."""
-        return self.plain or (self.qmin.to(torch.float32).expand(shape), self.qmax.to(torch.float32).expand(shape))
+        return self.plain or (
+            self.qmin.to(torch.float32).expand(shape),
+            self.qmax.to(torch.float32).expand(shape),
+        )
 
 
 def piece_size(x: Tensor) -> int:
@@ -257,7 +270,8 @@ def piece_size(x: Tensor) -> int:
 
 
 def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The same slices of equally shaped tensors, as views small enough that a chain of operations stays in cache."""
+    """The same slices of equally shaped tensors, as views small enough that a chain of operations stays in
+    cache."""
     first = tensors[0]
     limit = piece_size(first)
     if first.numel() <= limit:
@@ -305,11 +319,12 @@ class _RequantizeSTE(torch.autograd.Function):
 def requantize_ste(acc: Tensor, multiplier: Tensor, limits: Limits | None = None) -> Tensor:
     """`requantize(acc, *quantize_multiplier(multiplier))` that can be differentiated; same values to the bit.
 
-    `acc`: whole numbers in float32 or float64, |acc| <= 2^31; the result has its dtype and shape. `multiplier`:
-    positive real tensor that broadcasts to acc's shape. Rounding does not stop the gradient: d/d acc = multiplier,
-    d/d multiplier = acc, summed to its shape. With `limits` the result is clipped to them, as float32; a number outside
-    passes no gradient, one at a limit half of it (torch.minimum's and torch.maximum's own). Raises ValueError for a multiplier that is not positive and finite,
-    or that does not broadcast to acc's shape.
+    `acc`: whole numbers in float32 or float64, |acc| <= 2^31; the result has its dtype and shape.
+    `multiplier`: positive real tensor that broadcasts to acc's shape. Rounding does not stop the gradient:
+    d/d acc = multiplier, d/d multiplier = acc, summed to its shape. With `limits` the result is clipped to
+    them, as float32; a number outside passes no gradient, one at a limit half of it (torch.minimum's and
+    torch.maximum's own). Raises ValueError for a multiplier that is not positive and finite, or that does not
+    broadcast to acc's shape.
     """
     try:
         multiplier.expand(acc.shape)
@@ -319,15 +334,15 @@ def requantize_ste(acc: Tensor, multiplier: Tensor, limits: Limits | None = None
     return _RequantizeSTE.apply(acc, multiplier, limits)
 
 
-# ------------------------------------------------------------------------------------- real numbers to integers
+# ----------------------------------------------------------------------------------- real numbers to integers
 
 
 def quantize(x: Tensor, scale: Tensor, qmin: int, qmax: int, zero_point: Tensor | int = 0) -> Tensor:
     """Eq. 1: clip(round(x / scale) + zero_point, qmin, qmax) as whole numbers in x's dtype.
 
-    `scale` broadcasts to x. Rounding is straight-through and clipping has clamp's own gradient (none outside), so
-    that together with `dequantize` x and scale get the gradients of LSQ: for scale, round(x/s) - x/s inside and
-    the clipped code outside.
+    `scale` broadcasts to x. Rounding is straight-through and clipping has clamp's own gradient (none
+    outside), so that together with `dequantize` x and scale get the gradients of LSQ: for scale, round(x/s) -
+    x/s inside and the clipped code outside.
     """
     codes = round_ste(x / scale) + zero_point
     return codes.clamp(qmin, qmax).to(x.dtype)

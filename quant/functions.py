@@ -48,7 +48,9 @@ class QuantFunction(QuantModule):
         bits = self.config.carrier_bits
         # eight bits have no room to spare
         headroom = self.config.headroom if bits > 8 else 1.0
-        return Grid(bits, self.config.frac_bits, headroom=headroom, symmetry="one_sided" if bits <= 8 else "symmetric")
+        return Grid(
+            bits, self.config.frac_bits, headroom=headroom, symmetry="one_sided" if bits <= 8 else "symmetric"
+        )
 
 
 class QuantCarrier(QuantFunction):
@@ -116,7 +118,9 @@ class QuantMul(QuantFunction):
         return True
 
     def observe(self, inputs: tuple, output: Any) -> None:
-        for grid, x in zip((self.grid_a, self.grid_b, self.grid_out), (inputs[0].real(), inputs[1].real(), output)):
+        for grid, x in zip(
+            (self.grid_a, self.grid_b, self.grid_out), (inputs[0].real(), inputs[1].real(), output)
+        ):
             grid.observe(x)
 
     def integer(self, a: QTensor, b: QTensor) -> QTensor:
@@ -126,7 +130,8 @@ class QuantMul(QuantFunction):
 
 
 class QuantMatMul(QuantFunction):
-    """One of attention's two matrix products: both operands in a_bits, one scale per head where there are heads.
+    """One of attention's two matrix products: both operands in a_bits, one scale per head where there are
+    heads.
 
     Dimension -3 of four or more is taken for the heads, unless its size varies in calibration.
 
@@ -139,7 +144,15 @@ class QuantMatMul(QuantFunction):
         super().__init__(config, heads=heads, depth=depth)
         dim = -3 if heads and config.a_granularity == "channel" else None
         self.grid_a, self.grid_b = (
-            Grid(config.a_bits, config.frac_bits, dim, config.a_range, symmetry=config.a_symmetry, scales=config.scales) for _ in "ab"
+            Grid(
+                config.a_bits,
+                config.frac_bits,
+                dim,
+                config.a_range,
+                symmetry=config.a_symmetry,
+                scales=config.scales,
+            )
+            for _ in "ab"
         )
         self.grid_a.droppable = self.grid_b.droppable = True
 
@@ -151,7 +164,8 @@ class QuantMatMul(QuantFunction):
 
     def observe(self, inputs: tuple, output: Any) -> None:
         if min(x.ndim for x in inputs) < 4 or any(
-            grid.channels_seen not in (0, x.shape[-3]) for grid, x in self._grids_of_heads(inputs)  # windows, not heads
+            grid.channels_seen not in (0, x.shape[-3])
+            for grid, x in self._grids_of_heads(inputs)  # windows, not heads
         ):
             self.grid_a.merge_channels()
             self.grid_b.merge_channels()
@@ -163,7 +177,9 @@ class QuantMatMul(QuantFunction):
         self.options["depth"] = max(self.options["depth"], inputs[0].shape[-1])
 
     def _grids_of_heads(self, inputs: tuple) -> list[tuple[Grid, QTensor]]:
-        return [(grid, x) for grid, x in zip((self.grid_a, self.grid_b), inputs) if grid.channel_dim is not None]
+        return [
+            (grid, x) for grid, x in zip((self.grid_a, self.grid_b), inputs) if grid.channel_dim is not None
+        ]
 
     def _check_heads(self, inputs: tuple) -> None:
         for grid, x in self._grids_of_heads(inputs):
@@ -223,10 +239,11 @@ class _SoftmaxSTE(torch.autograd.Function):
 
 
 class QuantSoftmax(QuantFunction):
-    """Softmax along one dimension, with a constant bias (-inf masks a key): table exponential, fixed-point reciprocal.
+    """Softmax along one dimension, with a constant bias (-inf masks a key): table exponential, fixed-point
+    reciprocal.
 
-    The scores are put on a grid of 1/256 nat, so that a difference of scores is the index into the table. With `QuantConfig.softmax` on
-    levels, a second table brings each probability to the nearest one.
+    The scores are put on a grid of 1/256 nat, so that a difference of scores is the index into the table.
+    With `QuantConfig.softmax` on levels, a second table brings each probability to the nearest one.
     """
 
     kind = "softmax"
@@ -237,7 +254,9 @@ class QuantSoftmax(QuantFunction):
         self.grid = Grid(16, config.frac_bits, fixed=SOFTMAX_STEP)
         self.register_buffer("table", softmax_table())
         on_levels = config.softmax != "linear" and config.a_bits != FLOAT_BITS
-        self.register_buffer("levels", level_table(config.softmax, config.softmax_bits) if on_levels else None)
+        self.register_buffer(
+            "levels", level_table(config.softmax, config.softmax_bits) if on_levels else None
+        )
 
     @property
     def gives_levels(self) -> bool:
@@ -261,7 +280,12 @@ class QuantSoftmax(QuantFunction):
         if self.levels is not None:
             exact = table_lookup(p.detach(), self.levels).to(p.dtype)
             p = straight_through(exact, p * (SOFTMAX_UNIT / LEVEL_UNIT))
-            return QTensor(p, torch.as_tensor(LEVEL_UNIT, dtype=torch.float64, device=p.device), scores.runtime, levels=True)
+            return QTensor(
+                p,
+                torch.as_tensor(LEVEL_UNIT, dtype=torch.float64, device=p.device),
+                scores.runtime,
+                levels=True,
+            )
         return scores.like(p, torch.as_tensor(SOFTMAX_UNIT, dtype=torch.float64, device=p.device))
 
 
@@ -308,7 +332,8 @@ _ELEMENTWISE: dict[str, Callable[[Tensor], Tensor]] = {
 class QuantTable(QuantFunction):
     """Any elementwise function: the input on a grid of table_bits, the output looked up on a carrier grid.
 
-    The table is computed in float64 while calibrating and stored with the model; decoding never evaluates the function.
+    The table is computed in float64 while calibrating and stored with the model; decoding never evaluates the
+    function.
     """
 
     def __init__(self, config: QuantConfig, kind: str, **options: float):
@@ -317,7 +342,9 @@ class QuantTable(QuantFunction):
             raise ValueError(f"no table for the function {kind!r}")
         self.kind = kind
         self.f = partial(_ELEMENTWISE[kind], **options)
-        self.grid_in = Grid(config.table_bits, config.frac_bits, headroom=1.25 if config.table_bits > 8 else 1.0)
+        self.grid_in = Grid(
+            config.table_bits, config.frac_bits, headroom=1.25 if config.table_bits > 8 else 1.0
+        )
         self.grid_out = self.carrier()
         self.register_buffer("table", None)
 
@@ -353,5 +380,3 @@ class QuantTable(QuantFunction):
     def thaw(self) -> None:
         super().thaw()
         self.table = None
-
-

@@ -1,9 +1,9 @@
 """Integer algorithms for the non-linear functions of a codec: tables, softmax, layer normalization, GDN.
 
-Whole-number tensors in, whole-number tensors out (float64 unless said otherwise), the same bits on every machine.
-Floating-point division and square root serve only as estimates, which are then corrected to the exact integer;
-every other intermediate is a whole number below 2^53. None of these is differentiable: the simulator pairs them
-with a smooth function through `fixedpoint.straight_through`.
+Whole-number tensors in, whole-number tensors out (float64 unless said otherwise), the same bits on every
+machine. Floating-point division and square root serve only as estimates, which are then corrected to the
+exact integer; every other intermediate is a whole number below 2^53. None of these is differentiable: the
+simulator pairs them with a smooth function through `fixedpoint.straight_through`.
 """
 
 import math
@@ -12,7 +12,15 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from licq.quant.fixedpoint import MANTISSA_BITS, below_half, piece_size, pieces, power_of_two, requantize, round_half_away
+from licq.quant.fixedpoint import (
+    MANTISSA_BITS,
+    below_half,
+    piece_size,
+    pieces,
+    power_of_two,
+    requantize,
+    round_half_away,
+)
 
 SOFTMAX_FRAC_BITS = 15
 """`integer_softmax` returns probabilities in units of 2^-15."""
@@ -29,11 +37,12 @@ _ROOT_BITS = 26
 _LAYER_NORM_NUDGE = 1 + 2.0**-46
 
 
-# ------------------------------------------------------------------------------------------ roots and quotients
+# ---------------------------------------------------------------------------------------- roots and quotients
 
 
 def isqrt(n: Tensor) -> Tensor:
-    """floor(sqrt(n)), exact for whole 0 <= n < 2^52; float64 of n's shape. Intermediates stay below 2^52 + 1."""
+    """floor(sqrt(n)), exact for whole 0 <= n < 2^52; float64 of n's shape. Intermediates stay below 2^52 +
+    1."""
     n = n.to(torch.float64)
     root = n.sqrt().floor_()
     root = root - (root * root > n).to(torch.float64)
@@ -59,7 +68,7 @@ def _bit_length(n: Tensor) -> Tensor:
     return torch.frexp(n).exponent.to(torch.int64)
 
 
-# ------------------------------------------------------------------------------------------------------- tables
+# ----------------------------------------------------------------------------------------------------- tables
 
 
 def build_table(
@@ -73,9 +82,9 @@ def build_table(
 ) -> Tensor:
     """Table of an elementwise function for the integer inputs lo .. hi: float64 of shape (hi - lo + 1).
 
-    Entry k is clip(round(function(in_scale * (lo + k)) / out_scale), qmin, qmax). Computed in float64 on the CPU
-    when a model is quantized, stored with it, and never recomputed at decode, because exp or tanh may differ
-    elsewhere. Raises ValueError for an empty input range or where the function is not a number.
+    Entry k is clip(round(function(in_scale * (lo + k)) / out_scale), qmin, qmax). Computed in float64 on the
+    CPU when a model is quantized, stored with it, and never recomputed at decode, because exp or tanh may
+    differ elsewhere. Raises ValueError for an empty input range or where the function is not a number.
     """
     if lo > hi:
         raise ValueError(f"the table's input range {lo}..{hi} is empty")
@@ -87,7 +96,8 @@ def build_table(
 
 
 def table_lookup(index: Tensor, table: Tensor, offset: int = 0) -> Tensor:
-    """table[index - offset], of index's shape and the table's dtype; `offset` is the index of the first entry.
+    """table[index - offset], of index's shape and the table's dtype; `offset` is the index of the first
+    entry.
 
     `index` holds whole numbers; what lies outside the table gets its first or last entry.
     """
@@ -101,12 +111,13 @@ def table_lookup(index: Tensor, table: Tensor, offset: int = 0) -> Tensor:
 
 
 def exp_table(steps_per_nat: int = EXP_STEPS_PER_NAT, nats: int = 16, frac_bits: int = 20) -> Tensor:
-    """exp(-i / steps_per_nat) in units of 2^-frac_bits for i below nats * steps_per_nat; float64, 4096 entries."""
+    """exp(-i / steps_per_nat) in units of 2^-frac_bits for i below nats * steps_per_nat; float64, 4096
+    entries."""
     one = 2**frac_bits
     return build_table(torch.exp, -1 / steps_per_nat, 1 / one, 0, nats * steps_per_nat - 1, 0, one)
 
 
-# ------------------------------------------------------------------------------------------------------ softmax
+# ---------------------------------------------------------------------------------------------------- softmax
 
 
 def integer_softmax(
@@ -119,16 +130,16 @@ def integer_softmax(
 ) -> Tensor:
     """Softmax of s * q along `dim`, as whole numbers in units of 2^-15; float64 of q's shape.
 
-    `q`: whole numbers, |q| < 2^30. `mantissa, shift` = quantize_multiplier(s * EXP_STEPS_PER_NAT), broadcast to q
-    and constant along `dim`. `table` = exp_table(). `mask`: 0/1, broadcast to q; where it is 0 the probability is
-    exactly 0, and a row with no key left is all 0.
+    `q`: whole numbers, |q| < 2^30. `mantissa, shift` = quantize_multiplier(s * EXP_STEPS_PER_NAT), broadcast
+    to q and constant along `dim`. `table` = exp_table(). `mask`: 0/1, broadcast to q; where it is 0 the
+    probability is exactly 0, and a row with no key left is all 0.
 
         d = max q - q,  e = table[requantize(d)],  p = round(2^15 e / sum e)
 
     Ranges: d < 2^31; with K keys 2^15 * e <= 2^35 and sum e <= K * 2^20, far below 2^52. Error of p against
-    the real softmax, in units of 1: the grid of 1/256 nat moves a difference of logits by at most 1/512, which is
-    p (1-p) / 256 <= 2^-10 in p; the 20-bit table adds at most p * K * 2^-21; the last rounding 2^-16. In all, at
-    most 2^-10 + K * 2^-21 + 2^-16. The sum of p is within K / 2 units of 2^15.
+    the real softmax, in units of 1: the grid of 1/256 nat moves a difference of logits by at most 1/512,
+    which is p (1-p) / 256 <= 2^-10 in p; the 20-bit table adds at most p * K * 2^-21; the last rounding
+    2^-16. In all, at most 2^-10 + K * 2^-21 + 2^-16. The sum of p is within K / 2 units of 2^15.
     """
     q = q.to(torch.float64)
     allowed = None if mask is None else mask.to(device=q.device, dtype=torch.bool)
@@ -141,33 +152,37 @@ def integer_softmax(
     return divide_round(weight * 2.0**SOFTMAX_FRAC_BITS, total)
 
 
-# -------------------------------------------------------------------------------------------------- layer norm
+# ------------------------------------------------------------------------------------------------- layer norm
 
 
 def layer_norm_constants(count: int, eps_q: float) -> Tensor:
     """count^2 eps_q in units of 2^-2k, rounded, for k = 0 .. 26; float64."""
     eps = count**2 * eps_q
-    return torch.tensor([math.floor(min(eps * 4.0**k + 0.5, 2.0**52)) for k in range(27)], dtype=torch.float64)
+    return torch.tensor(
+        [math.floor(min(eps * 4.0**k + 0.5, 2.0**52)) for k in range(27)], dtype=torch.float64
+    )
 
 
 def integer_layer_norm(q: Tensor, eps_q: float, dim: int = -1) -> Tensor:
-    """(q - mean) / sqrt(var + eps_q) along `dim`, without affine, as whole numbers in units of 2^-12; float64.
+    """(q - mean) / sqrt(var + eps_q) along `dim`, without affine, as whole numbers in units of 2^-12;
+    float64.
 
-    `q`: whole numbers, |q| < 2^15, C <= 1024 of them along `dim`. `eps_q`: LayerNorm's eps in units of q^2, that
-    is eps / s^2, 0 <= eps_q <= 2^30. A row of equal values gives 0. Raises ValueError outside these bounds of C
-    and eps_q.
+    `q`: whole numbers, |q| < 2^15, C <= 1024 of them along `dim`. `eps_q`: LayerNorm's eps in units of q^2,
+    that is eps / s^2, 0 <= eps_q <= 2^30. A row of equal values gives 0. Raises ValueError outside these
+    bounds of C and eps_q.
 
-        c = C q - sum q,  V = C sum q^2 - (sum q)^2 + C^2 eps_q  (= C^2 (var + eps_q)),  n = round(2^12 c / sqrt V)
+        c = C q - sum q,  V = C sum q^2 - (sum q)^2 + C^2 eps_q  (= C^2 (var + eps_q)),  n = round(2^12 c /
+                          sqrt V)
 
-    V < 2^51 is shifted left by 2k to lie in [2^50, 2^52), where its root has 26 bits; C^2 eps_q is rounded after
-    that shift (a table of 27 constants, one for each k). |c| <= sqrt(C V), so the dividend 2^(12+k) |c| is at most
-    2^(12+26+5). The root's relative error 2^-25 is 2^-8 units at the largest possible |n| = sqrt(C) = 32: the
-    result is within 0.504 units of the real value.
+    V < 2^51 is shifted left by 2k to lie in [2^50, 2^52), where its root has 26 bits; C^2 eps_q is rounded
+    after that shift (a table of 27 constants, one for each k). |c| <= sqrt(C V), so the dividend 2^(12+k) |c|
+    is at most 2^(12+26+5). The root's relative error 2^-25 is 2^-8 units at the largest possible |n| =
+    sqrt(C) = 32: the result is within 0.504 units of the real value.
 
-    The division is a multiplication by 2^(12+k) / root, exact nevertheless: a quotient a / b of whole numbers with
-    b < 2^26 is a tie or at least 1 / 2b > 2^-27 from one. Three roundings move |n| <= 2^17 (and a bit) by a share of
-    3 * 2^-53, the nudge by one of 2^-46: together away from zero, by less than 2^-28. So rounding to even rounds ties
-    away from zero, and no other quotient crosses a tie.
+    The division is a multiplication by 2^(12+k) / root, exact nevertheless: a quotient a / b of whole numbers
+    with b < 2^26 is a tie or at least 1 / 2b > 2^-27 from one. Three roundings move |n| <= 2^17 (and a bit)
+    by a share of 3 * 2^-53, the nudge by one of 2^-46: together away from zero, by less than 2^-28. So
+    rounding to even rounds ties away from zero, and no other quotient crosses a tie.
     """
     count = q.shape[dim]
     eps_q = float(eps_q)
@@ -190,7 +205,7 @@ def integer_layer_norm(q: Tensor, eps_q: float, dim: int = -1) -> Tensor:
     return out
 
 
-# --------------------------------------------------------------------------------------------------------- GDN
+# -------------------------------------------------------------------------------------------------------- GDN
 
 
 def integer_gdn(
@@ -201,15 +216,17 @@ def integer_gdn(
         kind "gdn":   round(M x / sqrt(norm)),  inverse: round(M x sqrt(norm))
         kind "gdn1":  round(M x / norm),        inverse: round(M x norm)
 
-    `x`: whole numbers, |x| < 2^15. `norm`: whole numbers, 0 < norm < 2^40 (a 0 is taken as 1), broadcast to x.
-    `mantissa, shift` = quantize_multiplier(M), M holding all scales: s_x / (s_y sqrt(s_norm)) for "gdn",
+    `x`: whole numbers, |x| < 2^15. `norm`: whole numbers, 0 < norm < 2^40 (a 0 is taken as 1), broadcast to
+    x. `mantissa, shift` = quantize_multiplier(M), M holding all scales: s_x / (s_y sqrt(s_norm)) for "gdn",
     s_x sqrt(s_norm) / s_y for its inverse, without the root for "gdn1". Raises ValueError for another kind.
 
-    norm is shifted left until D = floor(sqrt(norm)) 2^k, or norm 2^k, has 26 bits: relative error below 2^-25.
-    Forward: x * mantissa (< 2^37) is divided by D in one rounding, each shifted left as far as the result needs and
-    below 2^52. Inverse: W = round(D * mantissa / 2^11) has 37 bits, x * W < 2^52, one rounding after the shift.
-    The result is within 0.5 + |result| * 2^-24.9 units of the real value with M = mantissa * 2^-shift: 0.501 for
-    16-bit results. A forward result beyond 2^25 may come out smaller, never below 2^25; clip to the output's range.
+    norm is shifted left until D = floor(sqrt(norm)) 2^k, or norm 2^k, has 26 bits: relative error below
+    2^-25.
+    Forward: x * mantissa (< 2^37) is divided by D in one rounding, each shifted left as far as the result
+    needs and below 2^52. Inverse: W = round(D * mantissa / 2^11) has 37 bits, x * W < 2^52, one rounding
+    after the shift. The result is within 0.5 + |result| * 2^-24.9 units of the real value with M = mantissa *
+    2^-shift: 0.501 for 16-bit results. A forward result beyond 2^25 may come out smaller, never below 2^25;
+    clip to the output's range.
     """
     if kind not in ("gdn", "gdn1"):
         raise ValueError(f'kind must be "gdn" or "gdn1", not {kind!r}')
@@ -242,7 +259,7 @@ def _gdn_piece(x: Tensor, norm: Tensor, mantissa: Tensor, shift: Tensor, inverse
     return divide_round(dividend * power_of_two(up), divisor * power_of_two(down))
 
 
-# ------------------------------------------------------------------------------- softmax in 24 bits, for attention
+# -------------------------------------------------------------------------- softmax in 24 bits, for attention
 
 SOFTMAX_STEP = 2.0**-8
 """Scores come on this grid, in nats: a difference of two scores is an index into the table."""
@@ -260,10 +277,12 @@ _EXP_BITS = 12
 
 
 def level_table(kind: str, bits: int) -> Tensor:
-    """For each whole number p of `SOFTMAX_UNIT`, 0..2^16, the nearest level b^-k in units of `LEVEL_UNIT`; int32.
+    """For each whole number p of `SOFTMAX_UNIT`, 0..2^16, the nearest level b^-k in units of `LEVEL_UNIT`;
+    int32.
 
-    k = round(-log_b p) below 2^bits, else the level is 0 (log-int-softmax of FQ-ViT, Lin et al. 2022; b the root of 2: RepQ-ViT, Li et al.
-    2023). In both a level of 2^-14 is followed by 0, however many bits there are. Levels of odd k with b = sqrt 2 are rounded to the unit.
+    k = round(-log_b p) below 2^bits, else the level is 0 (log-int-softmax of FQ-ViT, Lin et al. 2022; b the
+    root of 2: RepQ-ViT, Li et al. 2023). In both a level of 2^-14 is followed by 0, however many bits there
+    are. Levels of odd k with b = sqrt 2 are rounded to the unit.
     """
     base = LEVELS[kind]
     p = torch.arange(1, round(1 / SOFTMAX_UNIT) + 1, dtype=torch.float64) * SOFTMAX_UNIT
@@ -288,7 +307,8 @@ MASKED = -(2.0**22)
 def softmax_pieces(
     q: Tensor, offset: Tensor | None, kinds: Tensor | None, dim: int, *others: Tensor
 ) -> Iterator[tuple[Tensor, ...]]:
-    """(q + offset, *others) in pieces that stay in cache, whole along `dim`; arguments as in `fixed_softmax`."""
+    """(q + offset, *others) in pieces that stay in cache, whole along `dim`; arguments as in
+    `fixed_softmax`."""
     if kinds is not None:
         size = q.numel() // q.shape[1]
         step = max(1, piece_size(q) // size)
@@ -307,18 +327,20 @@ def softmax_pieces(
 def fixed_softmax(
     q: Tensor, table: Tensor, offset: Tensor | None = None, kinds: Tensor | None = None, dim: int = -1
 ) -> Tensor:
-    """Softmax along `dim` of scores (q + offset) / 256, as whole numbers in units of 2^-16; float32 of q's shape.
+    """Softmax along `dim` of scores (q + offset) / 256, as whole numbers in units of 2^-16; float32 of q's
+    shape.
 
-    `q`: whole numbers. `table` = softmax_table(). `offset`: whole numbers that broadcast to q, `MASKED` for a key that
-    gets exactly 0 beside others that are not masked; |q + offset| < 2^23. With `kinds`, q is (B, T, ...) and row t has
-    offset[kinds[t]].
+    `q`: whole numbers. `table` = softmax_table(). `offset`: whole numbers that broadcast to q, `MASKED` for a
+    key that gets exactly 0 beside others that are not masked; |q + offset| < 2^23. With `kinds`, q is (B, T,
+    ...) and row t has offset[kinds[t]].
 
-        e = table[max q - q],  S = sum e,  m = round(2^k / S) with 2^11 < m <= 2^12,  p = round(e m / 2^(k - 16))
+        e = table[max q - q],  S = sum e,  m = round(2^k / S) with 2^11 < m <= 2^12,  p = round(e m / 2^(k -
+                               16))
 
-    Every intermediate is at most 2^24, so float32 is exact: e <= 2^12, S <= K 2^12 with up to 4096 keys (with more it is
-    taken in float64), e m <= 2^24.
-    The reciprocal's 12 bits are a relative error of 2^-12 for a whole row, the table's entries one of 2^-13 for the
-    largest key; a key below 2^-13 of the largest gets 0. `integer_softmax` is the finer, slower variant.
+    Every intermediate is at most 2^24, so float32 is exact: e <= 2^12, S <= K 2^12 with up to 4096 keys (with
+    more it is taken in float64), e m <= 2^24. The reciprocal's 12 bits are a relative error of 2^-12 for a
+    whole row, the table's entries one of 2^-13 for the largest key; a key below 2^-13 of the largest gets 0.
+    `integer_softmax` is the finer, slower variant.
     """
     last = table.numel() - 1
     out = torch.empty(q.shape, dtype=torch.float32, device=q.device)

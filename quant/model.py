@@ -39,7 +39,8 @@ class QuantModel(nn.Module):
     Args:
         model: any module whose forward returns {"x_hat", "likelihoods"}; it is copied, not changed.
         config: see `QuantConfig`.
-        bits: of single layers, {layer: {"w_bits": b, "a_bits": b}}; the others have those of `config`. Products of attention,
+        bits: of single layers, {layer: {"w_bits": b, "a_bits": b}}; the others have those of `config`.
+        Products of attention,
             which have no weights, always do.
 
     Raises:
@@ -59,18 +60,22 @@ class QuantModel(nn.Module):
         check_layers(bits or {}, self.layers)
         for name, sides in (bits or {}).items():
             self.layers[name].set_bits(**sides)
-        self._source = (weakref.ref(model), _version(model))  # until the first forward has been compared with it
+        self._source = (
+            weakref.ref(model),
+            _version(model),
+        )  # until the first forward has been compared with it
         self.frozen = False
         self.loaded = False  # from a file: whole numbers only, nothing left to learn from
         self.extra: dict[str, Any] = {}  # what the file's writer wanted to be found again
 
-    # ------------------------------------------------------------------------------------------------------ running
+    # ------------------------------------------------------------------------------------------------ running
 
     def forward(self, x: Tensor) -> dict:
         """x: (B, 3, H, W) in 0..1, 8-bit samples -> {"x_hat", "likelihoods"} as plain tensors.
 
-        A frozen model gives x_hat as 8-bit samples / 255, rounded and clipped by the integer program. A variable-rate codec
-        also takes (B, 5, H, W), each image with its own gain; see `models.qvrf.VariableRate`.
+        A frozen model gives x_hat as 8-bit samples / 255, rounded and clipped by the integer program. A
+        variable-rate codec also takes (B, 5, H, W), each image with its own gain; see
+        `models.qvrf.VariableRate`.
         """
         if x.shape[1] > 3:
             before, self.model.rate = self.model.rate, x[:, 3:4, :1, :1].detach()
@@ -104,7 +109,7 @@ class QuantModel(nn.Module):
         """The codec always runs as in evaluation: rounding, no noise."""
         return super().train(False)
 
-    # -------------------------------------------------------------------------------------------------- calibration
+    # -------------------------------------------------------------------------------------------- calibration
 
     @torch.no_grad()
     def observe(self, batches: Iterable[Tensor], harder: Iterable[Tensor] = ()) -> None:
@@ -112,16 +117,22 @@ class QuantModel(nn.Module):
 
         Args:
             batches: images (B, 3, H, W) in 0..1.
-            harder: more of them, for the ranges alone: the mean squares that noise models need are those of `batches`.
+            harder: more of them, for the ranges alone: the mean squares that noise models need are those of
+            `batches`.
 
         Raises:
-            InputError: the model comes from a file, is not float32, or licq cannot run its forward or runs it wrongly.
+            InputError: the model comes from a file, is not float32, or licq cannot run its forward or runs it
+            wrongly.
         """
         if self.loaded:
-            raise InputError("a model from a file is final: its float weights are not in it; quantize the codec again")
+            raise InputError(
+                "a model from a file is final: its float weights are not in it; quantize the codec again"
+            )
         for parameter in self.model.parameters():
             if parameter.is_floating_point() and parameter.dtype != torch.float32:
-                raise InputError(f"the network's weights are {parameter.dtype}; convert it with .float() first")
+                raise InputError(
+                    f"the network's weights are {parameter.dtype}; convert it with .float() first"
+                )
         self.quantize_nodes(False)
         runtime = self.runtime
         runtime.observing = True
@@ -143,7 +154,9 @@ class QuantModel(nn.Module):
         finally:
             runtime.observing = False
         if not runtime.nodes:
-            raise InputError("the model has no layer that can be quantized; see the supported types in quant/rewriter.py")
+            raise InputError(
+                "the model has no layer that can be quantized; see the supported types in quant/rewriter.py"
+            )
         for node in self.nodes.values():
             node.initialize()
         self._drop_idle_carriers(first)
@@ -157,13 +170,16 @@ class QuantModel(nn.Module):
                 raise
             runtime = self.runtime
             place = f"{runtime.calling} in {runtime.where}" if runtime.calling else runtime.where
-            raise InputError(f"licq cannot run this network: {place}: {type(error).__name__}: {error}") from error
+            raise InputError(
+                f"licq cannot run this network: {place}: {type(error).__name__}: {error}"
+            ) from error
 
     def _compare_with_source(self, batch: Tensor, output: dict) -> None:
         """Refuse a network whose float forward here is not its own.
 
-        By the median of the errors: a latent that is rounded to the other side changes a part of one image, a function that is
-        run wrongly changes everything behind it. The source runs in a copy, and random numbers stay where they were.
+        By the median of the errors: a latent that is rounded to the other side changes a part of one image, a
+        function that is run wrongly changes everything behind it. The source runs in a copy, and random
+        numbers stay where they were.
         """
         reference, version = self._source
         source = reference()
@@ -178,7 +194,10 @@ class QuantModel(nn.Module):
                     source.rate = self.model.rate
                 expected = source(batch[:, :3].clone())
                 pairs = {"x_hat": (output["x_hat"], expected["x_hat"])}
-                pairs |= {f"likelihoods {key}": (output["likelihoods"][key], p) for key, p in expected["likelihoods"].items()}
+                pairs |= {
+                    f"likelihoods {key}": (output["likelihoods"][key], p)
+                    for key, p in expected["likelihoods"].items()
+                }
         except Exception:
             return  # it does not run on ordinary tensors: nothing to compare with
         for name, (ours, theirs) in pairs.items():
@@ -206,12 +225,17 @@ class QuantModel(nn.Module):
 
     @property
     def layers(self) -> dict[str, QuantMAC]:
-        """The multiply-accumulate layers by name, also those that have not run: what can have bits of its own."""
+        """The multiply-accumulate layers by name, also those that have not run: what can have bits of its
+        own."""
         return {name: node for name, node in self.rewrite.nodes.items() if isinstance(node, QuantMAC)}
 
     def quantize_nodes(self, quantized: bool, names: Iterable[str] | None = None) -> None:
         """Switch nodes (default: all) between quantized and float."""
-        nodes = [*self.rewrite.nodes.values(), *self.functions.values()] if names is None else [self.nodes[n] for n in names]
+        nodes = (
+            [*self.rewrite.nodes.values(), *self.functions.values()]
+            if names is None
+            else [self.nodes[n] for n in names]
+        )
         for node in nodes:
             node.quantized = quantized
             for inner in node.modules():
@@ -219,7 +243,8 @@ class QuantModel(nn.Module):
                     inner.quantized = quantized
 
     def freeze(self) -> None:
-        """The end of calibration: whole-number weights, final scales, tables. The forward is the integer program."""
+        """The end of calibration: whole-number weights, final scales, tables. The forward is the integer
+        program."""
         if self.loaded:
             return
         self.quantize_nodes(True)
@@ -234,31 +259,37 @@ class QuantModel(nn.Module):
             InputError: the model comes from a file, which has no float weights.
         """
         if self.loaded:
-            raise InputError("a model from a file is final: its float weights are not in it; quantize the codec again")
+            raise InputError(
+                "a model from a file is final: its float weights are not in it; quantize the codec again"
+            )
         for node in self.nodes.values():
             node.thaw()
         self.frozen = False
 
-    # -------------------------------------------------------------------------------------------------------- files
+    # -------------------------------------------------------------------------------------------------- files
 
     def save(self, path: str | Path, extra: Mapping[str, Any] | None = None) -> int:
-        """Write the frozen model as one safetensors file; returns its size in bytes. See `quant.serialization`."""
+        """Write the frozen model as one safetensors file; returns its size in bytes. See
+        `quant.serialization`."""
         return save_quantized(self, path, extra)
 
     @classmethod
     def load(
         cls, path: str | Path, model: nn.Module | None = None, device: torch.device | str | None = None
     ) -> "QuantModel":
-        """The frozen model of a file, bit for bit; `model` is a new network of a codec that no `--arch` names."""
+        """The frozen model of a file, bit for bit; `model` is a new network of a codec that no `--arch`
+        names."""
         return load_quantized(path, model, device)
 
-    # ------------------------------------------------------------------------------------------------------- report
+    # ------------------------------------------------------------------------------------------------- report
 
     def coverage(self) -> dict:
-        """What is integer and what is not: counts by kind, functions kept in float, modules left alone and why.
+        """What is integer and what is not: counts by kind, functions kept in float, modules left alone and
+        why.
 
-        Layers with 32 bits are no integer ones: they are left alone, in one line those with the bits of the whole model.
-        `beyond_int32` names the layers of a frozen model whose accumulator needs more than 32 bits, by their bound.
+        Layers with 32 bits are no integer ones: they are left alone, in one line those with the bits of the
+        whole model. `beyond_int32` names the layers of a frozen model whose accumulator needs more than 32
+        bits, by their bound.
         """
         kinds: dict[str, int] = {}
         for node in self.nodes.values():
@@ -279,13 +310,16 @@ class QuantModel(nn.Module):
         }
 
     def _why_real(self) -> dict[str, str]:
-        """Layers that compute on real numbers, and why; those with the bits of the whole model in one line."""
+        """Layers that compute on real numbers, and why; those with the bits of the whole model in one
+        line."""
         lines, common = {}, {}
         for name, node in self.nodes.items():
             if sides := float_sides(node):
                 reason = f"products of real numbers ({' and '.join(sides)} 32)"
                 if (node.config.w_bits, node.config.a_bits) == (self.config.w_bits, self.config.a_bits):
-                    common.setdefault(("attention products" if node.kind == "matmul" else "layers", reason), []).append(name)
+                    common.setdefault(
+                        ("attention products" if node.kind == "matmul" else "layers", reason), []
+                    ).append(name)
                 else:
                     lines[name] = reason
         for (what, reason), names in common.items():
@@ -294,6 +328,7 @@ class QuantModel(nn.Module):
 
 
 def float_sides(node: QuantModule) -> tuple[str, ...]:
-    """Of a multiply-accumulate node, "w_bits" and "a_bits" where they are 32: then its products are of real numbers."""
+    """Of a multiply-accumulate node, "w_bits" and "a_bits" where they are 32: then its products are of real
+    numbers."""
     sides = ("a_bits",) if isinstance(node, QuantMatMul) else SIDES if isinstance(node, QuantMAC) else ()
     return tuple(side for side in sides if getattr(node.config, side) == FLOAT_BITS)

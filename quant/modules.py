@@ -28,7 +28,8 @@ LARGEST_ACCUMULATOR = 2**31 - 1  # of int32 kernels
 class QuantModule(nn.Module):
     """A node of a quantized codec: a layer or a function, in one of three states.
 
-    Float (`quantized` is False): the original computation on real values. Observing: the same, and the grids watch.
+    Float (`quantized` is False): the original computation on real values. Observing: the same, and the grids
+    watch.
     Quantized: `integer` on whole numbers. Subclasses implement `real`, `observe` and `integer`.
     """
 
@@ -64,7 +65,10 @@ class QuantModule(nn.Module):
 
     def _run(self, inputs: tuple, kwargs: dict):
         runtime = self.runtime
-        inputs = tuple(QTensor(x, None, runtime) if isinstance(x, Tensor) and self.wraps(i) else x for i, x in enumerate(inputs))
+        inputs = tuple(
+            QTensor(x, None, runtime) if isinstance(x, Tensor) and self.wraps(i) else x
+            for i, x in enumerate(inputs)
+        )
         if runtime.tracer is not None:
             return runtime.tracer.run(self, inputs, kwargs)
         if self.quantized:
@@ -126,7 +130,11 @@ class WeightQuantizer(nn.Module):
         self.bits, self.frac_bits = config.w_bits, config.frac_bits
         self.make_scale = SCALES[config.scales]
         self.per_channel = config.w_granularity != "tensor"
-        self.group_count = int(config.w_granularity.removeprefix("groups")) if config.w_granularity.startswith("groups") else 0
+        self.group_count = (
+            int(config.w_granularity.removeprefix("groups"))
+            if config.w_granularity.startswith("groups")
+            else 0
+        )
         self.spec = RangeSpec.parse(config.w_range)
         self.rounding_name = config.rounding
         self.register_buffer("mask", mask, persistent=False)
@@ -135,7 +143,8 @@ class WeightQuantizer(nn.Module):
         self.rounding: Rounding | None = None
 
     def initialize(self, w: Tensor, least: Tensor | None = None) -> None:
-        """Ranges and the rounding scheme for the (folded) weights w: (outputs, inputs, ...); `least` as in `scale`."""
+        """Ranges and the rounding scheme for the (folded) weights w: (outputs, inputs, ...); `least` as in
+        `scale`."""
         w = w.detach()
         estimate = self.spec.estimate(w, 0 if self.per_channel else None, self.bits, True).to(w)
         self.group = range_groups(estimate, self.group_count) if self.group_count else None
@@ -171,21 +180,27 @@ class WeightQuantizer(nn.Module):
 
     def _largest(self, w: Tensor) -> Tensor:
         largest = w.abs().flatten(1).amax(1) if self.per_channel else w.abs().amax()
-        # an output channel without weights keeps a scale of the others' order, so that its bias does not overflow
+        # an output channel without weights keeps a scale of the others' order, so that its bias does not
+        # overflow
         return largest.clamp(min=float(largest.detach().max().clamp(min=1e-12)) * 2**-12)
 
     def _of_groups(self, values: Tensor) -> Tensor:
         """The largest value of each group of output channels; without groups as it is."""
         if self.group is None:
             return values
-        return values.new_zeros(int(self.group.max()) + 1).scatter_reduce(0, self.group, values, "amax", include_self=False)
+        return values.new_zeros(int(self.group.max()) + 1).scatter_reduce(
+            0, self.group, values, "amax", include_self=False
+        )
 
     def scale(self, w: Tensor, least: Tensor | None = None) -> Tensor:
-        """s_w: (outputs,) or (), float64, eqs. 3 and 15; not below `least`, which keeps sums inside their accumulator."""
+        """s_w: (outputs,) or (), float64, eqs. 3 and 15; not below `least`, which keeps sums inside their
+        accumulator."""
         qmax = int_range(self.bits)[1]
         scale = torch.exp(self.log_n.double()) * self._of_groups(self._largest(w).double()) / qmax
         if least is not None:
-            least = torch.ceil(least * 2.0**self.frac_bits) * 2.0**-self.frac_bits  # rounded to the nearest it could end below itself
+            least = (
+                torch.ceil(least * 2.0**self.frac_bits) * 2.0**-self.frac_bits
+            )  # rounded to the nearest it could end below itself
             scale = torch.maximum(scale, self._of_groups(least) if scale.ndim else least.max())
         scale = self.make_scale(scale, self.frac_bits)
         return scale if self.group is None else scale[self.group]
@@ -206,8 +221,8 @@ class QuantMAC(QuantModule):
     """A layer that multiplies and accumulates: y = W x + b.
 
     The input is put on a grid with one scale per channel, s_x[k]; the weights take over its spread,
-    w'[o, k] = w[o, k] * s_x[k] / s_ref, before they are quantized per output channel, so the accumulator of output o
-    has the single scale s_ref * s_w[o] (design, section 3). The output stays in the accumulator.
+    w'[o, k] = w[o, k] * s_x[k] / s_ref, before they are quantized per output channel, so the accumulator of
+    output o has the single scale s_ref * s_w[o] (design, section 3). The output stays in the accumulator.
     """
 
     channel_dim = 1
@@ -230,7 +245,9 @@ class QuantMAC(QuantModule):
         self.input_grid.droppable = self.input_power == 1
         self.input_grid.border_dim = self.channel_dim
         self.log_n_bias = nn.Parameter(torch.zeros(()), requires_grad=False)
-        self.bias_change = nn.Parameter(torch.zeros(self.outputs), requires_grad=False)  # a learned correction
+        self.bias_change = nn.Parameter(
+            torch.zeros(self.outputs), requires_grad=False
+        )  # a learned correction
         self.register_buffer("weight_int", None)
         self.register_buffer("bias_int", None)
         self.register_buffer("out_scale", None)
@@ -239,13 +256,17 @@ class QuantMAC(QuantModule):
     def set_bits(self, w_bits: int | None = None, a_bits: int | None = None) -> None:
         """Give this layer bits of its own, before it is observed; None: as they are."""
         config = self.config
-        self.config = dataclasses.replace(config, w_bits=w_bits or config.w_bits, a_bits=a_bits or config.a_bits)
+        self.config = dataclasses.replace(
+            config, w_bits=w_bits or config.w_bits, a_bits=a_bits or config.a_bits
+        )
         self.weight_quantizer.bits, self.input_grid.bits = self.config.w_bits, self.input_bits
 
-    # what a kind of layer says of itself ----------------------------------------------------------------------
+    # what a kind of layer says of itself --------------------------------------------------------------------
 
     groups = 1
-    input_power = 1  # the inputs enter the sums to this power; the noise models of `quant.transforms` are of the first
+    input_power = (
+        1  # the inputs enter the sums to this power; the noise models of `quant.transforms` are of the first
+    )
 
     @property
     def input_bits(self) -> int:
@@ -264,7 +285,7 @@ class QuantMAC(QuantModule):
         """W x with the canonical weight."""
         raise NotImplementedError
 
-    # --------------------------------------------------------------------------------------------------------------
+    # --------------------------------------------------------------------------------------------------------
 
     def real(self, x: Tensor) -> Tensor:
         return self.module(x)
@@ -281,7 +302,8 @@ class QuantMAC(QuantModule):
         return weight if mask is None else weight * mask
 
     def per_input(self, values: Tensor, weight: Tensor) -> Tensor:
-        """A vector over input channels, shaped to broadcast against the canonical weight (outputs, inputs/groups, ...)."""
+        """A vector over input channels, shaped to broadcast against the canonical weight (outputs,
+        inputs/groups, ...)."""
         if values.ndim == 0:
             return values
         tail = [1] * (weight.ndim - 2)
@@ -333,8 +355,8 @@ class QuantMAC(QuantModule):
 
     @torch.no_grad()
     def least_scale(self, reference: Tensor) -> Tensor | None:
-        """The smallest s_w, per output, for which the bias takes at most half of an int32 accumulator, and for which sums fit
-        `accumulator_bits` however the weights are rounded to a neighbour."""
+        """The smallest s_w, per output, for which the bias takes at most half of an int32 accumulator, and
+        for which sums fit `accumulator_bits` however the weights are rounded to a neighbour."""
         bias, limit = self.float_bias(), 2.0 ** (self.config.accumulator_bits - 1)
         share = None if bias is None else bias.abs().double() / (reference / self.input_grid.refinement)
         if not self.config.accumulator_bits or self.config.a_bits == FLOAT_BITS:
@@ -343,12 +365,15 @@ class QuantMAC(QuantModule):
         largest = self.largest_inputs(weight)
         room = limit - 2 - self.largest_sum(largest.expand_as(weight))
         if float(room.min()) <= 0:
-            raise InputError(f"{self.name}: sums of {self.input_grid.bits}-bit inputs cannot fit {self.config.accumulator_bits} bits; raise accumulator_bits")
+            raise InputError(
+                f"{self.name}: sums of {self.input_grid.bits}-bit inputs cannot fit {self.config.accumulator_bits} bits; raise accumulator_bits"
+            )
         least = self.largest_sum(weight.abs() * largest)
         return (least if share is None else least + share) / room
 
     def largest_inputs(self, weight: Tensor) -> Tensor:
-        """The largest magnitude of each input, to its power, shaped to broadcast against the canonical weight."""
+        """The largest magnitude of each input, to its power, shaped to broadcast against the canonical
+        weight."""
         return self.per_input(self.input_grid.largest().double() ** self.input_power, weight)
 
     def integer_bias(self, out_scale: Tensor) -> Tensor | None:
@@ -359,7 +384,9 @@ class QuantMAC(QuantModule):
         if self.config.bias_bits == 8:
             qmax = int_range(8)[1]
             largest = bias.detach().abs().amax().clamp(min=2**-12).double()
-            scale = self.weight_quantizer.make_scale(torch.exp(self.log_n_bias.double()) * largest / qmax, self.config.frac_bits)
+            scale = self.weight_quantizer.make_scale(
+                torch.exp(self.log_n_bias.double()) * largest / qmax, self.config.frac_bits
+            )
             b_int = round_ste((bias / scale).float()).clamp(-qmax, qmax)
             return requantize_ste(b_int.double(), scale / out_scale).clamp(-(2.0**31), 2.0**31 - 1)
         return round_ste(bias.double() / out_scale).clamp(-(2.0**31), 2.0**31 - 1)
@@ -370,7 +397,9 @@ class QuantMAC(QuantModule):
         if self.config.a_bits == FLOAT_BITS:
             return (WeightQuantizer._view(scale, w_int) * w_int).float()
         step = self.input_grid.parameters_of_grid()[0] / self.input_grid.refinement
-        return (WeightQuantizer._view(scale, w_int) * w_int / self.per_input(step**self.input_power, w_int)).float()
+        return (
+            WeightQuantizer._view(scale, w_int) * w_int / self.per_input(step**self.input_power, w_int)
+        ).float()
 
     def real_with(self, x: Tensor, weight: Tensor) -> Tensor:
         """The original computation with another weight (canonical)."""
@@ -437,10 +466,11 @@ class QuantMAC(QuantModule):
         self.weight_int = self.bias_int = self.out_scale = self.bound = None
 
     def accumulator_bound(self, w_int: Tensor, b_int: Tensor | None) -> Tensor:
-        """max over outputs of sum |w_int| * max |x_int| + |b_int|: no partial sum can exceed it (design, section 4).
+        """max over outputs of sum |w_int| * max |x_int| + |b_int|: no partial sum can exceed it (design,
+        section 4).
 
-        Of numbers without their zero point. A kernel that adds stored ones and the digits of split channels first, and takes
-        off the zero points at the end, needs sums modulo 2^32, which int32 is.
+        Of numbers without their zero point. A kernel that adds stored ones and the digits of split channels
+        first, and takes off the zero points at the end, needs sums modulo 2^32, which int32 is.
         """
         total = self.largest_sum(w_int.double().abs() * self.largest_inputs(w_int))
         return (total if b_int is None else total + b_int.abs()).max()
@@ -451,7 +481,8 @@ class QuantMAC(QuantModule):
         return self.accumulator_bound(w_int, self.integer_bias(out_scale))
 
     def largest_sum(self, products: Tensor) -> Tensor:
-        """(outputs,): the most that an output position can sum up, from the largest product of each (canonical) weight."""
+        """(outputs,): the most that an output position can sum up, from the largest product of each
+        (canonical) weight."""
         return products.flatten(1).sum(1)
 
     def learnable(self) -> dict[str, list[nn.Parameter]]:
@@ -526,7 +557,9 @@ class QuantConvTranspose2d(QuantMAC):
     def largest_sum(self, products: Tensor) -> Tensor:
         """Taps meet at an output position only where they are of one residue of the stride, on both axes."""
         sums = products.sum(1)
-        for axis, (size, stride, dilation) in enumerate(zip(self.module.kernel_size, self.module.stride, self.module.dilation), 1):
+        for axis, (size, stride, dilation) in enumerate(
+            zip(self.module.kernel_size, self.module.stride, self.module.dilation), 1
+        ):
             residues = (torch.arange(size, device=sums.device) * dilation) % stride
             shape = [*sums.shape[:axis], stride, *sums.shape[axis + 1 :]]
             sums = sums.new_zeros(shape).index_add_(axis, residues, sums)
@@ -534,7 +567,9 @@ class QuantConvTranspose2d(QuantMAC):
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
         m = self.module
-        return F.conv_transpose2d(x, self._original(weight), None, m.stride, m.padding, m.output_padding, m.groups, m.dilation)
+        return F.conv_transpose2d(
+            x, self._original(weight), None, m.stride, m.padding, m.output_padding, m.groups, m.dilation
+        )
 
 
 class QuantLinear(QuantMAC):
@@ -551,4 +586,8 @@ class QuantLinear(QuantMAC):
         return F.linear(x, weight)
 
 
-PLAIN_LAYERS = (QuantConv2d, QuantConvTranspose2d, QuantLinear)  # those with weights of their own; not the products of attention
+PLAIN_LAYERS = (
+    QuantConv2d,
+    QuantConvTranspose2d,
+    QuantLinear,
+)  # those with weights of their own; not the products of attention

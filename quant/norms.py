@@ -12,17 +12,18 @@ from licq.quant.integer_functions import LAYER_NORM_FRAC_BITS, integer_gdn, inte
 from licq.quant.modules import QuantMAC, QuantModule
 from licq.quant.qtensor import QTensor
 
-
 SQUARED_BITS = 12
-"""The most bits of a number that is squared: with more, beta at the accumulator's scale would leave gamma a few codes of int32."""
+"""The most bits of a number that is squared: with more, beta at the accumulator's scale would leave gamma a
+few codes of int32."""
 
 
 class QuantGDN(QuantMAC):
-    """GDN, IGDN (Balle 2016) and GDN1: x / sqrt(beta + gamma x^2), x * sqrt(...), x / (beta + gamma |x|), x * (...).
+    """GDN, IGDN (Balle 2016) and GDN1: x / sqrt(beta + gamma x^2), x * sqrt(...), x / (beta + gamma |x|), x *
+    (...).
 
-    gamma is an ordinary 1x1 multiply-accumulate layer whose input is |x| in a_bits, squared where the formula says so, then in
-    at most `SQUARED_BITS` (a square of 8 bits has 16: two 8-bit products in an int8 kernel); the root and the division are integer algorithms; x itself stays in
-    carrier bits.
+    gamma is an ordinary 1x1 multiply-accumulate layer whose input is |x| in a_bits, squared where the formula
+    says so, then in at most `SQUARED_BITS` (a square of 8 bits has 16: two 8-bit products in an int8 kernel);
+    the root and the division are integer algorithms; x itself stays in carrier bits.
     """
 
     kind = "gdn"
@@ -102,7 +103,8 @@ class QuantGDN(QuantMAC):
             norm_scale, beta = self.out_scale, self.bias_int
         else:
             w_int, norm_scale = self.integer_weight()
-            # the sum of 16-bit squares times 8-bit weights passes 2^24, where float32 would round what is frozen exact
+            # the sum of 16-bit squares times 8-bit weights passes 2^24, where float32 would round what is
+            # frozen exact
             wide = self.power * self.config.a_bits + self.config.w_bits > 16
             norm = self.product(squared.double(), w_int.double()) if wide else self.product(squared, w_int)
             beta = self.integer_bias(norm_scale)
@@ -140,7 +142,9 @@ class QuantGDN(QuantMAC):
         super().freeze()
         if self.weight_int is not None:
             shape = (1, -1, 1, 1)
-            x_scale, out_scale = (g.parameters_of_grid()[0].reshape(shape) for g in (self.x_grid, self.out_grid))
+            x_scale, out_scale = (
+                g.parameters_of_grid()[0].reshape(shape) for g in (self.x_grid, self.out_grid)
+            )
             self.mantissa, self.shift = self._multiplier(x_scale, self.out_scale.reshape(shape), out_scale)
 
     def thaw(self) -> None:

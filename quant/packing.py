@@ -12,7 +12,8 @@ def bits_needed(values: Tensor) -> int:
 
 
 def pack(values: Tensor, bits: int) -> Tensor:
-    """An int8 tensor as uint8 (ceil(n bits / 8),): two's complements of `bits` bits, first value and highest bit first.
+    """An int8 tensor as uint8 (ceil(n bits / 8),): two's complements of `bits` bits, first value and highest
+    bit first.
 
     Raises:
         ValueError: a value that needs more bits.

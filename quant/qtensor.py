@@ -1,7 +1,9 @@
-"""The tensor that flows through a rewritten codec: whole numbers and their scale, or (in a float unit) real numbers.
+"""The tensor that flows through a rewritten codec: whole numbers and their scale, or (in a float unit) real
+numbers.
 
-The codec's own forward runs on it unchanged. Layout operations act on numbers and scale alike; every operation that
-computes something is handed to the runtime, which finds the quantized function standing at that place.
+The codec's own forward runs on it unchanged. Layout operations act on numbers and scale alike; every
+operation that computes something is handed to the runtime, which finds the quantized function standing at
+that place.
 """
 
 import weakref
@@ -22,23 +24,50 @@ class QTensor:
     """Values `q * scale` in the integer state, plain values `q` in the real state (`scale` is None).
 
     q:      float tensor; whole numbers in the integer state.
-    scale:  float64 tensor, 0-dimensional (per tensor) or with q's number of dimensions and broadcastable to it.
+    scale:  float64 tensor, 0-dimensional (per tensor) or with q's number of dimensions and broadcastable to
+    it.
     pixels: true for the image that enters the codec: 8-bit samples, exact on a grid of 1/255.
-    latent: true for y_hat, z_hat and parts of them: values that came out of a rounding at a boundary of the codec.
+    latent: true for y_hat, z_hat and parts of them: values that came out of a rounding at a boundary of the
+    codec.
     levels: true for probabilities that a softmax gave on levels of its own (`QuantConfig.softmax`).
 
-    The tensors in q and scale never change: an operation in place puts others into these slots. Views of one another know that
-    they are (`aliases`); what such an operation leaves behind with the old numbers loses its q and can no longer be read.
+    The tensors in q and scale never change: an operation in place puts others into these slots. Views of one
+    another know that they are (`aliases`); what such an operation leaves behind with the old numbers loses
+    its q and can no longer be read.
     """
 
-    __slots__ = ("q", "scale", "runtime", "pixels", "latent", "levels", "aliases", "overwritten", "__weakref__")
+    __slots__ = (
+        "q",
+        "scale",
+        "runtime",
+        "pixels",
+        "latent",
+        "levels",
+        "aliases",
+        "overwritten",
+        "__weakref__",
+    )
 
-    def __init__(self, q: Tensor, scale: Tensor | None, runtime: "Runtime", pixels: bool = False, latent: bool = False,
-                 levels: bool = False):  # fmt: skip
-        self.q, self.scale, self.runtime, self.pixels, self.latent, self.levels = q, scale, runtime, pixels, latent, levels
+    def __init__(
+        self,
+        q: Tensor,
+        scale: Tensor | None,
+        runtime: "Runtime",
+        pixels: bool = False,
+        latent: bool = False,
+        levels: bool = False,
+    ):
+        self.q, self.scale, self.runtime, self.pixels, self.latent, self.levels = (
+            q,
+            scale,
+            runtime,
+            pixels,
+            latent,
+            levels,
+        )
         self.aliases: list[weakref.ref[QTensor]] = []
 
-    # ---------------------------------------------------------------------------------------------- what it holds
+    # ------------------------------------------------------------------------------------------ what it holds
 
     @property
     def is_integer(self) -> bool:
@@ -80,7 +109,12 @@ class QTensor:
         if self.runtime.tracer is None:  # symbols have no memory
             for reference in self.aliases:
                 other = reference()
-                if other is not None and other is not self and other.readable and _shares_memory(other.q, self.q):
+                if (
+                    other is not None
+                    and other is not self
+                    and other.readable
+                    and _shares_memory(other.q, self.q)
+                ):
                     other.overwritten = f"{function} in {self.runtime.where}"
                     del other.q
         self.q, self.scale, self.aliases = new.q, new.scale, []
@@ -101,7 +135,7 @@ class QTensor:
         state = "real" if self.scale is None else f"scale {tuple(self.scale.shape)}"
         return f"QTensor({tuple(self.q.shape)}, {state})"
 
-    # ------------------------------------------------------------------------------------- to look like a tensor
+    # ---------------------------------------------------------------------------------- to look like a tensor
 
     shape = property(lambda self: self.q.shape)
     ndim = property(lambda self: self.q.ndim)
@@ -181,8 +215,27 @@ def _operator(name: str) -> Callable:
 
 
 # After the class: with __eq__ in its body it would lose its hash.
-for _name in ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__abs__", "__mod__", "__floordiv__", "__rfloordiv__",
-              "__rpow__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__setitem__", "__bool__", "__int__", "__float__"):  # fmt: skip
+for _name in (
+    "__eq__",
+    "__ne__",
+    "__lt__",
+    "__le__",
+    "__gt__",
+    "__ge__",
+    "__abs__",
+    "__mod__",
+    "__floordiv__",
+    "__rfloordiv__",
+    "__rpow__",
+    "__iadd__",
+    "__isub__",
+    "__imul__",
+    "__itruediv__",
+    "__setitem__",
+    "__bool__",
+    "__int__",
+    "__float__",
+):
     setattr(QTensor, _name, _operator(_name))
 
 
@@ -190,7 +243,7 @@ def _shares_memory(a: Tensor, b: Tensor) -> bool:
     return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
-# ------------------------------------------------------------------------------------------------------- dispatch
+# --------------------------------------------------------------------------------------------------- dispatch
 
 Handler = Callable[["Runtime", Callable, tuple, dict], Any]
 HANDLERS: dict[str, Handler] = {}
@@ -208,12 +261,37 @@ def handles(*names: str):
 
 
 _ALIASES = {
-    "__add__": "add", "__radd__": "add", "__iadd__": "add", "__sub__": "sub", "__isub__": "sub", "__mul__": "mul",
-    "__rmul__": "mul", "__imul__": "mul", "multiply": "mul", "__truediv__": "div", "__itruediv__": "div", "true_divide": "div",
-    "divide": "div", "__eq__": "eq", "__ne__": "ne", "__lt__": "lt", "__le__": "le", "__gt__": "gt", "__ge__": "ge", "__abs__": "abs",
-    "__matmul__": "matmul", "bmm": "matmul", "mm": "matmul", "__neg__": "neg", "negative": "neg",
-    "concat": "cat", "concatenate": "cat", "swapaxes": "transpose", "clip": "clamp", "subtract": "sub",
-}  # fmt: skip
+    "__add__": "add",
+    "__radd__": "add",
+    "__iadd__": "add",
+    "__sub__": "sub",
+    "__isub__": "sub",
+    "__mul__": "mul",
+    "__rmul__": "mul",
+    "__imul__": "mul",
+    "multiply": "mul",
+    "__truediv__": "div",
+    "__itruediv__": "div",
+    "true_divide": "div",
+    "divide": "div",
+    "__eq__": "eq",
+    "__ne__": "ne",
+    "__lt__": "lt",
+    "__le__": "le",
+    "__gt__": "gt",
+    "__ge__": "ge",
+    "__abs__": "abs",
+    "__matmul__": "matmul",
+    "bmm": "matmul",
+    "mm": "matmul",
+    "__neg__": "neg",
+    "negative": "neg",
+    "concat": "cat",
+    "concatenate": "cat",
+    "swapaxes": "transpose",
+    "clip": "clamp",
+    "subtract": "sub",
+}
 
 
 def function_name(function: Callable) -> str:
@@ -244,10 +322,18 @@ def is_in_place(function: Callable, kwargs: dict) -> bool:
 
 
 def out_of_place(function: Callable, name: str) -> Callable | None:
-    """The function that returns what this one, in place, writes; None where there is none (fill_, copy_, x[i] = y)."""
+    """The function that returns what this one, in place, writes; None where there is none (fill_, copy_, x[i]
+    = y)."""
     if not getattr(function, "__name__", "").endswith("_"):
         return function  # inplace=True
-    return next((getattr(home, name) for home in (torch.Tensor, torch, F) if hasattr(home, name) and name != "__setitem__"), None)
+    return next(
+        (
+            getattr(home, name)
+            for home in (torch.Tensor, torch, F)
+            if hasattr(home, name) and name != "__setitem__"
+        ),
+        None,
+    )
 
 
 def dispatch(function: Callable, args: tuple, kwargs: dict):
@@ -255,7 +341,10 @@ def dispatch(function: Callable, args: tuple, kwargs: dict):
     runtime = runtime_of(args) or runtime_of(kwargs.values())
     for position, key in enumerate(("input", "other")):
         if len(args) == position and key in kwargs:
-            args, kwargs = (*args, kwargs[key]), {name: value for name, value in kwargs.items() if name != key}
+            args, kwargs = (
+                (*args, kwargs[key]),
+                {name: value for name, value in kwargs.items() if name != key},
+            )
     name = function_name(function)
     outer, runtime.calling = runtime.calling, name
     if not is_in_place(function, kwargs):
@@ -273,16 +362,24 @@ def dispatch(function: Callable, args: tuple, kwargs: dict):
 
 def _run(runtime: "Runtime", name: str, function: Callable, args: tuple, kwargs: dict):
     handler = HANDLERS.get(name)
-    return runtime.in_float(function, args, kwargs) if handler is None else handler(runtime, function, args, kwargs)
+    return (
+        runtime.in_float(function, args, kwargs)
+        if handler is None
+        else handler(runtime, function, args, kwargs)
+    )
 
 
-def _result_of_in_place(runtime: "Runtime", name: str, function: Callable, args: tuple, kwargs: dict) -> QTensor:
+def _result_of_in_place(
+    runtime: "Runtime", name: str, function: Callable, args: tuple, kwargs: dict
+) -> QTensor:
     """What a function in place will write into its first argument, which is not changed here."""
     if name == "__setitem__" and isinstance(args[2], (int, float)) and args[2] == 0:
         return _with_zeros(*args[:2])
     instead = out_of_place(function, name)
     if instead is not None:
-        return _run(runtime, name, instead, args, {key: value for key, value in kwargs.items() if key != "inplace"})
+        return _run(
+            runtime, name, instead, args, {key: value for key, value in kwargs.items() if key != "inplace"}
+        )
     written = QTensor(args[0].real().clone(), None, runtime)
     runtime.in_float(function, (written, *args[1:]), kwargs)
     return written
@@ -311,7 +408,7 @@ def to_real(argument: Any) -> Any:
     return argument
 
 
-# --------------------------------------------------------------------------------------------------------- layout
+# ----------------------------------------------------------------------------------------------------- layout
 
 
 def collapse(scale: Tensor) -> Tensor:
@@ -322,8 +419,24 @@ def collapse(scale: Tensor) -> Tensor:
     return scale
 
 
-@handles("permute", "transpose", "t", "unsqueeze", "squeeze", "movedim", "chunk", "split", "narrow", "select",
-         "__getitem__", "expand", "unbind", "flip", "contiguous", "clone")  # fmt: skip
+@handles(
+    "permute",
+    "transpose",
+    "t",
+    "unsqueeze",
+    "squeeze",
+    "movedim",
+    "chunk",
+    "split",
+    "narrow",
+    "select",
+    "__getitem__",
+    "expand",
+    "unbind",
+    "flip",
+    "contiguous",
+    "clone",
+)
 def _view(runtime, function, args, kwargs):
     """Layout functions that are views, or cheap copies, of numbers and scale alike."""
     x = args[0]
@@ -370,8 +483,10 @@ def reshape_scale(scale: Tensor, old: Sequence[int], new: Sequence[int]) -> Tens
 @handles("reshape", "view", "flatten", "unflatten", "reshape_as", "view_as")
 def _reshape(runtime, function, args, kwargs):
     x = args[0]
-    q = function(x.q, *[to_real(a) for a in args[1:]], **kwargs) if function_name(function) != "view" else x.q.reshape(
-        *args[1:], **kwargs
+    q = (
+        function(x.q, *[to_real(a) for a in args[1:]], **kwargs)
+        if function_name(function) != "view"
+        else x.q.reshape(*args[1:], **kwargs)
     )
     scale = x.scale
     if scale is not None and scale.ndim:
@@ -381,7 +496,11 @@ def _reshape(runtime, function, args, kwargs):
     return view
 
 
-_ARGUMENTS_OF_MOVES = {"roll": ("shifts", "dims"), "index_select": ("dim", "index"), "repeat_interleave": ("repeats", "dim")}
+_ARGUMENTS_OF_MOVES = {
+    "roll": ("shifts", "dims"),
+    "index_select": ("dim", "index"),
+    "repeat_interleave": ("repeats", "dim"),
+}
 
 
 @handles(*_ARGUMENTS_OF_MOVES)
@@ -402,7 +521,12 @@ def _pad(runtime, function, args, kwargs):
     mode = kwargs.get("mode", args[2] if len(args) > 2 else "constant")
     value = kwargs.get("value", args[3] if len(args) > 3 else None)
     touched = [x.ndim - 1 - i for i in range(len(padding) // 2) if padding[2 * i] or padding[2 * i + 1]]
-    if (mode == "constant" and value not in (None, 0, 0.0)) or mode not in ("constant", "replicate", "reflect", "circular"):
+    if (mode == "constant" and value not in (None, 0, 0.0)) or mode not in (
+        "constant",
+        "replicate",
+        "reflect",
+        "circular",
+    ):
         return runtime.in_float(function, args, kwargs)
     x = runtime.one_scale_along(x, touched)
     return x.moved(F.pad(x.q, list(padding), mode=mode), x.scale)
@@ -410,7 +534,8 @@ def _pad(runtime, function, args, kwargs):
 
 @handles("pixel_shuffle", "pixel_unshuffle")
 def _shuffle(runtime, function, args, kwargs):
-    """The scales move with their numbers: a scale per channel becomes one per channel and position in the cell."""
+    """The scales move with their numbers: a scale per channel becomes one per channel and position in the
+    cell."""
     x = args[0]
     scale = x.scale
     if scale is not None and scale.ndim:
@@ -420,11 +545,16 @@ def _shuffle(runtime, function, args, kwargs):
 
 @handles("unfold", "sum", "mean", "max_pool2d", "avg_pool2d", "upsample_nearest2d")
 def _mixing_channels(runtime, function, args, kwargs):
-    """Functions that bring numbers of different channels together: on one scale for the whole tensor first."""
+    """Functions that bring numbers of different channels together: on one scale for the whole tensor
+    first."""
     x = args[0]
     name = function_name(function)
     if name in ("mean", "avg_pool2d"):
-        return runtime.in_float(function, args, kwargs) if x.is_integer else x.like(function(x.q, *args[1:], **kwargs), None)
+        return (
+            runtime.in_float(function, args, kwargs)
+            if x.is_integer
+            else x.like(function(x.q, *args[1:], **kwargs), None)
+        )
     x = runtime.one_scale_along(x, range(x.ndim))
     return x.like(function(x.q, *args[1:], **kwargs), x.scale)
 
@@ -462,7 +592,7 @@ def _cat(runtime, function, args, kwargs):
     return first.moved(q, torch.cat(expanded, dim))
 
 
-# ----------------------------------------------------------------------------- arithmetic that is exact on the spot
+# ----------------------------------------------------------------------- arithmetic that is exact on the spot
 
 
 @handles("neg")
@@ -502,7 +632,13 @@ def _mul(runtime, function, args, kwargs):
         if b == 0:
             return a.like(torch.zeros_like(a.q), a.scale)
         return a.like(a.q if b > 0 else -a.q, a.scale * abs(float(b)))
-    if isinstance(b, Tensor) and not b.requires_grad and b.ndim == a.ndim and b.numel() == b.shape[0] and bool((b > 0).all()):
+    if (
+        isinstance(b, Tensor)
+        and not b.requires_grad
+        and b.ndim == a.ndim
+        and b.numel() == b.shape[0]
+        and bool((b > 0).all())
+    ):
         # one factor an image, a variable-rate codec's gain: it goes into the scale
         return a.moved(a.q, a.full_scale() * b.double()) if a.is_integer else a.moved(a.q * b, None)
     if isinstance(b, Tensor) and not b.requires_grad and bool(((b == 0) | (b == 1)).all()):
@@ -524,7 +660,7 @@ def _add(runtime, function, args, kwargs):
     return runtime.function("add", {}, (a, b))
 
 
-# ---------------------------------------------------------------------- functions with an integer algorithm of theirs
+# -------------------------------------------------------------- functions with an integer algorithm of theirs
 
 
 @handles("matmul")
@@ -557,7 +693,20 @@ def _gelu(runtime, function, args, kwargs):
 _OPTIONS_OF_TABLES = {"elu": {"alpha": 1.0}, "softplus": {"beta": 1.0, "threshold": 20.0}}
 
 
-@handles("sigmoid", "tanh", "silu", "softplus", "exp", "elu", "hardswish", "hardsigmoid", "mish", "square", "sqrt", "log")
+@handles(
+    "sigmoid",
+    "tanh",
+    "silu",
+    "softplus",
+    "exp",
+    "elu",
+    "hardswish",
+    "hardsigmoid",
+    "mish",
+    "square",
+    "sqrt",
+    "log",
+)
 def _table(runtime, function, args, kwargs):
     """The table of a function with its arguments, of which the node keeps those that are not the defaults."""
     name = function_name(function)

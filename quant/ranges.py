@@ -1,14 +1,15 @@
 """Static range estimators: the dynamic range r of a tensor from its samples, per channel or whole.
 
-The scale follows as s = r / qmax (eq. 3), qmax = 2^(b-1)-1 signed or 2^b-1 unsigned. All estimators work on the
-magnitude that quantization sees, |x| signed or max(x, 0) unsigned, and share one signature:
+The scale follows as s = r / qmax (eq. 3), qmax = 2^(b-1)-1 signed or 2^b-1 unsigned. All estimators work on
+the magnitude that quantization sees, |x| signed or max(x, 0) unsigned, and share one signature:
 
     (x, axis, bits, signed, ...) -> r   float64, positive; shape () for axis None, else (x.shape[axis],)
 
 They raise ValueError for an empty tensor and for NaN or infinite values. A channel of zeros gets 2^-8 of the
-tensor's largest r (2^-8 if the whole tensor is zero): any range represents it exactly, and one that is smaller
-still would make its bias overflow in the accumulator's units. Beyond 2^20 values in all (and 4096 per channel) the
-searches and the percentile look at a fixed sample of them; the maximum and the moments are always exact.
+tensor's largest r (2^-8 if the whole tensor is zero): any range represents it exactly, and one that is
+smaller still would make its bias overflow in the accumulator's units. Beyond 2^20 values in all (and 4096 per
+channel) the searches and the percentile look at a fixed sample of them; the maximum and the moments are
+always exact.
 """
 
 import dataclasses
@@ -35,8 +36,8 @@ def max_range(x: Tensor, axis: int | None, bits: int = 8, signed: bool = True) -
 def lp_range(x: Tensor, axis: int | None, bits: int = 8, signed: bool = True, p: float = 2.0) -> Tensor:
     """The r <= max |x| that minimizes sum |x - x_hat|^p, searched over fractions of the maximum.
 
-    Twenty fractions 1, 0.95 .. 0.05, then twenty more around each channel's best, 0.005 apart. Of equal errors the
-    larger range is kept.
+    Twenty fractions 1, 0.95 .. 0.05, then twenty more around each channel's best, 0.005 apart. Of equal
+    errors the larger range is kept.
     """
     qmax = int_range(bits, signed)[1]
     rows = _rows(x, axis)
@@ -64,7 +65,8 @@ def mse_range(x: Tensor, axis: int | None, bits: int = 8, signed: bool = True) -
 def percentile_range(
     x: Tensor, axis: int | None, bits: int = 8, signed: bool = True, percent: float = 99.99
 ) -> Tensor:
-    """The smallest sampled magnitude that `percent` of the values do not exceed; the maximum where that is 0."""
+    """The smallest sampled magnitude that `percent` of the values do not exceed; the maximum where that is
+    0."""
     rows = _rows(x, axis)
     largest = _magnitude(rows, signed).amax(1)
     values = _magnitude(_sample(rows), signed)
@@ -104,7 +106,8 @@ _METHODS = {
 class RangeSpec:
     """Which estimator, with its parameter: "max", "mse", "lp2.4", "percentile99.99", "sigma3" when written.
 
-    Raises InputError for an unknown method, and for a parameter that is missing, superfluous or out of bounds.
+    Raises InputError for an unknown method, and for a parameter that is missing, superfluous or out of
+    bounds.
     """
 
     method: str
@@ -113,7 +116,9 @@ class RangeSpec:
     def __post_init__(self):
         method = _METHODS.get(self.method)
         if method is None:
-            raise InputError(f"unknown range estimator {self.method!r}: use max, mse, lp2.4, percentile99.99 or sigma3")
+            raise InputError(
+                f"unknown range estimator {self.method!r}: use max, mse, lp2.4, percentile99.99 or sigma3"
+            )
         if method.keyword is None:
             if self.parameter is not None:
                 raise InputError(f"range estimator {self.method} takes no number, but got {self.parameter:g}")

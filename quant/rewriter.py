@@ -90,7 +90,8 @@ def unsupported(module: nn.Module) -> str | None:
 def rewrite(model: nn.Module, config: QuantConfig, runtime: Runtime) -> Rewrite:
     """Replace in place every layer with an integer form; forward code is kept as it is.
 
-    A layer or block that stands in several places is one node or block in all of them, under the first one's name.
+    A layer or block that stands in several places is one node or block in all of them, under the first one's
+    name.
 
     Raises:
         InputError: a layer has a forward hook, which an integer layer would not run.
@@ -102,7 +103,12 @@ def rewrite(model: nn.Module, config: QuantConfig, runtime: Runtime) -> Rewrite:
 
 
 def _rewrite_children(
-    parent: nn.Module, path: str, config: QuantConfig, runtime: Runtime, done: Rewrite, stands: dict[nn.Module, nn.Module]
+    parent: nn.Module,
+    path: str,
+    config: QuantConfig,
+    runtime: Runtime,
+    done: Rewrite,
+    stands: dict[nn.Module, nn.Module],
 ) -> None:
     """`stands`: what stands now where each module stood."""
     for key, module in parent._modules.items():
@@ -114,7 +120,12 @@ def _rewrite_children(
 
 
 def _rewritten(
-    module: nn.Module, name: str, config: QuantConfig, runtime: Runtime, done: Rewrite, stands: dict[nn.Module, nn.Module]
+    module: nn.Module,
+    name: str,
+    config: QuantConfig,
+    runtime: Runtime,
+    done: Rewrite,
+    stands: dict[nn.Module, nn.Module],
 ) -> nn.Module:
     """A node or block in the module's place, or the module itself with its children rewritten."""
     if isinstance(module, RateFunction):
@@ -144,12 +155,15 @@ def refuse_hooks(module: nn.Module, name: str) -> None:
     for part in module.modules():
         for hook in (*part._forward_pre_hooks.values(), *part._forward_hooks.values()):
             known = getattr(hook, "__qualname__", type(hook).__qualname__)
-            raise InputError(f"{name} has a forward hook ({known}), which an integer layer would not run; "
-                             "remove it first, or do what it does in a module's forward")  # fmt: skip
+            raise InputError(
+                f"{name} has a forward hook ({known}), which an integer layer would not run; "
+                "remove it first, or do what it does in a module's forward"
+            )
 
 
 def fixed_weights(model: nn.Module) -> nn.Module:
-    """A copy of the model in which weights that a hook computes (weight_norm, spectral_norm and prune of torch.nn.utils) are parameters."""
+    """A copy of the model in which weights that a hook computes (weight_norm, spectral_norm and prune of
+    torch.nn.utils) are parameters."""
     # such a weight has a history of operations until the next forward, and deepcopy takes none with one
     computed = {
         id(value): value.detach().clone()

@@ -1,9 +1,9 @@
 """Weight rounding schemes: from real weights in integer units, w / s, to whole numbers, differentiably.
 
-Every scheme is a module called as `rounding(w_over_s)` with a tensor of the weight's shape; it returns a tensor of
-that shape and dtype, not yet clipped to the codes' range, with a gradient to w_over_s (and so to the scale) where
-the scheme says so. `mask` (0/1, broadcast to the weight, or None) is fixed at construction: a masked weight is
-exactly 0, before and after `harden()`, so that a masked convolution stays causal.
+Every scheme is a module called as `rounding(w_over_s)` with a tensor of the weight's shape; it returns a
+tensor of that shape and dtype, not yet clipped to the codes' range, with a gradient to w_over_s (and so to
+the scale) where the scheme says so. `mask` (0/1, broadcast to the weight, or None) is fixed at construction:
+a masked weight is exactly 0, before and after `harden()`, so that a masked convolution stays causal.
 """
 
 import torch
@@ -53,12 +53,15 @@ class Nearest(Rounding):
 
 
 class AdaRound(Rounding):
-    """floor(w/s) + h(V), h(V) = clip(sigmoid(V) (zeta - gamma) + gamma, 0, 1), V learned (Nagel et al., 2020).
+    """floor(w/s) + h(V), h(V) = clip(sigmoid(V) (zeta - gamma) + gamma, 0, 1), V learned (Nagel et al.,
+    2020).
 
-    V starts where h(V) is the fractional part of w/s, so the scheme starts at the unrounded weight. Until `harden()`
-    the result is *not* whole: h lies between 0 and 1 and `regularizer` drives it to the ends. After it, the result
-    is floor(w/s) + {0, 1}, up where h(V) >= 0.5. The floor is the one at construction: were it to follow a learned scale,
-    a weight would jump by a whole step wherever it passes a whole number. Such a scale has its gradient from s * code.
+    V starts where h(V) is the fractional part of w/s, so the scheme starts at the unrounded weight. Until
+    `harden()`
+    the result is *not* whole: h lies between 0 and 1 and `regularizer` drives it to the ends. After it, the
+    result is floor(w/s) + {0, 1}, up where h(V) >= 0.5. The floor is the one at construction: were it to
+    follow a learned scale, a weight would jump by a whole step wherever it passes a whole number. Such a
+    scale has its gradient from s * code.
     """
 
     zeta = 1.1
@@ -80,7 +83,8 @@ class AdaRound(Rounding):
         return self.base + ((self.V >= 0).to(self.base.dtype) if self.hardened else self.h())
 
     def regularizer(self, beta: float) -> Tensor:
-        """sum over unmasked weights of 1 - |2 h(V) - 1|^beta: 0 when every h is 0 or 1, one a weight at h = 0.5."""
+        """sum over unmasked weights of 1 - |2 h(V) - 1|^beta: 0 when every h is 0 or 1, one a weight at h =
+        0.5."""
         terms = 1 - (2 * self.h() - 1).abs().pow(beta)
         return (terms if self.kept is None else torch.where(self.kept, terms, 0.0)).sum()
 
@@ -120,7 +124,12 @@ class LearnedOffset(Rounding):
         self.v.data = whole - w_over_s
 
 
-ROUNDINGS = {"nearest": Nearest, "adaround": AdaRound, "ste": StraightThrough, "learned_offset": LearnedOffset}
+ROUNDINGS = {
+    "nearest": Nearest,
+    "adaround": AdaRound,
+    "ste": StraightThrough,
+    "learned_offset": LearnedOffset,
+}
 
 
 def make_rounding(name: str, w_over_s: Tensor, mask: Tensor | None = None) -> Rounding:
@@ -131,7 +140,8 @@ def make_rounding(name: str, w_over_s: Tensor, mask: Tensor | None = None) -> Ro
 
 
 def temperature(step: int, steps: int, start: float = 20.0, end: float = 2.0, warmup: float = 0.2) -> float:
-    """beta of `AdaRound.regularizer` at `step` of `steps`: `start` during the warm-up share, then down to `end`.
+    """beta of `AdaRound.regularizer` at `step` of `steps`: `start` during the warm-up share, then down to
+    `end`.
 
     Linear, and `end` from the last step on. Callers leave the regularizer out while step < warmup * steps.
     """

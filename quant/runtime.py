@@ -1,8 +1,10 @@
-"""What happens when a rewritten codec runs: which node stands where, and whether it computes, watches or replays.
+"""What happens when a rewritten codec runs: which node stands where, and whether it computes, watches or
+replays.
 
-A node is a `QuantModule` (one multiply-accumulate layer, normalization, table ...) or a `QuantBlock` (a residual,
-attention ... block around several). Functions without a module of their own (`a + b`, `torch.sigmoid(x)`, `q @ k`) get
-a node at the first observed forward, named after the module they stand in and their place in its forward.
+A node is a `QuantModule` (one multiply-accumulate layer, normalization, table ...) or a `QuantBlock` (a
+residual, attention ... block around several). Functions without a module of their own (`a + b`,
+`torch.sigmoid(x)`, `q @ k`) get a node at the first observed forward, named after the module they stand in
+and their place in its forward.
 """
 
 from collections import Counter
@@ -16,7 +18,6 @@ from torch import Tensor, nn
 from licq.quant.config import QuantConfig
 from licq.quant.qtensor import QTensor, function_name, to_real
 from licq.support.errors import InputError
-
 
 Call = tuple[str, int]  # a node or block by name, and which of its calls in one forward
 
@@ -32,9 +33,12 @@ class Runtime:
         self.config = config
         self.nodes: dict[str, nn.Module] = {}  # every leaf node, in the order of first execution
         self.functions = nn.ModuleDict()  # nodes of functions, by name with "/" for "."
-        self.kept_in_float: Counter[tuple[str, str]] = Counter()  # (function, module it stands in) -> calls seen
+        self.kept_in_float: Counter[tuple[str, str]] = (
+            Counter()
+        )  # (function, module it stands in) -> calls seen
         self.observing = False
-        self.dropping: Any = None  # while a unit learns: (whole numbers, the same without rounding and clipping) -> some of both
+        # while a unit learns: (whole numbers, the same without rounding and clipping) -> some of both
+        self.dropping: Any = None
         self.tracer: Any = None  # where the forward is written down as a program: see integer/lowering.py
         self.calling = ""  # the torch function that runs, for the message where it fails
         self._path: list[str] = [""]
@@ -48,7 +52,7 @@ class Runtime:
         self._trace: list[tuple[str, Call]] | None = None
         introduce_to_einops()
 
-    # ------------------------------------------------------------------------------------------- where a call stands
+    # ------------------------------------------------------------------------------------ where a call stands
 
     def attach(self, model: nn.Module) -> None:
         """Have every module that is not a node tell when its forward begins and ends."""
@@ -81,7 +85,7 @@ class Runtime:
         self._path, self._counts, self._calls = [""], [Counter()], Counter()
         self.calling = ""
 
-    # ----------------------------------------------------------------------------------------------- running a node
+    # ----------------------------------------------------------------------------------------- running a node
 
     def execute(self, node: nn.Module, inputs: tuple, run: Callable[[], Any]) -> Any:
         """The output of a node: replayed where it was recorded before, or computed by `run`."""
@@ -138,7 +142,7 @@ class Runtime:
         finally:
             self._trace = None
 
-    # ----------------------------------------------------------------------------------------------------- functions
+    # ---------------------------------------------------------------------------------------------- functions
 
     def function(self, kind: str, options: dict[str, Any], inputs: tuple) -> QTensor:
         """Run the node of a function at this place of the forward."""
@@ -157,7 +161,9 @@ class Runtime:
         return self.functions[key](*inputs)
 
     def add_function(self, name: str, kind: str, options: dict[str, Any]) -> None:
-        from licq.quant.functions import make_function  # the functions know the runtime only through their inputs
+        from licq.quant.functions import (
+            make_function,  # the functions know the runtime only through their inputs
+        )
 
         node = make_function(kind, options, self.config)
         node.bind(self, name)
@@ -170,7 +176,8 @@ class Runtime:
     def one_scale_along(self, x: QTensor, dims: Iterable[int]) -> QTensor:
         """x with a scale that does not vary along these dimensions: as it is, or per tensor in carrier bits.
 
-        Whether the carrier is needed shows only on whole numbers, so while observing every such place gets one.
+        Whether the carrier is needed shows only on whole numbers, so while observing every such place gets
+        one.
         """
         varies = x.is_integer and x.scale.ndim and any(x.scale.shape[dim] > 1 for dim in dims)
         if self.observing or varies:
@@ -189,7 +196,9 @@ class Runtime:
     def in_float(self, function: Callable, args: tuple, kwargs: dict) -> Any:
         """A function with no integer algorithm here: it runs on real numbers, and the report says so."""
         if self.tracer is not None:
-            raise InputError(f"{function_name(function)} in {self.where} has no integer form, so the model cannot be lowered")
+            raise InputError(
+                f"{function_name(function)} in {self.where} has no integer form, so the model cannot be lowered"
+            )
         self.kept_in_float[(function_name(function), self.where)] += 1
         return self.wrap(function(*to_real(args), **to_real(kwargs)))
 
@@ -203,7 +212,8 @@ class Runtime:
 
 
 def introduce_to_einops() -> None:
-    """Where einops is installed, have it treat quantized tensors as PyTorch's; without that it refuses them."""
+    """Where einops is installed, have it treat quantized tensors as PyTorch's; without that it refuses
+    them."""
     try:
         from einops import _backends
 

@@ -1,9 +1,11 @@
 """Quantized models in files: the frozen integer program as safetensors, and back.
 
-The file holds what the program reads and nothing else: whole-number weights and biases, scales, ranges, tables,
-multipliers, the entropy models, and the parameters of what stayed in float. Float weights that became whole numbers
-are not in it. Whole numbers are stored in the smallest integer type that holds them, many of less than eight bits packed, tables of functions
-as the steps between their entries, and all is compressed. The header's JSON says how to rebuild the program around the codec's own forward; a SHA-256 seals tensors and header.
+The file holds what the program reads and nothing else: whole-number weights and biases, scales, ranges,
+tables, multipliers, the entropy models, and the parameters of what stayed in float. Float weights that became
+whole numbers are not in it. Whole numbers are stored in the smallest integer type that holds them, many of
+less than eight bits packed, tables of functions as the steps between their entries, and all is compressed.
+The header's JSON says how to rebuild the program around the codec's own forward; a SHA-256 seals tensors and
+header.
 """
 
 import hashlib
@@ -43,13 +45,16 @@ def save_quantized(model: "QuantModel", path: str | Path, extra: Mapping[str, An
     """Write a frozen model, whole or not at all; returns the size of the file in bytes.
 
     Args:
-        extra: what the writer wants to find again (quality, lambda, history ...), anything that JSON can hold.
+        extra: what the writer wants to find again (quality, lambda, history ...), anything that JSON can
+        hold.
 
     Raises:
         InputError: the model is not frozen, or the file cannot be written.
     """
     if not model.frozen:
-        raise InputError("only a frozen model is a program that can be saved; call freeze() after calibration")
+        raise InputError(
+            "only a frozen model is a program that can be saved; call freeze() after calibration"
+        )
     make_tables(model)
     unread, constants, once = unread_tensors(model), _constants(model), dict(_tensors(model))
     kept = {
@@ -63,13 +68,25 @@ def save_quantized(model: "QuantModel", path: str | Path, extra: Mapping[str, An
         if tensors[name].dtype != tensor.dtype:
             types[name] = _type_name(tensor.dtype)
         if name.rpartition(".")[2] in _TABLES and tensors[name].dtype in _SMALL:
-            tensors[name] = _smallest(tensors[name].long().diff(prepend=torch.zeros(*tensor.shape[:-1], 1, dtype=torch.int64)))
+            tensors[name] = _smallest(
+                tensors[name].long().diff(prepend=torch.zeros(*tensor.shape[:-1], 1, dtype=torch.int64))
+            )
             types[name] = _type_name(tensor.dtype)
             steps.append(name)
-        elif tensors[name].dtype == torch.int8 and tensor.numel() > _FEW and (bits := bits_needed(tensors[name])) < 8:
+        elif (
+            tensors[name].dtype == torch.int8
+            and tensor.numel() > _FEW
+            and (bits := bits_needed(tensors[name])) < 8
+        ):
             tensors[name], packed[name] = pack(tensors[name], bits), [bits, list(tensor.shape)]
     # through JSON and back, so that the seal is on what a reader will see
-    content = {"types": types, "packed": packed, "steps": steps, "constants": sorted(constants), "extra": dict(extra or {})}
+    content = {
+        "types": types,
+        "packed": packed,
+        "steps": steps,
+        "constants": sorted(constants),
+        "extra": dict(extra or {}),
+    }
     header = json.loads(json.dumps({**_description(model), **content}))
     write_tensors(path, tensors, {**header, "sha256_header": _seal(header)}, compress=True)
     return Path(path).stat().st_size
@@ -78,10 +95,12 @@ def save_quantized(model: "QuantModel", path: str | Path, extra: Mapping[str, An
 def load_quantized(
     path: str | Path, network: nn.Module | None = None, device: torch.device | str | None = None
 ) -> "QuantModel":
-    """The frozen model of a file; its forward gives the bits that the saved model gave. `extra` is its attribute.
+    """The frozen model of a file; its forward gives the bits that the saved model gave. `extra` is its
+    attribute.
 
     Args:
-        network: for a codec that no `--arch` names: a new object of the codec's class. Its weights do not matter.
+        network: for a codec that no `--arch` names: a new object of the codec's class. Its weights do not
+        matter.
 
     Raises:
         InputError: no such file, damaged, not a quantized model, of another version, or of another network.
@@ -99,14 +118,25 @@ def load_quantized(
                 raise InputError(f"{path}: {name}: {problem}; quantize the codec again")
         check_certificates(model, path)
         model.extra = header["extra"]
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError, RuntimeError) as error:
-        raise InputError(f"{path} does not describe a program of this version ({error!r}); quantize the codec again") from error
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        IndexError,
+        ArithmeticError,
+        RuntimeError,
+    ) as error:
+        raise InputError(
+            f"{path} does not describe a program of this version ({error!r}); quantize the codec again"
+        ) from error
     model.frozen = model.loaded = True
     return model if device is None else model.to(device)
 
 
 def check_certificates(model: "QuantModel", path: str | Path) -> None:
-    """Every layer's accumulator bound, which the file states, holds for the weights that it has (design, section 4).
+    """Every layer's accumulator bound, which the file states, holds for the weights that it has (design,
+    section 4).
 
     Raises:
         InputError: a sum can exceed its bound, or what float64 holds exactly.
@@ -115,32 +145,49 @@ def check_certificates(model: "QuantModel", path: str | Path) -> None:
         if isinstance(node, QuantMAC) and node.weight_int is not None:
             largest = float(node.accumulator_bound(node.weight_int, node.bias_int))
             if not largest <= float(node.bound) or largest >= EXACT_FLOAT64:
-                raise InputError(f"{path}: sums in {name} can reach {largest:.0f}, and the file certifies {float(node.bound):.0f}; quantize the codec again")
+                raise InputError(
+                    f"{path}: sums in {name} can reach {largest:.0f}, and the file certifies {float(node.bound):.0f}; quantize the codec again"
+                )
 
 
 def read_quantized(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(header, tensors in the types that the program uses) of a quantized model's file, verified.
 
-    The header's keys: arch, kwargs, class, config, functions, order, grids, kept_in_float, left_alone, extra ...
+    The header's keys: arch, kwargs, class, config, functions, order, grids, kept_in_float, left_alone, extra
+    ...
 
     Raises:
         InputError: no such file, damaged, not a quantized model, or of another version.
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"no quantized model at {path}; give a file that main_ptq.py has written with --model")
+        raise InputError(
+            f"no quantized model at {path}; give a file that main_ptq.py has written with --model"
+        )
     tensors, header = read_tensors(path)
     if header.get("format") != QUANTIZED_FORMAT:
-        raise InputError(f"{path} is no quantized model but a float checkpoint; quantize it: main_ptq.py --checkpoint {path}")
+        raise InputError(
+            f"{path} is no quantized model but a float checkpoint; quantize it: main_ptq.py --checkpoint {path}"
+        )
     if header.get("version") not in _READ:
         raise InputError(
             f"{path} has version {header.get('version')} of the format, this program reads {VERSION}; quantize the codec again"
         )
     if header.pop("sha256_header", None) != _seal(header):
-        raise InputError(f"{path} is damaged (its header does not have the SHA-256 that it states); copy or make it again")
+        raise InputError(
+            f"{path} is damaged (its header does not have the SHA-256 that it states); copy or make it again"
+        )
     try:
         return header, _unpacked(header, tensors)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError, RuntimeError) as error:
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        IndexError,
+        ArithmeticError,
+        RuntimeError,
+    ) as error:
         raise InputError(f"{path} is damaged ({error!r}); copy or make it again") from error
 
 
@@ -162,7 +209,8 @@ def _unpacked(header: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str
 
 
 def unread_tensors(model: "QuantModel") -> set[str]:
-    """Names of the tensors that the frozen program never reads: float weights, ranges in the making, learned factors."""
+    """Names of the tensors that the frozen program never reads: float weights, ranges in the making, learned
+    factors."""
     ran = {id(node) for node in model.nodes.values()}
     unread: set[str] = set()
 
@@ -178,7 +226,9 @@ def unread_tensors(model: "QuantModel") -> set[str]:
             elif id(module) not in ran:
                 unread.update(f"{path}.{name}" for name, _ in _tensors(module))
         elif isinstance(module, QuantGaussianConditional) and module.normal is not None:
-            drop(path, module, *(f"module.{name}" for name in CDF_STATE))  # its symbols are coded with `density`
+            drop(
+                path, module, *(f"module.{name}" for name in CDF_STATE)
+            )  # its symbols are coded with `density`
         elif isinstance(module, QuantVariableBottleneck) and module.cumulative is not None:
             drop(path, module, *(f"module.{name}" for name in CDF_STATE))  # with `cumulative`
         elif isinstance(module, QuantLayerNorm) and module.offset is not None:
@@ -189,7 +239,7 @@ def unread_tensors(model: "QuantModel") -> set[str]:
     return unread
 
 
-# ------------------------------------------------------------------------------------------------------------- saving
+# ----------------------------------------------------------------------------------------------------- saving
 
 
 def _description(model: "QuantModel") -> dict[str, Any]:
@@ -205,7 +255,9 @@ def _description(model: "QuantModel") -> dict[str, Any]:
         "class": type(model.model).__qualname__,
         "sizes": _sizes(model),
         "config": model.config.to_dict(),
-        "configs": {name: n.config.to_dict() for name, n in _nodes(model).items() if n.config != model.config},
+        "configs": {
+            name: n.config.to_dict() for name, n in _nodes(model).items() if n.config != model.config
+        },
         "functions": functions,
         "order": [[name, node.calls] for name, node in model.nodes.items()],
         "float_nodes": [name for name, node in _nodes(model).items() if not node.quantized],
@@ -213,7 +265,9 @@ def _description(model: "QuantModel") -> dict[str, Any]:
         "roundings": {
             name: [node.weight_quantizer.rounding_name, node.weight_quantizer.rounding.hardened]
             for name, node in model.nodes.items()
-            if isinstance(node, QuantMAC) and node.weight_int is None and node.weight_quantizer.rounding is not None
+            if isinstance(node, QuantMAC)
+            and node.weight_int is None
+            and node.weight_quantizer.rounding is not None
         },
         "kept_in_float": [[*place, calls] for place, calls in model.runtime.kept_in_float.items()],
         "left_alone": model.rewrite.left_alone,
@@ -222,13 +276,16 @@ def _description(model: "QuantModel") -> dict[str, Any]:
 
 def make_tables(model: "QuantModel") -> None:
     """CDF tables are part of the model: made here once, never by whoever decodes (design, section 4)."""
-    empty = any(t.numel() == 0 for name, t in model.state_dict().items() if name.rpartition(".")[2] in CDF_STATE)
+    empty = any(
+        t.numel() == 0 for name, t in model.state_dict().items() if name.rpartition(".")[2] in CDF_STATE
+    )
     if empty and callable(getattr(model.model, "update", None)):
         model.model.update()
 
 
 def _constants(model: "QuantModel") -> set[str]:
-    """Buffers that the constructor of a registered codec gives to every network: attention masks, bounds, indices."""
+    """Buffers that the constructor of a registered codec gives to every network: attention masks, bounds,
+    indices."""
     known = architecture_of(model.model)
     if known is None:
         return set()
@@ -262,19 +319,25 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and a.numpy().tobytes() == b.numpy().tobytes()
 
 
-# ------------------------------------------------------------------------------------------------------------ loading
+# ---------------------------------------------------------------------------------------------------- loading
 
 
 def _network(path: str | Path, header: Mapping[str, Any], network: nn.Module | None) -> nn.Module:
     arch, cls = header["arch"], header["class"]
     if network is not None:
         if type(network).__qualname__ != cls:
-            raise InputError(f"{path} is a quantized {cls}, not a {type(network).__qualname__}; pass a new {cls}")
+            raise InputError(
+                f"{path} is a quantized {cls}, not a {type(network).__qualname__}; pass a new {cls}"
+            )
         return network
     if arch is None:
-        raise InputError(f"{path} is a quantized {cls}, which no --arch names; pass a new one: QuantModel.load(path, model={cls}(...))")
+        raise InputError(
+            f"{path} is a quantized {cls}, which no --arch names; pass a new one: QuantModel.load(path, model={cls}(...))"
+        )
     if arch not in list_models():
-        raise InputError(f"{path} needs the architecture {arch!r} of a plug-in; name the file that registers it with --arch FILE.py")
+        raise InputError(
+            f"{path} needs the architecture {arch!r} of a plug-in; name the file that registers it with --arch FILE.py"
+        )
     return create_network(arch, header["kwargs"])
 
 
@@ -285,7 +348,9 @@ def _rebuild(model: "QuantModel", header: Mapping[str, Any], path: str | Path) -
         runtime.add_function(name, kind, options)
     nodes = _nodes(model)
     if _sizes(model) != header["sizes"] or any(name not in nodes for name, _ in header["order"]):
-        raise InputError(f"{path} was saved from a network of other layers or sizes than this {header['class']}; build it as then")
+        raise InputError(
+            f"{path} was saved from a network of other layers or sizes than this {header['class']}; build it as then"
+        )
     for name, node in nodes.items():
         if name in header["configs"]:
             node.config = QuantConfig(**header["configs"][name])
@@ -310,7 +375,9 @@ def _rebuild(model: "QuantModel", header: Mapping[str, Any], path: str | Path) -
     for name, node in nodes.items():
         node.quantized = name not in header["float_nodes"]
     runtime.kept_in_float.clear()
-    runtime.kept_in_float.update({(function, where): calls for function, where, calls in header["kept_in_float"]})
+    runtime.kept_in_float.update(
+        {(function, where): calls for function, where, calls in header["kept_in_float"]}
+    )
 
 
 def _fill(model: "QuantModel", tensors: Mapping[str, Tensor], constants: set[str], path: str | Path) -> None:
@@ -325,7 +392,9 @@ def _fill(model: "QuantModel", tensors: Mapping[str, Tensor], constants: set[str
         if key in module._parameters:
             old = module._parameters[key]
             is_learned = isinstance(module, Grid) or ".weight_quantizer." in name or key.startswith("log_n")
-            if (old is None and key != "border") or (old is not None and old.shape != tensor.shape and not is_learned):
+            if (old is None and key != "border") or (
+                old is not None and old.shape != tensor.shape and not is_learned
+            ):
                 raise InputError(f"{other}: {name} has shape {tuple(tensor.shape)} there")
             module._parameters[key] = nn.Parameter(tensor, requires_grad=False)
         elif key in module._buffers:
@@ -341,7 +410,8 @@ def _fill(model: "QuantModel", tensors: Mapping[str, Tensor], constants: set[str
 
 
 def _complete(model: "QuantModel", header: Mapping[str, Any], path: str | Path) -> None:
-    """What older files do not say of layers with float inputs: AdaRound's floors come from the weights, groups cannot.
+    """What older files do not say of layers with float inputs: AdaRound's floors come from the weights,
+    groups cannot.
 
     Raises:
         InputError: output channels share scales, and the file does not say which.
@@ -349,7 +419,9 @@ def _complete(model: "QuantModel", header: Mapping[str, Any], path: str | Path) 
     for name in header["roundings"]:
         quantizer, weight = model.nodes[name].weight_quantizer, model.nodes[name].float_weight()
         if quantizer.group_count and quantizer.group is None:
-            raise InputError(f"{path} is of a version that did not write which output channels of {name} share a scale; quantize the codec again")
+            raise InputError(
+                f"{path} is of a version that did not write which output channels of {name} share a scale; quantize the codec again"
+            )
         if isinstance(quantizer.rounding, AdaRound) and quantizer.rounding.base is None:
             quantizer.rounding.base = quantizer.in_steps(weight).floor()
 
@@ -358,7 +430,11 @@ def _empty(model: nn.Module, name: str, tensor: Tensor) -> None:
     """A tensor of the same shape in four bytes; NaN, so that reading it after all cannot pass unnoticed."""
     owner, _, key = name.rpartition(".")
     module = model.get_submodule(owner)
-    value = torch.full((), torch.nan, dtype=tensor.dtype) if tensor.is_floating_point() else torch.zeros((), dtype=tensor.dtype)
+    value = (
+        torch.full((), torch.nan, dtype=tensor.dtype)
+        if tensor.is_floating_point()
+        else torch.zeros((), dtype=tensor.dtype)
+    )
     value = value.expand(tensor.shape)
     if key in module._parameters:
         module._parameters[key] = nn.Parameter(value, requires_grad=False)
@@ -366,11 +442,12 @@ def _empty(model: nn.Module, name: str, tensor: Tensor) -> None:
         module._buffers[key] = value
 
 
-# -------------------------------------------------------------------------------------------------------------- parts
+# ------------------------------------------------------------------------------------------------------ parts
 
 
 def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
-    """Parameters and buffers by name; those of a module in several places under the first one's name alone."""
+    """Parameters and buffers by name; those of a module in several places under the first one's name
+    alone."""
     return [
         (f"{path}.{key}" if path else key, tensor)
         for path, part in module.named_modules()
@@ -381,7 +458,9 @@ def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
 
 def _nodes(model: "QuantModel") -> dict[str, QuantModule]:
     """Every node, whether it has run or not, by the name that it tells the runtime."""
-    return {module.name: module for module in model.modules() if isinstance(module, QuantModule) and module.name}
+    return {
+        module.name: module for module in model.modules() if isinstance(module, QuantModule) and module.name
+    }
 
 
 def _grids(model: "QuantModel") -> Iterator[tuple[str, Grid]]:

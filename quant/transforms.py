@@ -1,8 +1,8 @@
 """How the scales of a layer's input channels spread, and how its output channels share scales.
 
-An input channel's scale s_x[k] is at least what its range asks; the weights take over the spread, w'[o, k] = w[o, k] s_x[k] / s_ref.
-So every method that moves difficulty between activations and weights of one layer is a choice of s_x. Each function here gives ln N
-of the layer's input grid, (inputs,).
+An input channel's scale s_x[k] is at least what its range asks; the weights take over the spread, w'[o, k] =
+w[o, k] s_x[k] / s_ref. So every method that moves difficulty between activations and weights of one layer is
+a choice of s_x. Each function here gives ln N of the layer's input grid, (inputs,).
 """
 
 from typing import TYPE_CHECKING
@@ -21,8 +21,8 @@ FACTORS = 3  # FQ-ViT's K: the least scale is 2^-3 of the largest
 def equalized(node: "QuantMAC") -> Tensor:
     """s_x[k] = s (r_k / r_max)^alpha with the least predicted noise at the output, uniform errors assumed.
 
-    The inputs' s_x[k]^2 / 12 through the squared weights, the weights' s_w[o]^2 / 12 through the inputs' mean squares. alpha 0 is one
-    scale for the tensor, 1 the full fold.
+    The inputs' s_x[k]^2 / 12 through the squared weights, the weights' s_w[o]^2 / 12 through the inputs' mean
+    squares. alpha 0 is one scale for the tensor, 1 the full fold.
     """
     grid = node.input_grid
     weight = node.float_weight()
@@ -47,10 +47,13 @@ def equalized(node: "QuantMAC") -> Tensor:
 
 
 def smoothed(node: "QuantMAC") -> Tensor:
-    """SmoothQuant (Xiao et al. 2023, eq. 4): x_k / m_k has one scale, m_k = max|x_k|^alpha / max|w_k|^(1 - alpha)."""
+    """SmoothQuant (Xiao et al. 2023, eq. 4): x_k / m_k has one scale, m_k = max|x_k|^alpha / max|w_k|^(1 -
+    alpha)."""
     grid, weight, alpha = node.input_grid, node.float_weight(), node.config.smooth_alpha
     scale_full = grid.parameters_of_grid()[0]
-    largest = weight.abs().flatten(2).amax(2) if weight.ndim > 2 else weight.abs()  # (outputs, inputs / groups)
+    largest = (
+        weight.abs().flatten(2).amax(2) if weight.ndim > 2 else weight.abs()
+    )  # (outputs, inputs / groups)
     largest = largest.reshape(node.groups, -1, largest.shape[1]).amax(1).flatten().double()
     largest = largest.clamp(min=float(largest.max().clamp(min=1e-12)) * 1e-5)
     moved = scale_full**alpha / largest ** (1 - alpha)
@@ -59,7 +62,8 @@ def smoothed(node: "QuantMAC") -> Tensor:
 
 
 def power_of_two_factors(node: "QuantMAC") -> Tensor:
-    """FQ-ViT's power-of-two factor (Lin et al. 2022, eq. 9): s_x[k] = s 2^-a_k, a_k from 0 to 3, none below the channel's own range."""
+    """FQ-ViT's power-of-two factor (Lin et al. 2022, eq. 9): s_x[k] = s 2^-a_k, a_k from 0 to 3, none below
+    the channel's own range."""
     grid = node.input_grid
     scale_full = grid.parameters_of_grid()[0]
     largest = scale_full.max()
@@ -74,8 +78,9 @@ TRANSFORMS = {"equalize": equalized, "smooth": smoothed, "ptf": power_of_two_fac
 def range_groups(ranges: Tensor, count: int) -> Tensor:
     """(outputs,) int64: the group of each output channel, 0 for the smallest ranges.
 
-    Channels in order of their ranges are cut into at most `count` groups such that the bits that channels lose by their group's scale,
-    sum log2(largest range of the group / own range), are fewest; found exactly, by dynamic programming.
+    Channels in order of their ranges are cut into at most `count` groups such that the bits that channels
+    lose by their group's scale, sum log2(largest range of the group / own range), are fewest; found exactly,
+    by dynamic programming.
     """
     order = torch.argsort(ranges, stable=True)
     bits = torch.log2(ranges[order].double().clamp(min=1e-12)).tolist()

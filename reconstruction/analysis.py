@@ -1,7 +1,9 @@
-"""Where a quantized codec loses: each part quantized alone, ranges of channels, and the landscape of J at one layer.
+"""Where a quantized codec loses: each part quantized alone, ranges of channels, and the landscape of J at one
+layer.
 
-Everything is measured by running the codec, on the codec as learning would find it (`reconstruction.api.prepare`). What comes
-before a part is float, so its outputs are computed once for each batch (`PrefixCache`) and a measurement runs the rest only.
+Everything is measured by running the codec, on the codec as learning would find it
+(`reconstruction.api.prepare`). What comes before a part is float, so its outputs are computed once for each
+batch (`PrefixCache`) and a measurement runs the rest only.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -31,19 +33,23 @@ FACTORS = tuple(n / 50 for n in range(20, 61))  # N of a curve of the landscape:
 COARSE = tuple(n / 20 for n in range(10, 25))  # N of its plane: 0.5 to 1.2
 
 Remember = Callable[[str, Callable[[], Any]], Any]
-"""(name, compute) -> what compute() gives, or gave in an earlier process: `evaluation.run_folder.QualityFolder.part`."""
+"""(name, compute) -> what compute() gives, or gave in an earlier process:
+`evaluation.run_folder.QualityFolder.part`."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Means over crops. j = bpp + weighted_distortion; weighted_distortion is lambda * D, in bits per pixel like j."""
+    """Means over crops. j = bpp + weighted_distortion; weighted_distortion is lambda * D, in bits per pixel
+    like j."""
 
     j: float
     bpp: float
     weighted_distortion: float
 
     def __sub__(self, other: "Cost") -> "Cost":
-        return Cost(self.j - other.j, self.bpp - other.bpp, self.weighted_distortion - other.weighted_distortion)
+        return Cost(
+            self.j - other.j, self.bpp - other.bpp, self.weighted_distortion - other.weighted_distortion
+        )
 
 
 class Probe:
@@ -67,7 +73,9 @@ class Probe:
 
     def layers(self) -> list[Unit]:
         """Every multiply-accumulate layer by itself, without the functions that follow it."""
-        names = dict.fromkeys(name for name, _ in self.trace.leaves if isinstance(self.qmodel.nodes[name], QuantMAC))
+        names = dict.fromkeys(
+            name for name, _ in self.trace.leaves if isinstance(self.qmodel.nodes[name], QuantMAC)
+        )
         calls = {name: tuple(call for call in self.trace.leaves if call[0] == name) for name in names}
         return [Unit(name, (name,), of[0], of) for name, of in calls.items()]
 
@@ -79,13 +87,15 @@ class Probe:
         return layers[name]
 
     def change(self, unit: Unit, side: str) -> Cost:
-        """By how much the costs rise when only this unit is quantized: its weights, all but its weights, or both."""
+        """By how much the costs rise when only this unit is quantized: its weights, all but its weights, or
+        both."""
         self._reach(unit.start)
         with quantized_alone(self.qmodel, unit, side):
             return self._cost(self._cache) - self.real
 
     def _reach(self, start: Call) -> None:
-        """Bring the cache to a place; backwards it begins anew, for it has forgotten what comes inside of blocks."""
+        """Bring the cache to a place; backwards it begins anew, for it has forgotten what comes inside of
+        blocks."""
         begin = self.trace.begin
         if self._start is not None and begin[start] < begin[self._start]:
             self._cache = PrefixCache(self.qmodel, self.trace, self.batches, quantized=False)
@@ -121,7 +131,10 @@ class Probe:
         self._reach(unit.start)
         found = []
         for index, batch in enumerate(self.batches):
-            with self._cache.replaying(index), self.qmodel.runtime.recording(unit.outputs, stop_after=unit.end) as record:
+            with (
+                self._cache.replaying(index),
+                self.qmodel.runtime.recording(unit.outputs, stop_after=unit.end) as record,
+            ):
                 self.qmodel(batch)
             found.append(torch.cat([tensor_of(record[call]).flatten() for call in unit.outputs]))
         return found
@@ -129,7 +142,8 @@ class Probe:
 
 @contextmanager
 def quantized_alone(qmodel: QuantModel, unit: Unit, side: str) -> Iterator[None]:
-    """Only this unit's nodes are quantized: its layers' weights ("weights"), all but those ("inputs"), or "both"."""
+    """Only this unit's nodes are quantized: its layers' weights ("weights"), all but those ("inputs"), or
+    "both"."""
     nodes = {name: qmodel.nodes[name] for name in unit.nodes}
     macs = {name: node for name, node in nodes.items() if isinstance(node, QuantMAC)}
     qmodel.quantize_nodes(True, macs if side == "weights" else nodes)
@@ -143,54 +157,79 @@ def quantized_alone(qmodel: QuantModel, unit: Unit, side: str) -> Iterator[None]
         qmodel.quantize_nodes(False, nodes)
 
 
-def measure_units(probe: Probe, sensitivities: dict[str, Sensitivity], kind: str, remember: Remember, progress: bool = True) -> dict:
-    """What each unit of a kind costs alone, beside what `reconstruction.sensitivity` predicts for its rounding noise.
+def measure_units(
+    probe: Probe, sensitivities: dict[str, Sensitivity], kind: str, remember: Remember, progress: bool = True
+) -> dict:
+    """What each unit of a kind costs alone, beside what `reconstruction.sensitivity` predicts for its
+    rounding noise.
 
     Returns:
-        {unit: {"weights" | "inputs" | "both": {"j", "bpp", "weighted_distortion"}, "predicted": {"weights", "inputs"}}}, rises
-        of the means over the crops against the float codec. The prediction knows convolutions and linear layers, as rounded to
-        nearest and without clipping; None where a unit has none.
+        {unit: {"weights" | "inputs" | "both": {"j", "bpp", "weighted_distortion"}, "predicted": {"weights",
+        "inputs"}}}, rises of the means over the crops against the float codec. The prediction knows
+        convolutions and linear layers, as rounded to nearest and without clipping; None where a unit has
+        none.
     """
     predicted = predicted_losses(probe.qmodel, sensitivities)
     found: dict = {}
-    for unit in progress_bar(probe.units(kind), desc=f"quantizing each {kind} alone", unit=kind, enabled=progress):
-        name = unit.name if unit.name not in found else f"{unit.name} from {unit.start[0]}"  # a stage may come in two parts
+    for unit in progress_bar(
+        probe.units(kind), desc=f"quantizing each {kind} alone", unit=kind, enabled=progress
+    ):
+        name = (
+            unit.name if unit.name not in found else f"{unit.name} from {unit.start[0]}"
+        )  # a stage may come in two parts
         known = [predicted[node] for node in unit.nodes if node in predicted]
         rises = remember(f"{kind} {name}", lambda: {side: asdict(probe.change(unit, side)) for side in SIDES})
-        found[name] = rises | {"predicted": {side: sum(part[side] for part in known) for side in ("weights", "inputs")} if known else None}
+        found[name] = rises | {
+            "predicted": {side: sum(part[side] for part in known) for side in ("weights", "inputs")}
+            if known
+            else None
+        }
     return found
 
 
-# ------------------------------------------------------------------------------------------------- ranges of channels
+# ----------------------------------------------------------------------------------------- ranges of channels
 
 
 def channel_facts(values: Tensor) -> dict[str, list[float]]:
-    """Of rows (channels, values): the largest magnitude "max", the 99.9th percentile of magnitudes "p999", "rms"."""
+    """Of rows (channels, values): the largest magnitude "max", the 99.9th percentile of magnitudes "p999",
+    "rms"."""
     tail = torch.quantile(values.abs().double(), PERCENTILE, dim=1)
-    return {"max": values.abs().amax(1).tolist(), "p999": tail.tolist(), "rms": values.double().square().mean(1).sqrt().tolist()}
+    return {
+        "max": values.abs().amax(1).tolist(),
+        "p999": tail.tolist(),
+        "rms": values.double().square().mean(1).sqrt().tolist(),
+    }
 
 
 @torch.no_grad()
 def measure_channels(probe: Probe, progress: bool = True) -> dict:
-    """Of every layer, on the float codec: {layer: {"weights": facts of each output channel, "inputs": of each input channel}}.
+    """Of every layer, on the float codec: {layer: {"weights": facts of each output channel, "inputs": of each
+    input channel}}.
 
-    Facts: see `channel_facts`. Inputs are those that the layer multiplies: magnitudes at a GDN, before they are squared.
+    Facts: see `channel_facts`. Inputs are those that the layer multiplies: magnitudes at a GDN, before they
+    are squared.
     """
     qmodel = probe.qmodel
     layers = {unit.name: qmodel.nodes[unit.name] for unit in probe.layers()}
     watches = {name: _Watch(node, -(-_SAMPLES // len(probe.batches))) for name, node in layers.items()}
     hooks = [node.register_forward_pre_hook(watches[name]) for name, node in layers.items()]
     try:
-        for batch in progress_bar(probe.batches, desc="watching channels", unit="batch", enabled=progress, leave=False):
+        for batch in progress_bar(
+            probe.batches, desc="watching channels", unit="batch", enabled=progress, leave=False
+        ):
             qmodel(batch)
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: {"weights": channel_facts(node.float_weight().flatten(1)), "inputs": watches[name].facts()} for name, node in layers.items()}
+    return {
+        name: {"weights": channel_facts(node.float_weight().flatten(1)), "inputs": watches[name].facts()}
+        for name, node in layers.items()
+    }
 
 
 class _Watch:
-    """A forward pre-hook: per input channel the largest magnitude, the sum of squares, and samples at even distances."""
+    """A forward pre-hook: per input channel the largest magnitude, the sum of squares, and samples at even
+    distances."""
 
     def __init__(self, node: QuantMAC, samples: int):
         self.dim, self.most = node.channel_dim, samples
@@ -209,24 +248,31 @@ class _Watch:
 
     def facts(self) -> dict[str, list[float]]:
         tail = torch.quantile(torch.cat(self.samples, 1).double(), PERCENTILE, dim=1)
-        return {"max": self.largest.tolist(), "p999": tail.tolist(), "rms": (self.squares / self.count).sqrt().tolist()}
+        return {
+            "max": self.largest.tolist(),
+            "p999": tail.tolist(),
+            "rms": (self.squares / self.count).sqrt().tolist(),
+        }
 
 
-# ---------------------------------------------------------------------------------------------------- the landscape
+# ---------------------------------------------------------------------------------------------- the landscape
 
 
 @torch.no_grad()
 def measure_landscape(probe: Probe, layer: str, remember: Remember, progress: bool = True) -> dict:
-    """J, R, D and the layer's own error over the factor N of its ranges (eqs. 15 and 16), everything else in float.
+    """J, R, D and the layer's own error over the factor N of its ranges (eqs. 15 and 16), everything else in
+    float.
 
-    With the error of the weights as abscissa this is the paper's Fig. 2 (arXiv 2211.02854): where the error is least, J need
-    not be. Weights are rounded to nearest here, so that N is all that changes. N = 1 is the range that the method starts from.
+    With the error of the weights as abscissa this is the paper's Fig. 2 (arXiv 2211.02854): where the error
+    is least, J need not be. Weights are rounded to nearest here, so that N is all that changes. N = 1 is the
+    range that the method starts from.
 
     Returns:
-        {"layer", "weights": [point, ...], "inputs": [point, ...] or [], "plane": {"factors": [N, ...], "j": rows over N of the
-        weights, columns over N of the inputs, "output_error": the same} or None}; a point is {"n", "j", "bpp",
-        "weighted_distortion" (rises against float), "output_error": squared error of the layer's output over its mean square,
-        "error": mean magnitude of the error of the weights over that of the weights (of "weights" alone)}.
+        {"layer", "weights": [point, ...], "inputs": [point, ...] or [], "plane": {"factors": [N, ...], "j":
+        rows over N of the weights, columns over N of the inputs, "output_error": the same} or None}; a point
+        is {"n", "j", "bpp", "weighted_distortion" (rises against float), "output_error": squared error of the
+        layer's output over its mean square, "error": mean magnitude of the error of the weights over that of
+        the weights (of "weights" alone)}.
 
     Raises:
         InputError: no such layer.
@@ -240,7 +286,9 @@ def measure_landscape(probe: Probe, layer: str, remember: Remember, progress: bo
     def point(side: str) -> dict:
         with quantized_alone(probe.qmodel, unit, side):
             ours = probe.outputs(unit)
-        error = sum(float((a - b).double().square().sum()) for a, b in zip(ours, real)) / sum(float(b.double().square().sum()) for b in real)
+        error = sum(float((a - b).double().square().sum()) for a, b in zip(ours, real)) / sum(
+            float(b.double().square().sum()) for b in real
+        )
         return asdict(probe.change(unit, side)) | {"output_error": error}
 
     def curve(side: str, n: float) -> dict:
@@ -265,7 +313,10 @@ def measure_landscape(probe: Probe, layer: str, remember: Remember, progress: bo
 
         curves = {side: [step(f"{side} {n}", lambda: curve(side, n)) for n in FACTORS] for side in sides}
         rows = [step(f"plane {n}", lambda: row(n)) for n in COARSE] if len(sides) == 2 else None
-    plane = rows and {"factors": list(COARSE), **{key: [[p[key] for p in line] for line in rows] for key in ("j", "output_error")}}
+    plane = rows and {
+        "factors": list(COARSE),
+        **{key: [[p[key] for p in line] for line in rows] for key in ("j", "output_error")},
+    }
     return {"layer": layer, "weights": curves["weights"], "inputs": curves.get("inputs", []), "plane": plane}
 
 
@@ -288,13 +339,19 @@ def _weight_error(node: QuantMAC) -> float:
     return float((node.rounded_weight() - real).abs().mean() / real.abs().mean().clamp(min=1e-12))
 
 
-def analyze(probe: Probe, sensitivities: dict[str, Sensitivity], kind: str, landscape: str | None, remember: Remember,
-            progress: bool = True) -> dict:  # fmt: skip
+def analyze(
+    probe: Probe,
+    sensitivities: dict[str, Sensitivity],
+    kind: str,
+    landscape: str | None,
+    remember: Remember,
+    progress: bool = True,
+) -> dict:
     """All of it. `landscape`: the layer; None: the plain layer that costs most by itself.
 
     Returns:
-        {"float": Cost, "all": rise with everything quantized, "unit": kind, "layers": `measure_units` of layers, "units": of
-        `kind`, "channels": `measure_channels`, "landscape": `measure_landscape`}.
+        {"float": Cost, "all": rise with everything quantized, "unit": kind, "layers": `measure_units` of
+        layers, "units": of `kind`, "channels": `measure_channels`, "landscape": `measure_landscape`}.
     """
     if landscape is not None:
         probe.layer(landscape)
@@ -305,5 +362,12 @@ def analyze(probe: Probe, sensitivities: dict[str, Sensitivity], kind: str, land
     if landscape is None:
         plain = [name for name in layers if isinstance(probe.qmodel.nodes[name], PLAIN_LAYERS)]
         landscape = max(plain, key=lambda name: layers[name]["both"]["j"])
-    return {"float": asdict(probe.real), "all": every, "unit": kind, "layers": layers, "units": units, "channels": channels,
-            "landscape": measure_landscape(probe, landscape, remember, progress)}  # fmt: skip
+    return {
+        "float": asdict(probe.real),
+        "all": every,
+        "unit": kind,
+        "layers": layers,
+        "units": units,
+        "channels": channels,
+        "landscape": measure_landscape(probe, landscape, remember, progress),
+    }

@@ -45,10 +45,13 @@ def quantize(
     """Quantize a codec on calibration images.
 
     Args:
-        model: float codec; its forward maps (B, 3, H, W) in 0..1 to {"x_hat", "likelihoods"}. It is not changed.
-        images: calibration crops (n, 3, H, W) in 0..1, 8-bit samples; see `data.calibration.sample_crops`. The first
-            `config.reconstruction.measured` are those that J is measured on. For a variable-rate codec (n, 5, H, W), with the
-            gain and the lambda of each crop (`models.qvrf.VariableRate.with_planes`): crops of all rates make one codec.
+        model: float codec; its forward maps (B, 3, H, W) in 0..1 to {"x_hat", "likelihoods"}. It is not
+        changed.
+        images: calibration crops (n, 3, H, W) in 0..1, 8-bit samples; see `data.calibration.sample_crops`.
+        The first
+            `config.reconstruction.measured` are those that J is measured on. For a variable-rate codec (n, 5,
+            H, W), with the gain and the lambda of each crop (`models.qvrf.VariableRate.with_planes`): crops
+            of all rates make one codec.
         config: the method; default the preset "licq".
         lmbda: weight of the distortion in J = R + lambda * D that the codec was trained with.
         metric: "mse" (D = 255^2 * mse) or "ms-ssim" (D = 1 - MS-SSIM).
@@ -59,13 +62,15 @@ def quantize(
         progress: show bars with the time left.
 
     Returns:
-        A frozen `QuantModel`. Its `history` has J of the float codec (`j_float`), of the quantized one before and after
-        (`j_start`, `j_end`), the same for each unit, what channel splitting added (`splitting`), the rise of J that rounding
-        noise still makes in each layer (`predicted`), what a search of ranges found (`search`), seconds in all and `seconds_by_step` of this process, and the peak
-        memory of the process in MB.
+        A frozen `QuantModel`. Its `history` has J of the float codec (`j_float`), of the quantized one before
+        and after (`j_start`, `j_end`), the same for each unit, what channel splitting added (`splitting`),
+        the rise of J that rounding noise still makes in each layer (`predicted`), what a search of ranges
+        found (`search`), seconds in all and `seconds_by_step` of this process, and the peak memory of the
+        process in MB.
 
     Raises:
-        InputError: images of a wrong shape, a lambda that is not positive, bits of an unknown layer, a folder of another
+        InputError: images of a wrong shape, a lambda that is not positive, bits of an unknown layer, a folder
+        of another
             calibration.
     """
     config = config or PtqConfig.from_preset()
@@ -75,12 +80,20 @@ def quantize(
     own = [dict(bits)] if bits else []
     identity = fingerprint(model, images, config.to_dict(), lmbda, metric, *own)
     state = StateFolder(None if folder is None else Path(folder) / "units", identity, resume)
-    start = prepare(model, images, config, objective, bits=bits, device=device, state=state, progress=progress)
+    start = prepare(
+        model, images, config, objective, bits=bits, device=device, state=state, progress=progress
+    )
     qmodel, measured = start.qmodel, start.batches[: start.measured]
     qmodel.quantize_nodes(True)
-    j_start = mean_cost(qmodel, progress_bar(measured, desc="measuring J", unit="batch", enabled=progress, leave=False), objective)
+    j_start = mean_cost(
+        qmodel,
+        progress_bar(measured, desc="measuring J", unit="batch", enabled=progress, leave=False),
+        objective,
+    )
     history = {"j_start": j_start, "splitting": start.splitting, "search": start.search}
-    history |= Reconstruction(qmodel, start.batches, start.measured, config.reconstruction, objective, state, progress).run()
+    history |= Reconstruction(
+        qmodel, start.batches, start.measured, config.reconstruction, objective, state, progress
+    ).run()
     start.clock.lap("learning")
     history["predicted"] = predicted_losses(qmodel, start.sensitivities)
     qmodel.freeze()
@@ -107,9 +120,11 @@ class _Clock:
 class Start:
     """What learning starts from.
 
-    qmodel: observed, with its split and balanced scales and the first rounding; not frozen, its nodes in float.
+    qmodel: observed, with its split and balanced scales and the first rounding; not frozen, its nodes in
+    float.
     batches: the crops; J is measured on the first `measured` of them.
-    sensitivities: of J. splitting: what channel splitting added. search: what a search of ranges found. resumed_seconds: that an earlier process has spent.
+    sensitivities: of J. splitting: what channel splitting added. search: what a search of ranges found.
+    resumed_seconds: that an earlier process has spent.
     """
 
     qmodel: QuantModel
@@ -149,7 +164,13 @@ def prepare(
 
     def observing(quant: QuantConfig) -> QuantModel:
         qmodel = QuantModel(model, quant, bits).to(device)
-        with progress_bar(total=len(observed) + len(harder), desc="observing ranges", unit="batch", enabled=progress, leave=False) as bar:
+        with progress_bar(
+            total=len(observed) + len(harder),
+            desc="observing ranges",
+            unit="batch",
+            enabled=progress,
+            leave=False,
+        ) as bar:
             qmodel.observe(_counted(observed, bar), _counted(harder, bar))
         return qmodel
 
@@ -165,7 +186,11 @@ def prepare(
     qmodel = observing(quant)
     clock.lap("observing")
     sensitivities = measure_sensitivities(qmodel, measured, objective, knobs.seed, progress)
-    aim = sensitivities if knobs.loss in AWARE else measure_sensitivities(qmodel, measured, None, knobs.seed, progress)
+    aim = (
+        sensitivities
+        if knobs.loss in AWARE
+        else measure_sensitivities(qmodel, measured, None, knobs.seed, progress)
+    )
     clock.lap("measuring sensitivities")
     splitting = split_channels(qmodel, aim, knobs.split)
     if knobs.balance:
@@ -185,12 +210,16 @@ def prepare(
 def _check_images(model: nn.Module, images: Tensor) -> None:
     channels = 5 if isinstance(model, VariableRate) else 3
     if images.ndim != 4 or images.shape[1] != channels or not len(images):
-        raise InputError(f"calibration images of shape {tuple(images.shape)}; (n, {channels}, H, W) is needed")
+        raise InputError(
+            f"calibration images of shape {tuple(images.shape)}; (n, {channels}, H, W) is needed"
+        )
 
 
 def _batches(images: Tensor, knobs: ReconstructionConfig) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Crops in batches: those that J is measured on; these and more to observe; all."""
-    measured, observed, rest = torch.tensor_split(images, (knobs.measured, max(knobs.observed, knobs.measured)))
+    measured, observed, rest = torch.tensor_split(
+        images, (knobs.measured, max(knobs.observed, knobs.measured))
+    )
     found: list[Tensor] = []
     parts = []
     for part in (measured, observed, rest):
@@ -199,8 +228,11 @@ def _batches(images: Tensor, knobs: ReconstructionConfig) -> tuple[list[Tensor],
     return parts[0], parts[1], parts[2]
 
 
-def _start_rounding(qmodel: QuantModel, batches: list[Tensor], seed: int, state: StateFolder, progress: bool) -> float:
-    """GPTQ's start, or the killed run's, where its seconds are returned; what comes before is soon repeated."""
+def _start_rounding(
+    qmodel: QuantModel, batches: list[Tensor], seed: int, state: StateFolder, progress: bool
+) -> float:
+    """GPTQ's start, or the killed run's, where its seconds are returned; what comes before is soon
+    repeated."""
     parameters = learned(qmodel.nodes)
     stored = state.load("start")
     if stored is not None:

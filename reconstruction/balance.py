@@ -1,9 +1,10 @@
 """Input scales that share rounding noise between a layer's inputs and its weights where J rises least.
 
-An input channel's scale may be larger than its range asks. Its values are then rounded more coarsely, but the weights that take
-over the scale fill their codes better, and channels that are loud stop setting the step of all others' weights
-(Cross-Layer Equalization, Nagel et al. 2019; SmoothQuant, Xiao et al. 2022; here within one layer, so nothing has to be passed
-on to the layer before). Each channel's scale is found by descent on the noise that `reconstruction.sensitivity` predicts.
+An input channel's scale may be larger than its range asks. Its values are then rounded more coarsely, but the
+weights that take over the scale fill their codes better, and channels that are loud stop setting the step of
+all others' weights (Cross-Layer Equalization, Nagel et al. 2019; SmoothQuant, Xiao et al. 2022; here within
+one layer, so nothing has to be passed on to the layer before). Each channel's scale is found by descent on
+the noise that `reconstruction.sensitivity` predicts.
 """
 
 import torch
@@ -20,17 +21,23 @@ STEPS = 200
 
 
 @torch.no_grad()
-def balance_scales(qmodel: QuantModel, sensitivities: dict[str, Sensitivity], share: float, progress: bool = True) -> None:
-    """Raise the scales of input channels of an observed model where that lowers the predicted rise of J and int32 still holds it.
+def balance_scales(
+    qmodel: QuantModel, sensitivities: dict[str, Sensitivity], share: float, progress: bool = True
+) -> None:
+    """Raise the scales of input channels of an observed model where that lowers the predicted rise of J and
+    int32 still holds it.
 
-    None becomes smaller: what `QuantConfig.transform` gave is also a layer's room for images that reach further than the
-    calibration crops. Layers with groups, exact inputs or one scale for all inputs are left alone.
+    None becomes smaller: what `QuantConfig.transform` gave is also a layer's room for images that reach
+    further than the calibration crops. Layers with groups, exact inputs or one scale for all inputs are left
+    alone.
 
     Args:
         share: of the noise of weights rounded to nearest that their rounding will leave.
     """
     layers = {name: qmodel.nodes[name] for name in sensitivities if _can_be_balanced(qmodel.nodes[name])}
-    for name, node in progress_bar(layers.items(), desc="balancing scales", unit="layer", enabled=progress, leave=False):
+    for name, node in progress_bar(
+        layers.items(), desc="balancing scales", unit="layer", enabled=progress, leave=False
+    ):
         sensitivity, log_n = sensitivities[name], node.input_grid.log_n
         before, start = _noise(node, sensitivity, share), log_n.data.clone()
         log_n.data = _balanced(node, sensitivity, share).to(log_n)
@@ -42,7 +49,12 @@ def balance_scales(qmodel: QuantModel, sensitivities: dict[str, Sensitivity], sh
 
 def _can_be_balanced(node: QuantMAC) -> bool:
     grid, config = node.input_grid, node.config
-    return FLOAT_BITS not in (config.a_bits, config.w_bits) and grid.channel_dim is not None and not grid.exact and node.groups == 1
+    return (
+        FLOAT_BITS not in (config.a_bits, config.w_bits)
+        and grid.channel_dim is not None
+        and not grid.exact
+        and node.groups == 1
+    )
 
 
 def _noise(node: QuantMAC, sensitivity: Sensitivity, share: float) -> float:

@@ -49,7 +49,8 @@ class PrefixCache:
 
 
 def mixed(quantized: object, real: object, share: float, generator: torch.Generator) -> object:
-    """Each element from the float codec with probability `share`, else from the quantized one (QDrop, Wei 2022)."""
+    """Each element from the float codec with probability `share`, else from the quantized one (QDrop, Wei
+    2022)."""
     if isinstance(quantized, QTensor):
         choice = torch.rand(quantized.shape, generator=generator).to(quantized.device) < share
         return quantized.like(torch.where(choice, real.real(), quantized.real()), None)

@@ -1,9 +1,11 @@
-"""Where learned rounding starts: weights rounded one input at a time, each error made good by those still to come.
+"""Where learned rounding starts: weights rounded one input at a time, each error made good by those still to
+come.
 
-Frantar et al. 2023 (GPTQ, arXiv 2210.17323), after Optimal Brain Surgeon: with H = X X^T of a layer's inputs, rounding
-column j of the weights by an error e costs least when the columns behind it move by -e [H^-1]_jk / [H^-1]_jj. Closed form and
-without steps, so it takes seconds where learned rounding takes minutes. Inputs are the layer's own whole numbers; the
-inputs of neighbouring positions of an image are alike, which leaves much that can be made good.
+Frantar et al. 2023 (GPTQ, arXiv 2210.17323), after Optimal Brain Surgeon: with H = X X^T of a layer's inputs,
+rounding column j of the weights by an error e costs least when the columns behind it move by -e [H^-1]_jk /
+[H^-1]_jj. Closed form and without steps, so it takes seconds where learned rounding takes minutes. Inputs are
+the layer's own whole numbers; the inputs of neighbouring positions of an image are alike, which leaves much
+that can be made good.
 """
 
 import dataclasses
@@ -33,12 +35,15 @@ _LARGE = 1024  # rows of H from which float32 must do: damped as it is, it is fa
 
 
 @torch.no_grad()
-def compensate_rounding(qmodel: QuantModel, batches: Sequence[Tensor], seed: int = 0, progress: bool = True) -> None:
+def compensate_rounding(
+    qmodel: QuantModel, batches: Sequence[Tensor], seed: int = 0, progress: bool = True
+) -> None:
     """Start the rounding of every convolution and linear layer of an observed model at GPTQ's whole numbers.
 
-    Layers with groups keep rounding to nearest, so do those that the images show at much fewer positions than an output has
-    weights: H says too little there. Layers that learn offsets (eq. 14) or weights can start anywhere; AdaRound
-    cannot, for it only chooses between the two neighbours.
+    Layers with groups keep rounding to nearest, so do those that the images show at much fewer positions than
+    an output has
+    weights: H says too little there. Layers that learn offsets (eq. 14) or weights can start anywhere;
+    AdaRound cannot, for it only chooses between the two neighbours.
 
     Args:
         batches: images (B, 3, H, W) in 0..1, from which the inputs of the layers come; on the float codec.
@@ -60,10 +65,19 @@ def compensate_rounding(qmodel: QuantModel, batches: Sequence[Tensor], seed: int
     qmodel.quantize_nodes(False)
     images = sum(map(len, batches))
     seen = _positions(qmodel, layers, batches[0][:1])
-    layers = {n: node for n, node in layers.items() if _RARE * images * seen[n] >= min(len(p.weights(node)) for p in phases(node))}
+    layers = {
+        n: node
+        for n, node in layers.items()
+        if _RARE * images * seen[n] >= min(len(p.weights(node)) for p in phases(node))
+    }
     groups = list(_groups(layers))
-    bar = progress_bar(total=len(groups) * len(batches) + len(layers), desc="compensating rounding", unit="step",
-                       enabled=progress, leave=False)  # fmt: skip
+    bar = progress_bar(
+        total=len(groups) * len(batches) + len(layers),
+        desc="compensating rounding",
+        unit="step",
+        enabled=progress,
+        leave=False,
+    )
     with bar:
         for group in groups:
             generator = torch.Generator().manual_seed(seed)
@@ -82,7 +96,8 @@ def compensate_rounding(qmodel: QuantModel, batches: Sequence[Tensor], seed: int
 
 
 def turned(batches: Sequence[Tensor]) -> list[Tensor]:
-    """The images, their mirror images, and both turned by a quarter: H of ten crops alone is met too well by the rounding."""
+    """The images, their mirror images, and both turned by a quarter: H of ten crops alone is met too well by
+    the rounding."""
     every = []
     for batch in batches:
         mirrored = batch.flip(-1)
@@ -117,10 +132,11 @@ def _groups(layers: dict[str, QuantMAC]) -> Iterator[dict[str, QuantMAC]]:
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """Taps of a kernel that meet the same output positions: all of them, or with a transposed convolution those of one
-    residue of its stride, so that no two phases have a product in common.
+    """Taps of a kernel that meet the same output positions: all of them, or with a transposed convolution
+    those of one residue of its stride, so that no two phases have a product in common.
 
-    taps: along each axis of the kernel. first, step: the output positions that they meet on each axis, first + k step.
+    taps: along each axis of the kernel. first, step: the output positions that they meet on each axis, first
+    + k step.
     """
 
     taps: tuple[Tensor, ...] = ()
@@ -155,7 +171,8 @@ def phases(node: QuantMAC) -> list[Phase]:
 
 
 class _Moment:
-    """H = mean of x x^T over the columns x that the weights of each phase meet, in whole numbers of the input grid."""
+    """H = mean of x x^T over the columns x that the weights of each phase meet, in whole numbers of the input
+    grid."""
 
     def __init__(self, node: QuantMAC, images: int, generator: torch.Generator):
         self.node, self.generator = node, generator
@@ -195,10 +212,12 @@ def output_size(node: QuantMAC, x: Tensor) -> tuple[int, ...]:
     """Lengths of a convolution's output along the axes of its kernel."""
     m = node.module
     size = []
-    for axis, length in enumerate(x.shape[-len(m.kernel_size):]):
+    for axis, length in enumerate(x.shape[-len(m.kernel_size) :]):
         reach = m.dilation[axis] * (m.kernel_size[axis] - 1)
         if isinstance(node, QuantConvTranspose2d):
-            size.append((length - 1) * m.stride[axis] - 2 * m.padding[axis] + reach + m.output_padding[axis] + 1)
+            size.append(
+                (length - 1) * m.stride[axis] - 2 * m.padding[axis] + reach + m.output_padding[axis] + 1
+            )
         else:
             size.append((length + sum(_padding(m, axis)) - reach - 1) // m.stride[axis] + 1)
     return tuple(size)
@@ -225,7 +244,10 @@ def columns(node: QuantMAC, x: Tensor, phase: Phase, at: Sequence[Tensor]) -> Te
         (inputs * taps of the phase, n), in the order of `Phase.weights`.
     """
     m = node.module
-    index, inside = torch.zeros(len(at[0]), dtype=torch.long), torch.ones(len(at[0]), dtype=torch.bool)  # (taps ..., n)
+    index, inside = (
+        torch.zeros(len(at[0]), dtype=torch.long),
+        torch.ones(len(at[0]), dtype=torch.bool),
+    )  # (taps ..., n)
     for axis, outputs in enumerate(at):
         moved = (phase.taps[axis] * m.dilation[axis])[:, None]
         if isinstance(node, QuantConvTranspose2d):
@@ -256,8 +278,15 @@ def _start_rounding(node: QuantMAC, moment: _Moment) -> None:
     quantizer.rounding.start_at(whole, real)
 
 
-def gptq(weight: Tensor, moment: Tensor, limits: tuple[int, int], kept: Tensor | None = None, damping: float = DAMPING) -> Tensor:
-    """Whole numbers (outputs, D) near real weights of that shape, with a small error in (w_int - w) H (w_int - w)^T.
+def gptq(
+    weight: Tensor,
+    moment: Tensor,
+    limits: tuple[int, int],
+    kept: Tensor | None = None,
+    damping: float = DAMPING,
+) -> Tensor:
+    """Whole numbers (outputs, D) near real weights of that shape, with a small error in (w_int - w) H (w_int
+    - w)^T.
 
     Args:
         moment: H, (D, D).
@@ -273,10 +302,13 @@ def gptq(weight: Tensor, moment: Tensor, limits: tuple[int, int], kept: Tensor |
     h = moment.to(torch.float32, copy=True) if len(moment) > _LARGE else moment.double()
     h.diagonal().add_(damping * h.diagonal()[alive].mean() if alive.any() else 1.0)
     order = h.diagonal().argsort(descending=True, stable=True)
-    # H = R R^T with R upper triangular, from the Cholesky factor in reverse order; then H^-1 = U^T U with U = R^-1
+    # H = R R^T with R upper triangular, from the Cholesky factor in reverse order; then H^-1 = U^T U with U =
+    # R^-1
     backwards = order.flip(0)
     factor = torch.linalg.cholesky(h[backwards][:, backwards]).flip(0, 1)
-    upper = torch.linalg.solve_triangular(factor, torch.eye(len(h), dtype=h.dtype, device=h.device), upper=True)
+    upper = torch.linalg.solve_triangular(
+        factor, torch.eye(len(h), dtype=h.dtype, device=h.device), upper=True
+    )
     upper = upper.to(weight.dtype)
     work = weight[:, order].clone()
     kept = None if kept is None else kept[:, order]
@@ -290,7 +322,7 @@ def gptq(weight: Tensor, moment: Tensor, limits: tuple[int, int], kept: Tensor |
                 column = torch.where(kept[:, j], column, 0.0)
             whole[:, j] = column
             error = (work[:, j] - column) / upper[j, j]
-            work[:, j + 1:stop] -= error[:, None] * upper[j, j + 1:stop]
+            work[:, j + 1 : stop] -= error[:, None] * upper[j, j + 1 : stop]
             errors[:, j - start] = error
         work[:, stop:] -= errors @ upper[start:stop, stop:]
     result = torch.empty_like(whole)

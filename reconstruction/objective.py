@@ -18,7 +18,8 @@ def rate(output: dict, x: Tensor) -> Tensor:
 class Objective:
     """J of each image.
 
-    Images (B, 5, H, W) of a variable-rate codec bring their own lambda in the fifth channel (`models.qvrf.VariableRate`).
+    Images (B, 5, H, W) of a variable-rate codec bring their own lambda in the fifth channel
+    (`models.qvrf.VariableRate`).
 
     Args:
         lmbda: weight of the distortion, of images that do not bring their own.
@@ -29,7 +30,9 @@ class Objective:
         if metric not in ("mse", "ms-ssim"):
             raise InputError(f"--metric {metric} is unknown; choose mse or ms-ssim")
         if not lmbda > 0:
-            raise InputError(f"--lambda {lmbda} is not positive; give the lambda that the codec was trained with")
+            raise InputError(
+                f"--lambda {lmbda} is not positive; give the lambda that the codec was trained with"
+            )
         self.lmbda, self.metric = lmbda, metric
 
     def distortion(self, output: dict, x: Tensor) -> Tensor:

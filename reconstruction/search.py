@@ -1,7 +1,8 @@
 """Ranges searched on the codec's own J, without gradients: LAPQ (Nahshan et al. 2021, arXiv 1911.07190).
 
-First the norm: for each of a few p, every range is the one of least mean |x - x_hat|^p, and J is measured; a parabola through these says
-which p to start from. Then Powell's method moves one factor for each layer's weights and one for its inputs, all on J.
+First the norm: for each of a few p, every range is the one of least mean |x - x_hat|^p, and J is measured; a
+parabola through these says which p to start from. Then Powell's method moves one factor for each layer's
+weights and one for its inputs, all on J.
 """
 
 import dataclasses
@@ -24,7 +25,9 @@ _WIDEST, _NARROWEST = 0.3, -1.6  # of ln of a factor
 _KEEP = 20  # measurements are written this often
 
 
-def best_norm(config: QuantConfig, cost_of: Callable[[QuantConfig], float], state: StateFolder, progress: bool = True) -> tuple[QuantConfig, dict]:
+def best_norm(
+    config: QuantConfig, cost_of: Callable[[QuantConfig], float], state: StateFolder, progress: bool = True
+) -> tuple[QuantConfig, dict]:
     """(config with the ranges of the best norm, {"costs": {p: J}, "p": the one taken}).
 
     Args:
@@ -32,7 +35,9 @@ def best_norm(config: QuantConfig, cost_of: Callable[[QuantConfig], float], stat
     """
     stored = state.load("norms")
     costs = dict(stored[0]["costs"]) if stored else {}
-    for p in progress_bar(NORMS, desc="searching the norm of ranges", unit="norm", enabled=progress, leave=False):
+    for p in progress_bar(
+        NORMS, desc="searching the norm of ranges", unit="norm", enabled=progress, leave=False
+    ):
         if f"{p:g}" not in costs:
             costs[f"{p:g}"] = cost_of(_with_norm(config, p))
             state.save("norms", {"costs": costs}, {})
@@ -45,7 +50,8 @@ def _with_norm(config: QuantConfig, p: float) -> QuantConfig:
 
 
 def vertex(places: Sequence[float], values: Sequence[float]) -> float:
-    """Where a parabola fitted to the values is least; the place of the least value where it opens downwards or lies outside."""
+    """Where a parabola fitted to the values is least; the place of the least value where it opens downwards
+    or lies outside."""
     a, b, _ = np.polyfit(places, values, 2)
     found = -b / (2 * a) if a > 0 else float("nan")
     return float(found) if min(places) <= found <= max(places) else float(places[int(np.argmin(values))])
@@ -56,9 +62,16 @@ class _Enough(Exception):
 
 
 @torch.no_grad()
-def search_ranges(qmodel: QuantModel, batches: Sequence[Tensor], objective: Objective, evaluations: int, state: StateFolder,
-                  progress: bool = True) -> dict:  # fmt: skip
-    """Powell's method over ln of one factor for the weights and one for the inputs of every layer; the best point met is kept.
+def search_ranges(
+    qmodel: QuantModel,
+    batches: Sequence[Tensor],
+    objective: Objective,
+    evaluations: int,
+    state: StateFolder,
+    progress: bool = True,
+) -> dict:
+    """Powell's method over ln of one factor for the weights and one for the inputs of every layer; the best
+    point met is kept.
 
     Every measurement is written to `state`, and read from there when a killed search is repeated.
 
@@ -96,12 +109,25 @@ def search_ranges(qmodel: QuantModel, batches: Sequence[Tensor], objective: Obje
         bar.update()
         return value
 
-    with progress_bar(total=evaluations, desc="searching ranges", unit="measurement", enabled=progress, leave=False) as bar:
+    with progress_bar(
+        total=evaluations, desc="searching ranges", unit="measurement", enabled=progress, leave=False
+    ) as bar:
         try:
-            found: OptimizeResult | None = minimize(cost, np.zeros(len(parameters)), method="Powell", bounds=[(_NARROWEST, _WIDEST)] * len(parameters),
-                                                    options={"xtol": 0.02, "ftol": 1e-5, "maxfev": evaluations})  # fmt: skip
+            found: OptimizeResult | None = minimize(
+                cost,
+                np.zeros(len(parameters)),
+                method="Powell",
+                bounds=[(_NARROWEST, _WIDEST)] * len(parameters),
+                options={"xtol": 0.02, "ftol": 1e-5, "maxfev": evaluations},
+            )
         except _Enough:
             found = None
     put(best_at)
     state.save("search", {"costs": costs}, {})
-    return {"j_before": costs[0], "j_after": best, "factors": len(parameters), "evaluations": len(costs), "finished": found is not None and bool(found.success)}
+    return {
+        "j_before": costs[0],
+        "j_after": best,
+        "factors": len(parameters),
+        "evaluations": len(costs),
+        "finished": found is not None and bool(found.success),
+    }

@@ -1,9 +1,10 @@
-"""How much J cares about noise at the output of each layer, and where the loss of a quantized codec is predicted to lie.
+"""How much J cares about noise at the output of each layer, and where the loss of a quantized codec is
+predicted to lie.
 
-Rounding noise is small and white, so J rises by half its variance times the diagonal of J's Hessian. Both halves of J
-have one that needs first derivatives only. Distortion: the Gauss-Newton term, c * E[(d v.x_hat / d a)^2] for random signs v
-and the curvature c of the distortion in a pixel (Hutchinson 1990). Rate: a code length's expected Hessian is its Fisher
-information, ln 2 * pixels * (d R / d a)^2 for R in bits per pixel.
+Rounding noise is small and white, so J rises by half its variance times the diagonal of J's Hessian. Both
+halves of J have one that needs first derivatives only. Distortion: the Gauss-Newton term, c * E[(d v.x_hat /
+d a)^2] for random signs v and the curvature c of the distortion in a pixel (Hutchinson 1990). Rate: a code
+length's expected Hessian is its Fisher information, ln 2 * pixels * (d R / d a)^2 for R in bits per pixel.
 """
 
 import contextlib
@@ -29,10 +30,12 @@ PROBES = 2  # random sign images for each batch
 class Sensitivity:
     """Of one multiply-accumulate layer.
 
-    curvature: (outputs,) diagonal of the Hessian of J, or of the layer's relative squared error, summed over an output channel's
+    curvature: (outputs,) diagonal of the Hessian of J, or of the layer's relative squared error, summed over
+    an output channel's
                positions, mean over images.
     macs:      multiply-accumulate operations of the layer for one image.
-    energy:    (inputs,) mean square of each input channel, for a layer whose inputs stay in float: their grid has seen nothing.
+    energy:    (inputs,) mean square of each input channel, for a layer whose inputs stay in float: their grid
+    has seen nothing.
     """
 
     curvature: Tensor
@@ -41,13 +44,18 @@ class Sensitivity:
 
 
 def measure_sensitivities(
-    qmodel: QuantModel, batches: Sequence[Tensor], objective: Objective | None, seed: int = 0, progress: bool = True
+    qmodel: QuantModel,
+    batches: Sequence[Tensor],
+    objective: Objective | None,
+    seed: int = 0,
+    progress: bool = True,
 ) -> dict[str, Sensitivity]:
     """The sensitivity of every convolution and linear layer of an observed model, on its float state.
 
     Args:
         batches: images (B, 3, H, W) in 0..1, all of one size.
-        objective: J; None: each layer has the squared error of its own output, relative to the output's mean square, and all
+        objective: J; None: each layer has the squared error of its own output, relative to the output's mean
+        square, and all
             layers count alike.
         seed: of the random signs.
     """
@@ -57,10 +65,18 @@ def measure_sensitivities(
     generator = torch.Generator().manual_seed(seed)
     curvature: dict[str, Tensor] = {}
     macs: dict[str, float] = {}
-    energies: dict[str, list[Tensor]] = {name: [] for name, node in layers.items() if node.config.a_bits == FLOAT_BITS}
-    for number, batch in enumerate(progress_bar(batches, desc="measuring sensitivities", unit="batch", enabled=progress, leave=False)):
+    energies: dict[str, list[Tensor]] = {
+        name: [] for name, node in layers.items() if node.config.a_bits == FLOAT_BITS
+    }
+    for number, batch in enumerate(
+        progress_bar(batches, desc="measuring sensitivities", unit="batch", enabled=progress, leave=False)
+    ):
         with _input_energies({name: layers[name] for name in energies}, energies):
-            squares = _squared_gradients(qmodel, batch, objective, calls, generator) if objective else _relative_errors(qmodel, batch, calls)
+            squares = (
+                _squared_gradients(qmodel, batch, objective, calls, generator)
+                if objective
+                else _relative_errors(qmodel, batch, calls)
+            )
         for (name, _), square in squares:
             node = layers[name]
             dim = node.channel_dim % square.ndim
@@ -69,7 +85,9 @@ def measure_sensitivities(
                 macs[name] = macs.get(name, 0.0) + operations(node, square)
     images = sum(map(len, batches))
     means = {name: torch.stack(seen).mean(0) for name, seen in energies.items() if seen}
-    return {name: Sensitivity(value / images, macs[name], means.get(name)) for name, value in curvature.items()}
+    return {
+        name: Sensitivity(value / images, macs[name], means.get(name)) for name, value in curvature.items()
+    }
 
 
 @contextlib.contextmanager
@@ -97,13 +115,17 @@ def _relative_errors(qmodel: QuantModel, batch: Tensor, calls: Sequence[Call]) -
     with qmodel.runtime.recording(calls) as record:
         qmodel(batch)
     outputs = {call: tensor_of(record[call]) for call in calls if call in record}
-    return [(call, torch.full_like(a, 2 / (a[0].numel() * float(a.square().mean().clamp(min=1e-12))))) for call, a in outputs.items()]
+    return [
+        (call, torch.full_like(a, 2 / (a[0].numel() * float(a.square().mean().clamp(min=1e-12)))))
+        for call, a in outputs.items()
+    ]
 
 
 def _squared_gradients(
     qmodel: QuantModel, batch: Tensor, objective: Objective, calls: Sequence[Call], generator: torch.Generator
 ) -> list[tuple[Call, Tensor]]:
-    """The diagonal of J's Hessian at the outputs of these calls, as far as J depends on them. Frees its graph on return."""
+    """The diagonal of J's Hessian at the outputs of these calls, as far as J depends on them. Frees its graph
+    on return."""
     with torch.enable_grad(), qmodel.runtime.recording(calls) as record:
         output = qmodel(batch.clone().requires_grad_(True))
         outputs = {call: tensor_of(record[call]) for call in calls if call in record}
@@ -116,7 +138,9 @@ def _squared_gradients(
         for _ in range(PROBES):
             signs = torch.randint(0, 2, x_hat.shape, generator=generator).to(x_hat) * 2 - 1
             per_pixel = _distortion_curvature(objective, x_hat.detach(), batch, signs)
-            _add_squares(squares, (signs * x_hat * per_pixel.sqrt().reshape(-1, 1, 1, 1)).sum(), tensors, 1 / PROBES)
+            _add_squares(
+                squares, (signs * x_hat * per_pixel.sqrt().reshape(-1, 1, 1, 1)).sum(), tensors, 1 / PROBES
+            )
     return list(zip(outputs, squares))
 
 
@@ -130,8 +154,11 @@ def _add_squares(squares: list[Tensor], scalar: Tensor, tensors: list[Tensor], f
 
 
 @torch.no_grad()
-def _distortion_curvature(objective: Objective, x_hat: Tensor, x: Tensor, signs: Tensor, step: float = 4 / 255) -> Tensor:
-    """(B,): the mean second derivative of lambda * D in a sample of x_hat, by a symmetric difference along the signs."""
+def _distortion_curvature(
+    objective: Objective, x_hat: Tensor, x: Tensor, signs: Tensor, step: float = 4 / 255
+) -> Tensor:
+    """(B,): the mean second derivative of lambda * D in a sample of x_hat, by a symmetric difference along
+    the signs."""
 
     def distortion(sign: float) -> Tensor:
         # not clipped as a decoder does: at a black or white pixel the clipping would count as curvature
@@ -142,7 +169,8 @@ def _distortion_curvature(objective: Objective, x_hat: Tensor, x: Tensor, signs:
 
 
 def operations(node: QuantMAC, output: Tensor) -> float:
-    """Multiply-accumulate operations by which a layer makes an output of this shape, for one image of the batch."""
+    """Multiply-accumulate operations by which a layer makes an output of this shape, for one image of the
+    batch."""
     positions = output[0].numel() / output.shape[node.channel_dim % output.ndim]
     return positions * taps(node) * node.float_weight().shape[1] * node.outputs
 
@@ -157,14 +185,16 @@ def taps(node: QuantMAC) -> float:
 
 
 def kernel_power(node: QuantMAC) -> Tensor:
-    """(outputs, inputs / groups), float64: by how much white noise in an input channel shows in an output channel."""
+    """(outputs, inputs / groups), float64: by how much white noise in an input channel shows in an output
+    channel."""
     weight = node.float_weight()
     return (weight.square().flatten(2).mean(2) if weight.ndim > 2 else weight.square()).double() * taps(node)
 
 
 @torch.no_grad()
 def input_noise(node: QuantMAC, sensitivity: Sensitivity) -> Tensor:
-    """(inputs,): the rise of J by rounding each input channel, s_x^2 / 12 through the squared weights; s_x is the channel's own step."""
+    """(inputs,): the rise of J by rounding each input channel, s_x^2 / 12 through the squared weights; s_x is
+    the channel's own step."""
     power = sensitivity.curvature[:, None] * kernel_power(node)
     per_input = power.reshape(node.groups, -1, power.shape[1]).sum(1).flatten()
     scale = node.input_grid.parameters_of_grid()[0] / node.input_grid.fine
@@ -173,7 +203,8 @@ def input_noise(node: QuantMAC, sensitivity: Sensitivity) -> Tensor:
 
 @torch.no_grad()
 def weight_noise(node: QuantMAC, sensitivity: Sensitivity) -> Tensor:
-    """(outputs,): the rise of J by rounding the weights to nearest, s_w^2 / 12 through the inputs' mean squares."""
+    """(outputs,): the rise of J by rounding the weights to nearest, s_w^2 / 12 through the inputs' mean
+    squares."""
     weight, reference = node.folded_weight()
     step = node.weight_quantizer.scale(weight, node.least_scale(reference)).expand(node.outputs)
     grid = node.input_grid
@@ -185,14 +216,19 @@ def weight_noise(node: QuantMAC, sensitivity: Sensitivity) -> Tensor:
     return 0.5 * sensitivity.curvature * step.square() / 12 * total * taps(node)
 
 
-def predicted_losses(qmodel: QuantModel, sensitivities: dict[str, Sensitivity]) -> dict[str, dict[str, float]]:
-    """For each layer: rise of J by rounding its inputs ("inputs") and its weights ("weights"); clipping is not in it."""
+def predicted_losses(
+    qmodel: QuantModel, sensitivities: dict[str, Sensitivity]
+) -> dict[str, dict[str, float]]:
+    """For each layer: rise of J by rounding its inputs ("inputs") and its weights ("weights"); clipping is
+    not in it."""
     losses = {}
     for name, sensitivity in sensitivities.items():
         node = qmodel.nodes[name]
         config = node.config
         losses[name] = {
-            "inputs": 0.0 if FLOAT_BITS == config.a_bits or node.input_grid.exact else float(input_noise(node, sensitivity).sum()),
+            "inputs": 0.0
+            if FLOAT_BITS == config.a_bits or node.input_grid.exact
+            else float(input_noise(node, sensitivity).sum()),
             "weights": 0.0 if config.w_bits == FLOAT_BITS else float(weight_noise(node, sensitivity).sum()),
         }
     return losses

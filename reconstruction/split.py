@@ -1,9 +1,10 @@
 """Channel splitting: a second digit for the input channels whose rounding costs most J.
 
-Zhao et al. 2019 (Outlier Channel Splitting, arXiv 1901.09504) carry an outlier channel by two channels with half its values
-each, which halves the step. Here the two are a high and a low digit, and their accumulators are added with a shift, so that
-from 6 bits on the same operations make the step sixteen times smaller and the range four times larger. Which channels, is
-decided by the predicted rise of J (`reconstruction.sensitivity`) for each operation that is added.
+Zhao et al. 2019 (Outlier Channel Splitting, arXiv 1901.09504) carry an outlier channel by two channels with
+half its values each, which halves the step. Here the two are a high and a low digit, and their accumulators
+are added with a shift, so that from 6 bits on the same operations make the step sixteen times smaller and the
+range four times larger. Which channels, is decided by the predicted rise of J (`reconstruction.sensitivity`)
+for each operation that is added.
 """
 
 import torch
@@ -19,18 +20,23 @@ MOST_BITS = 8  # inputs of more bits have two digits as it is
 
 @torch.no_grad()
 def split_channels(qmodel: QuantModel, sensitivities: dict[str, Sensitivity], share: float) -> dict:
-    """Split input channels of an observed model, best gain for each operation first, until `share` more are needed.
+    """Split input channels of an observed model, best gain for each operation first, until `share` more are
+    needed.
 
-    Exact inputs (pixels, whole symbols) and wide ones (latents) are left alone, so are layers with one scale for all inputs,
-    layers whose accumulators might pass 32 bits, and everything under `strict_int8`.
+    Exact inputs (pixels, whole symbols) and wide ones (latents) are left alone, so are layers with one scale
+    for all inputs, layers whose accumulators might pass 32 bits, and everything under `strict_int8`.
 
     Returns:
-        {"extra_macs": share of operations added, "layers": {name: share of the channels split}, "refused": [names of layers
-        whose accumulators might pass 32 bits]}.
+        {"extra_macs": share of operations added, "layers": {name: share of the channels split}, "refused":
+        [names of layers whose accumulators might pass 32 bits]}.
     """
     macs = {name: sensitivity.macs for name, sensitivity in sensitivities.items()}
     total = sum(macs.values())
-    noise = {name: input_noise(qmodel.nodes[name], sensitivities[name]).tolist() for name in macs if _can_be_split(qmodel.nodes[name])}
+    noise = {
+        name: input_noise(qmodel.nodes[name], sensitivities[name]).tolist()
+        for name in macs
+        if _can_be_split(qmodel.nodes[name])
+    }
     refused: list[str] = []
     while True:
         chosen = _choose(noise, macs, share * total)
@@ -42,20 +48,34 @@ def split_channels(qmodel: QuantModel, sensitivities: dict[str, Sensitivity], sh
             _split(qmodel.nodes[name], torch.zeros_like(chosen[name]))
         noise = {name: values for name, values in noise.items() if name not in refused}
     layers = {name: float(channels.float().mean()) for name, channels in chosen.items()}
-    return {"extra_macs": sum(part * macs[name] for name, part in layers.items()) / total if total else 0.0,
-            "layers": layers, "refused": refused}  # fmt: skip
+    return {
+        "extra_macs": sum(part * macs[name] for name, part in layers.items()) / total if total else 0.0,
+        "layers": layers,
+        "refused": refused,
+    }
 
 
 def _can_be_split(node: QuantMAC) -> bool:
     grid, config = node.input_grid, node.config
-    return not (grid.channel_dim is None or grid.exact or grid.bits > MOST_BITS or config.w_bits == FLOAT_BITS or config.strict_int8)
+    return not (
+        grid.channel_dim is None
+        or grid.exact
+        or grid.bits > MOST_BITS
+        or config.w_bits == FLOAT_BITS
+        or config.strict_int8
+    )
 
 
 def _choose(noise: dict[str, list[float]], macs: dict[str, float], budget: float) -> dict[str, Tensor]:
     """Layers with the channels (bool) to be split, from the noise of each channel."""
     chosen = {name: torch.zeros(len(values), dtype=torch.bool) for name, values in noise.items()}
     price = {name: macs[name] / len(values) for name, values in noise.items()}
-    queue = [(-gain / price[name], name, channel) for name, values in noise.items() for channel, gain in enumerate(values) if gain > 0]
+    queue = [
+        (-gain / price[name], name, channel)
+        for name, values in noise.items()
+        for channel, gain in enumerate(values)
+        if gain > 0
+    ]
     for _, name, channel in sorted(queue):
         if price[name] <= budget:
             budget -= price[name]
@@ -69,6 +89,7 @@ def _split(node: QuantMAC, channels: Tensor) -> None:
 
 
 def _fits(node: QuantMAC, channels: Tensor) -> bool:
-    """Split these channels; whether the accumulator stays inside half of 32 bits: what follows changes the weights a little."""
+    """Split these channels; whether the accumulator stays inside half of 32 bits: what follows changes the
+    weights a little."""
     _split(node, channels)
     return bool(node.bound_now() <= LARGEST_ACCUMULATOR / 2)

@@ -52,7 +52,8 @@ class StateFolder:
         if self.folder is None:
             return
         metadata = {"identity": self.identity, "facts": json.dumps(facts)}
-        # safetensors takes no tensor that shares memory with another, and none without elements is lost by this
+        # safetensors takes no tensor that shares memory with another, and none without elements is lost by
+        # this
         contents = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()}
         with atomic_path(self.folder / f"{name}.safetensors") as temporary:
             save_file(contents, os.fspath(temporary), metadata)
@@ -63,7 +64,9 @@ class StateFolder:
                 metadata = stored.metadata() or {}
                 tensors = {key: stored.get_tensor(key) for key in stored.keys()}
         except (OSError, SafetensorError) as error:
-            raise InputError(f"{path} cannot be read ({error}); delete it, or leave --resume out to start anew") from error
+            raise InputError(
+                f"{path} cannot be read ({error}); delete it, or leave --resume out to start anew"
+            ) from error
         return {"identity": metadata.get("identity"), **json.loads(metadata.get("facts", "{}"))}, tensors
 
 

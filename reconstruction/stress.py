@@ -9,12 +9,14 @@ CONTRAST = 2.5
 
 
 def stressed(crops: Tensor) -> Tensor:
-    """The crops made colourful, these with their channels rotated, and the crops made sharp: (4 n, 3, H, W) 8-bit samples in 0..1.
+    """The crops made colourful, these with their channels rotated, and the crops made sharp: (4 n, 3, H, W)
+    8-bit samples in 0..1.
 
     Channels behind the third, of a variable-rate codec's crops, stay as they are.
 
-    Ten photographs are mostly grey and green, and photographs of many pixels are soft: channels that speak for colour clip on
-    red parrots (Kodak 23) when their ranges come from such crops alone, others on a facade of black and white stripes.
+    Ten photographs are mostly grey and green, and photographs of many pixels are soft: channels that speak
+    for colour clip on red parrots (Kodak 23) when their ranges come from such crops alone, others on a facade
+    of black and white stripes.
     """
     crops, planes = crops[:, :3], crops[:, 3:]
     grey = crops.mean(1, keepdim=True)

@@ -1,4 +1,5 @@
-"""What the output of a unit is compared with: the float codec's output, and how much J cares about each element."""
+"""What the output of a unit is compared with: the float codec's output, and how much J cares about each
+element."""
 
 from collections.abc import Sequence
 
@@ -23,8 +24,15 @@ class Targets:
         together: all units are one group.
     """
 
-    def __init__(self, qmodel: QuantModel, batches: Sequence[Tensor], units: Sequence[Unit], objective: Objective, weighted: bool,
-                 together: bool = False):  # fmt: skip
+    def __init__(
+        self,
+        qmodel: QuantModel,
+        batches: Sequence[Tensor],
+        units: Sequence[Unit],
+        objective: Objective,
+        weighted: bool,
+        together: bool = False,
+    ):
         self.qmodel, self.batches, self.objective, self.weighted = qmodel, batches, objective, weighted
         self.groups = [tuple(units)] if together else self._group(units)
         self.outputs: list[dict[Call, Tensor]] = []
@@ -48,7 +56,8 @@ class Targets:
         return [tuple(group) for group in groups]
 
     def prepare(self, unit: Unit) -> None:
-        """Have the targets of this unit at hand. Every node must be in its float state when they are not yet."""
+        """Have the targets of this unit at hand. Every node must be in its float state when they are not
+        yet."""
         if unit in self._ready:
             return
         self._ready = next(group for group in self.groups if unit in group)
@@ -95,7 +104,8 @@ def fisher(gradient: Tensor | None, like: Tensor) -> Tensor:
 
 
 def divergence(ours: Tensor, real: Tensor) -> Tensor:
-    """KL divergence of the softmax over the channels (dimension 1 of four-dimensional outputs, else the last), mean."""
+    """KL divergence of the softmax over the channels (dimension 1 of four-dimensional outputs, else the
+    last), mean."""
     dim = 1 if real.ndim == 4 else -1
     log_p, log_q = F.log_softmax(real, dim), F.log_softmax(ours, dim)
     return (log_p.exp() * (log_p - log_q)).sum(dim).mean()

@@ -39,11 +39,15 @@ class Trace:
             qmodel(image)
         self.begin = {call: time for time, (kind, call) in enumerate(events) if kind == "begin"}
         self.end = {call: time for time, (kind, call) in enumerate(events) if kind == "end"}
-        self.leaves = [call for _, call in sorted((time, call) for call, time in self.begin.items())
-                       if call[0] in qmodel.nodes]  # fmt: skip
+        self.leaves = [
+            call
+            for _, call in sorted((time, call) for call, time in self.begin.items())
+            if call[0] in qmodel.nodes
+        ]
 
     def prefix(self, start: Call) -> set[Call]:
-        """The calls that are complete before `start` and stand in no other complete call: together, all that it needs."""
+        """The calls that are complete before `start` and stand in no other complete call: together, all that
+        it needs."""
         before = [call for call, time in self.end.items() if time < self.begin[start]]
         before.sort(key=lambda call: self.begin[call])
         kept, reach = set(), -1
@@ -54,7 +58,8 @@ class Trace:
         return kept
 
     def outermost(self, call: Call, names: set[str]) -> Call:
-        """The largest block around `call` whose name is in `names` and which ends with it, or the call itself."""
+        """The largest block around `call` whose name is in `names` and which ends with it, or the call
+        itself."""
         around = [
             other
             for other, time in self.begin.items()
@@ -73,7 +78,8 @@ def find_units(qmodel: QuantModel, trace: Trace, kind: str) -> list[Unit]:
 
     layer:   a node that learns, with the functions that follow it and learn nothing.
     block:   a QuantBlock; outside of blocks a layer, which a following GDN joins.
-    stage:   g_a, h_a, h_s, g_s, the context model, the entropy parameters: by the first component of the name.
+    stage:   g_a, h_a, h_s, g_s, the context model, the entropy parameters: by the first component of the
+    name.
     network: everything.
     """
     seen: list[str] = []
@@ -109,7 +115,9 @@ def find_units(qmodel: QuantModel, trace: Trace, kind: str) -> list[Unit]:
             groups.append((key, [name]))
             closed = False
         # a function before any layer has no unit: it learns nothing
-    groups = [(key, names) for key, names in groups if any(any(qmodel.nodes[n].learnable().values()) for n in names)]
+    groups = [
+        (key, names) for key, names in groups if any(any(qmodel.nodes[n].learnable().values()) for n in names)
+    ]
     return [_unit(key, names, trace, set(blocks)) for key, names in groups]
 
 

@@ -1,27 +1,38 @@
 """report.json: the R-D points of a float and a quantized codec, and the BD-rates between their curves.
 
-Everything a reader may see is in one plain dictionary; `presentation`, `figures` and `html_report` make the files from it.
+Everything a reader may see is in one plain dictionary; `presentation`, `figures` and `html_report` make the
+files from it.
 """
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from licq.evaluation.bd_rate import bd_rate
-from licq.report.compressai_results import write_compressai
 from licq.evaluation.evaluate import Report, delta_j_percent
+from licq.evaluation.metrics import ms_ssim_db
+from licq.report.compressai_results import write_compressai
 from licq.report.figures import draw_rd
 from licq.report.html import render_html
-from licq.evaluation.metrics import ms_ssim_db
 from licq.report.text import render_markdown
 from licq.support.determinism import versions
 from licq.support.errors import InputError
 from licq.support.files import atomic_path, write_json, write_text
 
 
-def make_point(*, quality: int, lmbda: float | None, fp32: Report | None, quant: Report | None, metric: str = "mse",
-               baseline: Report | None = None, calibration_seconds: float | None = None,
-               peak_memory_mb: float | None = None, model_bytes: int | None = None,
-               fp32_model_bytes: int | None = None, **extra) -> dict:
+def make_point(
+    *,
+    quality: int,
+    lmbda: float | None,
+    fp32: Report | None,
+    quant: Report | None,
+    metric: str = "mse",
+    baseline: Report | None = None,
+    calibration_seconds: float | None = None,
+    peak_memory_mb: float | None = None,
+    model_bytes: int | None = None,
+    fp32_model_bytes: int | None = None,
+    **extra,
+) -> dict:
     """One rate point of report.json (design section 7) from the evaluations of its codecs.
 
     Args:
@@ -33,11 +44,18 @@ def make_point(*, quality: int, lmbda: float | None, fp32: Report | None, quant:
     """
     measured = {"fp32": fp32, "quant": quant}
     point = {
-        "quality": quality, "lambda": lmbda, **{codec: report and report.mean() for codec, report in measured.items()},
-        "delta_j_percent": _delta_j(fp32, quant, lmbda, metric), "bpp_source": (quant or fp32).bpp_source,
-        "calibration_seconds": calibration_seconds, "peak_memory_mb": peak_memory_mb, "model_bytes": model_bytes,
+        "quality": quality,
+        "lambda": lmbda,
+        **{codec: report and report.mean() for codec, report in measured.items()},
+        "delta_j_percent": _delta_j(fp32, quant, lmbda, metric),
+        "bpp_source": (quant or fp32).bpp_source,
+        "calibration_seconds": calibration_seconds,
+        "peak_memory_mb": peak_memory_mb,
+        "model_bytes": model_bytes,
         "fp32_model_bytes": fp32_model_bytes,
-        "images_per": {codec: report.images_as_dicts() for codec, report in measured.items() if report is not None},
+        "images_per": {
+            codec: report.images_as_dicts() for codec, report in measured.items() if report is not None
+        },
     }
     if baseline is not None:
         point["baseline"] = baseline.mean()
@@ -46,16 +64,29 @@ def make_point(*, quality: int, lmbda: float | None, fp32: Report | None, quant:
     return point | extra
 
 
-def build_report(*, arch: str, preset: str | None, loss: str, unit: str, w_bits: int, a_bits: int, dataset: str,
-                 images: int, points: Sequence[dict], anchors: Mapping[str, Sequence[dict]] | None = None,
-                 warnings: Sequence[str] = (), **extra) -> dict:
+def build_report(
+    *,
+    arch: str,
+    preset: str | None,
+    loss: str,
+    unit: str,
+    w_bits: int,
+    a_bits: int,
+    dataset: str,
+    images: int,
+    points: Sequence[dict],
+    anchors: Mapping[str, Sequence[dict]] | None = None,
+    warnings: Sequence[str] = (),
+    **extra,
+) -> dict:
     """The dictionary of report.json: the keys of design section 7 and some more.
 
-    `bd_rate_psnr` and `bd_rate_ms_ssim` (on the dB scale) are percent of rate of the quantized against the float
-    codec, PCHIP, from two points on; `bd_rate_psnr_cubic` needs four. One that cannot be had is None, and
-    `bd_rate_notes` says why under the same key. With a baseline in every point there are the same three with the
-    ending `_baseline`; where files were written, `bd_rate_psnr_files` holds their rates against the estimates; with anchors
-    `anchor_bd_rate_psnr` holds {anchor's name: {"fp32", "quant"}}, of the float and of the quantized codec against each.
+    `bd_rate_psnr` and `bd_rate_ms_ssim` (on the dB scale) are percent of rate of the quantized against the
+    float codec, PCHIP, from two points on; `bd_rate_psnr_cubic` needs four. One that cannot be had is None,
+    and `bd_rate_notes` says why under the same key. With a baseline in every point there are the same three
+    with the ending `_baseline`; where files were written, `bd_rate_psnr_files` holds their rates against the
+    estimates; with anchors `anchor_bd_rate_psnr` holds {anchor's name: {"fp32", "quant"}}, of the float and
+    of the quantized codec against each.
 
     Args:
         points: from `make_point`; sorted by rate here.
@@ -67,33 +98,56 @@ def build_report(*, arch: str, preset: str | None, loss: str, unit: str, w_bits:
     for ending, codec in (("", "quant"), ("_baseline", "baseline")):
         if codec == "baseline" and not (points and all(codec in point for point in points)):
             continue
-        for key, measure, method in (("bd_rate_psnr", "psnr", "pchip"), ("bd_rate_ms_ssim", "ms_ssim", "pchip"),
-                                     ("bd_rate_psnr_cubic", "psnr", "cubic")):
-            rates[key + ending], note = _bd_rate([point["fp32"] for point in points],
-                                                 [point[codec] for point in points], measure, method)
+        for key, measure, method in (
+            ("bd_rate_psnr", "psnr", "pchip"),
+            ("bd_rate_ms_ssim", "ms_ssim", "pchip"),
+            ("bd_rate_psnr_cubic", "psnr", "cubic"),
+        ):
+            rates[key + ending], note = _bd_rate(
+                [point["fp32"] for point in points], [point[codec] for point in points], measure, method
+            )
             if note:
                 notes[key + ending] = note
     sources = sorted({point["bpp_source"] for point in points})
     if sources == ["bitstream"]:
         files = [point["quant"] for point in points]
-        rates["bd_rate_psnr_files"], note = _bd_rate([part | {"bpp": part["bpp_estimated"]} for part in files], files, "psnr", "pchip")
+        rates["bd_rate_psnr_files"], note = _bd_rate(
+            [part | {"bpp": part["bpp_estimated"]} for part in files], files, "psnr", "pchip"
+        )
         if note:
             notes["bd_rate_psnr_files"] = note
-    report = {"arch": arch, "preset": preset, "loss": loss, "unit": unit, "w_bits": w_bits, "a_bits": a_bits,
-              "dataset": dataset, "images": images, "points": list(points)} | rates
-    report |= {"bd_rate_notes": notes, "bpp_source": sources[0] if len(sources) == 1 else sources,
-               "warnings": list(warnings), "versions": versions()}
+    report = {
+        "arch": arch,
+        "preset": preset,
+        "loss": loss,
+        "unit": unit,
+        "w_bits": w_bits,
+        "a_bits": a_bits,
+        "dataset": dataset,
+        "images": images,
+        "points": list(points),
+    } | rates
+    report |= {
+        "bd_rate_notes": notes,
+        "bpp_source": sources[0] if len(sources) == 1 else sources,
+        "warnings": list(warnings),
+        "versions": versions(),
+    }
     if anchors:
         report["anchors"] = {name: list(curve) for name, curve in anchors.items()}
         report["anchor_bd_rate_psnr"] = {
-            name: {codec: _bd_rate(curve, [point[codec] for point in points], "psnr", "pchip")[0]
-                   for codec in ("fp32", "quant")}
-            for name, curve in anchors.items()}
+            name: {
+                codec: _bd_rate(curve, [point[codec] for point in points], "psnr", "pchip")[0]
+                for codec in ("fp32", "quant")
+            }
+            for name, curve in anchors.items()
+        }
     return report | extra
 
 
 def write_report(folder: str | Path, report: dict) -> None:
-    """Write report.json, report.md, report.html, rd.png and compressai/*.json into `folder`, each whole or not at all.
+    """Write report.json, report.md, report.html, rd.png and compressai/*.json into `folder`, each whole or
+    not at all.
 
     report.html holds the crops that the points name, as far as `folder` has them.
 
@@ -113,8 +167,9 @@ def _delta_j(fp32: Report | None, other: Report | None, lmbda: float | None, met
     return None if None in (lmbda, fp32, other) else delta_j_percent(fp32, other, lmbda, metric)
 
 
-def _bd_rate(anchor: Sequence[dict | None], curve: Sequence[dict | None], measure: str,
-             method: str) -> tuple[float | None, str | None]:
+def _bd_rate(
+    anchor: Sequence[dict | None], curve: Sequence[dict | None], measure: str, method: str
+) -> tuple[float | None, str | None]:
     """BD-rate between two lists of means, or the reason why there is none."""
     try:
         return bd_rate(*_columns(anchor, measure), *_columns(curve, measure), method=method), None
@@ -126,6 +181,8 @@ def _columns(points: Sequence[dict | None], measure: str) -> tuple[list[float], 
     if any(point is None for point in points):
         raise InputError("the float and the quantized codec were not both evaluated")
     if any(point[measure] is None for point in points):
-        raise InputError(f"{measure} is not known at every point (images of 160 pixels or less have no MS-SSIM)")
+        raise InputError(
+            f"{measure} is not known at every point (images of 160 pixels or less have no MS-SSIM)"
+        )
     quality = [ms_ssim_db(point[measure]) if measure == "ms_ssim" else point[measure] for point in points]
     return [point["bpp"] for point in points], quality

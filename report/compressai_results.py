@@ -1,4 +1,5 @@
-"""The curves of a report as CompressAI's result files, one a curve, for `python -m compressai.utils.plot -f OUT/compressai/*.json`."""
+"""The curves of a report as CompressAI's result files, one a curve, for `python -m compressai.utils.plot -f
+OUT/compressai/*.json`."""
 
 from pathlib import Path
 
@@ -9,7 +10,8 @@ _FILES = {"fp32": "float", "quant": "quantized", "baseline": "baseline"}
 
 
 def write_compressai(folder: Path, report: dict) -> None:
-    """Write `folder`/float.json, quantized.json and baseline.json, as far as every point has them; files of others are removed.
+    """Write `folder`/float.json, quantized.json and baseline.json, as far as every point has them; files of
+    others are removed.
 
     Raises:
         InputError: the folder cannot be written.
@@ -24,11 +26,17 @@ def write_compressai(folder: Path, report: dict) -> None:
 
 
 def compressai_results(report: dict, codec: str, name: str) -> dict:
-    """{"name", "description", "results": {"bpp", "psnr-rgb", "ms-ssim-rgb"}} by rising rate; a measure that a point lacks is left out."""
+    """{"name", "description", "results": {"bpp", "psnr-rgb", "ms-ssim-rgb"}} by rising rate; a measure that a
+    point lacks is left out."""
     points = sorted((point[codec] for point in report["points"]), key=lambda means: means["bpp"])
-    results = {key: [means[measure] for means in points]
-               for key, measure in (("bpp", "bpp"), ("psnr-rgb", "psnr"), ("ms-ssim-rgb", "ms_ssim"))
-               if all(means[measure] is not None for means in points)}
+    results = {
+        key: [means[measure] for means in points]
+        for key, measure in (("bpp", "bpp"), ("psnr-rgb", "psnr"), ("ms-ssim-rgb", "ms_ssim"))
+        if all(means[measure] is not None for means in points)
+    }
     files = codec == "quant" and report["bpp_source"] == "bitstream"
-    return {"name": name, "description": f"licq, {report['dataset']}, {report['images']} images, bpp of {'files' if files else 'estimates'}",
-            "results": results}
+    return {
+        "name": name,
+        "description": f"licq, {report['dataset']}, {report['images']} images, bpp of {'files' if files else 'estimates'}",
+        "results": results,
+    }

@@ -1,4 +1,5 @@
-"""Where quantization shows most: a part of an image, of the float and of the quantized codec, and their difference amplified."""
+"""Where quantization shows most: a part of an image, of the float and of the quantized codec, and their
+difference amplified."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,17 +25,28 @@ def save_crops(out: Path, quality: float, **what) -> dict:
     return facts
 
 
-def make_crops(quality: float, *, codecs: tuple[nn.Module, nn.Module], reports: tuple[Report, Report], paths: Sequence[Path],
-               lmbda: float | None, metric: str, pad: int, device: torch.device) -> tuple[dict, Image.Image]:
-    """`PANELS` side by side, of the image whose J (without lambda: squared error) rises most, and where they are from.
+def make_crops(
+    quality: float,
+    *,
+    codecs: tuple[nn.Module, nn.Module],
+    reports: tuple[Report, Report],
+    paths: Sequence[Path],
+    lmbda: float | None,
+    metric: str,
+    pad: int,
+    device: torch.device,
+) -> tuple[dict, Image.Image]:
+    """`PANELS` side by side, of the image whose J (without lambda: squared error) rises most, and where they
+    are from.
 
     Args:
         codecs, reports: the float codec and the quantized one, and what `evaluate` found for them on `paths`.
         pad, device: as for `evaluate`; both codecs are run once more, on that image.
 
     Returns:
-        {"file": the picture's place in a run's folder, "index", "image": which of the images, "left", "top", "width", "height": where
-        in it, in pixels, "amplified": the factor of the difference}, and the picture.
+        {"file": the picture's place in a run's folder, "index", "image": which of the images, "left", "top",
+        "width", "height": where in it, in pixels, "amplified": the factor of the difference}, and the
+        picture.
     """
     index = _most_changed(*reports, lmbda, metric)
     before, after = (decoded_pixels(codec, paths[index], pad, device).permute(1, 2, 0) for codec in codecs)
@@ -44,8 +56,16 @@ def make_crops(quality: float, *, codecs: tuple[nn.Module, nn.Module], reports: 
     factor = _amplification(difference[part])
     original = torch.from_numpy(load_pixels(paths[index])).float()
     panels = [original[part], before[part], after[part], (factor * difference[part]).clamp(max=255)]
-    facts = {"file": f"q{quality}/crops.png", "index": index, "image": paths[index].name, "left": left, "top": top, "width": width,
-             "height": height, "amplified": factor}
+    facts = {
+        "file": f"q{quality}/crops.png",
+        "index": index,
+        "image": paths[index].name,
+        "left": left,
+        "top": top,
+        "width": width,
+        "height": height,
+        "amplified": factor,
+    }
     return facts, Image.fromarray(torch.cat(panels, 1).to(torch.uint8).numpy())
 
 
@@ -58,11 +78,15 @@ def split_panels(path: Path) -> list[Image.Image]:
     """The pictures that `make_crops` put side by side, in the order of `PANELS`."""
     with Image.open(path) as strip:
         width = strip.width // len(PANELS)
-        return [strip.crop((number * width, 0, (number + 1) * width, strip.height)) for number in range(len(PANELS))]
+        return [
+            strip.crop((number * width, 0, (number + 1) * width, strip.height))
+            for number in range(len(PANELS))
+        ]
 
 
 def busiest_window(energy: Tensor, side: int) -> tuple[int, int, int, int]:
-    """(top, left, height, width) of the square with the largest sum of `energy` (H, W), whole numbers; cut where the image is smaller."""
+    """(top, left, height, width) of the square with the largest sum of `energy` (H, W), whole numbers; cut
+    where the image is smaller."""
     height, width = (min(side, length) for length in energy.shape)
     sums = np.pad(energy.numpy().astype(np.int64).cumsum(0).cumsum(1), ((1, 0), (1, 0)))
     totals = sums[height:, width:] - sums[:-height, width:] - sums[height:, :-width] + sums[:-height, :-width]
@@ -74,7 +98,10 @@ def _most_changed(fp32: Report, quant: Report, lmbda: float | None, metric: str)
     def cost(image) -> float:
         return image.mse if lmbda is None else image.cost(lmbda, metric)
 
-    rises = [cost(after) / (cost(before) or 1.0) for before, after in zip(fp32.per_image, quant.per_image, strict=True)]
+    rises = [
+        cost(after) / (cost(before) or 1.0)
+        for before, after in zip(fp32.per_image, quant.per_image, strict=True)
+    ]
     return int(np.argmax(rises))
 
 

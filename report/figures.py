@@ -1,4 +1,5 @@
-"""The pictures of a report, each drawn from the report's dictionary alone: rd.png, and what report.html holds as SVG."""
+"""The pictures of a report, each drawn from the report's dictionary alone: rd.png, and what report.html holds
+as SVG."""
 
 import io
 import math
@@ -11,12 +12,19 @@ from matplotlib.figure import Figure
 from licq.evaluation.metrics import ms_ssim_db
 from licq.report.text import baseline_label, codec_label, image_deltas, is_everywhere, percent
 
-# Okabe and Ito's colours, told apart also by colour-blind readers; markers and dashes tell the curves apart in print.
-FLOAT_STYLE = dict(color="#000000", marker="o", markersize=7, markerfacecolor="none", linestyle="-", linewidth=1.3)
+# Okabe and Ito's colours, told apart also by colour-blind readers; markers and dashes tell the curves apart
+# in print.
+FLOAT_STYLE = dict(
+    color="#000000", marker="o", markersize=7, markerfacecolor="none", linestyle="-", linewidth=1.3
+)
 QUANT_STYLE = dict(color="#D55E00", marker="s", markersize=3.8, linestyle="--", linewidth=1.3)
 BASELINE_STYLE = dict(color="#0072B2", marker="^", markersize=5, linestyle=":", linewidth=1.3)
-_ANCHORS = [dict(color="#888888", linestyle="-.", linewidth=1.1), dict(color="#009E73", linestyle=(0, (1, 1)), linewidth=1.1),
-            dict(color="#CC79A7", linestyle=(0, (5, 2)), linewidth=1.1), dict(color="#56B4E9", linestyle=(0, (4, 1, 1, 1)), linewidth=1.1)]
+_ANCHORS = [
+    dict(color="#888888", linestyle="-.", linewidth=1.1),
+    dict(color="#009E73", linestyle=(0, (1, 1)), linewidth=1.1),
+    dict(color="#CC79A7", linestyle=(0, (5, 2)), linewidth=1.1),
+    dict(color="#56B4E9", linestyle=(0, (4, 1, 1, 1)), linewidth=1.1),
+]
 
 
 def draw_rd(report: dict, path: str | Path) -> None:
@@ -33,7 +41,9 @@ def draw_rd(report: dict, path: str | Path) -> None:
 
 def rd_measures(report: dict) -> list[str]:
     """What can be drawn against the rate: "psnr", and "ms_ssim" where every point has it."""
-    similar = all(point[codec]["ms_ssim"] is not None for point in report["points"] for codec in _codecs(report))
+    similar = all(
+        point[codec]["ms_ssim"] is not None for point in report["points"] for codec in _codecs(report)
+    )
     return ["psnr", "ms_ssim"] if similar else ["psnr"]
 
 
@@ -46,7 +56,8 @@ def rd_svg(report: dict, measure: str) -> bytes:
 
 
 def scatter_svg(report: dict) -> bytes | None:
-    """Every image's change of rate against its change of PSNR, in a colour for each quality; None where no image has any."""
+    """Every image's change of rate against its change of PSNR, in a colour for each quality; None where no
+    image has any."""
     deltas = image_deltas(report)
     if not deltas:
         return None
@@ -55,9 +66,17 @@ def scatter_svg(report: dict) -> bytes | None:
     qualities = [point["quality"] for point in report["points"]]
     for index, quality in enumerate(qualities):
         chosen = [item for item in deltas if item["quality"] == quality]
-        axis.scatter([item["bpp"] for item in chosen], [item["psnr"] for item in chosen], s=36, linewidths=0.4, edgecolors="white",
-                     color=matplotlib.colormaps["viridis"](index / max(1, len(qualities) - 1) * 0.9), label=f"quality {quality}",
-                     marker="osD^vP*X"[index % 8], zorder=2)
+        axis.scatter(
+            [item["bpp"] for item in chosen],
+            [item["psnr"] for item in chosen],
+            s=36,
+            linewidths=0.4,
+            edgecolors="white",
+            color=matplotlib.colormaps["viridis"](index / max(1, len(qualities) - 1) * 0.9),
+            label=f"quality {quality}",
+            marker="osD^vP*X"[index % 8],
+            zorder=2,
+        )
     axis.axhline(0, color="#000000", linewidth=0.6, zorder=1)
     axis.axvline(0, color="#000000", linewidth=0.6, zorder=1)
     axis.set_xlabel("change of rate [%]")
@@ -68,7 +87,8 @@ def scatter_svg(report: dict) -> bytes | None:
 
 
 def rises_svg(rises: dict[str, tuple[float, float]]) -> bytes:
-    """A bar for each layer of `predicted_rises`: what its inputs and what its weights add to J, in percent."""
+    """A bar for each layer of `predicted_rises`: what its inputs and what its weights add to J, in
+    percent."""
     figure = Figure(figsize=(4.6, 0.8 + 0.2 * len(rises)), layout="constrained")
     axis = figure.subplots()
     places = range(len(rises))
@@ -96,8 +116,11 @@ def _codecs(report: dict) -> list[str]:
 
 
 def _draw_curves(axis, report: dict, measure: str) -> None:
-    names = {"fp32": f"{report['arch']}, float", "quant": _with_bd(codec_label(report), report.get(f"bd_rate_{measure}")),
-             "baseline": _with_bd(baseline_label(report), report.get(f"bd_rate_{measure}_baseline"))}
+    names = {
+        "fp32": f"{report['arch']}, float",
+        "quant": _with_bd(codec_label(report), report.get(f"bd_rate_{measure}")),
+        "baseline": _with_bd(baseline_label(report), report.get(f"bd_rate_{measure}_baseline")),
+    }
     styles = {"fp32": FLOAT_STYLE, "quant": QUANT_STYLE, "baseline": BASELINE_STYLE}
     own = []
     for codec in _codecs(report):

@@ -1,4 +1,5 @@
-"""report.html: the report in one file that needs no other, no network and no script. Every number is one of report.json."""
+"""report.html: the report in one file that needs no other, no network and no script. Every number is one of
+report.json."""
 
 import base64
 import io
@@ -19,31 +20,62 @@ _MEASURES = {"psnr": "PSNR", "ms_ssim": "MS-SSIM"}
 
 
 def render_html(report: dict, folder: Path) -> str:
-    """The page. Crops are read from the files below `folder` that the report's points name; one that is not there is left out."""
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True,
-                                     lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    """The page. Crops are read from the files below `folder` that the report's points name; one that is not
+    there is left out."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
     environment.filters["marked"] = _marked
     scatter = scatter_svg(report)
-    return environment.get_template("report.html.j2").render(
-        title=presentation.title(report), finding=presentation.finding(report), facts=_facts(report),
-        curves=[(_MEASURES[measure], _uri("svg+xml", rd_svg(report, measure))) for measure in rd_measures(report)],
-        bd_table=presentation.bd_table(report), bd_notes=presentation.bd_notes(report), points=presentation.points_table(report),
-        explanation=presentation.explanation(report), scatter=scatter and _uri("svg+xml", scatter), deltas=_deltas_table(report),
-        rises=_rises(report), remaining=presentation.REMAINING, crops=_crops(report, folder), cost=presentation.cost_table(report), bits=presentation.layer_bits(report),
-        left=presentation.left_in_float(report), warnings=report["warnings"], settings=presentation.settings_table(report)) + "\n"
+    return (
+        environment.get_template("report.html.j2").render(
+            title=presentation.title(report),
+            finding=presentation.finding(report),
+            facts=_facts(report),
+            curves=[
+                (_MEASURES[measure], _uri("svg+xml", rd_svg(report, measure)))
+                for measure in rd_measures(report)
+            ],
+            bd_table=presentation.bd_table(report),
+            bd_notes=presentation.bd_notes(report),
+            points=presentation.points_table(report),
+            explanation=presentation.explanation(report),
+            scatter=scatter and _uri("svg+xml", scatter),
+            deltas=_deltas_table(report),
+            rises=_rises(report),
+            remaining=presentation.REMAINING,
+            crops=_crops(report, folder),
+            cost=presentation.cost_table(report),
+            bits=presentation.layer_bits(report),
+            left=presentation.left_in_float(report),
+            warnings=report["warnings"],
+            settings=presentation.settings_table(report),
+        )
+        + "\n"
+    )
 
 
 def _facts(report: dict) -> dict[str, str]:
     """What was quantized, how and on what, a line each."""
     config = report.get("config") or {}
-    facts = {"Codec": f"{report['arch']}, quality {', '.join(str(point['quality']) for point in report['points'])}"}
+    facts = {
+        "Codec": f"{report['arch']}, quality {', '.join(str(point['quality']) for point in report['points'])}"
+    }
     if report["w_bits"] is not None:
         mixed = ", of single layers below" if any(point.get("bits") for point in report["points"]) else ""
         facts["Bits"] = f"weights {report['w_bits']}, activations {report['a_bits']}{mixed}"
-        facts["Method"] = ", ".join(f"{key} {report[key]}" for key in ("preset", "loss", "unit") if report[key] is not None)
+        facts["Method"] = ", ".join(
+            f"{key} {report[key]}" for key in ("preset", "loss", "unit") if report[key] is not None
+        )
     if calibration := config.get("calibration"):
-        facts["Calibrated on"] = (f"{calibration['dataset']}, {_counted(calibration['images'], 'image')}, "
-                                  f"{_counted(calibration['crops_per_image'], 'crop')} of {calibration['crop']} pixels from each")
+        facts["Calibrated on"] = (
+            f"{calibration['dataset']}, {_counted(calibration['images'], 'image')}, "
+            f"{_counted(calibration['crops_per_image'], 'crop')} of {calibration['crop']} pixels from each"
+        )
     facts["Evaluated on"] = f"{report['dataset']}, {_counted(report['images'], 'image')}"
     if device := config.get("device"):
         facts["Device"] = device
@@ -57,8 +89,10 @@ def _counted(number: int, word: str) -> str:
 
 def _deltas_table(report: dict) -> Table:
     """The images that quantization costs most."""
-    rows = [[item["quality"], item["image"], percent(item["bpp"]), f"{item['psnr']:+.3f}", percent(item["j"])]
-            for item in presentation.image_deltas(report)[:_IMAGES_SHOWN]]
+    rows = [
+        [item["quality"], item["image"], percent(item["bpp"]), f"{item['psnr']:+.3f}", percent(item["j"])]
+        for item in presentation.image_deltas(report)[:_IMAGES_SHOWN]
+    ]
     return Table(["quality", "image", "delta bpp", "delta PSNR [dB]", "delta J"], rows, text=(1,))
 
 
@@ -71,23 +105,41 @@ def _rises(report: dict) -> list[tuple[str, str]]:
     pictures = []
     for rises, qualities in found.items():
         name = f"quality {', '.join(map(str, qualities))}"
-        shown = f"{_LAYERS_SHOWN} of {len(rises)} layers" if len(rises) > _LAYERS_SHOWN else _counted(len(rises), "layer")
-        pictures.append((f"{name[0].upper()}{name[1:]}: {shown}", _uri("svg+xml", rises_svg(dict(rises[:_LAYERS_SHOWN])))))
+        shown = (
+            f"{_LAYERS_SHOWN} of {len(rises)} layers"
+            if len(rises) > _LAYERS_SHOWN
+            else _counted(len(rises), "layer")
+        )
+        pictures.append(
+            (f"{name[0].upper()}{name[1:]}: {shown}", _uri("svg+xml", rises_svg(dict(rises[:_LAYERS_SHOWN]))))
+        )
     return pictures
 
 
 def _crops(report: dict, folder: Path) -> list[dict]:
-    """For each point with crops: what they are of, what quantization did to that image, and four (caption, picture)."""
+    """For each point with crops: what they are of, what quantization did to that image, and four (caption,
+    picture)."""
     deltas = {(item["quality"], item["index"]): item for item in presentation.image_deltas(report)}
     found = []
     for point in report["points"]:
         crops = point.get("crops")
         if not crops or not (folder / crops["file"]).is_file():
             continue
-        captions = ["Original", "Float", "Quantized", f"Difference \N{MULTIPLICATION SIGN} {crops['amplified']}"]
+        captions = [
+            "Original",
+            "Float",
+            "Quantized",
+            f"Difference \N{MULTIPLICATION SIGN} {crops['amplified']}",
+        ]
         pictures = [_png(panel) for panel in split_panels(folder / crops["file"])]
-        found.append({"quality": point["quality"], "delta": deltas.get((point["quality"], crops["index"])), **crops,
-                      "pictures": list(zip(captions, pictures))})
+        found.append(
+            {
+                "quality": point["quality"],
+                "delta": deltas.get((point["quality"], crops["index"])),
+                **crops,
+                "pictures": list(zip(captions, pictures)),
+            }
+        )
     return found
 
 

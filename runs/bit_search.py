@@ -1,9 +1,10 @@
 """The cheapest allocation of bits whose BD-rate stays below a limit.
 
-Measured losses of single layers give, for any predicted loss, the cheapest allocation (`reconstruction.mixed_precision`). How far
-that may go is found in two loops. The inner one bisects the predicted loss until the prepared codecs, all layers quantized and
-nothing learned yet, lose on the calibration crops what is aimed at, as rate: at equal slope a rise of J by so many bits per pixel
-is a rise of the rate by as many. The outer one quantizes with learning, measures the BD-rate on the evaluation images, and
+Measured losses of single layers give, for any predicted loss, the cheapest allocation
+(`reconstruction.mixed_precision`). How far that may go is found in two loops. The inner one bisects the
+predicted loss until the prepared codecs, all layers quantized and nothing learned yet, lose on the
+calibration crops what is aimed at, as rate: at equal slope a rise of J by so many bits per pixel is a rise of
+the rate by as many. The outer one quantizes with learning, measures the BD-rate on the evaluation images, and
 corrects the aim by what learning and other images make of it.
 """
 
@@ -22,7 +23,8 @@ _MOST = 4.0  # times that an aim moves at once
 
 @dataclass(frozen=True)
 class Attempt:
-    """One round. bits: of each quality. bd_rate: percent, None where the curves have none. cost: in `least`'s unit, summed."""
+    """One round. bits: of each quality. bd_rate: percent, None where the curves have none. cost: in `least`'s
+    unit, summed."""
 
     number: int
     bits: tuple[Bits, ...]
@@ -37,17 +39,20 @@ class Attempt:
 
 class BdRateSearch:
     """Args:
-    layers: of each quality, with measured losses. bpp: of each quality's float codec on the calibration crops.
+    layers: of each quality, with measured losses. bpp: of each quality's float codec on the calibration
+    crops.
     start_loss: (number of the quality, its bits) -> rise of J of the prepared codec, in bits per pixel.
-    quantize: (number of the round, bits of each quality) -> BD-rate in percent on the evaluation images, or None.
+    quantize: (number of the round, bits of each quality) -> BD-rate in percent on the evaluation images, or
+    None.
     least: "mean_bits" or "bops", what is to be small.
     """
 
     def __init__(self, layers: Sequence[Sequence[Layer]], bpp: Sequence[float], start_loss: Callable[[int, Bits], float],
-                 quantize: Callable[[int, list[Bits]], float | None], least: str):  # fmt: skip
+                 quantize: Callable[[int, list[Bits]], float | None], least: str):
         self.layers, self.bpp, self.least = layers, bpp, least
         self._start_loss, self._quantize = start_loss, quantize
-        self._known: dict[float, float] = {}  # predicted loss -> that of the prepared codecs, percent of the rate
+        # predicted loss -> that of the prepared codecs, percent of the rate
+        self._known: dict[float, float] = {}
 
     def run(self, limit: float) -> list[Attempt]:
         """All rounds; the choice is `chosen(attempts, limit)`."""
@@ -66,10 +71,11 @@ class BdRateSearch:
         return attempts
 
     def _corrected(self, percent: float, ratio: float) -> float:
-        """The predicted loss to try after this one, when the prepared codecs may lose `ratio` times what they lose now.
+        """The predicted loss to try after this one, when the prepared codecs may lose `ratio` times what they
+        lose now.
 
-        Where that leads nowhere, as from a loss that is nothing or below, which few crops measure by chance, the prediction itself
-        is multiplied, for it is never below nothing.
+        Where that leads nowhere, as from a loss that is nothing or below, which few crops measure by chance,
+        the prediction itself is multiplied, for it is never below nothing.
         """
         found = self.loosest(self.start(percent) * ratio)
         if found > percent if ratio > 1 else found < percent:
@@ -78,7 +84,8 @@ class BdRateSearch:
         return min(max(percent * ratio, low), high)
 
     def at(self, percent: float) -> list[Bits]:
-        """The cheapest allocations with a predicted loss of this many percent of the rate, or the least there is."""
+        """The cheapest allocations with a predicted loss of this many percent of the rate, or the least there
+        is."""
         every = []
         for layers, bpp in zip(self.layers, self.bpp):
             smallest = sum(min(layer.w_loss.values()) + min(layer.a_loss.values()) for layer in layers)
@@ -86,14 +93,16 @@ class BdRateSearch:
         return every
 
     def start(self, percent: float) -> float:
-        """What the prepared codecs lose with the allocations at this predicted loss, percent of the rate, mean over qualities."""
+        """What the prepared codecs lose with the allocations at this predicted loss, percent of the rate,
+        mean over qualities."""
         if percent not in self._known:
             losses = [100 * self._start_loss(number, bits) / bpp for number, (bits, bpp) in enumerate(zip(self.at(percent), self.bpp))]
             self._known[percent] = sum(losses) / len(losses)
         return self._known[percent]
 
     def loosest(self, aim: float) -> float:
-        """The largest predicted loss, by bisection of its logarithm, at which the prepared codecs lose no more than `aim`."""
+        """The largest predicted loss, by bisection of its logarithm, at which the prepared codecs lose no
+        more than `aim`."""
         low, high = self._ends()
         if self.start(low) > aim:
             return low
@@ -107,7 +116,7 @@ class BdRateSearch:
     def _ends(self) -> tuple[float, float]:
         """Predicted losses of the most and of the fewest bits everywhere, percent of the rate."""
         ends = [[100 * sum(pick(layer.w_loss.values()) + pick(layer.a_loss.values()) for layer in layers) / bpp
-                 for layers, bpp in zip(self.layers, self.bpp)] for pick in (min, max)]  # fmt: skip
+                 for layers, bpp in zip(self.layers, self.bpp)] for pick in (min, max)]
         return max(min(ends[0]), 1e-4), max(*ends[1], 2e-4)
 
 

@@ -43,14 +43,14 @@ def _add(commands, name: str, what: str, metavar: str, inputs: str, function: Ca
     parser.add_argument("--model", metavar="RUN", required=True, help="a model.safetensors, or the folder of a main_ptq.py run")
     if name == "encode":
         parser.add_argument("--quality", metavar="Q", type=float,
-                            help="which model of the folder; for a variable-rate codec the rate, a real number from 1")  # fmt: skip
+                            help="which model of the folder; for a variable-rate codec the rate, a real number from 1")
     parser.add_argument("--tile", metavar="N", type=options.count, default=TILE,
                         help="compute images of more than N x N pixels in tiles of about that size, with the same result in less memory; "
-                             f"0: all in one piece (default: {TILE})")  # fmt: skip
+                             f"0: all in one piece (default: {TILE})")
     parser.add_argument("--jobs", metavar="N", type=options.positive,
                         help="images at the same time, each in a process (default: for several images one a processor, at 2 GiB of memory each)")
     parser.add_argument("--threads", metavar="N", type=options.threads,
-                        help="CPU threads of each job, 1 to 256 (default: PyTorch's choice, with several jobs 1)")  # fmt: skip
+                        help="CPU threads of each job, 1 to 256 (default: PyTorch's choice, with several jobs 1)")
     parser.add_argument("--quiet", action="store_true", help="no progress")
     parser.set_defaults(function=function)
 
@@ -148,7 +148,7 @@ def encode(args: argparse.Namespace) -> int:
     if turned:
         others = f" and {len(turned) - 1} more" if turned[1:] else ""
         print(f"{turned[0]}{others}: coded as stored, without the EXIF orientation; to have it applied, turn the pixels first "
-              "(ImageMagick: convert IN -auto-orient OUT.png)", file=sys.stderr)  # fmt: skip
+              "(ImageMagick: convert IN -auto-orient OUT.png)", file=sys.stderr)
     return 0
 
 
@@ -213,7 +213,8 @@ def _decode_one(piece: _Piece) -> None:
 
 
 def _worked(function: Callable, pieces: list[tuple], args: argparse.Namespace, what: str) -> Iterator:
-    """`function` of each (source, target, model, level), with progress: of images, or of the tiles of a single one."""
+    """`function` of each (source, target, model, level), with progress: of images, or of the tiles of a
+    single one."""
     count = min(args.jobs or default_jobs(len(pieces), args.threads), len(pieces))
     threads = args.threads if args.threads or count == 1 else 1
     shown = not args.quiet and len(pieces) == 1

@@ -1,4 +1,5 @@
-"""Which float codecs a command line asks for: a file, a pattern of files, CompressAI's, or the embedded ones."""
+"""Which float codecs a command line asks for: a file, a pattern of files, CompressAI's, or the embedded
+ones."""
 
 import hashlib
 import re
@@ -21,7 +22,8 @@ class FloatModel:
     """One trained codec: where it lies and what it was trained for.
 
     sha256: of the file; for an architecture with a loader of its own, of the tensors that it gives.
-    lmbda: the weight of the distortion in J; own_lambda: the user chose it, so the file's need not be the quality's.
+    lmbda: the weight of the distortion in J; own_lambda: the user chose it, so the file's need not be the
+    quality's.
     origin: embedded | pretrained | checkpoint.
     """
 

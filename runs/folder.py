@@ -3,14 +3,16 @@
     OUT/run.json                     the settings of the run
     OUT/q<quality>/partial.json      parts finished so far; gone when the quality is finished
     OUT/q<quality>/units/            the reconstruction's own state; gone likewise
-    OUT/q<quality>/model.safetensors the quantized codec; of variable rate: OUT/model.safetensors, for all qualities
+    OUT/q<quality>/model.safetensors the quantized codec; of variable rate: OUT/model.safetensors, for all
+    qualities
     OUT/q<quality>/crops.png         pieces of pictures for the report
     OUT/q<quality>/result.json       settings and every part, when the quality is finished
-    OUT/measured/                    float codecs' evaluations and JPEG's curves, without --shared; gone when the run is finished
+    OUT/measured/                    float codecs' evaluations and JPEG's curves, without --shared; gone when
+                                     the run is finished
     OUT/report.{json,md,html}, OUT/rd.png, OUT/compressai/*.json written last
 
-A run that starts anew in a used folder replaces a quality's files when that quality is finished, and the report at the
-end; until then the old ones stand.
+A run that starts anew in a used folder replaces a quality's files when that quality is finished, and the
+report at the end; until then the old ones stand.
 """
 
 import json
@@ -41,7 +43,8 @@ class RunFolder:
         if before is not None:
             refuse_other_settings(self.path, before.get("settings", {}), _plain(settings))
         writable_folder(self.path)
-        if not resume:  # of every quality: unfinished parts must not be met by a later resumption with these settings
+        # of every quality: unfinished parts must not be met by a later resumption with these settings
+        if not resume:
             for folder in self.path.glob("q*/"):
                 (folder / "partial.json").unlink(missing_ok=True)
                 shutil.rmtree(folder / "units", ignore_errors=True)
@@ -87,7 +90,8 @@ class QualityFolder:
                 self.parts.update(stored.get("parts", {}))
         quant = self.parts.get("quant")
         if quant is not None and not (self.model.is_file() and sha256(self.model) == quant["model_sha256"]):
-            del self.parts["quant"]  # the model was deleted or replaced: made again, from its units where they are left
+            # the model was deleted or replaced: made again, from its units where they are left
+            del self.parts["quant"]
         if "quant" not in self.parts or not (path / "crops.png").is_file():
             self.parts.pop("crops", None)
 
@@ -106,7 +110,8 @@ class QualityFolder:
 
 
 def forget_run(out: Path) -> None:
-    """Remove all that --resume would go on with, also of the rounds of a search; models and reports stand until others replace them."""
+    """Remove all that --resume would go on with, also of the rounds of a search; models and reports stand
+    until others replace them."""
     for name in ("run.json", "partial.json", "result.json"):
         for path in list(out.rglob(name)):
             path.unlink()

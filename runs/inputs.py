@@ -20,7 +20,8 @@ _MS_SSIM_SIDE = 161  # pixels, the smallest side that MS-SSIM's five scales fit 
 
 
 def evaluation_set(name_or_folder: str | None, metric: str = "mse", progress: bool = False) -> tuple[Dataset, str | None]:
-    """The images to evaluate on, each of them readable, and a remark for the user; see `find_evaluation_set` and `check_images`."""
+    """The images to evaluate on, each of them readable, and a remark for the user; see `find_evaluation_set`
+    and `check_images`."""
     dataset, remark = find_evaluation_set(name_or_folder)
     check_images(dataset, metric, progress)
     return dataset, remark
@@ -54,12 +55,14 @@ def check_images(dataset: Dataset, metric: str = "mse", progress: bool = False) 
 
 def calibration_crops(name_or_folder: str | None, num: int, crop: int, crops_per_image: int, reductions: Sequence[int], seed: int,
                       multiple: int, metric: str, exclude: Dataset) -> tuple[Tensor, dict, str | None]:
-    """Crops (num * crops_per_image, 3, crop, crop) in 0..1, what they are as a dictionary, and a remark where images repeat.
+    """Crops (num * crops_per_image, 3, crop, crop) in 0..1, what they are as a dictionary, and a remark where
+    images repeat.
 
     None means photos-calib, images that installed packages ship.
 
     Raises:
-        InputError: no such data set, a bad image, one that is evaluated too, or a crop that the codec cannot take.
+        InputError: no such data set, a bad image, one that is evaluated too, or a crop that the codec cannot
+        take.
     """
     if crop % multiple:
         near = max(multiple, crop // multiple * multiple)

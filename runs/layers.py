@@ -1,4 +1,5 @@
-"""What main_ptq.py does with single layers: --analyze, --bits_file, --budget_size, --budget_bops and --max_bd_rate.
+"""What main_ptq.py does with single layers: --analyze, --bits_file, --budget_size, --budget_bops and
+--max_bd_rate.
 
 `run` is the command line's `main_ptq.Run`.
 """
@@ -57,7 +58,8 @@ def check_flags(args: argparse.Namespace) -> None:
 
 
 def named_layers(args: argparse.Namespace, quality: int, network: nn.Module, several: bool) -> dict[int, Bits]:
-    """{quality: the allocation of --bits_file} where it is read; all layers that flags name are the network's.
+    """{quality: the allocation of --bits_file} where it is read; all layers that flags name are the
+    network's.
 
     Raises:
         InputError: a bad file, an unknown layer, or one file to be written for several qualities.
@@ -110,11 +112,12 @@ def own_settings(source: "FloatModel") -> dict:
     return {"quality": source.quality, "lambda": source.lmbda, "checkpoint_sha256": source.sha256}
 
 
-# ---------------------------------------------------------------------------------------------------------- --analyze
+# -------------------------------------------------------------------------------------------------- --analyze
 
 
 def analyze_run(run: "Run") -> int:
-    """--analyze: OUT/q<quality>/analysis.{json,md} and pictures for each quality; a variable-rate codec is one, for all rates."""
+    """--analyze: OUT/q<quality>/analysis.{json,md} and pictures for each quality; a variable-rate codec is
+    one, for all rates."""
     args, config = run.args, run.config
     for source in run.models[:1] if run.is_variable else run.models:
         run.say(f"{source.arch} quality {source.quality}")
@@ -134,13 +137,15 @@ def analyze_run(run: "Run") -> int:
     return 0
 
 
-# ---------------------------------------------------------------------------------------------------- bits of layers
+# --------------------------------------------------------------------------------------------- bits of layers
 
 
 def bits_of_quality(run: "Run", index: int, load: Callable[[], nn.Module], folder: QualityFolder) -> dict | None:
-    """{"layers": the allocation, "how": where it comes from, "loss": predicted rise of J or absent}; None: no bits of single layers.
+    """{"layers": the allocation, "how": where it comes from, "loss": predicted rise of J or absent}; None: no
+    bits of single layers.
 
-    A search is made once, and its part of result.json kept; a variable-rate codec has the one of its first quality.
+    A search is made once, and its part of result.json kept; a variable-rate codec has the one of its first
+    quality.
     """
     source, args = run.models[0 if run.is_variable else index], run.args
     if source.quality in run.bits:
@@ -171,7 +176,7 @@ def measured_layers(run: "Run", index: int, network: nn.Module, folder: QualityF
     choices = args.bits_choices or BITS
     priced = args.budget_bops is not None or args.cost == "bops"
     return measure_layers(network, run.crops, run.config, Objective(source.lmbda, args.metric), choices, choices if priced else [run.config.quant.a_bits],
-                          folder.part, run.device, progress=not args.quiet)  # fmt: skip
+                          folder.part, run.device, progress=not args.quiet)
 
 
 def described_bits(own: dict, codec: QuantModel, crops: Tensor) -> dict:
@@ -180,7 +185,8 @@ def described_bits(own: dict, codec: QuantModel, crops: Tensor) -> dict:
 
 
 def write_bits(run: "Run", index: int, folder: Path, bits: Bits) -> None:
-    """OUT/q<quality>/bits.json, and --bits_file where a search has ended; a variable-rate codec's with its first quality."""
+    """OUT/q<quality>/bits.json, and --bits_file where a search has ended; a variable-rate codec's with its
+    first quality."""
     if run.is_variable and index:
         return
     write_json(folder / "bits.json", bits)
@@ -199,14 +205,16 @@ def take_model(run: "Run", index: int, folder: QualityFolder, own: dict | None) 
 
 
 def below_bd_rate(run: "Run", quantize: Callable[["Run"], tuple[list[dict], float | None]]) -> "Run":
-    """--max_bd_rate: the run with the bits that were found, its finished models to be taken from the round that made them.
+    """--max_bd_rate: the run with the bits that were found, its finished models to be taken from the round
+    that made them.
 
     Args:
         quantize: (a run) -> points and BD-rate of all its qualities.
     """
     limit, args = run.args.max_bd_rate, run.args
     codecs = range(1 if run.is_variable else len(run.models))
-    if not args.resume:  # of all rounds now: one that is not reached before an interrupt must not be met by a resumption
+    # of all rounds now: one that is not reached before an interrupt must not be met by a resumption
+    if not args.resume:
         for old in run.folder.path.glob("round*/"):
             forget_run(old)
     search_folder = RunFolder(run.folder.path / "search", run.folder.settings, args.resume)
@@ -235,7 +243,7 @@ def below_bd_rate(run: "Run", quantize: Callable[["Run"], tuple[list[dict], floa
     attempts = search.run(limit)
     best = chosen(attempts, limit)
     tried = "; ".join(f"round {a.number}: predicted {a.predicted_percent:.2f} % of the rate, prepared {a.start_percent:.2f} %, "
-                      f"BD-rate {'n/a' if a.bd_rate is None else f'{a.bd_rate:+.2f} %'}" for a in attempts)  # fmt: skip
+                      f"BD-rate {'n/a' if a.bd_rate is None else f'{a.bd_rate:+.2f} %'}" for a in attempts)
     how = f"The cheapest found below a BD-rate of {limit} % ({tried}); candidates {_choices(args)}."
     warnings = list(run.warnings)
     if not best.stays_below(limit):

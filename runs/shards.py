@@ -1,7 +1,9 @@
-"""The images of an evaluation in shards: measured here or as tasks of the engine, each kept until all are there.
+"""The images of an evaluation in shards: measured here or as tasks of the engine, each kept until all are
+there.
 
     OUT/shards/run.json                what they belong to
-    OUT/shards/<first>-<end>/part.json what was measured on images first ... end - 1; of a task, beside its log.txt
+    OUT/shards/<first>-<end>/part.json what was measured on images first ... end - 1; of a task, beside its
+    log.txt
 """
 
 import shutil
@@ -18,16 +20,19 @@ from licq.support.progress import time_left
 from licq.workers.engine import Engine, Task
 
 PART = "part.json"
-_MOST, _LEAST = 64, 4  # images in a shard: what an interruption costs, and what is worth the start of a process
+# images in a shard: what an interruption costs, and what is worth the start of a process
+_MOST, _LEAST = 64, 4
 
 
 def measured_in_shards(count: int, out: Path, settings: dict[str, Any], engine: Engine, words: Sequence[str], resume: bool, quiet: bool,
                        measure: Callable[[slice], dict]) -> list[dict]:
-    """The parts of all shards, in the order of the images, as they come back from JSON where there is more than one.
+    """The parts of all shards, in the order of the images, as they come back from JSON where there is more
+    than one.
 
     Args:
         count: images. settings: everything that the parts depend on.
-        words: main_eval.py's command line, for shards in other processes. measure: the part of some images, in this process.
+        words: main_eval.py's command line, for shards in other processes. measure: the part of some images,
+        in this process.
         resume: take the parts that an interrupted command has left.
 
     Raises:

@@ -15,9 +15,11 @@ from licq.support.files import write_json
 
 
 def shared(folder: str | Path | None, what: dict[str, Any], compute: Callable[[], Any]) -> Any:
-    """The result that the folder has for `what`, or what `compute` gives now, kept there as JSON; `folder` None keeps nothing.
+    """The result that the folder has for `what`, or what `compute` gives now, kept there as JSON; `folder`
+    None keeps nothing.
 
-    `what` names everything that the result depends on, apart from versions and the number of threads, which are added here.
+    `what` names everything that the result depends on, apart from versions and the number of threads, which
+    are added here.
     """
     if folder is None:
         return compute()

@@ -1,4 +1,5 @@
-"""main_eval.py verify: the same images under changed conditions, each in its own process; every hash must be the same."""
+"""main_eval.py verify: the same images under changed conditions, each in its own process; every hash must be
+the same."""
 
 import json
 import os
@@ -38,7 +39,7 @@ def conditions(python: Sequence[str], cuda: bool) -> list[Condition]:
     flags = _processor_flags()
     found = [Condition("1 thread"), Condition("2 threads", threads=2), Condition("batch of 4", batch=4),
              Condition("in tiles", tile=_TILE, only_integer=True),
-             Condition("reference kernels", environment={"LICQ_KERNELS": "reference"}, only_integer=True)]  # fmt: skip
+             Condition("reference kernels", environment={"LICQ_KERNELS": "reference"}, only_integer=True)]
     for capability, needs in (("default", None), ("avx2", "avx2"), ("avx512", "avx512f")):
         if needs is None or needs in flags:
             found.append(Condition(f"ATEN_CPU_CAPABILITY={capability}", environment={"ATEN_CPU_CAPABILITY": capability}))
@@ -46,7 +47,7 @@ def conditions(python: Sequence[str], cuda: bool) -> list[Condition]:
         if needs is None or needs in flags:
             found.append(Condition(f"ONEDNN_MAX_CPU_ISA={isa}", environment={"ONEDNN_MAX_CPU_ISA": isa}))
             found.append(Condition(f"ONEDNN_MAX_CPU_ISA={isa}, reference kernels", only_integer=True,
-                                   environment={"ONEDNN_MAX_CPU_ISA": isa, "LICQ_KERNELS": "reference"}))  # fmt: skip
+                                   environment={"ONEDNN_MAX_CPU_ISA": isa, "LICQ_KERNELS": "reference"}))
     found += [Condition(f"PyTorch of {path}", python=path) for path in python]
     if cuda:
         found.append(Condition("CUDA", device="cuda"))
@@ -69,7 +70,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--data", metavar="SET", help="images: a folder or a data set's name (default: as in evaluation)")
     parser.add_argument("--images", metavar="N", type=options.positive, help="so many of them (default: all)")
     parser.add_argument("--python", metavar="PATH", action="append", default=[],
-                        help="another environment's Python, with another PyTorch; repeatable")  # fmt: skip
+                        help="another environment's Python, with another PyTorch; repeatable")
     parser.add_argument("--no-float", dest="with_float", action="store_false", help="leave the float codec out")
     parser.add_argument("--out", metavar="FILE", help="write the table as Markdown, and all hashes as JSON beside it")
     parser.add_argument("--quiet", action="store_true", help="no progress")
@@ -102,7 +103,8 @@ def run(argv: Sequence[str]) -> int:
 
 
 def model_at(files: Sequence[Path], quality: int | None) -> tuple[Path, int | None]:
-    """(the model of a quality, None: the first; the rate that a variable-rate codec is to be set to, None for the others).
+    """(the model of a quality, None: the first; the rate that a variable-rate codec is to be set to, None for
+    the others).
 
     Raises:
         InputError: there is no such quality.
@@ -125,7 +127,8 @@ def _extra(file: Path) -> dict[str, Any]:
 
 
 def float_of(file: Path, level: int | None = None) -> list | None:
-    """[file, architecture, quality or level] of the float codec that a model was made from, None where it is not there."""
+    """[file, architecture, quality or level] of the float codec that a model was made from, None where it is
+    not there."""
     extra = _extra(file)
     path = Path((extra.get("checkpoint") or {}).get("path", ""))
     quality = extra.get("quality") if level is None else level
@@ -146,13 +149,13 @@ def measure(model: Path, source: list | None, images: list[str], chosen: list[Co
         for place, condition in enumerate(progress_bar(chosen, desc="conditions", unit="process", enabled=progress)):
             job = {"model": str(model.resolve()), "level": level, "float": None if condition.only_integer else source,
                    "images": [str(Path(image).resolve()) for image in images], "threads": condition.threads, "batch": condition.batch,
-                   "tile": condition.tile, "device": condition.device, "keep": folder, "base": place == 0}  # fmt: skip
+                   "tile": condition.tile, "device": condition.device, "keep": folder, "base": place == 0}
             given, found = Path(folder) / "job.json", Path(folder) / "result.json"
             given.write_text(json.dumps(job))
             found.unlink(missing_ok=True)
             environment = {**os.environ, **condition.environment, "PYTHONPATH": str(_ROOT)}
             process = subprocess.run([condition.python, "-W", "ignore", "-m", "licq.codec.fingerprint", str(given), str(found)], cwd=_ROOT,
-                                     env=environment, capture_output=True, text=True, check=False)  # fmt: skip
+                                     env=environment, capture_output=True, text=True, check=False)
             if process.returncode or not found.is_file():
                 last = (process.stderr.strip().splitlines() or [f"status {process.returncode}"])[-1]
                 raise InputError(f"the process of condition {condition.name!r} failed: {last}")
@@ -161,7 +164,8 @@ def measure(model: Path, source: list | None, images: list[str], chosen: list[Co
 
 
 def compared(results: list[dict[str, Any]], kind: str) -> list[dict[str, int] | None]:
-    """For each condition, how many images differ from the first condition's in each hash; None where it was not measured."""
+    """For each condition, how many images differ from the first condition's in each hash; None where it was
+    not measured."""
     base = results[0][kind]
     differences = []
     for result in results:
@@ -170,7 +174,7 @@ def compared(results: list[dict[str, Any]], kind: str) -> list[dict[str, int] | 
             continue
         names = result[kind][0].keys()
         differences.append({name: sum(found[name] != first[name if name in first else "pixels"] for found, first in zip(result[kind], base, strict=True))
-                            for name in names})  # fmt: skip
+                            for name in names})
     for found, first in zip(base, base):  # what a file decodes to is what the network says
         if "decoded" in found and found["decoded"] != first["pixels"]:
             differences[0]["decoded"] += 1
@@ -182,7 +186,7 @@ def table(results: list[dict[str, Any]], chosen: list[Condition], model: Path, c
     integer, floats = compared(results, "integer"), compared(results, "float")
     lines = [f"{model}, {count} images; each figure counts images that differ from the first line's", "",
              "| condition | integer: symbols | densities | file | decoded from the first file | float: scale indexes (cannot be decoded) | pixels |",
-             "| --- | --- | --- | --- | --- | --- | --- |"]  # fmt: skip
+             "| --- | --- | --- | --- | --- | --- | --- |"]
     for condition, ours, theirs in zip(chosen, integer, floats):
         cells = [str(ours.get(name, "-")) if ours else "-" for name in ("symbols", "indexes", "file")]
         cells.append(str(ours.get("decoded", ours["pixels"])) if ours else "-")

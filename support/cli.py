@@ -24,13 +24,17 @@ class ArgumentParser(argparse.ArgumentParser):
         raise InputError(f"{message}; see {self.prog} --help")
 
 
-def main_guard(function: Callable[[], int | None],
-               interrupted: str = "the same command with --resume continues from the last finished unit") -> int:
-    """Run a command line's body and return its exit status, with errors as one line `error: ...` on standard error.
+def main_guard(
+    function: Callable[[], int | None],
+    interrupted: str = "the same command with --resume continues from the last finished unit",
+) -> int:
+    """Run a command line's body and return its exit status, with errors as one line `error: ...` on standard
+    error.
 
-    0 or what `function` returns; 2 for bad arguments or input, a path that cannot be read, no memory, no disk space; 130 when interrupted;
-    141 when the reader of standard output has gone. Any other exception is a defect and passes through.
-    Used as `sys.exit(main_guard(main))`. `interrupted` says after an interrupt how to go on.
+    0 or what `function` returns; 2 for bad arguments or input, a path that cannot be read, no memory, no disk
+    space; 130 when interrupted; 141 when the reader of standard output has gone. Any other exception is a
+    defect and passes through. Used as `sys.exit(main_guard(main))`. `interrupted` says after an interrupt how
+    to go on.
     """
     try:
         status = function()

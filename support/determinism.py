@@ -43,9 +43,11 @@ def set_threads(threads: int | None) -> int:
 
 @contextlib.contextmanager
 def exact_products(device: torch.device) -> Iterator[None]:
-    """On a GPU, sums of products of the numbers as they are: no TF32, and no cuDNN, which may take Winograd's or Fourier's way.
+    """On a GPU, sums of products of the numbers as they are: no TF32, and no cuDNN, which may take Winograd's
+    or Fourier's way.
 
-    On whole numbers below the bounds of the overflow certificate these are exact then, as they are on a CPU (design, section 4).
+    On whole numbers below the bounds of the overflow certificate these are exact then, as they are on a CPU
+    (design, section 4).
     """
     if device.type != "cuda":
         yield

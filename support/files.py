@@ -26,7 +26,9 @@ def atomic_path(path: str | Path):
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
         os.close(handle)
     except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}; choose another folder with --out") from error
+        raise InputError(
+            f"cannot write {path}: {error.strerror}; choose another folder with --out"
+        ) from error
     temporary = Path(name)
     try:
         yield temporary
@@ -37,7 +39,9 @@ def atomic_path(path: str | Path):
         os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
     except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}; free some space or choose another --out") from error
+        raise InputError(
+            f"cannot write {path}: {error.strerror or error}; free some space or choose another --out"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -49,7 +53,8 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, value) -> None:
-    """Write `value` to `path` as JSON that every parser reads: NaN and infinities, which JSON lacks, become null."""
+    """Write `value` to `path` as JSON that every parser reads: NaN and infinities, which JSON lacks, become
+    null."""
     text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
     write_text(path, text + "\n")
 
@@ -81,7 +86,8 @@ def sha256(path: str | Path) -> str:
 
 
 def writable_folder(path: str | Path, flag: str = "--out") -> Path:
-    """Make the folder `path` and prove that files can be made in it; to be called before hours of work, not after.
+    """Make the folder `path` and prove that files can be made in it; to be called before hours of work, not
+    after.
 
     flag: what the user chose it with.
 
@@ -94,5 +100,7 @@ def writable_folder(path: str | Path, flag: str = "--out") -> Path:
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
-        raise InputError(f"cannot write to {path}: {error.strerror}; choose another folder with {flag}") from error
+        raise InputError(
+            f"cannot write to {path}: {error.strerror}; choose another folder with {flag}"
+        ) from error
     return path

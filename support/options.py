@@ -1,4 +1,5 @@
-"""Words of a command line and what they may be. Nothing here imports torch: a typing error is answered at once."""
+"""Words of a command line and what they may be. Nothing here imports torch: a typing error is answered at
+once."""
 
 import argparse
 import math
@@ -91,26 +92,32 @@ def _positive_numbers(text: str, example: float) -> list[float]:
         except ValueError:
             value = math.nan
         if not (math.isfinite(value) and value > 0):
-            raise argparse.ArgumentTypeError(f"{item.strip() or text!r} is not a positive number; give one such as {example}")
+            raise argparse.ArgumentTypeError(
+                f"{item.strip() or text!r} is not a positive number; give one such as {example}"
+            )
         values.append(value)
     return values
 
 
 def _positive_number(text: str, example: float) -> float:
     if "," in text:
-        raise argparse.ArgumentTypeError(f"{text} is more than one number; give one such as {example}, decimals after a point")
+        raise argparse.ArgumentTypeError(
+            f"{text} is more than one number; give one such as {example}, decimals after a point"
+        )
     return _positive_numbers(text, example)[0]
 
 
 def size_budget(text: str) -> dict[str, float]:
-    """Mean bits of a weight ("6"), or megabytes ("1.5MB"): a field of `reconstruction.mixed_precision.Budget`."""
+    """Mean bits of a weight ("6"), or megabytes ("1.5MB"): a field of
+    `reconstruction.mixed_precision.Budget`."""
     if text.upper().endswith("MB"):
         return {"megabytes": _positive_number(text[:-2], 1.5)}
     return {"mean_bits": _positive_number(text, 6)}
 
 
 def bops_budget(text: str) -> dict[str, float]:
-    """Bit operations as a share of those of 8 bits ("0.5"), or for a pixel in thousands or millions ("900k", "1.2M")."""
+    """Bit operations as a share of those of 8 bits ("0.5"), or for a pixel in thousands or millions ("900k",
+    "1.2M")."""
     unit = {"k": 1e3, "K": 1e3, "M": 1e6}.get(text[-1:])
     if unit:
         return {"bops": _positive_number(text[:-1], 900) * unit}
@@ -122,7 +129,9 @@ def bits_choices(text: str) -> list[int]:
     found = sorted({_whole(item) for item in text.split(",")})
     for value in found:
         if not 2 <= value <= 16:
-            raise argparse.ArgumentTypeError(f"{value} is out of range; choose numbers from 2 to 16, such as 4,6,8")
+            raise argparse.ArgumentTypeError(
+                f"{value} is out of range; choose numbers from 2 to 16, such as 4,6,8"
+            )
     return found
 
 
@@ -138,13 +147,16 @@ def qualities(text: str) -> list[int] | str:
     found = []
     for item in text.split(","):
         if not item.strip().isdecimal():
-            raise argparse.ArgumentTypeError(f"{item.strip() or text!r} is not a quality; give numbers such as 1,3,5 or `all`")
+            raise argparse.ArgumentTypeError(
+                f"{item.strip() or text!r} is not a quality; give numbers such as 1,3,5 or `all`"
+            )
         found.append(int(item))
     return found
 
 
 def merge_qualities(given: list[list[int] | str] | None) -> list[int] | str | None:
-    """What several words of `--quality` say together: sorted numbers without repeats, "all", or None for no word."""
+    """What several words of `--quality` say together: sorted numbers without repeats, "all", or None for no
+    word."""
     if given is None:
         return None
     return "all" if "all" in given else sorted({quality for word in given for quality in word})
@@ -166,7 +178,9 @@ def convert(name: str, text: str, like: Any) -> Any:
     """
     try:
         if isinstance(like, bool):
-            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
+            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[
+                text.lower()
+            ]
         if isinstance(like, tuple):
             return tuple(item.strip() for item in text.split(",") if item.strip())
         value = type(like)(text)
@@ -181,51 +195,100 @@ def convert(name: str, text: str, like: Any) -> Any:
 def existing_or_pattern(text: str) -> str:
     """A path that exists, or one with {quality} in it."""
     if "{quality}" not in text and not Path(text).expanduser().exists():
-        raise argparse.ArgumentTypeError(f"the file {text} does not exist; give a checkpoint file, or a pattern such as "
-                                         "models/mine-q{quality}.safetensors")
+        raise argparse.ArgumentTypeError(
+            f"the file {text} does not exist; give a checkpoint file, or a pattern such as "
+            "models/mine-q{quality}.safetensors"
+        )
     return str(Path(text).expanduser())
 
 
 def add_float_model(parser: argparse.ArgumentParser, metric: str | None = "mse") -> None:
-    """--arch --quality --checkpoint --pretrained --lambda --metric: which float codecs. metric: the default; None: a quantized model's."""
+    """--arch --quality --checkpoint --pretrained --lambda --metric: which float codecs. metric: the default;
+    None: a quantized model's."""
     group = parser.add_argument_group("float codec")
-    group.add_argument("--arch", metavar="NAME", help="architecture: lu2022, tic, balle2018, minnen2018, minnen2018-mean, cheng2019, "
-                       "cheng2020, cheng2020-anchor, chen2021; of variable rate: qvrf-balle2018, qvrf-minnen2018, qvrf-cheng2020, "
-                       "balle2018-vbr, minnen2018-mean-vbr, minnen2018-vbr; or the path of a Python file that registers one, as examples/bls2017.py "
-                       "does (default: what the file of --checkpoint is, else lu2022)")
-    group.add_argument("--quality", metavar="Q", nargs="+", type=qualities,
-                       help="rate points, 1 (smallest files) to 8: numbers separated by commas or spaces, or `all` "
-                            "(default: all that there are)")
-    group.add_argument("--checkpoint", metavar="FILE", type=existing_or_pattern,
-                       help="trained weights: .pth.tar, .pt or .safetensors; {quality} in the name stands for the quality "
-                            "(default: the checkpoints that come with the project)")
-    group.add_argument("--pretrained", action="store_true",
-                       help="use CompressAI's published weights, downloaded once and checked by their hash (default: no)")
-    group.add_argument("--lambda", dest="lmbda", metavar="L", type=lambdas,
-                       help="weight of the distortion in J = R + lambda * D, one a quality, separated by commas; D is the "
-                            "squared error on 0..255, or 1 - MS-SSIM (default: what the quality is trained with)")
-    group.add_argument("--metric", choices=METRICS, default=metric,
-                       help=f"distortion D of J (default: {metric or 'what the quantized models are made for, else mse'})")
+    group.add_argument(
+        "--arch",
+        metavar="NAME",
+        help="architecture: lu2022, tic, balle2018, minnen2018, minnen2018-mean, cheng2019, "
+        "cheng2020, cheng2020-anchor, chen2021; of variable rate: qvrf-balle2018, qvrf-minnen2018, qvrf-cheng2020, "
+        "balle2018-vbr, minnen2018-mean-vbr, minnen2018-vbr; or the path of a Python file that registers one, as examples/bls2017.py "
+        "does (default: what the file of --checkpoint is, else lu2022)",
+    )
+    group.add_argument(
+        "--quality",
+        metavar="Q",
+        nargs="+",
+        type=qualities,
+        help="rate points, 1 (smallest files) to 8: numbers separated by commas or spaces, or `all` "
+        "(default: all that there are)",
+    )
+    group.add_argument(
+        "--checkpoint",
+        metavar="FILE",
+        type=existing_or_pattern,
+        help="trained weights: .pth.tar, .pt or .safetensors; {quality} in the name stands for the quality "
+        "(default: the checkpoints that come with the project)",
+    )
+    group.add_argument(
+        "--pretrained",
+        action="store_true",
+        help="use CompressAI's published weights, downloaded once and checked by their hash (default: no)",
+    )
+    group.add_argument(
+        "--lambda",
+        dest="lmbda",
+        metavar="L",
+        type=lambdas,
+        help="weight of the distortion in J = R + lambda * D, one a quality, separated by commas; D is the "
+        "squared error on 0..255, or 1 - MS-SSIM (default: what the quality is trained with)",
+    )
+    group.add_argument(
+        "--metric",
+        choices=METRICS,
+        default=metric,
+        help=f"distortion D of J (default: {metric or 'what the quantized models are made for, else mse'})",
+    )
 
 
 def add_machine(parser: argparse.ArgumentParser) -> None:
     """--device --threads --quiet."""
     group = parser.add_argument_group("machine")
-    group.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cuda where there is one, else cpu)")
-    group.add_argument("--threads", metavar="N", type=threads, help="CPU threads, 1 to 256 (default: PyTorch's choice)")
-    group.add_argument("--quiet", action="store_true", help="no progress on standard error (default: progress with time left)")
+    group.add_argument(
+        "--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cuda where there is one, else cpu)"
+    )
+    group.add_argument(
+        "--threads", metavar="N", type=threads, help="CPU threads, 1 to 256 (default: PyTorch's choice)"
+    )
+    group.add_argument(
+        "--quiet",
+        action="store_true",
+        help="no progress on standard error (default: progress with time left)",
+    )
 
 
 def add_engine(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
     """--workers --ray --gpu_share: where the tasks of a command run, all in this process by default."""
-    parser.add_argument("--workers", metavar="N", type=positive,
-                        help="run so many tasks at a time, each in a process of its own, with an equal share of the processors, and on "
-                             "one of the GPUs if there are any (default: one after the other in this process)")
-    parser.add_argument("--ray", metavar="ADDRESS", nargs="?", const="auto",
-                        help="run the tasks on the Ray cluster at this address; without one, on the cluster that this machine belongs "
-                             "to, else on this machine (default: no Ray)")
-    parser.add_argument("--gpu_share", metavar="X", type=share,
-                        help="with --ray: share of a GPU that a task takes, 0 to 1 (default: 1 where the cluster has GPUs)")
+    parser.add_argument(
+        "--workers",
+        metavar="N",
+        type=positive,
+        help="run so many tasks at a time, each in a process of its own, with an equal share of the processors, and on "
+        "one of the GPUs if there are any (default: one after the other in this process)",
+    )
+    parser.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        nargs="?",
+        const="auto",
+        help="run the tasks on the Ray cluster at this address; without one, on the cluster that this machine belongs "
+        "to, else on this machine (default: no Ray)",
+    )
+    parser.add_argument(
+        "--gpu_share",
+        metavar="X",
+        type=share,
+        help="with --ray: share of a GPU that a task takes, 0 to 1 (default: 1 where the cluster has GPUs)",
+    )
 
 
 def _whole(text: str) -> int:

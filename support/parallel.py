@@ -16,21 +16,27 @@ _START = 3  # a process has to have so many pieces of work to be worth its start
 
 
 def default_jobs(pieces: int, threads: int | None) -> int:
-    """Processes for so many pieces of work: as many as there are processors (or groups of `threads`), 2 GiB of memory for each."""
+    """Processes for so many pieces of work: as many as there are processors (or groups of `threads`), 2 GiB
+    of memory for each."""
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else _MEMORY_A_JOB
+    memory = (
+        os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else _MEMORY_A_JOB
+    )
     return max(1, min(processors // (threads or 1), memory // _MEMORY_A_JOB, pieces // _START))
 
 
 def ordered(function: Callable[[Any], Any], pieces: Sequence[Any], jobs: int) -> Iterator[Any]:
-    """`function` of each piece, in order; with more than one job in processes of their own, never more than two pieces a process ahead.
+    """`function` of each piece, in order; with more than one job in processes of their own, never more than
+    two pieces a process ahead.
 
     What `function` raises is raised here, and what has not begun is not begun.
     """
     if jobs == 1:
         yield from map(function, pieces)
         return
-    executor = ProcessPoolExecutor(jobs, get_context("spawn"), initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    executor = ProcessPoolExecutor(
+        jobs, get_context("spawn"), initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)
+    )
     waiting: deque = deque()
     try:
         for piece in pieces:
@@ -40,6 +46,8 @@ def ordered(function: Callable[[Any], Any], pieces: Sequence[Any], jobs: int) ->
         while waiting:
             yield waiting.popleft().result()
     except BrokenProcessPool as error:
-        raise InputError("a job died, most likely for lack of memory; use fewer --jobs or a smaller --tile") from error
+        raise InputError(
+            "a job died, most likely for lack of memory; use fewer --jobs or a smaller --tile"
+        ) from error
     finally:
         executor.shutdown(cancel_futures=True)

@@ -1,10 +1,11 @@
 """main_ptq.py --sweep: the runs of a sweep file, one after the other or many at once, and one summary.
 
-    OUT/sweep.json            the settings: every run's command line
-    OUT/finished.json         how the runs ended that have ended
-    OUT/runs/<name>/          each an ordinary run of main_ptq.py, with log.txt, what it said
-    OUT/shared/               what several runs need and one has measured: float codecs, JPEG curves; with --shared elsewhere
-    OUT/summary.md, summary.csv, points.csv, plot.png
+OUT/sweep.json            the settings: every run's command line
+OUT/finished.json         how the runs ended that have ended
+OUT/runs/<name>/          each an ordinary run of main_ptq.py, with log.txt, what it said
+OUT/shared/               what several runs need and one has measured: float codecs, JPEG curves; with
+                          --shared elsewhere
+OUT/summary.md, summary.csv, points.csv, plot.png
 """
 
 import argparse
@@ -19,17 +20,27 @@ from licq.support.cli import ArgumentParser
 from licq.support.errors import InputError
 from licq.support.files import writable_folder, write_json
 from licq.support.version import __version__
-from licq.workers.engine import Engine, Task
 from licq.sweeps.grid import Sweep, list_sweeps, load_sweep
+from licq.workers.engine import Engine, Task
 
 
 def add_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
     """--sweep and where its runs go."""
-    parser.add_argument("--sweep", metavar="NAME", help=f"many runs from one file: {', '.join(list_sweeps())} or the path of a YAML file; "
-                                                        "other flags hold for every run; docs/sweeps.md says more (default: one run)")
-    parser.add_argument("--only", metavar="AXIS=VALUE", type=options.assignment, action="append", default=[],
-                        help="of a sweep only the runs at these values of an axis, separated by commas; repeatable. With --resume others are "
-                             "added to what a folder holds (default: all)")
+    parser.add_argument(
+        "--sweep",
+        metavar="NAME",
+        help=f"many runs from one file: {', '.join(list_sweeps())} or the path of a YAML file; "
+        "other flags hold for every run; docs/sweeps.md says more (default: one run)",
+    )
+    parser.add_argument(
+        "--only",
+        metavar="AXIS=VALUE",
+        type=options.assignment,
+        action="append",
+        default=[],
+        help="of a sweep only the runs at these values of an axis, separated by commas; repeatable. With --resume others are "
+        "added to what a folder holds (default: all)",
+    )
     options.add_engine(parser)
 
 
@@ -40,7 +51,8 @@ def run(argv: Sequence[str], parser: ArgumentParser, check: Callable[[argparse.N
         parser: main_ptq.py's. check: raises InputError for settings of a run that make no sense.
 
     Raises:
-        InputError: a sweep that cannot be run, or, when everything else is done and written, runs that failed.
+        InputError: a sweep that cannot be run, or, when everything else is done and written, runs that
+        failed.
     """
     own = ArgumentParser(prog=parser.prog, add_help=False, allow_abbrev=False)
     add_flags(own)
@@ -71,20 +83,40 @@ def run(argv: Sequence[str], parser: ArgumentParser, check: Callable[[argparse.N
     if before:
         refuse_other_settings(out, _named_threads(before["settings"]), settings)
     writable_folder(out)
-    if not before:  # --resume, which is passed on to every unfinished run, must not meet what another sweep has left
+    if (
+        not before
+    ):  # --resume, which is passed on to every unfinished run, must not meet what another sweep has left
         for one in sweep.runs:
             forget_run(out / "runs" / one.name)
     finished = (read_json(out / "finished.json") or {}) if before else {}
     write_json(out / "sweep.json", {"settings": settings})
     write_json(out / "finished.json", finished)
-    names = {name for name, outcome in finished.items() if outcome["error"] is None and (out / "runs" / name).is_dir()}
+    names = {
+        name
+        for name, outcome in finished.items()
+        if outcome["error"] is None and (out / "runs" / name).is_dir()
+    }
     shared = str(Path(args.shared or out / "shared").resolve())
-    tasks = [Task(one.name, "main_ptq", tuple(words[one.name]), str((out / "runs" / one.name).resolve()), shared, before is not None) for one in sweep.runs
-             if one.name in chosen - names]  # fmt: skip
+    tasks = [
+        Task(
+            one.name,
+            "main_ptq",
+            tuple(words[one.name]),
+            str((out / "runs" / one.name).resolve()),
+            shared,
+            before is not None,
+        )
+        for one in sweep.runs
+        if one.name in chosen - names
+    ]
     if names & chosen and not args.quiet:
         print(f"{len(names & chosen)} of {len(chosen)} runs were finished before", file=sys.stderr)
     for outcome in engine.run(tasks, f"sweep {sweep.name}", "run", args.quiet):
-        finished[outcome.task.name] = {"error": outcome.error, "attempts": outcome.attempts, "seconds": outcome.seconds}
+        finished[outcome.task.name] = {
+            "error": outcome.error,
+            "attempts": outcome.attempts,
+            "seconds": outcome.seconds,
+        }
         write_json(out / "finished.json", finished)
         if outcome.error and not args.quiet:
             print(f"run {outcome.task.name} failed: {outcome.error}", file=sys.stderr)
@@ -108,17 +140,28 @@ def _named_threads(settings: dict) -> dict:
     if settings["threads"] is not None:
         return settings
     threads = _threads_of_torch()
-    return settings | {"threads": threads, "runs": {name: _with_threads(words, threads) for name, words in settings["runs"].items()}}
+    return settings | {
+        "threads": threads,
+        "runs": {name: _with_threads(words, threads) for name, words in settings["runs"].items()},
+    }
 
 
 def _finish(out: Path, sweep: Sweep, finished: dict[str, dict]) -> int:
     from licq.sweeps.summary import Result, write_summary
 
-    results = [Result.of(one, out / "runs" / one.name, finished[one.name]["error"]) for one in sweep.runs if one.name in finished]
-    print(f"{sweep.title}\n\n{write_summary(out, sweep, results)}\n\nsummary:  {out / 'summary.md'}, summary.csv, points.csv")
+    results = [
+        Result.of(one, out / "runs" / one.name, finished[one.name]["error"])
+        for one in sweep.runs
+        if one.name in finished
+    ]
+    print(
+        f"{sweep.title}\n\n{write_summary(out, sweep, results)}\n\nsummary:  {out / 'summary.md'}, summary.csv, points.csv"
+    )
     failed = [result for result in results if result.error]
     if failed:
         more = f" and {len(failed) - 3} more" if len(failed) > 3 else ""
-        raise InputError(f"{len(failed)} of {len(results)} runs failed: {', '.join(result.run.name for result in failed[:3])}{more} "
-                         f"({failed[0].error}); mend that and go on with --resume; {out / 'summary.md'} has the others")
+        raise InputError(
+            f"{len(failed)} of {len(results)} runs failed: {', '.join(result.run.name for result in failed[:3])}{more} "
+            f"({failed[0].error}); mend that and go on with --resume; {out / 'summary.md'} has the others"
+        )
     return 0

@@ -20,8 +20,17 @@ from licq.runs.folder import read_json
 from licq.support.files import atomic_path, write_text
 from licq.sweeps.grid import CURVES, METRICS, SEED, Plot, Run, Sweep
 
-_STYLES = [QUANT_STYLE, BASELINE_STYLE] + [dict(color=color, marker=marker, markersize=5, linestyle="-", linewidth=1.2) for color, marker in (
-    ("#009E73", "D"), ("#CC79A7", "v"), ("#E69F00", "P"), ("#56B4E9", "X"), ("#888888", "<"), ("#F0E442", ">"))]  # fmt: skip
+_STYLES = [QUANT_STYLE, BASELINE_STYLE] + [
+    dict(color=color, marker=marker, markersize=5, linestyle="-", linewidth=1.2)
+    for color, marker in (
+        ("#009E73", "D"),
+        ("#CC79A7", "v"),
+        ("#E69F00", "P"),
+        ("#56B4E9", "X"),
+        ("#888888", "<"),
+        ("#F0E442", ">"),
+    )
+]
 _POINT = ("bpp", "psnr", "ms_ssim")
 _DIGITS = 6  # of a point of a curve
 Curve = tuple[tuple[float, float], ...]  # (bpp, quality) by rising rate
@@ -29,7 +38,8 @@ Curve = tuple[tuple[float, float], ...]  # (bpp, quality) by rising rate
 
 @dataclass(frozen=True)
 class Result:
-    """A run and what came of it: `report` is its report.json, None where it wrote none; `error` its one line where it failed."""
+    """A run and what came of it: `report` is its report.json, None where it wrote none; `error` its one line
+    where it failed."""
 
     run: Run
     folder: Path
@@ -51,13 +61,17 @@ class Result:
             return _mean(point[name] for point in points)
         if name == "peak_memory_mb":
             return max((point[name] for point in points if point[name] is not None), default=None)
-        if name in ("calibration_seconds", "model_bytes"):  # of each codec once: a variable-rate one has many points
+        if name in (
+            "calibration_seconds",
+            "model_bytes",
+        ):  # of each codec once: a variable-rate one has many points
             return sum({point["checkpoint"]["sha256"]: point[name] or 0 for point in points}.values())
         return self.report.get(name)
 
 
 def write_summary(folder: Path, sweep: Sweep, results: Sequence[Result]) -> str:
-    """Write the summary into the sweep's folder, each file whole or not at all; returns the tables for the terminal."""
+    """Write the summary into the sweep's folder, each file whole or not at all; returns the tables for the
+    terminal."""
     write_text(folder / "summary.csv", _runs_csv(sweep, results))
     write_text(folder / "points.csv", _points_csv(sweep, results))
     pictures = []
@@ -67,15 +81,27 @@ def write_summary(folder: Path, sweep: Sweep, results: Sequence[Result]) -> str:
             with atomic_path(folder / name) as temporary:
                 _draw(plot, sweep, results, temporary)
             pictures.append(name)
-    tables = [f"{METRICS[value]}\n\n{_table(sweep, results, value)}" for value in sweep.values if _has(results, value)]
+    tables = [
+        f"{METRICS[value]}\n\n{_table(sweep, results, value)}"
+        for value in sweep.values
+        if _has(results, value)
+    ]
     finished = f"{len(results)} runs, {sum(result.error is None for result in results)} of them finished"
-    more = f"; {len(sweep.runs) - len(results)} others of the sweep have not been run" if len(results) < len(sweep.runs) else ""
+    more = (
+        f"; {len(sweep.runs) - len(results)} others of the sweep have not been run"
+        if len(results) < len(sweep.runs)
+        else ""
+    )
     parts = [f"# {sweep.title}", f"{finished}{more}.", *tables]
     if len(sweep.axes.get(SEED, ())) > 1 and tables:
         parts.append(f"Mean ± sample standard deviation over the seeds {', '.join(sweep.axes[SEED])}.")
     parts += [f"![{sweep.title}]({name})" for name in pictures]
-    analyses = [f"- [{result.run.name}, quality {quality}](runs/{result.run.name}/q{quality}/analysis.md)"
-                for result in results if result.error is None for quality in _analyzed(result.folder)]
+    analyses = [
+        f"- [{result.run.name}, quality {quality}](runs/{result.run.name}/q{quality}/analysis.md)"
+        for result in results
+        if result.error is None
+        for quality in _analyzed(result.folder)
+    ]
     if analyses:
         parts.append("Analyses:\n\n" + "\n".join(analyses))
     parts.append("## Runs\n\n" + _runs_table(sweep, results))
@@ -89,17 +115,45 @@ def _analyzed(folder: Path) -> list[int]:
 
 
 def _runs_csv(sweep: Sweep, results: Sequence[Result]) -> str:
-    rows = [[result.run.name, *(result.run.labels[axis] for axis in sweep.axes), "failed" if result.error else "done",
-             *(result.metric(name) for name in METRICS), result.error] for result in results]
+    rows = [
+        [
+            result.run.name,
+            *(result.run.labels[axis] for axis in sweep.axes),
+            "failed" if result.error else "done",
+            *(result.metric(name) for name in METRICS),
+            result.error,
+        ]
+        for result in results
+    ]
     return _csv(["run", *sweep.axes, "status", *METRICS, "error"], rows)
 
 
 def _points_csv(sweep: Sweep, results: Sequence[Result]) -> str:
     codecs = ("fp32", "quant", "baseline")
-    rows = [[result.run.name, *(result.run.labels[axis] for axis in sweep.axes), point["quality"], point["lambda"], point["delta_j_percent"],
-             *((point.get(codec) or {}).get(key) for codec in codecs for key in _POINT)]
-            for result in results if result.report for point in result.report["points"]]
-    return _csv(["run", *sweep.axes, "quality", "lambda", "delta_j_percent", *(f"{codec}_{key}" for codec in codecs for key in _POINT)], rows)
+    rows = [
+        [
+            result.run.name,
+            *(result.run.labels[axis] for axis in sweep.axes),
+            point["quality"],
+            point["lambda"],
+            point["delta_j_percent"],
+            *((point.get(codec) or {}).get(key) for codec in codecs for key in _POINT),
+        ]
+        for result in results
+        if result.report
+        for point in result.report["points"]
+    ]
+    return _csv(
+        [
+            "run",
+            *sweep.axes,
+            "quality",
+            "lambda",
+            "delta_j_percent",
+            *(f"{codec}_{key}" for codec in codecs for key in _POINT),
+        ],
+        rows,
+    )
 
 
 def _csv(header: list[str], rows: Iterable[Sequence]) -> str:
@@ -115,16 +169,35 @@ def _table(sweep: Sweep, results: Sequence[Result], value: str) -> str:
     columns = _places(sweep, results, sweep.columns)
     rows = []
     for row in _places(sweep, results, sweep.rows):
-        cells = [_cell([result for result in results if _is_at(result, sweep.rows, row) and _is_at(result, sweep.columns, column)], value)
-                 for column in columns]
+        cells = [
+            _cell(
+                [
+                    result
+                    for result in results
+                    if _is_at(result, sweep.rows, row) and _is_at(result, sweep.columns, column)
+                ],
+                value,
+            )
+            for column in columns
+        ]
         rows.append([*row, *cells])
-    header = [*sweep.rows, *(", ".join(map(_heading, sweep.columns, column)) if column else METRICS[value] for column in columns)]
+    header = [
+        *sweep.rows,
+        *(
+            ", ".join(map(_heading, sweep.columns, column)) if column else METRICS[value]
+            for column in columns
+        ),
+    ]
     return _tabulate(header, rows, len(sweep.rows))
 
 
 def _places(sweep: Sweep, results: Sequence[Result], axes: Sequence[str]) -> list[tuple[str, ...]]:
     """The combinations of values of these axes at which something has been run (--only leaves others out)."""
-    return [labels for labels in product(*(sweep.axes[axis] for axis in axes)) if any(_is_at(result, axes, labels) for result in results)]
+    return [
+        labels
+        for labels in product(*(sweep.axes[axis] for axis in axes))
+        if any(_is_at(result, axes, labels) for result in results)
+    ]
 
 
 def _heading(axis: str, label: str) -> str:
@@ -138,14 +211,26 @@ def _cell(results: Sequence[Result], value: str) -> str:
     failed = sum(result.error is not None for result in results)
     if not known:
         return "failed" if failed else "n/a"
-    style = "+.2f" if value.endswith("_percent") or value.startswith("bd_rate") else ".3f" if value in _POINT else ".0f"
+    style = (
+        "+.2f"
+        if value.endswith("_percent") or value.startswith("bd_rate")
+        else ".3f"
+        if value in _POINT
+        else ".0f"
+    )
     text = format(mean(known), style) + (f" ± {stdev(known):{style.lstrip('+')}}" if len(known) > 1 else "")
     return text + (f" ({len(known)} of {len(results)})" if len(known) < len(results) else "")
 
 
 def _runs_table(sweep: Sweep, results: Sequence[Result]) -> str:
-    rows = [[f"[{result.run.name}](runs/{result.run.name})", (result.error or "done").replace("|", "\\|"),
-             f"`{shlex.join(result.run.words)}`".replace("|", "\\|")] for result in results]
+    rows = [
+        [
+            f"[{result.run.name}](runs/{result.run.name})",
+            (result.error or "done").replace("|", "\\|"),
+            f"`{shlex.join(result.run.words)}`".replace("|", "\\|"),
+        ]
+        for result in results
+    ]
     return _tabulate(["run", "result", "flags"], rows, 3)
 
 
@@ -165,14 +250,20 @@ def _draw(plot: Plot, sweep: Sweep, results: Sequence[Result], path: Path) -> No
             style = _STYLES[number % len(_STYLES)] | {"label": label or "quantized"}
             if plot.x == "bpp":
                 _draw_curve(place, _curve(line, "quant", plot.y), plot.y, style)
-                floats.setdefault(_curve(line, "fp32", plot.y), FLOAT_STYLE | {"color": style["color"], "label": f"float, {label}"})
+                floats.setdefault(
+                    _curve(line, "fp32", plot.y),
+                    FLOAT_STYLE | {"color": style["color"], "label": f"float, {label}"},
+                )
             else:
                 _draw_metric(place, line, plot, sweep, style)
         floats.pop((), None)
         for curve, style in floats.items():
             _draw_curve(place, curve, plot.y, style if len(floats) > 1 else FLOAT_STYLE | {"label": "float"})
-        place.set(xlabel="bpp" if plot.x == "bpp" else plot.x, ylabel=CURVES[plot.y] if plot.x == "bpp" else METRICS[plot.y],
-                  title=", ".join(map(_heading, others, panel)) or sweep.title)
+        place.set(
+            xlabel="bpp" if plot.x == "bpp" else plot.x,
+            ylabel=CURVES[plot.y] if plot.x == "bpp" else METRICS[plot.y],
+            title=", ".join(map(_heading, others, panel)) or sweep.title,
+        )
         place.grid(alpha=0.3)
         if place.get_legend_handles_labels()[0]:
             place.legend(fontsize=8)
@@ -187,18 +278,28 @@ def _curve(results: Sequence[Result], codec: str, measure: str) -> Curve:
             if point[codec] is not None and point[codec][measure] is not None:
                 by_quality.setdefault(point["quality"], []).append(point[codec])
     # rounded, so that a codec's curve is the same where machines differ in the last digits
-    return tuple(sorted((round(mean(point["bpp"] for point in points), _DIGITS), round(mean(point[measure] for point in points), _DIGITS))
-                        for points in by_quality.values()))
+    return tuple(
+        sorted(
+            (
+                round(mean(point["bpp"] for point in points), _DIGITS),
+                round(mean(point[measure] for point in points), _DIGITS),
+            )
+            for points in by_quality.values()
+        )
+    )
 
 
 def _draw_curve(place, curve: Curve, measure: str, style: dict) -> None:
     if curve:
         rates, values = zip(*curve)
-        place.plot(rates, [ms_ssim_db(value) for value in values] if measure == "ms_ssim" else values, **style)
+        place.plot(
+            rates, [ms_ssim_db(value) for value in values] if measure == "ms_ssim" else values, **style
+        )
 
 
 def _draw_metric(place, results: Sequence[Result], plot: Plot, sweep: Sweep, style: dict) -> None:
-    """A metric over an axis, with the spread over the seeds; numbers are placed to scale, words side by side."""
+    """A metric over an axis, with the spread over the seeds; numbers are placed to scale, words side by
+    side."""
     labels = sweep.axes[plot.x]
     try:
         positions = [float(label) for label in labels]
@@ -206,7 +307,11 @@ def _draw_metric(place, results: Sequence[Result], plot: Plot, sweep: Sweep, sty
         positions = list(range(len(labels)))
     points = []
     for position, label in zip(positions, labels):
-        known = [found for result in results if result.run.labels[plot.x] == label and (found := result.metric(plot.y)) is not None]
+        known = [
+            found
+            for result in results
+            if result.run.labels[plot.x] == label and (found := result.metric(plot.y)) is not None
+        ]
         if known:
             points.append((position, mean(known), stdev(known) if len(known) > 1 else 0.0))
     place.set_xticks(positions, labels)

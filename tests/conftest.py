@@ -4,7 +4,12 @@ import os
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+
+from licq.models.checkpoints import save_checkpoint
+from licq.models.registry import LAMBDAS, create_model
+from tests.main_jobs import ARCH
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +26,8 @@ def _isolated(monkeypatch, tmp_path_factory):
 
 @pytest.fixture
 def make_image(tmp_path):
-    """A function that writes a random 8-bit RGB image (smooth, so that codecs behave) and returns its path."""
+    """A function that writes a random 8-bit RGB image (smooth, so that codecs behave) and returns its
+    path."""
 
     def make(name: str = "image.png", width: int = 64, height: int = 48, seed: int = 0, folder=None):
         folder = folder or tmp_path
@@ -32,3 +38,45 @@ def make_image(tmp_path):
         return folder / name
 
     return make
+
+
+@pytest.fixture(scope="session")
+def zoo(tmp_path_factory):
+    """Folder with tiny-q1 and tiny-q3, weights large enough that their latents are not all zero."""
+    folder = tmp_path_factory.mktemp("zoo")
+    for quality in (1, 3):
+        torch.manual_seed(quality)
+        model = create_model(ARCH, N=8, M=8)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.startswith(("g_", "h_")) and parameter.ndim == 4:
+                    parameter.mul_(2.0)
+        model.update()
+        save_checkpoint(
+            model,
+            folder / f"tiny-q{quality}.safetensors",
+            {"arch": ARCH, "quality": quality, "lambda": LAMBDAS["mse"][quality], "metric": "mse"},
+        )
+    return folder
+
+
+@pytest.fixture
+def job(tmp_path, zoo, make_image):
+    """Arguments of a run of a second or two; results go to tmp_path/out."""
+    for seed in (1, 2):
+        make_image(f"{seed}.png", 96, 64, seed, tmp_path / "eval")
+        make_image(f"{seed}.png", 80, 72, seed + 10, tmp_path / "calib")
+    return {
+        "--checkpoint": zoo / "tiny-q{quality}.safetensors",
+        "--quality": 1,
+        "--eval": tmp_path / "eval",
+        "--calib": tmp_path / "calib",
+        "--crop": 64,
+        "--num_calib": 2,
+        "--crops_per_image": 1,
+        "--iters": 0,
+        "--set": "joint_iters=0",
+        "--device": "cpu",
+        "--out": tmp_path / "out",
+        "--quiet": True,
+    }

@@ -9,7 +9,9 @@ def fill_by_formula(model: nn.Module) -> nn.Module:
     for order, (name, parameter) in enumerate(sorted(model.named_parameters())):
         if name.endswith("quantiles"):
             continue
-        wave = torch.sin(1.7 * torch.arange(parameter.numel(), dtype=torch.float64) + order).reshape(parameter.shape)
+        wave = torch.sin(1.7 * torch.arange(parameter.numel(), dtype=torch.float64) + order).reshape(
+            parameter.shape
+        )
         fan_in = parameter.numel() / parameter.shape[0]
         if ".norm" in name:
             wave = wave * 0.2 + (1 if name.endswith("weight") else 0)
@@ -30,6 +32,7 @@ def image_by_formula(height: int, width: int) -> Tensor:
 
 
 def as_published(model: nn.Module) -> nn.Module:
-    """The codec with CompressAI's estimate of the rate, that of round(y - means), which is not what a decoder can have."""
+    """The codec with CompressAI's estimate of the rate, that of round(y - means), which is not what a decoder
+    can have."""
     model.gaussian_conditional.of_residual = True
     return model

@@ -12,7 +12,8 @@ from tests.tiny_codecs import images, tiny_codec
 
 
 def frozen(name: str, split: bool = False, **config) -> QuantModel:
-    """Not to be changed: others get the same object. split: every third input channel of every layer has two digits."""
+    """Not to be changed: others get the same object. split: every third input channel of every layer has two
+    digits."""
     return _frozen(name, split, tuple(sorted(config.items())))
 
 
@@ -32,15 +33,29 @@ def make_frozen(name: str, split: bool = False, **config) -> QuantModel:
     return codec
 
 
-SETTINGS = [{"split": True}, {"w_bits": 4, "a_bits": 4}, {"strict_int8": True}, {"w_bits": 16, "a_bits": 16}, {"w_bits": 8, "a_bits": 16}, {"a_granularity": "tensor"},
-            {"bias_bits": 8}, {"latent_bits": 8}, {"scales": "power_of_two", "w_granularity": "groups4", "transform": "smooth"},
-            {"softmax": "log2", "transform": "ptf"},
-            {"softmax": "log_sqrt2", "softmax_bits": 8, "w_bits": 16, "a_bits": 16, "accumulator_bits": 32}]  # fmt: skip
+SETTINGS = [
+    {"split": True},
+    {"w_bits": 4, "a_bits": 4},
+    {"strict_int8": True},
+    {"w_bits": 16, "a_bits": 16},
+    {"w_bits": 8, "a_bits": 16},
+    {"a_granularity": "tensor"},
+    {"bias_bits": 8},
+    {"latent_bits": 8},
+    {"scales": "power_of_two", "w_granularity": "groups4", "transform": "smooth"},
+    {"softmax": "log2", "transform": "ptf"},
+    {"softmax": "log_sqrt2", "softmax_bits": 8, "w_bits": 16, "a_bits": 16, "accumulator_bits": 32},
+]
 QUICK = ({"split": True}, {"softmax": "log2", "transform": "ptf"})  # also for a codec that is not
 
 
 def settings() -> list:
     """All of them for a codec that is quick, `QUICK` for one that is not; the rest is slow."""
     quick = [pytest.param("minnen2018", config, id=f"minnen2018-{config}") for config in SETTINGS]
-    slow = [pytest.param("lu2022", config, id=f"lu2022-{config}", marks=() if config in QUICK else pytest.mark.slow) for config in SETTINGS]
+    slow = [
+        pytest.param(
+            "lu2022", config, id=f"lu2022-{config}", marks=() if config in QUICK else pytest.mark.slow
+        )
+        for config in SETTINGS
+    ]
     return quick + slow

@@ -1,53 +1,29 @@
-"""What the tests of the command lines share: tiny trained-looking codecs, a job of a second or two, ways to run it."""
+"""What the tests of the command lines share: tiny trained-looking codecs, a job of a second or two, ways to
+run it."""
 
 import json
 from pathlib import Path
 
-import pytest
-import torch
-
 import main_ptq
-from licq.models.checkpoints import save_checkpoint
-from licq.models.registry import LAMBDAS, create_model
 from licq.support.cli import main_guard
 
 ARCH = "minnen2018-mean"
-TIMES = {"seconds", "calibration_seconds", "resumed_seconds", "seconds_by_step", "peak_memory_mb",
-         "model_bytes"}  # the file tells the calibration time, in so many digits
-
-
-@pytest.fixture(scope="session")
-def zoo(tmp_path_factory):
-    """Folder with tiny-q1 and tiny-q3, weights large enough that their latents are not all zero."""
-    folder = tmp_path_factory.mktemp("zoo")
-    for quality in (1, 3):
-        torch.manual_seed(quality)
-        model = create_model(ARCH, N=8, M=8)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if name.startswith(("g_", "h_")) and parameter.ndim == 4:
-                    parameter.mul_(2.0)
-        model.update()
-        save_checkpoint(model, folder / f"tiny-q{quality}.safetensors",
-                        {"arch": ARCH, "quality": quality, "lambda": LAMBDAS["mse"][quality], "metric": "mse"})
-    return folder
-
-
-@pytest.fixture
-def job(tmp_path, zoo, make_image):
-    """Arguments of a run of a second or two; results go to tmp_path/out."""
-    for seed in (1, 2):
-        make_image(f"{seed}.png", 96, 64, seed, tmp_path / "eval")
-        make_image(f"{seed}.png", 80, 72, seed + 10, tmp_path / "calib")
-    return {"--checkpoint": zoo / "tiny-q{quality}.safetensors", "--quality": 1, "--eval": tmp_path / "eval",
-            "--calib": tmp_path / "calib", "--crop": 64, "--num_calib": 2, "--crops_per_image": 1,
-            "--iters": 0, "--set": "joint_iters=0", "--device": "cpu", "--out": tmp_path / "out", "--quiet": True}
+TIMES = {
+    "seconds",
+    "calibration_seconds",
+    "resumed_seconds",
+    "seconds_by_step",
+    "peak_memory_mb",
+    "model_bytes",
+}  # the file tells the calibration time, in so many digits
 
 
 def words(job: dict, **changes) -> list[str]:
     """The command line; a change of value None drops the flag."""
     flags = job | {f"--{name}": value for name, value in changes.items()}
-    given = [[flag] if value is True else [flag, str(value)] for flag, value in flags.items() if value is not None]
+    given = [
+        [flag] if value is True else [flag, str(value)] for flag, value in flags.items() if value is not None
+    ]
     return sum(given, [])
 
 
@@ -82,4 +58,8 @@ def without_times(value):
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }

@@ -1,4 +1,5 @@
-"""A command for the tests of the engine: three units, each a file, and ways to end badly. It knows no torch, so it starts at once."""
+"""A command for the tests of the engine: three units, each a file, and ways to end badly. It knows no torch,
+so it starts at once."""
 
 import json
 import os
@@ -12,7 +13,8 @@ from licq.support.files import write_json, write_text
 
 
 def main(words: list[str]) -> int:
-    """words: WHAT --out FOLDER [--resume]; WHAT is good, refused, defect, slow, gpu, killed (once, in unit 2) or mortal (always)."""
+    """words: WHAT --out FOLDER [--resume]; WHAT is good, refused, defect, slow, gpu, killed (once, in unit 2)
+    or mortal (always)."""
     what, out = words[0], Path(words[words.index("--out") + 1])
     if what == "refused":
         raise InputError("this run is bad; mend it")

@@ -32,14 +32,26 @@ def tiny_codec(name: str, seed: int = 0) -> nn.Module:
     """An untrained codec with weights and biases under which latents spread over a few units."""
     torch.manual_seed(seed)
     model = create_model(name, **SIZES[name])
-    gain = {"balle2018": 3.0, "minnen2018-mean": 3.0, "minnen2018": 3.0, "lu2022": 0.4, "tic": 0.4, "chen2021": 0.7}.get(name.removeprefix("qvrf-").removesuffix("-vbr"), 1.0)
+    gain = {
+        "balle2018": 3.0,
+        "minnen2018-mean": 3.0,
+        "minnen2018": 3.0,
+        "lu2022": 0.4,
+        "tic": 0.4,
+        "chen2021": 0.7,
+    }.get(name.removeprefix("qvrf-").removesuffix("-vbr"), 1.0)
     draw = torch.Generator().manual_seed(seed)
     for key, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=draw)
         with torch.no_grad():
             if key.endswith("quantiles"):
                 parameter[:, 0, 1] += 0.3
-            elif "entropy_bottleneck" in key or "entropy_func" in key or key.endswith(("beta", "gamma", "Gain")) or key.startswith(OF_THE_RATE):
+            elif (
+                "entropy_bottleneck" in key
+                or "entropy_func" in key
+                or key.endswith(("beta", "gamma", "Gain"))
+                or key.startswith(OF_THE_RATE)
+            ):
                 continue
             elif ".norm" in key:
                 parameter.add_(0.2 * noise)

@@ -1,4 +1,5 @@
-"""Where tasks run: in this process, in local worker processes, or on a Ray cluster. A task is a command line of ours."""
+"""Where tasks run: in this process, in local worker processes, or on a Ray cluster. A task is a command line
+of ours."""
 
 import argparse
 import contextlib
@@ -56,7 +57,8 @@ class Task:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a task ended. error: its one line, None when it went well. attempts: times it was begun. seconds: all of them together."""
+    """How a task ended. error: its one line, None when it went well. attempts: times it was begun. seconds:
+    all of them together."""
 
     task: Task
     error: str | None
@@ -66,7 +68,8 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Engine:
-    """Where tasks run: in this process, in `workers` processes at a time, or on the Ray cluster at address `ray`.
+    """Where tasks run: in this process, in `workers` processes at a time, or on the Ray cluster at address
+    `ray`.
 
     gpu_share: of a GPU for each task on Ray; None: a whole one where the cluster has any.
     threads: CPU threads, and on Ray processors, that a task is counted with.
@@ -118,7 +121,8 @@ class Engine:
 
 
 def _default_threads(args: argparse.Namespace) -> int | None:
-    """The processors of this machine in equal parts; one on Ray; None, PyTorch's choice, where one task runs at a time."""
+    """The processors of this machine in equal parts; one on Ray; None, PyTorch's choice, where one task runs
+    at a time."""
     if args.ray:
         return 1
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -126,11 +130,14 @@ def _default_threads(args: argparse.Namespace) -> int | None:
 
 
 def run_here(task: Task, resume: bool, silent: bool) -> str | None:
-    """Run a task in this process; returns its error's line, or None. Its standard output, and if `silent` its error, go to log.txt."""
+    """Run a task in this process; returns its error's line, or None. Its standard output, and if `silent` its
+    error, go to log.txt."""
     Path(task.folder).mkdir(parents=True, exist_ok=True)
     command = task.command(resume)
     with contextlib.ExitStack() as stack:
-        log = stack.enter_context(open(Path(task.folder) / LOG, "a" if resume else "w", encoding="utf-8", buffering=1))
+        log = stack.enter_context(
+            open(Path(task.folder) / LOG, "a" if resume else "w", encoding="utf-8", buffering=1)
+        )
         stack.enter_context(contextlib.redirect_stdout(log))
         if silent:
             stack.enter_context(contextlib.redirect_stderr(log))
@@ -165,7 +172,11 @@ def _in_this_process(tasks: Sequence[Task], unit: str, quiet: bool) -> Iterator[
     started = time.monotonic()
     for index, task in enumerate(tasks):
         if not quiet:
-            print(f"{unit} {index + 1} of {len(tasks)}: {task.name}{time_left(started, index, len(tasks))}", file=sys.stderr, flush=True)
+            print(
+                f"{unit} {index + 1} of {len(tasks)}: {task.name}{time_left(started, index, len(tasks))}",
+                file=sys.stderr,
+                flush=True,
+            )
         began = time.monotonic()
         error = run_here(task, task.resume, silent=quiet)
         yield Outcome(task, error, 1, time.monotonic() - began)
@@ -182,13 +193,23 @@ def _in_workers(tasks: Sequence[Task], workers: int) -> Iterator[Outcome | None]
 
     def attempt(task: Task, resume: bool, slot: int) -> tuple[bool, str | None]:
         """Whether the worker lived to say how the task ended, and its error's line."""
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        }
         if devices and "--device" not in task.words:
             environment["CUDA_VISIBLE_DEVICES"] = devices[slot % len(devices)]
         with open(Path(task.folder) / LOG, "a", encoding="utf-8") as log:
-            # In a session of its own: an interrupt from the terminal reaches this process alone, which then ends its workers.
-            process = subprocess.Popen([sys.executable, "-m", "licq.workers.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
-                                       text=True, env=environment, start_new_session=True)
+            # In a session of its own: an interrupt from the terminal reaches this process alone, which then
+            # ends its workers.
+            process = subprocess.Popen(
+                [sys.executable, "-m", "licq.workers.worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=environment,
+                start_new_session=True,
+            )
         running[slot] = process
         with process, contextlib.suppress(BrokenPipeError):
             process.stdin.write(json.dumps({"task": asdict(task), "resume": resume}) + "\n")
@@ -202,8 +223,12 @@ def _in_workers(tasks: Sequence[Task], workers: int) -> Iterator[Outcome | None]
         began, since = time.monotonic(), time.time()
         try:
             Path(task.folder).mkdir(parents=True, exist_ok=True)
-            for number in range(1, RETRIES + 2):
-                lived, error = (False, None) if stopped.is_set() else attempt(task, task.resume or has_begun(task, since), slot)
+            for number in range(1, RETRIES + 2):  # noqa: B007
+                lived, error = (
+                    (False, None)
+                    if stopped.is_set()
+                    else attempt(task, task.resume or has_begun(task, since), slot)
+                )
                 if lived or stopped.is_set():
                     break
             return Outcome(task, error if lived else died(number), number, time.monotonic() - began)

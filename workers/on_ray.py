@@ -1,7 +1,9 @@
-"""Tasks on a Ray cluster, whose nodes need not share files: a task's folder is copied to the driver's node while it goes.
+"""Tasks on a Ray cluster, whose nodes need not share files: a task's folder is copied to the driver's node
+while it goes.
 
-Every task works in a temporary folder of its node. Each finished unit is sent to a store, an actor on the driver's node that
-writes it into the task's folder there; a task that is begun again, elsewhere perhaps, starts from what has arrived.
+Every task works in a temporary folder of its node. Each finished unit is sent to a store, an actor on the
+driver's node that writes it into the task's folder there; a task that is begun again, elsewhere perhaps,
+starts from what has arrived.
 """
 
 import contextlib
@@ -32,7 +34,8 @@ _SHARED = "shared"  # the prefix under which files of Task.shared travel
 
 
 class Store:
-    """On the driver's node: the folders of the tasks. `tasks` are by name; of each, only the attempt begun last may write."""
+    """On the driver's node: the folders of the tasks. `tasks` are by name; of each, only the attempt begun
+    last may write."""
 
     def __init__(self, tasks: dict[str, Task]):
         self.tasks = tasks
@@ -40,13 +43,17 @@ class Store:
         self.attempts = dict.fromkeys(tasks, 0)
 
     def begin(self, name: str) -> tuple[int, bool, dict[str, bytes]]:
-        """The number of this attempt, whether it goes on with what is there, and the files that it starts with."""
+        """The number of this attempt, whether it goes on with what is there, and the files that it starts
+        with."""
         task = self.tasks[name]
         self.attempts[name] += 1
         resume = task.resume or has_begun(task, self.since)
         files = _read(Path(task.folder), _stamps(Path(task.folder))) if resume else {}
         if task.shared:
-            files |= {f"{_SHARED}/{key}": data for key, data in _read(Path(task.shared), _stamps(Path(task.shared))).items()}
+            files |= {
+                f"{_SHARED}/{key}": data
+                for key, data in _read(Path(task.shared), _stamps(Path(task.shared))).items()
+            }
         return self.attempts[name], resume, files
 
     def put(self, name: str, attempt: int, files: dict[str, bytes], removed: list[str]) -> None:
@@ -74,7 +81,8 @@ class Store:
 
 
 class Mirror:
-    """Sends what changes in a folder to the store, every second from a thread of its own and once more at the end."""
+    """Sends what changes in a folder to the store, every second from a thread of its own and once more at the
+    end."""
 
     def __init__(self, root: Path, name: str, attempt: int, store):
         self.root, self.name, self.attempt, self.store = root, name, attempt, store
@@ -98,7 +106,9 @@ class Mirror:
     def _send(self) -> None:
         now = _stamps(self.root)
         # By age: a file that refers to another, as partial.json to a model, arrives after it.
-        changed = sorted((key for key, stamp in now.items() if self.known.get(key) != stamp), key=lambda key: now[key])
+        changed = sorted(
+            (key for key, stamp in now.items() if self.known.get(key) != stamp), key=lambda key: now[key]
+        )
         removed = [key for key in self.known if key not in now]
         if changed or removed:
             ray.get(self.store.put.remote(self.name, self.attempt, _read(self.root, changed), removed))
@@ -118,7 +128,11 @@ def on_ray(tasks: Sequence[Task], engine: Engine) -> Iterator[Outcome | None]:
     try:
         resources = _resources(tasks, engine)
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        store = ray.remote(Store).options(num_cpus=0, scheduling_strategy=here).remote({task.name: task for task in tasks})
+        store = (
+            ray.remote(Store)
+            .options(num_cpus=0, scheduling_strategy=here)
+            .remote({task.name: task for task in tasks})
+        )
         remote = ray.remote(_run).options(max_retries=RETRIES, scheduling_strategy="SPREAD", **resources)
         environment = {name: value for name, value in os.environ.items() if name.startswith("LICQ_")}
         began = time.monotonic()
@@ -167,17 +181,27 @@ def _run(task: Task, store, cwd: str, environment: dict[str, str], version: str)
 
 
 def _connect(address: str) -> None:
-    """Become a driver of the cluster at that address; "auto": of the one that this machine belongs to, else of one started here."""
+    """Become a driver of the cluster at that address; "auto": of the one that this machine belongs to, else
+    of one started here."""
     if address.startswith("ray://"):
-        raise InputError(f"--ray {address} is a client's address; start the command on a node of the cluster, with --ray HOST:PORT")
+        raise InputError(
+            f"--ray {address} is a client's address; start the command on a node of the cluster, with --ray HOST:PORT"
+        )
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
-        # Without an address Ray takes RAY_ADDRESS, then a cluster that was started on this machine, then starts one.
-        ray.init(address=None if address == "auto" else address, include_dashboard=False if address == "auto" else None,
-                 log_to_driver=False, logging_level="ERROR")
+        # Without an address Ray takes RAY_ADDRESS, then a cluster that was started on this machine, then
+        # starts one.
+        ray.init(
+            address=None if address == "auto" else address,
+            include_dashboard=False if address == "auto" else None,
+            log_to_driver=False,
+            logging_level="ERROR",
+        )
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise InputError(f"no Ray cluster can be reached at {address} ({explain(error) or str(error).splitlines()[0]}); start one with "
-                         "`ray start --head`, or leave the address out") from error
+        raise InputError(
+            f"no Ray cluster can be reached at {address} ({explain(error) or str(error).splitlines()[0]}); start one with "
+            "`ray start --head`, or leave the address out"
+        ) from error
 
 
 def _resources(tasks: Sequence[Task], engine: Engine) -> dict[str, float]:
@@ -189,17 +213,24 @@ def _resources(tasks: Sequence[Task], engine: Engine) -> dict[str, float]:
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     share = engine.gpu_share
     if share is None:
-        share = 1.0 if any(node.get("GPU") for node in nodes) and not all("cpu" in task.words for task in tasks) else 0.0
+        share = (
+            1.0
+            if any(node.get("GPU") for node in nodes) and not all("cpu" in task.words for task in tasks)
+            else 0.0
+        )
     needed = {"num_cpus": engine.threads, "num_gpus": share}
     if not any(node.get("CPU", 0) >= engine.threads and node.get("GPU", 0) >= share for node in nodes):
         most = max(int(node.get("CPU", 0)) for node in nodes)
-        raise InputError(f"no node of the Ray cluster has {engine.threads} processors and {share:g} of a GPU for a run; the largest has {most} "
-                         "processors; choose other --threads or --gpu_share")
+        raise InputError(
+            f"no node of the Ray cluster has {engine.threads} processors and {share:g} of a GPU for a run; the largest has {most} "
+            "processors; choose other --threads or --gpu_share"
+        )
     return needed
 
 
 def _stamps(folder: Path) -> dict[str, tuple[int, int]]:
-    """Relative path -> (time of change in ns, size) of every whole file; names of unfinished ones begin with a dot."""
+    """Relative path -> (time of change in ns, size) of every whole file; names of unfinished ones begin with
+    a dot."""
     stamps = {}
     for path in folder.rglob("*"):
         with contextlib.suppress(FileNotFoundError):

@@ -1,6 +1,7 @@
 """A local worker process: reads one task from standard input, runs it, says how it ended on standard output.
 
-The input stays open as long as whoever started it lives and wants it to go on; when it closes, the worker ends.
+The input stays open as long as whoever started it lives and wants it to go on; when it closes, the worker
+ends.
 """
 
 import json

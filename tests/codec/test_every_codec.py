@@ -2,23 +2,34 @@
 
 import pytest
 import torch
-from tests.tiny_codecs import SIZES, images, tiny_codec
 
 from licq.models.registry import list_models
 from licq.reconstruction.api import quantize
 from licq.reconstruction.config import PtqConfig
+from tests.tiny_codecs import SIZES, images, tiny_codec
 
 QUICK = ("balle2018", "minnen2018-mean", "qvrf-balle2018")
 
 
 def test_every_architecture_has_a_tiny_codec():
-    assert set(SIZES) >= {"balle2018", "minnen2018", "minnen2018-mean", "cheng2019", "cheng2020", "cheng2020-anchor", "lu2022", "tic",
-                          "chen2021"}  # fmt: skip
+    assert set(SIZES) >= {
+        "balle2018",
+        "minnen2018",
+        "minnen2018-mean",
+        "cheng2019",
+        "cheng2020",
+        "cheng2020-anchor",
+        "lu2022",
+        "tic",
+        "chen2021",
+    }
     assert {name for name in list_models() if name.startswith("qvrf-") or name.endswith("-vbr")} <= set(SIZES)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SIZES])
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SIZES]
+)
 def test_quantized_codec_is_finite_and_integer(name, bits):
     model, x = tiny_codec(name), images(4)
     crops = x
@@ -29,7 +40,9 @@ def test_quantized_codec_is_finite_and_integer(name, bits):
     codec = quantize(model, crops, config, lmbda=0.01, progress=False)
     with torch.no_grad():
         out = codec(x[:1])
-    assert torch.isfinite(out["x_hat"]).all() and all(torch.isfinite(p).all() and p.min() > 0 for p in out["likelihoods"].values())
+    assert torch.isfinite(out["x_hat"]).all() and all(
+        torch.isfinite(p).all() and p.min() > 0 for p in out["likelihoods"].values()
+    )
     coverage = codec.coverage()
     assert not coverage["kept_in_float"] and not coverage["beyond_int32"]
     assert all("constant of each rate" in reason for reason in coverage["left_alone"].values())

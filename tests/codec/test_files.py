@@ -1,4 +1,5 @@
-"""Files of every architecture decode to the pixels of the quantized network; whatever else is in a file is told in one line."""
+"""Files of every architecture decode to the pixels of the quantized network; whatever else is in a file is
+told in one line."""
 
 import random
 import zlib
@@ -18,12 +19,12 @@ from licq.codec.fingerprint import of_integers
 from licq.codec.plan import Plan
 from licq.data.padding import pad_to_multiple
 from licq.evaluation.evaluate import evaluate
-from tests.frozen_codecs import frozen
 from licq.integer.lowering import lower
 from licq.models.registry import create_model, list_models
 from licq.quant.config import QuantConfig
 from licq.quant.model import QuantModel
 from licq.support.errors import InputError
+from tests.frozen_codecs import frozen
 from tests.tiny_codecs import SIZES, images
 
 DIGEST = bytes(range(32))
@@ -46,7 +47,9 @@ def simulated(name: str, image: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad((x_hat * 255).round(), unpad)[0].to(torch.uint8)
 
 
-@pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SIZES])
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SIZES]
+)
 def test_files_decode_to_the_pixels_of_the_quantized_network(name):
     codec = codec_of(name)
     for height, width in ((64, 64), (100, 150)):
@@ -57,19 +60,28 @@ def test_files_decode_to_the_pixels_of_the_quantized_network(name):
 
 
 def test_a_codec_that_pads_at_some_sizes_only_has_files_at_all():
-    """tic's windows do not fit into the small image that its context model runs on; there its forward has steps that pad."""
+    """tic's windows do not fit into the small image that its context model runs on; there its forward has
+    steps that pad."""
     torch.manual_seed(0)
     model = QuantModel(create_model("tic", **{**SIZES["tic"], "window_size": 8}).eval(), QuantConfig())
     model.observe(images(2).split(1))
     model.freeze()
-    assert len({len(lower(model, 64, width).operations) for width in (64, 128)} | {len(lower(model, 128, 128).operations)}) > 1
+    assert (
+        len(
+            {len(lower(model, 64, width).operations) for width in (64, 128)}
+            | {len(lower(model, 128, 128).operations)}
+        )
+        > 1
+    )
     for height, width in ((128, 128), (64, 192)):
         image = pixels(height, width)
         codec = Codec(model, DIGEST, threads=1)
         assert torch.equal(codec.decode(codec.encode(image)), codec.inspect(image)["pixels"])
 
 
-@pytest.mark.parametrize("name", ["minnen2018", "balle2018", pytest.param("chen2021", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["minnen2018", "balle2018", pytest.param("chen2021", marks=pytest.mark.slow)]
+)
 def test_rows_made_in_small_pieces_give_the_same_file(name, monkeypatch):
     codec, image = codec_of(name), pixels(64, 128)
     data = codec.encode(image)
@@ -120,7 +132,11 @@ def test_a_codec_whose_forward_has_no_bitstream_says_so(reads_latent, tmp_path):
         codec.encode(pixels(64, 64))
     if reads_latent:  # verify compares what its network computes all the same
         job = {"batch": 1, "device": "cpu", "base": True}
-        assert of_integers(codec, pixels(64, 64), tmp_path / "0.licq", job).keys() == {"symbols", "indexes", "pixels"}
+        assert of_integers(codec, pixels(64, 64), tmp_path / "0.licq", job).keys() == {
+            "symbols",
+            "indexes",
+            "pixels",
+        }
 
 
 @pytest.mark.parametrize("name", ["qvrf-balle2018", "balle2018-vbr"])
@@ -145,7 +161,10 @@ def test_an_evaluation_with_files_is_at_the_gain_that_files_state():
     x = images(1, 64, 64, 5)[0]
     before = float(codec.model.model.rate)
     report = evaluate(codec.model, [x], codec=codec, progress=False)
-    assert report.bpp_source == "bitstream" and float(codec.model.model.rate) == round(before * 2**16) / 2**16 != before
+    assert (
+        report.bpp_source == "bitstream"
+        and float(codec.model.model.rate) == round(before * 2**16) / 2**16 != before
+    )
 
 
 @pytest.mark.parametrize("name", ["qvrf-balle2018", "balle2018-vbr", "minnen2018-vbr"])
@@ -168,7 +187,8 @@ def test_every_rate_that_is_accepted_can_be_decoded(name):
 
 @pytest.mark.parametrize("kind", [FactorizedPrior, JointAutoregressiveHierarchicalPriors])
 def test_codecs_of_other_classes_have_files_too(kind):
-    """A codec without hyperprior, and CompressAI's own class, which estimates the rate of another rounding than it uses."""
+    """A codec without hyperprior, and CompressAI's own class, which estimates the rate of another rounding
+    than it uses."""
     torch.manual_seed(0)
     network = kind(6, 8).eval()
     with torch.no_grad():
@@ -186,7 +206,8 @@ def test_codecs_of_other_classes_have_files_too(kind):
 
 
 def test_length_is_that_of_the_density_of_what_is_coded():
-    """Against SciPy, on latents with few outliers: the tables, the coder and its last bytes cost less than 0.5 % and 16 bytes."""
+    """Against SciPy, on latents with few outliers: the tables, the coder and its last bytes cost less than
+    0.5 % and 16 bytes."""
     model = frozen("minnen2018")
     plan = Plan(lower(model, 256, 256), None, 1)
     found = plan.encode(pixels(256, 256)[None])
@@ -198,7 +219,9 @@ def test_length_is_that_of_the_density_of_what_is_coded():
     exact = -np.log2(np.maximum(likelihood[common], 1e-30)).sum() / 8
 
     coder = Coder(model)
-    ((_, rows),) = coder._rows(plan.latents[1], {name: found[1][name] for name in ("scales", "means")}, (8, 256))
+    ((_, rows),) = coder._rows(
+        plan.latents[1], {name: found[1][name] for name in ("scales", "means")}, (8, 256)
+    )
     spent = 0.0
     for row, base, symbol, counts in zip(rows.rows, rows.base, symbols.flatten(), common.flatten()):
         if counts:
@@ -211,7 +234,7 @@ def test_length_is_that_of_the_density_of_what_is_coded():
     assert -0.01 * spent < z < 16 + 6 * outside + 0.1 * spent
 
 
-# ------------------------------------------------------------------------------------------------------------- damage
+# ----------------------------------------------------------------------------------------------------- damage
 
 
 def written(name: str = "balle2018") -> bytes:
@@ -252,9 +275,13 @@ def test_another_model_and_another_format_are_told():
     assert "version" in refused(codec_of("balle2018"), data[:2] + b"\7" + data[3:])
 
 
-@pytest.mark.parametrize(("name", "budget"), [("balle2018", 150), ("minnen2018", 40), pytest.param("lu2022", 100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("name", "budget"),
+    [("balle2018", 150), ("minnen2018", 40), pytest.param("lu2022", 100, marks=pytest.mark.slow)],
+)
 def test_hostile_streams_with_right_checksums_decode_or_are_refused(name, budget):
-    """Random, truncated, spliced and repeated streams: an image of the stated size or one line, and no crash."""
+    """Random, truncated, spliced and repeated streams: an image of the stated size or one line, and no
+    crash."""
     draw = random.Random(0)
     codec = codec_of(name)
     good = Container.from_bytes(codec.encode(pixels(64, 64)))
@@ -270,8 +297,14 @@ def test_hostile_streams_with_right_checksums_decode_or_are_refused(name, budget
 def test_a_hostile_size_is_refused_before_anything_is_allocated():
     head = Container(DIGEST[:4], 2**17, 2**17, 0, (b"",))
     assert "damaged" in refused(codec_of("balle2018"), head.to_bytes())
-    for width, height in ((2**26, 1), (1, 2**26), (2**20 + 1, 1)):  # 64 times as many pixels when they are padded
-        assert "too large" in refused(codec_of("balle2018"), Container(DIGEST[:4], width, height, 0, (b"",)).to_bytes())
+    for width, height in (
+        (2**26, 1),
+        (1, 2**26),
+        (2**20 + 1, 1),
+    ):  # 64 times as many pixels when they are padded
+        assert "too large" in refused(
+            codec_of("balle2018"), Container(DIGEST[:4], width, height, 0, (b"",)).to_bytes()
+        )
         with pytest.raises(InputError, match="too large"):
             codec_of("balle2018").encode(torch.empty(1, dtype=torch.uint8).expand(3, height, width))
     assert zlib.crc32(b"") == 0  # the checksum of an empty stream is that of the header alone

@@ -5,16 +5,18 @@ import pytest
 import torch
 
 from licq.codec.order import Reading, passes, wavefronts
-from tests.frozen_codecs import frozen
+from licq.codec.plan import Plan
 from licq.integer.lowering import lower
 from licq.integer.program import Operation
-from licq.codec.plan import Plan
 from licq.support.errors import InputError
+from tests.frozen_codecs import frozen
 
 
 def causal(side: int, dimensions: int = 2) -> np.ndarray:
     """Taps of a masked kernel: what raster order has before the centre."""
-    taps = np.stack(np.meshgrid(*[np.arange(side) - side // 2] * dimensions, indexing="ij"), -1).reshape(-1, dimensions)
+    taps = np.stack(np.meshgrid(*[np.arange(side) - side // 2] * dimensions, indexing="ij"), -1).reshape(
+        -1, dimensions
+    )
     return taps[: len(taps) // 2]
 
 
@@ -64,31 +66,50 @@ def test_passes_of_a_checkerboard():
     assert passes([reading(cross)], (6, 7)) is None  # each waits for the other
 
 
-@pytest.mark.parametrize(("name", "most"), [
-    ("minnen2018", 4 + 3 * 3), ("balle2018", 1), pytest.param("tic", 4 + 3 * 3, marks=pytest.mark.slow),
-    pytest.param("lu2022", 4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [
+        ("minnen2018", 4 + 3 * 3),
+        ("balle2018", 1),
+        pytest.param("tic", 4 + 3 * 3, marks=pytest.mark.slow),
+        pytest.param("lu2022", 4, marks=pytest.mark.slow),
+    ],
+)
 def test_orders_of_the_codecs_hold_every_position_once(name, most):
     plan = Plan(lower(frozen(name), 64, 64), lambda count: lower(frozen(name), 64, 64))
     for place, latent in enumerate(plan.latents):
         order = plan.order(place)
-        assert sorted(np.concatenate(order)) == list(range(latent.shape[2] * latent.shape[3])) and len(order) <= most
+        assert (
+            sorted(np.concatenate(order)) == list(range(latent.shape[2] * latent.shape[3]))
+            and len(order) <= most
+        )
     assert max(len(plan.order(place)) for place in range(len(plan.latents))) == most
 
 
 def test_a_decoder_that_looks_ahead_would_be_seen():
-    """The numbers that the context model gives at a position do not change with symbols that come later in the order."""
+    """The numbers that the context model gives at a position do not change with symbols that come later in
+    the order."""
     model = frozen("lu2022")
     plan = Plan(lower(model, 64, 64), lambda count: lower(model, 64, 64))
     step = next(step for step in plan.steps if step.context is not None)
     draw = torch.Generator().manual_seed(0)
     shape = step.latent.shape
-    inputs = {str(number): torch.randint(-5000, 5000, plan.program.values[number].shape, generator=draw).to(plan.program.values[number].dtype)
-              for number in step.context.inputs}  # fmt: skip
-    inputs = {name: x.clamp(plan.program.values[int(name)].range.low, plan.program.values[int(name)].range.high) for name, x in inputs.items()}
+    inputs = {
+        str(number): torch.randint(-5000, 5000, plan.program.values[number].shape, generator=draw).to(
+            plan.program.values[number].dtype
+        )
+        for number in step.context.inputs
+    }
+    inputs = {
+        name: x.clamp(plan.program.values[int(name)].range.low, plan.program.values[int(name)].range.high)
+        for name, x in inputs.items()
+    }
     decoded = torch.randint(-20000, 20000, shape, generator=draw)
 
     def densities(own):
-        return step.context.run({**inputs, **{str(number): own.to(torch.int32) for number in step.context.own}})
+        return step.context.run(
+            {**inputs, **{str(number): own.to(torch.int32) for number in step.context.own}}
+        )
 
     for earlier, group in enumerate(step.order):
         later = torch.from_numpy(np.concatenate(step.order[earlier:]))

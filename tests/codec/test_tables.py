@@ -6,7 +6,16 @@ import torch
 from compressai.ans import BufferedRansEncoder, RansDecoder
 from scipy.stats import norm
 
-from licq.codec.tables import PRECISION, STEP_OF_Z_BITS, GaussianRows, MixtureRows, Rows, SteppedRows, frequencies, phi
+from licq.codec.tables import (
+    PRECISION,
+    STEP_OF_Z_BITS,
+    GaussianRows,
+    MixtureRows,
+    Rows,
+    SteppedRows,
+    frequencies,
+    phi,
+)
 from licq.models.vbr import VariableBottleneck
 from licq.quant.density import INVERSE_BITS, LARGEST, LEVELS, NORMAL_BITS, density_tables, factorized_table
 
@@ -41,19 +50,32 @@ def test_table_of_the_normal_distribution():
 def test_every_row_is_a_distribution_in_which_nothing_is_impossible():
     rows = GaussianRows(TABLES, BITS)
     for level in range(LEVELS):
-        for fraction in {0, 1, (1 << rows.steps[level]) // 2, (1 << rows.steps[level]) - 1} & set(range(1 << rows.steps[level])):
+        for fraction in {0, 1, (1 << rows.steps[level]) // 2, (1 << rows.steps[level]) - 1} & set(
+            range(1 << rows.steps[level])
+        ):
             cdf = np.asarray(rows._row(level, fraction))
-            assert cdf[0] == 0 and cdf[-1] == 2**16 and (np.diff(cdf) >= 1).all() and len(cdf) == 2 * rows.reach[level] + 4
+            assert (
+                cdf[0] == 0
+                and cdf[-1] == 2**16
+                and (np.diff(cdf) >= 1).all()
+                and len(cdf) == 2 * rows.reach[level] + 4
+            )
 
 
 def test_frequencies_by_hand():
-    assert frequencies(np.array([0, 2**29, 2**30])).tolist() == [0, 1 + (2**29 * (2**16 - 3) >> 30), 2 + (2**16 - 3), 2**16]
+    assert frequencies(np.array([0, 2**29, 2**30])).tolist() == [
+        0,
+        1 + (2**29 * (2**16 - 3) >> 30),
+        2 + (2**16 - 3),
+        2**16,
+    ]
 
 
 @pytest.mark.parametrize("whole_numbers", [False, True])
 @pytest.mark.parametrize("scale", [0.05, 0.11, 0.3, 1.0, 7.0, 90.0])
 def test_cost_is_that_of_the_exact_density(scale, whole_numbers):
-    """Levels of the scale, steps of the mean and 16-bit frequencies together cost less than 1e-3 bits a symbol and 0.1 %."""
+    """Levels of the scale, steps of the mean and 16-bit frequencies together cost less than 1e-3 bits a
+    symbol and 0.1 %."""
     random = np.random.default_rng(0)
     scales = np.maximum(scale * np.exp(random.normal(0, 0.2, 6000)), 2.0**-BITS)
     means = random.normal(0, 5, len(scales))
@@ -62,7 +84,9 @@ def test_cost_is_that_of_the_exact_density(scale, whole_numbers):
     symbols = np.round(latent if whole_numbers else latent - means)
     rows = GaussianRows(TABLES, BITS).of(whole(scales), whole(means) if whole_numbers else None)
     centre = means if whole_numbers else 0
-    exact = -np.log2(norm.cdf((symbols + 0.5 - centre) / bounded) - norm.cdf((symbols - 0.5 - centre) / bounded)).sum()
+    exact = -np.log2(
+        norm.cdf((symbols + 0.5 - centre) / bounded) - norm.cdf((symbols - 0.5 - centre) / bounded)
+    ).sum()
     spent = bits_of(rows, symbols)
     assert -1e-3 * len(symbols) < spent - exact < 1e-3 * len(symbols) + 1e-3 * exact
 
@@ -74,7 +98,9 @@ def test_mixture_costs_what_scipy_says():
     weights = random.dirichlet([1, 1, 1], count).T
     chosen = np.array([random.choice(3, p=w / w.sum()) for w in weights.T])
     pick = np.arange(count)
-    symbols = np.round(means[chosen, pick] + np.clip(random.normal(0, 1, count), -3, 3) * scales[chosen, pick])
+    symbols = np.round(
+        means[chosen, pick] + np.clip(random.normal(0, 1, count), -3, 3) * scales[chosen, pick]
+    )
     tables = density_tables(BITS, 1e-6)
     rows = MixtureRows(tables, BITS, 3).of(*(whole(part) for part in (scales, means, weights)))
     upper, lower = ((weights * norm.cdf((symbols + side - means) / scales)).sum(0) for side in (0.5, -0.5))
@@ -88,19 +114,29 @@ def test_thresholds_choose_the_nearest_level():
     scales = np.exp(np.linspace(np.log(0.12), np.log(250), 999))
     chosen = np.searchsorted(TABLES.thresholds.numpy(), np.round(scales * 2**BITS), side="right")
     ratio = np.abs(np.log(scales / levels[chosen]))
-    assert ratio.max() < 0.5 * np.log(levels[1] / levels[0]) * 1.1  # the grid of 2^-12 is coarse where scales are small
+    assert (
+        ratio.max() < 0.5 * np.log(levels[1] / levels[0]) * 1.1
+    )  # the grid of 2^-12 is coarse where scales are small
 
 
 @pytest.mark.parametrize("whole_numbers", [False, True])
 def test_through_the_coder_and_back_with_outliers(whole_numbers):
     random = np.random.default_rng(2)
     scales, means = np.exp(random.normal(0, 1.5, 3000)), random.normal(0, 40, 3000)
-    symbols = np.round(random.standard_cauchy(3000) * scales * 3 + (means if whole_numbers else 0)).clip(-30000, 30000).astype(np.int64)
+    symbols = (
+        np.round(random.standard_cauchy(3000) * scales * 3 + (means if whole_numbers else 0))
+        .clip(-30000, 30000)
+        .astype(np.int64)
+    )
     rows = GaussianRows(TABLES, BITS).of(whole(scales), whole(means) if whole_numbers else None)
     encoder, decoder = BufferedRansEncoder(), RansDecoder()
-    encoder.encode_with_indexes((symbols - rows.base).tolist(), rows.rows.tolist(), rows.cdfs, rows.sizes, rows.offsets)
+    encoder.encode_with_indexes(
+        (symbols - rows.base).tolist(), rows.rows.tolist(), rows.cdfs, rows.sizes, rows.offsets
+    )
     decoder.set_stream(encoder.flush())
-    found = np.asarray(decoder.decode_stream(rows.rows.tolist(), rows.cdfs, rows.sizes, rows.offsets)) + rows.base
+    found = (
+        np.asarray(decoder.decode_stream(rows.rows.tolist(), rows.cdfs, rows.sizes, rows.offsets)) + rows.base
+    )
     np.testing.assert_array_equal(found, symbols)
 
 
@@ -112,7 +148,9 @@ def test_cost_of_z_in_steps_is_that_of_its_density(step):
     with torch.no_grad():
         for parameter in bottleneck.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
-        bottleneck.quantiles[:, 0] = torch.tensor([[-9.0, 0.37, 9.0], [-9.0, -2.2, 9.0], [-9.0, 0.0, 9.0], [-9.0, 5.5, 9.0]])
+        bottleneck.quantiles[:, 0] = torch.tensor(
+            [[-9.0, 0.37, 9.0], [-9.0, -2.2, 9.0], [-9.0, 0.0, 9.0], [-9.0, 5.5, 9.0]]
+        )
     medians = bottleneck._get_medians().detach().flatten()
     cdfs, offsets = SteppedRows(factorized_table(bottleneck, medians)).of(round(step * 2**STEP_OF_Z_BITS))
     most = int(100 / step)

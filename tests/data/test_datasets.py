@@ -51,7 +51,9 @@ def test_incomplete_kodak_is_not_passed_off_as_kodak(tmp_path, make_image, monke
         open_dataset("kodak")
 
 
-@pytest.mark.parametrize("text, words", [("no_such", "no data set or folder"), ("empty", "no images"), ("file", "is a file")])
+@pytest.mark.parametrize(
+    "text, words", [("no_such", "no data set or folder"), ("empty", "no images"), ("file", "is a file")]
+)
 def test_useless_folder_is_refused(text, words, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("x")
@@ -61,8 +63,12 @@ def test_useless_folder_is_refused(text, words, tmp_path):
 
 def test_download_checks_every_file_and_resumes(tmp_path, monkeypatch):
     served = {"kodim01.png": b"one", "kodim02.png": b"two"}
-    entry = {"images": 2, "url": "https://host/", "sha256": {name: hashlib.sha256(body).hexdigest() for name, body in served.items()}}
-    monkeypatch.setattr(data.datasets, "known_datasets", lambda: {"kodak": entry})
+    entry = {
+        "images": 2,
+        "url": "https://host/",
+        "sha256": {name: hashlib.sha256(body).hexdigest() for name, body in served.items()},
+    }
+    monkeypatch.setattr(licq.data.datasets, "known_datasets", lambda: {"kodak": entry})
     monkeypatch.setenv("LICQ_CACHE", str(tmp_path))
     asked = []
 
@@ -71,11 +77,11 @@ def test_download_checks_every_file_and_resumes(tmp_path, monkeypatch):
         asked.append(name)
         return b"changed" if name == damaged else served[name]
 
-    monkeypatch.setattr(data.datasets, "_fetch", lambda url: fetch(url, damaged="kodim02.png"))
+    monkeypatch.setattr(licq.data.datasets, "_fetch", lambda url: fetch(url, damaged="kodim02.png"))
     with pytest.raises(InputError, match="SHA-256"):
         open_dataset("kodak")
     assert [path.name for path in images_in(tmp_path / "kodak")] == ["kodim01.png"]
-    monkeypatch.setattr(data.datasets, "_fetch", fetch)
+    monkeypatch.setattr(licq.data.datasets, "_fetch", fetch)
     assert len(open_dataset("kodak")) == 2
     assert asked == ["kodim01.png", "kodim02.png", "kodim02.png"]
 
@@ -100,7 +106,9 @@ def test_crops_are_of_the_images_and_repeat_with_the_seed(tmp_path, make_image):
     assert crops.shape == (4, 3, 32, 32)
     assert torch.equal(crops, sample_crops(paths, num=4, crop=32, seed=7))
     assert not torch.equal(crops, sample_crops(paths, num=4, crop=32, seed=8))
-    sources = [next(index for index, path in enumerate(paths) if contains(load_image(path), crop)) for crop in crops]
+    sources = [
+        next(index for index, path in enumerate(paths) if contains(load_image(path), crop)) for crop in crops
+    ]
     assert sorted(sources) == [0, 1, 2, 3]
 
 
@@ -129,17 +137,24 @@ def test_reduced_images_give_every_second_crop(make_image):
     crops = sample_crops([path], num=1, crop=16, seed=3, crops_per_image=4, reductions=(1, 2))
     image = load_image(path)
     with Image.open(path) as picture:
-        half = torch.from_numpy(np.array(picture.crop((0, 0, 40, 38)).reduce(2))).permute(2, 0, 1) / 255  # Pillow's means
+        half = (
+            torch.from_numpy(np.array(picture.crop((0, 0, 40, 38)).reduce(2))).permute(2, 0, 1) / 255
+        )  # Pillow's means
 
     def near(crop):
         windows = half.unfold(1, 16, 1).unfold(2, 16, 1) - crop[:, None, None]
-        return bool(windows.abs().amax(dim=(0, 3, 4)).le(1.01 / 255).any())  # a tie may be rounded up or to even
+        return bool(
+            windows.abs().amax(dim=(0, 3, 4)).le(1.01 / 255).any()
+        )  # a tie may be rounded up or to even
 
     assert [contains(image, crop) for crop in crops] == [True, False, True, False]
     assert [near(crop) for crop in crops] == [False, True, False, True]
     assert torch.equal((crops * 255).round() / 255, crops)
     # half of 38 pixels is less than 20
-    assert all(contains(image, crop) for crop in sample_crops([path], 1, 20, seed=3, crops_per_image=2, reductions=(1, 2)))
+    assert all(
+        contains(image, crop)
+        for crop in sample_crops([path], 1, 20, seed=3, crops_per_image=2, reductions=(1, 2))
+    )
 
 
 def test_image_smaller_than_the_crop_is_reflected(make_image):

@@ -19,7 +19,12 @@ def write_png(path, width=16, height=16, depth=16, colour=2):
     channels = {0: 1, 2: 3, 6: 4}[colour]
     rows = (b"\0" + bytes(width * channels * depth // 8)) * height
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
 
 
 def test_pixels_arrive_unchanged(make_image):
@@ -52,7 +57,12 @@ BAD = {
     "deep.png": (write_png, "16 bits"),
     "deepgrey.png": (lambda path: write_png(path, colour=0), "16 bits"),
     "plain.ppm": (lambda path: path.write_bytes(b"P3 16 16 65535\n" + b"300 " * 16 * 16 * 3), "16 bits"),
-    "deep.rgb": (lambda path: path.write_bytes(struct.pack(">HBBHHHH", 474, 0, 2, 3, 16, 16, 3).ljust(512, b"\0") + bytes(16 * 16 * 6)), "16 bits"),
+    "deep.rgb": (
+        lambda path: path.write_bytes(
+            struct.pack(">HBBHHHH", 474, 0, 2, 3, 16, 16, 3).ljust(512, b"\0") + bytes(16 * 16 * 6)
+        ),
+        "16 bits",
+    ),
     "deep.ppm": (lambda path: path.write_bytes(b"P6 16 16 65535\n" + bytes(16 * 16 * 6)), "16 bits"),
     "grey.jpg": (lambda path: save(path, "L"), "is grey"),
     "bits.png": (lambda path: save(path, "1"), "1 bit"),
@@ -63,9 +73,18 @@ BAD = {
     "key.png": (lambda path: save(path, "RGB", transparency=(0, 0, 0)), "transparent"),
     "one.png": (lambda path: save(path, "RGB", (1, 1)), "1x1, smaller than 8"),
     "narrow.png": (lambda path: save(path, "RGB", (64, 7)), "64x7, smaller than 8"),
-    "film.webp": (lambda path: save(path, "RGB", save_all=True, append_images=[Image.new("RGB", (16, 16), "red")]), "2 pictures"),
-    "film.gif": (lambda path: save(path, "P", save_all=True, append_images=[Image.new("RGB", (16, 16), "red")]), "2 pictures"),
-    "book.tiff": (lambda path: save(path, "RGB", save_all=True, append_images=[Image.new("RGB", (16, 16))]), "2 pictures"),
+    "film.webp": (
+        lambda path: save(path, "RGB", save_all=True, append_images=[Image.new("RGB", (16, 16), "red")]),
+        "2 pictures",
+    ),
+    "film.gif": (
+        lambda path: save(path, "P", save_all=True, append_images=[Image.new("RGB", (16, 16), "red")]),
+        "2 pictures",
+    ),
+    "book.tiff": (
+        lambda path: save(path, "RGB", save_all=True, append_images=[Image.new("RGB", (16, 16))]),
+        "2 pictures",
+    ),
 }
 
 
@@ -83,7 +102,7 @@ def test_unusable_image_is_refused_in_one_line(name, tmp_path):
 def test_truncated_image_is_refused(name, tmp_path, make_image):
     Image.effect_noise((64, 64), 80).convert("RGB").save(tmp_path / name)
     content = (tmp_path / name).read_bytes()
-    (tmp_path / name).write_bytes(content[:len(content) // 2])
+    (tmp_path / name).write_bytes(content[: len(content) // 2])
     with pytest.raises(InputError, match="truncated or damaged|not an image"):
         load_image(tmp_path / name)
 

@@ -8,8 +8,8 @@ from PIL import Image, features
 
 from licq.data.datasets import Dataset
 from licq.evaluation.anchors import PUBLISHED, QUALITIES, anchor_curve, anchors_of, can_write, published_curve
-from licq.report.build import build_report
 from licq.models.registry import list_models
+from licq.report.build import build_report
 
 
 def test_published_curves_are_of_known_architectures_and_rise():
@@ -36,10 +36,26 @@ def test_published_curve_is_found_for_its_data_set_only(make_image):
 def test_report_has_bd_rates_against_every_anchor(make_image, monkeypatch):
     kodak = Dataset("kodak", (make_image(width=64, height=64),) * 24)
     curves = anchors_of("cheng2020", kodak)
-    assert list(curves) == [*(name for name, codec in (("JPEG", "jpg"), ("WebP", "webp"), ("AVIF", "avif")) if features.check(codec)),
-                            "published cheng2020"]
-    report = build_report(arch="cheng2020", preset="licq", loss="rd", unit="block", w_bits=8, a_bits=8, dataset="kodak", images=24,
-                          points=[], anchors=curves)
+    assert list(curves) == [
+        *(
+            name
+            for name, codec in (("JPEG", "jpg"), ("WebP", "webp"), ("AVIF", "avif"))
+            if features.check(codec)
+        ),
+        "published cheng2020",
+    ]
+    report = build_report(
+        arch="cheng2020",
+        preset="licq",
+        loss="rd",
+        unit="block",
+        w_bits=8,
+        a_bits=8,
+        dataset="kodak",
+        images=24,
+        points=[],
+        anchors=curves,
+    )
     assert set(report["anchor_bd_rate_psnr"]) == set(curves)
     monkeypatch.setattr("licq.evaluation.anchors.can_write", lambda codec: codec == "jpeg")
     assert list(anchors_of("tic", kodak)) == ["JPEG"]
@@ -49,7 +65,12 @@ def test_report_has_bd_rates_against_every_anchor(make_image, monkeypatch):
 def test_anchor_counts_the_bytes_of_files_and_rises_with_quality(codec, make_image):
     path = make_image(width=96, height=80)
     low, high = anchor_curve([path], codec, qualities=(80, 20))
-    assert low["quality"] == 20 and low["bpp"] < high["bpp"] and low["psnr"] < high["psnr"] and high["ms_ssim"] is None
+    assert (
+        low["quality"] == 20
+        and low["bpp"] < high["bpp"]
+        and low["psnr"] < high["psnr"]
+        and high["ms_ssim"] is None
+    )
     coded = io.BytesIO()
     Image.open(path).save(coded, format=codec, quality=80)  # Pillow's defaults
     assert high["bpp"] == 8 * len(coded.getvalue()) / (96 * 80)

@@ -43,16 +43,19 @@ def test_two_points_by_pchip_are_log_linear():
     assert bd_rate([1, 2], [30, 33], [1, 2], [29, 32]) == pytest.approx(100 * (2 ** (1 / 3) - 1))
 
 
-@pytest.mark.parametrize("curve_b, method, words", [
-    (([1, 2, 3], [30, 31, 32]), "cubic", "cubic needs 4"),
-    (([1], [30]), "pchip", "pchip needs 2"),
-    (([1, 2, 3, 4], [50, 51, 52, 53]), "pchip", "no common range"),
-    (([1, 2, 3, 4], [31, 33, 32, 35]), "cubic", "does not rise"),
-    (([1, 1, 3, 4], [31, 32, 33, 35]), "pchip", "does not rise"),
-    (([0, 1, 3, 4], [31, 32, 33, 35]), "pchip", "positive"),
-    (([1, 2, 3, 4], [31, 32, 33, float("inf")]), "pchip", "finite"),
-    (([1, 2, 3], [31, 32, 33, 34]), "pchip", "pair up"),
-])
+@pytest.mark.parametrize(
+    "curve_b, method, words",
+    [
+        (([1, 2, 3], [30, 31, 32]), "cubic", "cubic needs 4"),
+        (([1], [30]), "pchip", "pchip needs 2"),
+        (([1, 2, 3, 4], [50, 51, 52, 53]), "pchip", "no common range"),
+        (([1, 2, 3, 4], [31, 33, 32, 35]), "cubic", "does not rise"),
+        (([1, 1, 3, 4], [31, 32, 33, 35]), "pchip", "does not rise"),
+        (([0, 1, 3, 4], [31, 32, 33, 35]), "pchip", "positive"),
+        (([1, 2, 3, 4], [31, 32, 33, float("inf")]), "pchip", "finite"),
+        (([1, 2, 3], [31, 32, 33, 34]), "pchip", "pair up"),
+    ],
+)
 def test_curves_without_a_bd_rate_are_refused(curve_b, method, words):
     with pytest.raises(InputError, match=words) as caught:
         bd_rate([1, 2, 3, 4], [31, 33, 34, 35], *curve_b, method=method)

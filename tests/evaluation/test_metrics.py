@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 from licq.data.images import load_image
+from licq.data.padding import crop_back, pad_to_multiple
 from licq.evaluation.anchors import anchor_curve
 from licq.evaluation.metrics import bpp_from_likelihoods, ms_ssim, ms_ssim_db, mse, psnr
-from licq.data.padding import crop_back, pad_to_multiple
 
 
 def test_psnr_of_a_known_error():
@@ -84,7 +84,7 @@ def test_padding_is_centred_zero_and_undone(height, width):
     rows, columns = -(-height // 64) * 64, -(-width // 64) * 64
     assert padded.shape == (1, 3, rows, columns)
     top, left = (rows - height) // 2, (columns - width) // 2
-    assert torch.equal(padded[..., top:top + height, left:left + width], x)
+    assert torch.equal(padded[..., top : top + height, left : left + width], x)
     assert padded.sum().item() == pytest.approx(x.sum().item(), rel=1e-4)
     assert torch.equal(crop_back(padded, unpad), x)
 
@@ -92,7 +92,11 @@ def test_padding_is_centred_zero_and_undone(height, width):
 def test_anchor_curve_counts_pillows_bytes(make_image):
     paths = [make_image("a.png", 64, 48, seed=1), make_image("b.png", 40, 56, seed=2)]
     low, high = anchor_curve(paths, "jpeg", qualities=(80, 10))
-    assert (low["quality"], high["quality"]) == (10, 80) and low["bpp"] < high["bpp"] and low["psnr"] < high["psnr"]
+    assert (
+        (low["quality"], high["quality"]) == (10, 80)
+        and low["bpp"] < high["bpp"]
+        and low["psnr"] < high["psnr"]
+    )
     sizes, qualities = [], []
     for path in paths:
         image = Image.open(path)

@@ -6,11 +6,11 @@ import pytest
 import safetensors.torch
 import torch
 
-from licq.runs.float_models import find_float_models
 from licq.models.checkpoints import load_model
 from licq.models.registry import create_model, get_architecture
 from licq.quant.config import QuantConfig
 from licq.quant.model import QuantModel
+from licq.runs.float_models import find_float_models
 from licq.support.errors import InputError
 
 FILE = str(Path(__file__).parents[2] / "examples" / "bls2017.py")
@@ -28,7 +28,9 @@ def folder(tmp_path_factory):
             layer.weight.mul_(4)
         network.entropy_bottleneck.quantiles[:, 0] += torch.rand(8, 1)
     state = network.state_dict()
-    safetensors.torch.save_file({k: v for k, v in state.items() if k[0] == "g"}, folder / "transform.safetensors")
+    safetensors.torch.save_file(
+        {k: v for k, v in state.items() if k[0] == "g"}, folder / "transform.safetensors"
+    )
     network.update()
     prior = dict(network.entropy_bottleneck.state_dict())
     for step in STEPS.values():
@@ -65,14 +67,19 @@ def test_every_function_is_integer_and_the_model_survives_a_file(folder, tmp_pat
     assert coverage["quantized"] == {"conv": 3, "deconv": 3, "entropy_bottleneck": 1, "gdn": 4}
     model.save(tmp_path / "m.safetensors")
     with torch.no_grad():
-        assert torch.equal(QuantModel.load(tmp_path / "m.safetensors")(images())["x_hat"], model(images())["x_hat"])
+        assert torch.equal(
+            QuantModel.load(tmp_path / "m.safetensors")(images())["x_hat"], model(images())["x_hat"]
+        )
 
 
 def test_command_line_finds_all_four_rates_behind_one_path(folder):
     models = find_float_models(FILE, None, str(folder / "transform.safetensors"))
     assert [(m.arch, m.quality, m.lmbda) for m in models] == [
-        ("bls2017", 1, 0.0035), ("bls2017", 2, 0.0070), ("bls2017", 3, 0.023), ("bls2017", 4, 0.054)
-    ]  # fmt: skip
+        ("bls2017", 1, 0.0035),
+        ("bls2017", 2, 0.0070),
+        ("bls2017", 3, 0.023),
+        ("bls2017", 4, 0.054),
+    ]
     assert models[1].load()(images())["x_hat"].shape == (1, 3, 48, 64)
     assert get_architecture(FILE).multiple == 16
 

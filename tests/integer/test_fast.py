@@ -6,7 +6,6 @@ from fractions import Fraction
 import pytest
 import torch
 
-from tests.frozen_codecs import frozen, settings
 from licq.integer.execution import executable, usable
 from licq.integer.fast import FastProgram
 from licq.integer.groups import Group
@@ -23,6 +22,7 @@ from licq.models.registry import list_models
 from licq.quant.config import QuantConfig
 from licq.quant.fixedpoint import quantize_multiplier
 from licq.quant.runtime import Runtime
+from tests.frozen_codecs import frozen, settings
 from tests.tiny_codecs import images
 
 needs_kernels = pytest.mark.skipif(library() is None, reason="the package was installed without a C compiler")
@@ -46,15 +46,21 @@ def test_kernels_and_passes_give_the_references_numbers(name):
     inputs = pixels()
     before, after = run(whole, inputs, keep=True), run(program, inputs, keep=True)
     for boundary in program.boundaries:
-        assert torch.equal(before[boundary.symbols], after[boundary.symbols]) and torch.equal(before[boundary.decoded], after[boundary.decoded])
+        assert torch.equal(before[boundary.symbols], after[boundary.symbols]) and torch.equal(
+            before[boundary.decoded], after[boundary.decoded]
+        )
     assert torch.equal(before[whole.outputs["pixels"]], after[program.outputs["pixels"]])
     for made in (program, whole):
         fast = FastProgram(made)
         assert_same(made, fast, inputs)
         found = fast(inputs)
         again = fast(pixels(seed=6))  # in the same memory
-        assert all(torch.equal(found[key].long(), after[number].long()) for key, number in made.outputs.items())
-        assert all(torch.equal(tensor.long(), again[key].long()) for key, tensor in run(made, pixels(seed=6)).items())
+        assert all(
+            torch.equal(found[key].long(), after[number].long()) for key, number in made.outputs.items()
+        )
+        assert all(
+            torch.equal(tensor.long(), again[key].long()) for key, tensor in run(made, pixels(seed=6)).items()
+        )
 
 
 @needs_kernels
@@ -74,19 +80,36 @@ def test_batches_sizes_and_threads(name):
 
 
 def test_nothing_of_a_codec_but_layouts_is_left_to_the_reference():
-    for name, config in (("minnen2018", {}), ("cheng2020", {}), ("minnen2018", {"split": True, "latent_bits": 8})):
+    for name, config in (
+        ("minnen2018", {}),
+        ("cheng2020", {}),
+        ("minnen2018", {"split": True, "latent_bits": 8}),
+    ):
         program = optimize(lower(frozen(name, **config), 64, 64))
         fast = FastProgram(program) if library() is not None else pytest.skip("no compiled kernels")
-        assert {entry.kind for entry in fast.plan if not isinstance(entry, Group)} <= {"layout", "neg", "input"}
+        assert {entry.kind for entry in fast.plan if not isinstance(entry, Group)} <= {
+            "layout",
+            "neg",
+            "input",
+        }
 
 
-# ---------------------------------------------------------------------------------------------------- single operations
+# ------------------------------------------------------------------------------------------ single operations
 
 
 @needs_kernels
 @pytest.mark.parametrize("numbers", [(-127, 127), (0, 255), (-9, 246), (-8191, 8191), (0, 65025)])
-@pytest.mark.parametrize(("kind", "kernel", "stride", "shape"), [("conv", 5, 2, (2, 7, 13, 11)), ("conv", 3, 1, (1, 16, 6, 40)), ("conv", 1, 1, (1, 33, 5, 7)),
-                                                           ("deconv", 5, 2, (2, 6, 5, 7)), ("deconv", 3, 2, (1, 5, 4, 9)), ("deconv", 2, 3, (1, 4, 4, 3))])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "kernel", "stride", "shape"),
+    [
+        ("conv", 5, 2, (2, 7, 13, 11)),
+        ("conv", 3, 1, (1, 16, 6, 40)),
+        ("conv", 1, 1, (1, 33, 5, 7)),
+        ("deconv", 5, 2, (2, 6, 5, 7)),
+        ("deconv", 3, 2, (1, 5, 4, 9)),
+        ("deconv", 2, 3, (1, 4, 4, 3)),
+    ],
+)
 def test_products_of_the_largest_numbers(kind, kernel, stride, shape, numbers):
     outputs = 19
     program = Program()
@@ -95,14 +118,25 @@ def test_products_of_the_largest_numbers(kind, kernel, stride, shape, numbers):
     facts = {"stride": (stride, stride), "padding": (kernel // 2,) * 2, "dilation": (1, 1), "groups": 1}
     like = torch.empty(shape)
     if kind == "conv":
-        out_shape = torch.nn.functional.conv2d(like, torch.empty(weight.shape), None, stride, kernel // 2).shape
+        out_shape = torch.nn.functional.conv2d(
+            like, torch.empty(weight.shape), None, stride, kernel // 2
+        ).shape
     else:
         facts["output_padding"] = (min(1, stride - 1),) * 2
-        out_shape = torch.nn.functional.conv_transpose2d(like, torch.empty(shape[1], outputs, kernel, kernel), None, stride, kernel // 2, facts["output_padding"]).shape
+        out_shape = torch.nn.functional.conv_transpose2d(
+            like,
+            torch.empty(shape[1], outputs, kernel, kernel),
+            None,
+            stride,
+            kernel // 2,
+            facts["output_padding"],
+        ).shape
     bound = int(weight.long().abs().flatten(1).sum(1).max()) * max(-numbers[0], numbers[1]) + 2**20
     assert bound < 2**31
     x = program.input("x", shape, Range(*numbers))
-    out = program.add(kind, (x,), tuple(out_shape), Range(-bound, bound), weight=weight, bias=bias, bound=bound, **facts)
+    out = program.add(
+        kind, (x,), tuple(out_shape), Range(-bound, bound), weight=weight, bias=bias, bound=bound, **facts
+    )
     program.outputs["out"] = out
     fast = FastProgram(program)
     inputs = {"x": extremes(shape, *numbers, seed=3).to(program.values[x].dtype)}
@@ -123,15 +157,21 @@ def layer(program, x, numbers, groups=1, padding=1):
     bound = 127 * 9 * (8 // groups) * max(-numbers.low, numbers.high)
     facts = {"stride": (1, 1), "padding": (padding, padding), "dilation": (1, 1), "groups": groups}
     side = 14 + 2 * padding
-    return program.add("conv", (x,), (1, 8, side, side), Range(-bound, bound), weight=weight, bias=None, bound=bound, **facts)
+    return program.add(
+        "conv", (x,), (1, 8, side, side), Range(-bound, bound), weight=weight, bias=None, bound=bound, **facts
+    )
 
 
 @needs_kernels
 @pytest.mark.parametrize("eight_bits", [False, True])
-@pytest.mark.parametrize("ends", [(0, 65535), (-3, 60000), (-65000, -40), (3, 65535), (3, 200), (-200, -3), (40000, 90000), (0, 255)])
+@pytest.mark.parametrize(
+    "ends",
+    [(0, 65535), (-3, 60000), (-65000, -40), (3, 65535), (3, 200), (-200, -3), (40000, 90000), (0, 255)],
+)
 @pytest.mark.parametrize("others", ["none", "grouped", "output"])
 def test_values_of_every_range_that_others_read_too(ends, others, eight_bits, monkeypatch):
-    """Numbers that only an offset brings into 16 or 8 bits, beside readers that take them as they are, and a border of zeros."""
+    """Numbers that only an offset brings into 16 or 8 bits, beside readers that take them as they are, and a
+    border of zeros."""
     monkeypatch.setattr("licq.integer.fast.library", AsWithVnni if eight_bits else library)
     numbers, program = Range(*ends), Program()
     x = program.input("x", (1, 8, 16, 16), numbers)
@@ -153,7 +193,11 @@ def test_values_of_every_range_that_others_read_too(ends, others, eight_bits, mo
 def test_the_range_of_a_rescale_holds_the_end_next_to_zero(ends, eight_bits, monkeypatch):
     """3 / 128.5 is 0, which was proved to be 1 or more, and wrapped to 255 in 8 bits."""
     monkeypatch.setattr("licq.integer.fast.library", AsWithVnni if eight_bits else library)
-    for multiplier in (torch.tensor([1 / 128.5]), torch.tensor([1 / 128.5, 2.0**-12] * 4).reshape(1, 8, 1, 1), torch.tensor([0.1666])):
+    for multiplier in (
+        torch.tensor([1 / 128.5]),
+        torch.tensor([1 / 128.5, 2.0**-12] * 4).reshape(1, 8, 1, 1),
+        torch.tensor([0.1666]),
+    ):
         tracer = Tracer(Runtime(QuantConfig()))
         x = tracer.input("x", (1, 8, 16, 16), Range(*ends))
         found = tracer.rescale(x, multiplier.double())
@@ -161,7 +205,10 @@ def test_the_range_of_a_rescale_holds_the_end_next_to_zero(ends, eight_bits, mon
         program.outputs["out"] = layer(program, found.number, tracer.range_of(found))
         program.outputs["small"] = found.number
         small, stated = run(program, given)["small"], tracer.range_of(found)
-        assert stated.low <= int(small.min()) <= stated.low + 1 and stated.high - 1 <= int(small.max()) <= stated.high
+        assert (
+            stated.low <= int(small.min()) <= stated.low + 1
+            and stated.high - 1 <= int(small.max()) <= stated.high
+        )
         del program.outputs["small"]
         assert_same(program, FastProgram(program, 1), given)
 
@@ -176,13 +223,31 @@ def test_a_product_of_a_constant_reads_it_as_it_is(monkeypatch):
 
 
 @needs_kernels
-@pytest.mark.parametrize(("kind", "kernel", "stride", "shape", "outputs"), [
-    ("conv", 3, 1, (1, 114, 9, 11), 19), ("conv", 3, 1, (2, 16, 4, 8), 32), ("conv", 3, 1, (3, 33, 5, 4), 3), ("conv", 3, 1, (1, 1, 12, 101), 16),
-    ("conv", 5, 2, (2, 40, 13, 22), 48), ("conv", 5, 2, (1, 3, 32, 31), 20), ("conv", 5, 2, (2, 4, 12, 13), 17), ("conv", 3, 1, (1, 7, 8, 7), 36), ("conv", 5, 2, (2, 70, 8, 23), 37),
-    ("conv", 5, 2, (1, 110, 13, 15), 16), ("conv", 3, 2, (1, 17, 16, 15), 33),
-    ("deconv", 5, 2, (2, 100, 7, 5), 32), ("deconv", 5, 2, (1, 21, 8, 9), 3), ("deconv", 5, 2, (1, 18, 4, 4), 21), ("deconv", 3, 2, (1, 50, 8, 7), 16),
-    ("conv", 3, 1, (1, 18, 26, 39), 18), ("conv", 5, 2, (2, 3, 66, 70), 36), ("conv", 3, 2, (1, 4, 60, 50), 8), ("conv", 3, 1, (1, 5, 23, 37), 7), ("deconv", 5, 2, (1, 21, 18, 23), 6),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "kernel", "stride", "shape", "outputs"),
+    [
+        ("conv", 3, 1, (1, 114, 9, 11), 19),
+        ("conv", 3, 1, (2, 16, 4, 8), 32),
+        ("conv", 3, 1, (3, 33, 5, 4), 3),
+        ("conv", 3, 1, (1, 1, 12, 101), 16),
+        ("conv", 5, 2, (2, 40, 13, 22), 48),
+        ("conv", 5, 2, (1, 3, 32, 31), 20),
+        ("conv", 5, 2, (2, 4, 12, 13), 17),
+        ("conv", 3, 1, (1, 7, 8, 7), 36),
+        ("conv", 5, 2, (2, 70, 8, 23), 37),
+        ("conv", 5, 2, (1, 110, 13, 15), 16),
+        ("conv", 3, 2, (1, 17, 16, 15), 33),
+        ("deconv", 5, 2, (2, 100, 7, 5), 32),
+        ("deconv", 5, 2, (1, 21, 8, 9), 3),
+        ("deconv", 5, 2, (1, 18, 4, 4), 21),
+        ("deconv", 3, 2, (1, 50, 8, 7), 16),
+        ("conv", 3, 1, (1, 18, 26, 39), 18),
+        ("conv", 5, 2, (2, 3, 66, 70), 36),
+        ("conv", 3, 2, (1, 4, 60, 50), 8),
+        ("conv", 3, 1, (1, 5, 23, 37), 7),
+        ("deconv", 5, 2, (1, 21, 18, 23), 6),
+    ],
+)
 @pytest.mark.parametrize("threads", [1, 3])
 def test_winograd_of_the_largest_sums(kind, kernel, stride, shape, outputs, threads):
     program = Program()
@@ -195,25 +260,49 @@ def test_winograd_of_the_largest_sums(kind, kernel, stride, shape, outputs, thre
     bound = int(weight.long().abs().flatten(1).sum(1).max()) * 255 + 2**20
     x = program.input("x", shape, Range(-255, 255))
     bias = extremes((outputs,), -(2**20), 2**20, seed=2)
-    program.outputs["out"] = program.add(kind, (x,), (shape[0], outputs, height, width), Range(-bound, bound), weight=weight, bias=bias, bound=bound, **facts)
+    program.outputs["out"] = program.add(
+        kind,
+        (x,),
+        (shape[0], outputs, height, width),
+        Range(-bound, bound),
+        weight=weight,
+        bias=bias,
+        bound=bound,
+        **facts,
+    )
     numbers = extremes(shape, -255, 255, seed=3)
     numbers[0, :, :4], numbers[-1, :, -3:] = 255, -255
     fast = FastProgram(program, threads)
     assert_same(program, fast, {"x": numbers.to(torch.int16)})
     if library().has_winograd():
-        assert [type(job).__name__ for entry in fast.items if hasattr(entry, "jobs") for job in entry.jobs] == ["Winograd"]
+        assert [
+            type(job).__name__ for entry in fast.items if hasattr(entry, "jobs") for job in entry.jobs
+        ] == ["Winograd"]
 
 
 def test_winograd_only_where_its_sums_and_numbers_fit():
     def found(channels=8, largest=255, kernel=3, stride=1, kind="conv", size=16, dilation=1):
         weight = torch.full((16, channels, kernel, kernel), 127, dtype=torch.int8)
-        facts = {"weight": weight, "stride": (stride,) * 2, "padding": (kernel // 2,) * 2, "dilation": (dilation,) * 2}
+        facts = {
+            "weight": weight,
+            "stride": (stride,) * 2,
+            "padding": (kernel // 2,) * 2,
+            "dilation": (dilation,) * 2,
+        }
         return windows(kind, facts, largest, (1, 16, size, size))
 
     assert found(114).parts == [[0]] and found(116) is None  # 116 * 9 * 127 * 255 > 2^25
-    assert sorted(sum(found(100, kernel=5, stride=2).parts, [])) == [0, 1, 2, 3] and len(found(100, kernel=5, stride=2).parts) == 3
+    assert (
+        sorted(sum(found(100, kernel=5, stride=2).parts, [])) == [0, 1, 2, 3]
+        and len(found(100, kernel=5, stride=2).parts) == 3
+    )
     assert found(largest=327) is not None and found(largest=328) is None
-    assert found(kernel=1) is None and found(kernel=5) is None and found(dilation=2) is None and found(size=2) is None
+    assert (
+        found(kernel=1) is None
+        and found(kernel=5) is None
+        and found(dilation=2) is None
+        and found(size=2) is None
+    )
     assert found(100, kernel=5, stride=2, kind="deconv").spread == 2 and found(kernel=7, stride=2) is None
 
 
@@ -225,14 +314,30 @@ def test_requantization_rounds_halves_away_from_zero(per_channel, largest, limit
     program = Program()
     channels = 5
     x = program.input("x", (1, channels, 40, 51), Range(-largest, largest))
-    multiplier = torch.tensor([2.0**-1, 2.0**-16, 3 * 2.0**-18, 0.3, 1e-4], dtype=torch.float64)[: channels if per_channel else 1]
+    multiplier = torch.tensor([2.0**-1, 2.0**-16, 3 * 2.0**-18, 0.3, 1e-4], dtype=torch.float64)[
+        : channels if per_channel else 1
+    ]
     mantissa, shift = (part.reshape(1, -1, 1, 1) for part in quantize_multiplier(multiplier))
-    ends = {"low": None, "high": None} if limit is None else {"low": torch.tensor(-limit), "high": torch.tensor(limit)}
-    out = program.add("rescale", (x,), (1, channels, 40, 51), Range(-(limit or largest), limit or largest), mantissa=mantissa, shift=shift,
-                      refinement=torch.tensor(1), **ends)  # fmt: skip
+    ends = (
+        {"low": None, "high": None}
+        if limit is None
+        else {"low": torch.tensor(-limit), "high": torch.tensor(limit)}
+    )
+    out = program.add(
+        "rescale",
+        (x,),
+        (1, channels, 40, 51),
+        Range(-(limit or largest), limit or largest),
+        mantissa=mantissa,
+        shift=shift,
+        refinement=torch.tensor(1),
+        **ends,
+    )
     program.outputs["out"] = out
     numbers = extremes((1, channels, 40, 51), -largest, largest)
-    numbers[:, :, :20] = extremes((1, channels, 20, 51), -(2**17), 2**17)  # and ties, which the powers of two make
+    numbers[:, :, :20] = extremes(
+        (1, channels, 20, 51), -(2**17), 2**17
+    )  # and ties, which the powers of two make
     assert_same(program, FastProgram(program), {"x": numbers.to(torch.int32)})
 
 
@@ -243,19 +348,45 @@ def test_shuffled_pixels_are_stored_as_the_reference_has_them(channels, side, ke
     program = Program()
     batch, inputs, height, width, outputs = 2, 7, 13, 21, channels * side**2
     x = program.input("x", (batch, inputs, height, width), Range(-127, 127))
-    weight, bias = extremes((outputs, inputs, kernel, kernel), -127, 127, seed=1).to(torch.int8), extremes((outputs,), -(2**16), 2**16, seed=2)
+    weight, bias = (
+        extremes((outputs, inputs, kernel, kernel), -127, 127, seed=1).to(torch.int8),
+        extremes((outputs,), -(2**16), 2**16, seed=2),
+    )
     facts = {"stride": (1, 1), "padding": (kernel // 2,) * 2, "dilation": (1, 1), "groups": 1}
     shape = (batch, outputs, height, width)
-    sums = program.add("conv", (x,), shape, Range(-(2**22), 2**22), weight=weight, bias=bias, bound=2**22, **facts)
+    sums = program.add(
+        "conv", (x,), shape, Range(-(2**22), 2**22), weight=weight, bias=bias, bound=2**22, **facts
+    )
     multipliers = torch.exp2(-torch.arange(outputs, dtype=torch.float64) % 7 - 9)
     mantissa, shift = (part.reshape(1, -1, 1, 1) for part in quantize_multiplier(multipliers))
     ends = {"low": torch.arange(outputs).reshape(1, -1, 1, 1) - 120, "high": torch.tensor(110)}
-    small = program.add("rescale", (sums,), shape, Range(-120, 110), mantissa=mantissa, shift=shift, refinement=torch.tensor(1), **ends)
-    out = program.add("layout", (small,), (batch, channels, height * side, width * side), Range(-120, 110), name="pixel_shuffle", arguments=(Input(0), side), options={})
+    small = program.add(
+        "rescale",
+        (sums,),
+        shape,
+        Range(-120, 110),
+        mantissa=mantissa,
+        shift=shift,
+        refinement=torch.tensor(1),
+        **ends,
+    )
+    out = program.add(
+        "layout",
+        (small,),
+        (batch, channels, height * side, width * side),
+        Range(-120, 110),
+        name="pixel_shuffle",
+        arguments=(Input(0), side),
+        options={},
+    )
     program.outputs.update({"out": out} if read == "shuffled" else {"out": out, "small": small})
     fast = FastProgram(program, 2)
-    assert [entry.shuffle is not None for entry in fast.plan if isinstance(entry, Group)] == [read == "shuffled"]
-    assert_same(program, fast, {"x": extremes((batch, inputs, height, width), -127, 127, seed=3).to(torch.int8)})
+    assert [entry.shuffle is not None for entry in fast.plan if isinstance(entry, Group)] == [
+        read == "shuffled"
+    ]
+    assert_same(
+        program, fast, {"x": extremes((batch, inputs, height, width), -127, 127, seed=3).to(torch.int8)}
+    )
 
 
 def test_nudged_multipliers_make_no_ties_and_move_no_product_over_one():
@@ -263,7 +394,9 @@ def test_nudged_multipliers_make_no_ties_and_move_no_product_over_one():
     seen = 0
     for largest, limit in ((2**24, 127), (2**16, 32767), (2**29, 255), (2**31 - 1, 1)):
         exponent = -torch.rand(200, generator=draw, dtype=torch.float64) * 26
-        multiplier = torch.cat([torch.exp2(exponent), torch.exp2(exponent.round()), 3 * torch.exp2(exponent.round())])
+        multiplier = torch.cat(
+            [torch.exp2(exponent), torch.exp2(exponent.round()), 3 * torch.exp2(exponent.round())]
+        )
         for mantissa, shift in zip(*quantize_multiplier(multiplier)):
             larger = nudged(mantissa, shift, largest, limit)
             if larger is None:
@@ -272,12 +405,26 @@ def test_nudged_multipliers_make_no_ties_and_move_no_product_over_one():
             exact = Fraction(int(mantissa)) / Fraction(2) ** int(shift)
             # whole numbers whose products lie at ties and next to them
             ties = torch.randint(0, min(limit, int(exact * largest)) + 1, (40,), generator=draw).tolist()
-            near = {n for tie in ties for n in range(int((tie + Fraction(1, 2)) / exact) - 1, int((tie + Fraction(1, 2)) / exact) + 3) if 0 <= n <= largest}
+            near = {
+                n
+                for tie in ties
+                for n in range(
+                    int((tie + Fraction(1, 2)) / exact) - 1, int((tie + Fraction(1, 2)) / exact) + 3
+                )
+                if 0 <= n <= largest
+            }
             for n in near:
                 expected = math.floor(n * exact + Fraction(1, 2))
-                assert min(round(float(n) * float(larger)), limit) == min(expected, limit), (n, mantissa, shift)
+                assert min(round(float(n) * float(larger)), limit) == min(expected, limit), (
+                    n,
+                    mantissa,
+                    shift,
+                )
     assert seen > 500
-    assert nudged(torch.tensor(2**21 + 1), torch.tensor(40), 2**31 - 1, 32767) is None and nudged(torch.tensor(2**21), torch.tensor(20), 2**30) is None
+    assert (
+        nudged(torch.tensor(2**21 + 1), torch.tensor(40), 2**31 - 1, 32767) is None
+        and nudged(torch.tensor(2**21), torch.tensor(20), 2**30) is None
+    )
 
 
 @needs_kernels
@@ -292,28 +439,58 @@ def test_gdn_of_the_largest_numbers(inverse, algorithm):
     ratio = torch.logspace(-3, 1, 6, dtype=torch.float64) * (2.0**-14 if inverse else 2.0**14) ** (2 * power)
     mantissa, shift = (part.reshape(1, -1, 1, 1) for part in quantize_multiplier(ratio))
     ends = {name: torch.full((1, 6, 1, 1), sign * 32767) for name, sign in (("low", -1), ("high", 1))}
-    out = program.add("gdn", (x, norm), shape, Range(-32767, 32767), mantissa=mantissa, shift=shift, inverse=inverse, algorithm=algorithm, **ends)
+    out = program.add(
+        "gdn",
+        (x, norm),
+        shape,
+        Range(-32767, 32767),
+        mantissa=mantissa,
+        shift=shift,
+        inverse=inverse,
+        algorithm=algorithm,
+        **ends,
+    )
     program.outputs["out"] = out
     draw = torch.Generator().manual_seed(4)
     norms = torch.exp2(torch.rand(shape, generator=draw) * 31).long().clamp(max=2**31 - 1)
     norms[:, :, 0] = torch.arange(31) ** 2
     norms[:, :, 1] = 2**31 - 1
-    assert_same(program, FastProgram(program), {"x": extremes(shape, -32767, 32767).to(torch.int16), "norm": norms.to(torch.int32)})
+    assert_same(
+        program,
+        FastProgram(program),
+        {"x": extremes(shape, -32767, 32767).to(torch.int16), "norm": norms.to(torch.int32)},
+    )
 
 
 @needs_kernels
 @pytest.mark.parametrize("inverse", [False, True])
 @pytest.mark.parametrize("exponent", range(-22, 23, 3))
 def test_gdn_at_and_next_to_halves(inverse, exponent):
-    """Norms that are powers of four and their neighbours, gains that are powers of two and next to them: halves, where they are in reach."""
+    """Norms that are powers of four and their neighbours, gains that are powers of two and next to them:
+    halves, where they are in reach."""
     program = Program()
     x_shape = (1, 8, 64, 48)
     x = program.input("x", x_shape, Range(-32767, 32767))
     norm = program.input("norm", x_shape, Range(0, 2**31 - 1))
-    mantissa = torch.tensor([2**21, 2**21, 2**21 + 1, 2**22 - 1, 2**21 + 2**20, 2**21, 3 * 2**20 + 1, 2**21 + 2**11]).reshape(1, 8, 1, 1)
+    mantissa = torch.tensor(
+        [2**21, 2**21, 2**21 + 1, 2**22 - 1, 2**21 + 2**20, 2**21, 3 * 2**20 + 1, 2**21 + 2**11]
+    ).reshape(1, 8, 1, 1)
     shift = torch.full_like(mantissa, 21 + exponent)
-    ends = {"low": torch.tensor([-32768, -127, -9, 0] * 2).reshape(1, 8, 1, 1), "high": torch.tensor([32767, 127, 9, 255] * 2).reshape(1, 8, 1, 1)}
-    out = program.add("gdn", (x, norm), x_shape, Range(-32768, 32767), mantissa=mantissa, shift=shift, inverse=inverse, algorithm="gdn", **ends)
+    ends = {
+        "low": torch.tensor([-32768, -127, -9, 0] * 2).reshape(1, 8, 1, 1),
+        "high": torch.tensor([32767, 127, 9, 255] * 2).reshape(1, 8, 1, 1),
+    }
+    out = program.add(
+        "gdn",
+        (x, norm),
+        x_shape,
+        Range(-32768, 32767),
+        mantissa=mantissa,
+        shift=shift,
+        inverse=inverse,
+        algorithm="gdn",
+        **ends,
+    )
     program.outputs["out"] = out
     assert GroupItem._gdn_scale(program.operations[-1].facts, True)
     draw = torch.Generator().manual_seed(5)
@@ -321,7 +498,11 @@ def test_gdn_at_and_next_to_halves(inverse, exponent):
     numbers = torch.randint(-32767, 32768, x_shape, generator=draw)
     small = torch.rand(x_shape, generator=draw) < 0.5
     numbers = torch.where(small, numbers % 129 - 64, numbers)
-    assert_same(program, FastProgram(program), {"x": numbers.to(torch.int16), "norm": norms.clamp(0, 2**31 - 1).expand(x_shape).to(torch.int32)})
+    assert_same(
+        program,
+        FastProgram(program),
+        {"x": numbers.to(torch.int16), "norm": norms.clamp(0, 2**31 - 1).expand(x_shape).to(torch.int32)},
+    )
 
 
 @needs_kernels
@@ -329,18 +510,33 @@ def test_gdn_at_and_next_to_halves(inverse, exponent):
 def test_gdn_where_the_gain_brings_it_as_near_to_a_half_as_it_can(inverse):
     program = Program()
     shape = (1, 8192, 4, 8)
-    x, norm = program.input("x", shape, Range(-32767, 32767)), program.input("norm", shape, Range(0, 2**31 - 1))
+    x, norm = (
+        program.input("x", shape, Range(-32767, 32767)),
+        program.input("norm", shape, Range(0, 2**31 - 1)),
+    )
     draw = torch.Generator().manual_seed(6)
 
     def random(low, high):  # evenly in the logarithm
-        return (low * (high / low) ** torch.rand(1, shape[1], 1, 1, generator=draw, dtype=torch.float64)).floor()
+        return (
+            low * (high / low) ** torch.rand(1, shape[1], 1, 1, generator=draw, dtype=torch.float64)
+        ).floor()
 
     number, root, wanted = random(1, 32768), random(1, 2**31).sqrt(), random(1, 32768) + 0.5
     gain = wanted / number * (1 / root if inverse else root)
     shift = 21 - gain.log2().floor().long()
     mantissa = (gain * torch.exp2(shift.double())).round().long()
     ends = {"low": torch.full_like(mantissa, -32767), "high": torch.full_like(mantissa, 32767)}
-    out = program.add("gdn", (x, norm), shape, Range(-32767, 32767), mantissa=mantissa, shift=shift, inverse=inverse, algorithm="gdn", **ends)
+    out = program.add(
+        "gdn",
+        (x, norm),
+        shape,
+        Range(-32767, 32767),
+        mantissa=mantissa,
+        shift=shift,
+        inverse=inverse,
+        algorithm="gdn",
+        **ends,
+    )
     program.outputs["out"] = out
     assert GroupItem._gdn_scale(program.operations[-1].facts, True)
     numbers = (number.long() * torch.tensor([1, -1, 1, -1])[:, None]).expand(shape)

@@ -5,7 +5,6 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tests.frozen_codecs import frozen, make_frozen, settings
 from licq.integer.lowering import lower
 from licq.integer.passes import without_duplicates
 from licq.integer.program import INT32
@@ -15,6 +14,7 @@ from licq.quant.config import QuantConfig
 from licq.quant.model import QuantModel
 from licq.support.determinism import exact_products
 from licq.support.errors import InputError
+from tests.frozen_codecs import frozen, make_frozen, settings
 from tests.tiny_codecs import images, tiny_codec
 
 
@@ -35,7 +35,9 @@ def assert_program_equals_model(codec, x):
             node = codec.get_submodule(f"model.{boundary.node}")
             scales = values[boundary.scales].float() * node.unit
             means = values[boundary.means].float() * node.unit if boundary.whole else None
-            assert torch.equal(node._likelihood_of(values[boundary.symbols].float(), scales, means), output[1])
+            assert torch.equal(
+                node._likelihood_of(values[boundary.symbols].float(), scales, means), output[1]
+            )
     for number, tensor in values.items():
         stated = program.values[number].range
         assert stated.low <= int(tensor.min()) and int(tensor.max()) <= stated.high
@@ -47,7 +49,9 @@ def assert_program_equals_model(codec, x):
 def test_program_equals_the_model(name):
     program = assert_program_equals_model(frozen(name), images(1, seed=5))
     assert all(numbers.largest < 2**53 for _, numbers in program.beyond_int32())
-    assert not any(isinstance(part, nn.Module) for operation in program.operations for part in operation.facts.values())
+    assert not any(
+        isinstance(part, nn.Module) for operation in program.operations for part in operation.facts.values()
+    )
 
 
 @pytest.mark.parametrize(("name", "config"), settings())
@@ -76,7 +80,9 @@ def test_the_program_of_a_loaded_file_is_the_same(tmp_path):
     loaded = QuantModel.load(tmp_path / "model.safetensors")
     x = images(1, seed=9)
     ours, theirs = assert_program_equals_model(codec, x), assert_program_equals_model(loaded, x)
-    assert [repr(operation) for operation in ours.operations] == [repr(operation) for operation in theirs.operations]
+    assert [repr(operation) for operation in ours.operations] == [
+        repr(operation) for operation in theirs.operations
+    ]
 
 
 def test_a_part_computes_what_the_whole_does():
@@ -86,7 +92,9 @@ def test_a_part_computes_what_the_whole_does():
     values = run(program, {"pixels": x}, keep=True)
     y = next(boundary for boundary in program.boundaries if boundary.kind == "gaussian")
     synthesis = program.part({"y_hat": y.decoded}, {"pixels": program.outputs["pixels"]})
-    assert torch.equal(run(synthesis, {"y_hat": values[y.decoded]})["pixels"], values[program.outputs["pixels"]])
+    assert torch.equal(
+        run(synthesis, {"y_hat": values[y.decoded]})["pixels"], values[program.outputs["pixels"]]
+    )
     assert len(synthesis.operations) < len(program.operations) / 2
     with pytest.raises(ValueError, match="pixels is needed"):
         program.part({"y_hat": y.decoded}, {"scales": y.scales})
@@ -95,8 +103,15 @@ def test_a_part_computes_what_the_whole_does():
 def test_eight_bit_codecs_stay_inside_int32():
     for name in ("minnen2018", "lu2022", "cheng2020"):
         program = lower(frozen(name), 64, 64)
-        assert not [op for op, _ in program.beyond_int32() if op.kind in ("conv", "deconv", "linear", "matmul")]
-        assert all(program.values[output].range.largest <= INT32 for op in program.operations if op.kind == "rescale" for output in op.outputs)
+        assert not [
+            op for op, _ in program.beyond_int32() if op.kind in ("conv", "deconv", "linear", "matmul")
+        ]
+        assert all(
+            program.values[output].range.largest <= INT32
+            for op in program.operations
+            if op.kind == "rescale"
+            for output in op.outputs
+        )
 
 
 def test_what_is_no_integer_program_is_refused():
@@ -111,12 +126,23 @@ def test_what_is_no_integer_program_is_refused():
         lower(codec, 64, 64)
 
 
-@pytest.mark.parametrize("name", ["balle2018", "minnen2018", "lu2022", *(pytest.param(name, marks=pytest.mark.slow) for name in ("tic", "chen2021", "balle2018-vbr"))])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "balle2018",
+        "minnen2018",
+        "lu2022",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("tic", "chen2021", "balle2018-vbr")),
+    ],
+)
 def test_on_a_gpu_every_number_is_there(name):
-    """No GPU is needed: tensors without data, on a pretended one, through the reference; a constant left on the CPU would be an error."""
+    """No GPU is needed: tensors without data, on a pretended one, through the reference; a constant left on
+    the CPU would be an error."""
     program = lower(frozen(name), 64, 128)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        found = run(program.to("cuda"), {"pixels": torch.empty((1, 3, 64, 128), dtype=torch.uint8, device="cuda")})
+        found = run(
+            program.to("cuda"), {"pixels": torch.empty((1, 3, 64, 128), dtype=torch.uint8, device="cuda")}
+        )
     assert found["pixels"].device.type == "cuda" and found["pixels"].shape == (1, 3, 64, 128)
 
 
@@ -130,7 +156,8 @@ def test_products_on_a_gpu_leave_cudnn_and_tf32_out():
 
 
 def test_what_a_pass_has_decoded_stays_what_it_is():
-    """At the positions that later passes read, the first roundings of a latent are the last one: a decoder has only one of them."""
+    """At the positions that later passes read, the first roundings of a latent are the last one: a decoder
+    has only one of them."""
     network = tiny_codec("lu2022")
     with torch.no_grad():  # so that the sums of later passes have coarser steps
         network.sc_transform_2.weight *= 3
@@ -141,9 +168,19 @@ def test_what_a_pass_has_decoded_stays_what_it_is():
     program = without_duplicates(lower(codec, 256, 256))
     values = run(program, {"pixels": (images(1, 256, 256, seed=8) * 255).round().to(torch.uint8)}, keep=True)
     final = {boundary.latent: boundary.decoded for boundary in program.boundaries}
-    masks = {operation.inputs[0]: operation.facts["mask"] for operation in program.operations if operation.kind == "mask"}
-    passes = [boundary for boundary in program.boundaries if boundary.decoded in masks and boundary.decoded != final[boundary.latent]]
+    masks = {
+        operation.inputs[0]: operation.facts["mask"]
+        for operation in program.operations
+        if operation.kind == "mask"
+    }
+    passes = [
+        boundary
+        for boundary in program.boundaries
+        if boundary.decoded in masks and boundary.decoded != final[boundary.latent]
+    ]
     assert len(passes) == 5
     for boundary in passes:
         known = masks[boundary.decoded]
-        assert 0 < int(known.sum()) and torch.equal(values[boundary.decoded] * known, values[final[boundary.latent]] * known)
+        assert 0 < int(known.sum()) and torch.equal(
+            values[boundary.decoded] * known, values[final[boundary.latent]] * known
+        )

@@ -1,4 +1,5 @@
-"""Images in tiles: the same files and the same pixels as in one piece; and how far a network's results reach."""
+"""Images in tiles: the same files and the same pixels as in one piece; and how far a network's results
+reach."""
 
 import numpy as np
 import pytest
@@ -7,13 +8,13 @@ import torch
 from licq.codec.api import Codec
 from licq.codec.plan import Plan
 from licq.codec.sizes import Sizes, analysis_part
-from tests.frozen_codecs import frozen
 from licq.integer.lowering import lower
 from licq.integer.passes import without_duplicates
 from licq.integer.reach import BATCH, Span, reach
 from licq.integer.reference import run
 from licq.integer.tiles import Tiled, cuts
 from tests.codec.test_files import DIGEST, pixels
+from tests.frozen_codecs import frozen
 from tests.tiny_codecs import SIZES
 
 QUICK = ("balle2018", "minnen2018", "qvrf-minnen2018")
@@ -24,10 +25,15 @@ def analysis(name: str, side: int, batch: int = 1):
     return analysis_part(without_duplicates(lower(frozen(name), side, side, batch)))
 
 
-@pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SIZES])
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SIZES]
+)
 def test_tiles_give_the_files_and_pixels_of_the_whole_image(name):
     image = pixels(470, 520) if name in QUICK else pixels(640, 700)
-    whole, tiled = Codec(frozen(name), DIGEST, threads=1, tile=None), Codec(frozen(name), DIGEST, threads=1, tile=64)
+    whole, tiled = (
+        Codec(frozen(name), DIGEST, threads=1, tile=None),
+        Codec(frozen(name), DIGEST, threads=1, tile=64),
+    )
     data = whole.encode(image)
     assert tiled.encode(image) == data
     assert torch.equal(tiled.decode(data), whole.decode(data))
@@ -38,16 +44,25 @@ def test_tiles_give_the_files_and_pixels_of_the_whole_image(name):
 
 
 def test_reach_of_strided_convolutions_is_the_closed_form():
-    """Four convolutions of 5x5 and stride 2: two pixels of each resolution on both sides of a position of 16 pixels."""
+    """Four convolutions of 5x5 and stride 2: two pixels of each resolution on both sides of a position of 16
+    pixels."""
     found = reach(analysis("balle2018", 256, BATCH), 256, 256, 64)
     far = 2 * (1 + 2 + 4 + 8)
     assert found.rows == found.columns == Span(far, far - 15, 64)
 
 
-@pytest.mark.parametrize("name", ["balle2018", pytest.param("cheng2019", marks=pytest.mark.slow), pytest.param("tic", marks=pytest.mark.slow),
-                                  pytest.param("lu2022", marks=pytest.mark.slow)])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "balle2018",
+        pytest.param("cheng2019", marks=pytest.mark.slow),
+        pytest.param("tic", marks=pytest.mark.slow),
+        pytest.param("lu2022", marks=pytest.mark.slow),
+    ],
+)
 def test_nothing_beyond_the_reach_matters_and_something_at_it_does(name):
-    """Brute force: other pixels beyond the reach of a row of the latent leave it as it is; some within it do not."""
+    """Brute force: other pixels beyond the reach of a row of the latent leave it as it is; some within it do
+    not."""
     side = 512
     program = analysis(name, side)
     far = reach(analysis(name, side, BATCH), side, side, 64).rows
@@ -59,7 +74,9 @@ def test_nothing_beyond_the_reach_matters_and_something_at_it_does(name):
         changed[:, :, outside] = pixels(side, side, seed=9)[None][:, :, outside]
         assert torch.equal(run(program, {"pixels": changed})["latent"][:, :, row], latent[:, :, row])
     changed = image.clone()
-    changed[:, :, 16 * 16 - far.before : 16 * 16 + 16 + far.after] = 255 - changed[:, :, 16 * 16 - far.before : 16 * 16 + 16 + far.after]
+    changed[:, :, 16 * 16 - far.before : 16 * 16 + 16 + far.after] = (
+        255 - changed[:, :, 16 * 16 - far.before : 16 * 16 + 16 + far.after]
+    )
     assert not torch.equal(run(program, {"pixels": changed})["latent"][:, :, 16], latent[:, :, 16])
 
 

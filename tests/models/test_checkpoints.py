@@ -8,7 +8,6 @@ import safetensors
 import safetensors.torch
 import torch
 from compressai.models import JointAutoregressiveHierarchicalPriors, MeanScaleHyperprior, ScaleHyperprior
-from tests.formula import as_published
 from torch import nn
 
 from licq.models import checkpoints, registry
@@ -25,6 +24,7 @@ from licq.models.checkpoints import (
 )
 from licq.models.registry import create_model, get_architecture, list_models, register_model
 from licq.support.errors import InputError
+from tests.formula import as_published
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,9 @@ def old_style(state_dict: dict) -> dict:
     """Names of CompressAI 1.1: `entropy_bottleneck._matrix0` for today's `entropy_bottleneck.matrices.0`."""
     singular = {"matrices.": "_matrix", "biases.": "_bias", "factors.": "_factor"}
     return {
-        next((key.replace(new, old) for new, old in singular.items() if f"bottleneck.{new}" in key), key): value
+        next(
+            (key.replace(new, old) for new, old in singular.items() if f"bottleneck.{new}" in key), key
+        ): value
         for key, value in state_dict.items()
     }
 
@@ -67,15 +69,24 @@ def oldest_style(state_dict: dict) -> dict:
 
 FORMATS = {
     "bare": lambda state: state,
-    "wrapped in state_dict": lambda state: {"epoch": 3, "state_dict": state, "loss": torch.tensor(1.0), "optimizer": {}},
+    "wrapped in state_dict": lambda state: {
+        "epoch": 3,
+        "state_dict": state,
+        "loss": torch.tensor(1.0),
+        "optimizer": {},
+    },
     "wrapped in model": lambda state: {"model": state, "epoch": 1},
     "wrapped twice": lambda state: {"model": {"state_dict": state}},
     "DataParallel": lambda state: {f"module.{key}": value for key, value in state.items()},
     "compiled": lambda state: {f"_orig_mod.module.{key}": value for key, value in state.items()},
     "CompressAI 1.1": old_style,
     "CompressAI 1.0": oldest_style,
-    "without CDF buffers": lambda state: {k: v for k, v in state.items() if not k.endswith(("_cdf", "_offset", "_length"))},
-    "without constants": lambda state: {k: v for k, v in state.items() if not k.endswith(("bound", "pedestal", "mask"))},
+    "without CDF buffers": lambda state: {
+        k: v for k, v in state.items() if not k.endswith(("_cdf", "_offset", "_length"))
+    },
+    "without constants": lambda state: {
+        k: v for k, v in state.items() if not k.endswith(("bound", "pedestal", "mask"))
+    },
 }
 
 
@@ -93,7 +104,10 @@ def test_every_format_gives_the_same_network(name, is_zip, model, image, tmp_pat
 def test_a_network_without_cdf_tables_gets_them_and_can_code(model, image, tmp_path):
     torch.save(model.state_dict(), tmp_path / "c.pth")
     loaded = load_checkpoint(tmp_path / "c.pth")
-    assert loaded.entropy_bottleneck._quantized_cdf.numel() and loaded.gaussian_conditional.scale_table.numel() == 64
+    assert (
+        loaded.entropy_bottleneck._quantized_cdf.numel()
+        and loaded.gaussian_conditional.scale_table.numel() == 64
+    )
 
 
 def test_cdf_tables_of_the_file_are_kept(model, tmp_path):
@@ -108,7 +122,10 @@ def test_cdf_tables_of_the_file_are_kept(model, tmp_path):
 
 
 def test_half_precision_file_keeps_the_bounds_that_half_precision_cannot_hold(model, image, tmp_path):
-    torch.save({key: v.half() if v.is_floating_point() else v for key, v in model.state_dict().items()}, tmp_path / "c.pth")
+    torch.save(
+        {key: v.half() if v.is_floating_point() else v for key, v in model.state_dict().items()},
+        tmp_path / "c.pth",
+    )
     loaded = load_checkpoint(tmp_path / "c.pth")
     assert {tensor.dtype for tensor in loaded.parameters()} == {torch.float32}
     assert float(loaded.entropy_bottleneck.likelihood_lower_bound.bound) == pytest.approx(1e-9)
@@ -141,7 +158,9 @@ def test_saved_reference_networks_load_with_the_same_outputs(name, tmp_path):
     saved.update()
     path = tmp_path / "m.safetensors"
     lmbda = get_architecture(name).lambda_for(3)
-    save_checkpoint(saved, path, {"arch": name, "quality": 3, "lambda": lmbda, "metric": "mse"}, dtype=torch.float32)
+    save_checkpoint(
+        saved, path, {"arch": name, "quality": 3, "lambda": lmbda, "metric": "mse"}, dtype=torch.float32
+    )
     stated = get_architecture(name).complete(read_checkpoint(path).metadata["kwargs"])
     assert {key: stated[key] for key in sizes} == sizes
     loaded = load_checkpoint(path, quality=3)
@@ -157,7 +176,9 @@ def test_float16_rounds_layer_weights_only(model, tmp_path):
     with safetensors.safe_open(tmp_path / "m.safetensors", "pt") as stream:
         types = {name: stream.get_tensor(name).dtype for name in stream.keys()}
     assert types["g_a.0.weight"] == types["context_prediction.weight"] == torch.float16
-    assert types["g_a.0.bias"] == types["g_a.1.gamma"] == types["entropy_bottleneck.matrices.1"] == torch.float32
+    assert (
+        types["g_a.0.bias"] == types["g_a.1.gamma"] == types["entropy_bottleneck.matrices.1"] == torch.float32
+    )
     assert "context_prediction.mask" not in types and "g_a.1.beta_reparam.pedestal" not in types
     loaded = load_checkpoint(tmp_path / "m.safetensors")
     assert torch.equal(loaded.g_a[0].weight, model.g_a[0].weight.half().float())
@@ -206,7 +227,10 @@ def load_cdf(steps, state):
 
 
 def test_cdf_table_that_does_not_start_at_zero_is_stored_as_it_is():
-    state = {"e._quantized_cdf": torch.tensor([[3, 9]], dtype=torch.int32), "e._cdf_length": torch.tensor([2])}
+    state = {
+        "e._quantized_cdf": torch.tensor([[3, 9]], dtype=torch.int32),
+        "e._cdf_length": torch.tensor([2]),
+    }
     assert pack_cdfs(state).keys() == state.keys()
 
 
@@ -361,7 +385,9 @@ def test_embedded_checkpoints_are_listed_when_one_is_absent(tmp_path, monkeypatc
     monkeypatch.setattr(checkpoints, "ZOO", tmp_path)
     with pytest.raises(InputError, match="there are: none"):
         embedded_checkpoint("minnen2018", 1)
-    save_checkpoint(model, tmp_path / "minnen2018-q4.safetensors", {"arch": "minnen2018", "quality": 4, "lambda": 0.013})
+    save_checkpoint(
+        model, tmp_path / "minnen2018-q4.safetensors", {"arch": "minnen2018", "quality": 4, "lambda": 0.013}
+    )
     with pytest.raises(InputError, match="there are: minnen2018 4;"):
         embedded_checkpoint("minnen2018-mean", 4)
     assert isinstance(load_model("minnen2018", 4), JointAutoregressiveHierarchicalPriors)
@@ -388,10 +414,16 @@ def test_header_states_the_metadata_as_json(good):
     with safetensors.safe_open(good / "own.safetensors", "pt") as stream:
         stated = json.loads(stream.metadata()["licq"])
     assert stated["arch"] == "minnen2018" and stated["lambda"] == 0.0067 and len(stated["sha256"]) == 64
-    assert set(read_state_dict(good / "own.safetensors")) < set(JointAutoregressiveHierarchicalPriors(8, 12).state_dict())
+    assert set(read_state_dict(good / "own.safetensors")) < set(
+        JointAutoregressiveHierarchicalPriors(8, 12).state_dict()
+    )
 
 
 def test_foreign_safetensors_without_metadata_load(model, image, tmp_path):
-    safetensors.torch.save_file({k: v.contiguous() for k, v in model.state_dict().items()}, tmp_path / "f.safetensors")
+    safetensors.torch.save_file(
+        {k: v.contiguous() for k, v in model.state_dict().items()}, tmp_path / "f.safetensors"
+    )
     with torch.no_grad():
-        torch.testing.assert_close(as_published(load_checkpoint(tmp_path / "f.safetensors"))(image), model(image), rtol=0, atol=0)
+        torch.testing.assert_close(
+            as_published(load_checkpoint(tmp_path / "f.safetensors"))(image), model(image), rtol=0, atol=0
+        )

@@ -1,18 +1,18 @@
 """NLAIC against the public code (NJUVISION/NIC): names, shapes, and outputs on weights made by a formula.
 
-The golden numbers were printed by the public code on the same weights; x_hat there was equal bit for bit, the likelihoods to
-2e-7.
+The golden numbers were printed by the public code on the same weights; x_hat there was equal bit for bit, the
+likelihoods to 2e-7.
 """
 
 import pytest
 import torch
-from tests.formula import fill_by_formula, image_by_formula
 
-from licq.models.chen2021 import NLAIC
 from licq.models.checkpoints import identify, load_checkpoint, save_checkpoint
+from licq.models.chen2021 import NLAIC
 from licq.models.layers import MaskedConv3d
 from licq.models.registry import create_model, get_architecture
 from licq.support.errors import InputError
+from tests.formula import fill_by_formula, image_by_formula
 
 M, N2 = 16, 8
 
@@ -28,9 +28,16 @@ def test_outputs_equal_the_public_code(narrow):
         y, z = narrow.encoder(x)
         out = narrow(x)
     close = {"rtol": 1e-4, "atol": 1e-4}
-    torch.testing.assert_close(y.flatten()[::301], torch.tensor([-0.774273, -0.199798, 0.305353, 0.437334, 0.295976, -0.102518]), **close)
     torch.testing.assert_close(
-        z.flatten()[::7], torch.tensor([0.153667, -0.678193, 0.351101, 0.725334, -0.49911, -0.270103, -0.024438]), **close)
+        y.flatten()[::301],
+        torch.tensor([-0.774273, -0.199798, 0.305353, 0.437334, 0.295976, -0.102518]),
+        **close,
+    )
+    torch.testing.assert_close(
+        z.flatten()[::7],
+        torch.tensor([0.153667, -0.678193, 0.351101, 0.725334, -0.49911, -0.270103, -0.024438]),
+        **close,
+    )
     expected_x_hat = [-0.933837, 1.032276, -0.750288, -0.332427, -0.41549, 0.408948, 0.347184, 0.035338]
     torch.testing.assert_close(out["x_hat"].flatten()[::10007], torch.tensor(expected_x_hat), **close)
     likelihoods = out["likelihoods"]
@@ -55,7 +62,9 @@ def official_files(model: NLAIC, folder) -> str:
     for name, last in (("matrix", "_matrices.3"), ("bias", "_bias.3"), ("factor", "_factor.2")):
         first[f"factorized_entropy_func.{name}"] = first[f"factorized_entropy_func.{last}"]
     for unused, used in (("encoder.mask1", "encoder.mask2"), ("decoder.mask2", "decoder.mask1")):
-        first.update({name.replace(used, unused): tensor for name, tensor in first.items() if name.startswith(used)})
+        first.update(
+            {name.replace(used, unused): tensor for name, tensor in first.items() if name.startswith(used)}
+        )
     torch.save(first, folder / "mse800.pkl", _use_new_zipfile_serialization=False)
     torch.save(second, folder / "mse800p.pkl", _use_new_zipfile_serialization=False)
     return str(folder / "mse800.pkl")
@@ -90,7 +99,8 @@ def test_our_own_file_is_found_out_and_comes_back(narrow, tmp_path):
 
 
 def test_official_sizes_have_the_published_number_of_parameters():
-    """198.19 MB and 2.9 MB of float32 by the public documentation; 4 206 144 numbers of the first file never run."""
+    """198.19 MB and 2.9 MB of float32 by the public documentation; 4 206 144 numbers of the first file never
+    run."""
     model = create_model("chen2021", quality=3)
     context = sum(p.numel() for p in model.context.parameters())
     quantiles = model.factorized_entropy_func.quantiles.numel()
@@ -105,6 +115,6 @@ def test_mask_reads_what_comes_before_in_raster_order():
     torch.manual_seed(0)
     volume = torch.randn(1, 1, 4, 5, 6, requires_grad=True)
     place = (2, 3, 1)
-    gradient, = torch.autograd.grad(layer(volume)[0, 0][place], volume)
+    (gradient,) = torch.autograd.grad(layer(volume)[0, 0][place], volume)
     reads = {tuple(index) for index in gradient[0, 0].nonzero().tolist()}
     assert reads and max(reads) < place

@@ -1,12 +1,13 @@
-"""Cheng2019 against its layers written out one by one, and against CompressAI's anchor where the two are alike."""
+"""Cheng2019 against its layers written out one by one, and against CompressAI's anchor where the two are
+alike."""
 
 import torch
 import torch.nn.functional as F
 from compressai.models import Cheng2020Anchor
-from tests.formula import as_published, fill_by_formula, image_by_formula
 
 from licq.models.checkpoints import identify, load_checkpoint, save_checkpoint
 from licq.models.registry import create_model
+from tests.formula import as_published, fill_by_formula, image_by_formula
 
 N = 8
 
@@ -45,7 +46,9 @@ class WrittenOut:
 
     def up_unit(self, x, name):
         inner = self.conv(lrelu(F.pixel_shuffle(self.conv(x, f"{name}.subpel_conv.0"), 2)), f"{name}.conv")
-        return self.gdn(inner, f"{name}.igdn", inverse=True) + F.pixel_shuffle(self.conv(x, f"{name}.upsample.0"), 2)
+        return self.gdn(inner, f"{name}.igdn", inverse=True) + F.pixel_shuffle(
+            self.conv(x, f"{name}.upsample.0"), 2
+        )
 
     def analysis(self, x):
         for stage in range(3):
@@ -90,7 +93,15 @@ def test_the_rest_is_the_codec_of_minnen2018():
     """With the anchor's layers in their places the forward is the anchor's."""
     anchor = fill_by_formula(Cheng2020Anchor(N))
     model = codec()
-    for name in ("g_a", "g_s", "h_a", "h_s", "context_prediction", "entropy_parameters", "entropy_bottleneck"):
+    for name in (
+        "g_a",
+        "g_s",
+        "h_a",
+        "h_s",
+        "context_prediction",
+        "entropy_parameters",
+        "entropy_bottleneck",
+    ):
         setattr(model, name, getattr(anchor, name))
     x = image_by_formula(64, 64)
     with torch.no_grad():
@@ -105,7 +116,9 @@ def test_checkpoint_is_told_from_the_anchors(tmp_path):
     assert identify(Cheng2020Anchor(N).state_dict()) == "cheng2020-anchor"
     save_checkpoint(model, tmp_path / "model.safetensors", {"arch": "cheng2019"}, torch.float32)
     loaded = load_checkpoint(tmp_path / "model.safetensors")
-    assert all(torch.equal(parameter, loaded.get_parameter(name)) for name, parameter in model.named_parameters())
+    assert all(
+        torch.equal(parameter, loaded.get_parameter(name)) for name, parameter in model.named_parameters()
+    )
 
 
 def test_official_sizes():

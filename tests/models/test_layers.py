@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 from compressai.entropy_models import GaussianConditional
-from tests.formula import fill_by_formula, image_by_formula
 from scipy.stats import norm
 
 from licq.models.layers import WholeGaussianConditional
 from licq.models.registry import create_model
+from tests.formula import fill_by_formula, image_by_formula
 
 
 def latents():
@@ -38,17 +38,27 @@ def test_training_and_the_published_estimate_are_compressais():
         assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
-@pytest.mark.parametrize("name", ["minnen2018", "cheng2020", "cheng2020-anchor", "cheng2019", "tic", "qvrf-minnen2018", "qvrf-cheng2020"])
+@pytest.mark.parametrize(
+    "name",
+    ["minnen2018", "cheng2020", "cheng2020-anchor", "cheng2019", "tic", "qvrf-minnen2018", "qvrf-cheng2020"],
+)
 def test_autoregressive_codecs_estimate_what_they_decode(name):
-    """Bits of the estimate are those of the whole numbers that g_s gets, under means and scales that the context model makes of them."""
+    """Bits of the estimate are those of the whole numbers that g_s gets, under means and scales that the
+    context model makes of them."""
     small = {"N": 8} if "cheng" in name else {"N": 8, "M": 8}
     tic = {"depths": (1, 1, 1, 1, 1), "num_heads": (2, 2, 2, 2, 2), "causal_heads": 2}
     model = fill_by_formula(create_model(name, **small, **(tic if name == "tic" else {})))
     seen = {}
-    model.gaussian_conditional.register_forward_pre_hook(lambda _, args, kwargs: seen.update(args=args, **kwargs), with_kwargs=True)
+    model.gaussian_conditional.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.update(args=args, **kwargs), with_kwargs=True
+    )
     with torch.no_grad():
         out = model(image_by_formula(64, 64))
     y, scales = seen["args"]
-    whole, center, spread = (part.double().numpy() for part in (y.round(), seen["means"], scales.clamp(min=0.11)))
+    whole, center, spread = (
+        part.double().numpy() for part in (y.round(), seen["means"], scales.clamp(min=0.11))
+    )
     expected = norm.cdf((whole - center + 0.5) / spread) - norm.cdf((whole - center - 0.5) / spread)
-    np.testing.assert_allclose(out["likelihoods"]["y"].numpy(), np.maximum(expected, 1e-9), rtol=1e-2, atol=1e-6)
+    np.testing.assert_allclose(
+        out["likelihoods"]["y"].numpy(), np.maximum(expected, 1e-9), rtol=1e-2, atol=1e-6
+    )

@@ -1,4 +1,5 @@
-"""Narrowing a codec: exact where nothing that matters is lost, and close where channels can be predicted from others."""
+"""Narrowing a codec: exact where nothing that matters is lost, and close where channels can be predicted from
+others."""
 
 import copy
 
@@ -6,10 +7,10 @@ import pytest
 import torch
 from compressai.models import JointAutoregressiveHierarchicalPriors, ScaleHyperprior
 
-from tests.formula import fill_by_formula, image_by_formula
 from licq.models.narrow import choose_channels, narrow
 from licq.models.train_reference import start_from
 from licq.support.errors import InputError
+from tests.formula import fill_by_formula, image_by_formula
 
 N, M = 6, 8
 
@@ -27,11 +28,17 @@ def outcome(model):
 
 def test_channels_that_others_predict_go_first():
     base = torch.randn(500, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    samples = torch.cat((base, base @ torch.tensor([[1.0, 2.0], [1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)), 1)
+    samples = torch.cat(
+        (base, base @ torch.tensor([[1.0, 2.0], [1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)), 1
+    )
     kept = choose_channels(samples.T.cov(), torch.ones(5, dtype=torch.float64), 3)
     assert torch.linalg.matrix_rank(samples[:, kept]) == 3
-    assert choose_channels(torch.diag(torch.tensor([4.0, 1, 9], dtype=torch.float64)), torch.ones(3, dtype=torch.float64), 2) == [0, 2]
-    assert choose_channels(torch.eye(3, dtype=torch.float64), torch.tensor([1.0, 9, 4], dtype=torch.float64), 2) == [1, 2]
+    assert choose_channels(
+        torch.diag(torch.tensor([4.0, 1, 9], dtype=torch.float64)), torch.ones(3, dtype=torch.float64), 2
+    ) == [0, 2]
+    assert choose_channels(
+        torch.eye(3, dtype=torch.float64), torch.tensor([1.0, 9, 4], dtype=torch.float64), 2
+    ) == [1, 2]
 
 
 def test_equal_widths_change_nothing():
@@ -51,7 +58,10 @@ def _without(wide, layer, following, gone):
     return dead
 
 
-@pytest.mark.parametrize(("layer", "following"), [("h_a.0", "h_a.2"), ("h_s.0", "h_s.2"), ("entropy_parameters.0", "entropy_parameters.2")])
+@pytest.mark.parametrize(
+    ("layer", "following"),
+    [("h_a.0", "h_a.2"), ("h_s.0", "h_s.2"), ("entropy_parameters.0", "entropy_parameters.2")],
+)
 def test_channels_without_readers_cost_nothing(layer, following):
     wide = _without(wide_codec(), layer, following, 2)
     narrower = copy.deepcopy(wide)

@@ -12,7 +12,7 @@ from licq.quant.config import QuantConfig
 from licq.quant.model import QuantModel
 from licq.support.errors import InputError
 
-PLUGIN = '''
+PLUGIN = """
 from pathlib import Path
 import torch
 from compressai.entropy_models import EntropyBottleneck
@@ -40,7 +40,7 @@ def fill(path, quality):
     network = Mine()
     network.g_a.weight.data.fill_(float(Path(path).read_text()) * quality)
     return network
-'''
+"""
 
 
 @pytest.fixture
@@ -114,7 +114,11 @@ def test_quantized_plugin_says_which_file_it_needs(plugin, tmp_path, monkeypatch
         ("class Mine", "clas Mine", "SyntaxError"),
         ('"mine"', '"lu2022"', "already taken"),
         ("@register_model(", "(lambda *a, **k: lambda c: c)(", "SyntaxError|registers no architecture"),
-        ("def fill", "register_model('other', Mine, official={1: {}}, configurations={})\ndef fill", "registers mine, other"),
+        (
+            "def fill",
+            "register_model('other', Mine, official={1: {}}, configurations={})\ndef fill",
+            "registers mine, other",
+        ),
     ],
 )
 def test_files_that_are_no_plugin_are_one_line_and_leave_nothing(plugin, old, new, expected):
@@ -123,7 +127,9 @@ def test_files_that_are_no_plugin_are_one_line_and_leave_nothing(plugin, old, ne
     with pytest.raises(InputError, match=expected) as caught:
         get_architecture(path)
     assert "\n" not in str(caught.value)
-    assert registry._REGISTRY == before and not [name for name in sys.modules if name.startswith("licq_plugin_mine")]
+    assert registry._REGISTRY == before and not [
+        name for name in sys.modules if name.startswith("licq_plugin_mine")
+    ]
 
 
 def test_missing_file_is_one_line(tmp_path):

@@ -1,20 +1,20 @@
 """QVRF against the public code (bytedance/QRAF): names, shapes, and outputs on weights made by a formula.
 
-The golden numbers were printed by the public code (forward with noise=True, stage 3, in evaluation mode) on the same
-weights, with gains 1.1 times the published ones; ours were equal to it, likelihoods to 6e-8.
+The golden numbers were printed by the public code (forward with noise=True, stage 3, in evaluation mode) on
+the same weights, with gains 1.1 times the published ones; ours were equal to it, likelihoods to 6e-8.
 """
 
 import math
 
 import pytest
 import torch
-from tests.formula import as_published, fill_by_formula, image_by_formula
 
 from licq.models.checkpoints import identify, load_checkpoint, save_checkpoint
 from licq.models.qvrf import LEVEL_LAMBDAS, QVRFBalle2018, QVRFCheng2020, QVRFMinnen2018
 from licq.models.registry import create_model, get_architecture
 from licq.models.train_reference import rate_distortion, spread_levels
 from licq.support.errors import InputError
+from tests.formula import as_published, fill_by_formula, image_by_formula
 
 PUBLISHED = [1.0000, 1.3944, 1.9293, 2.6874, 3.7268, 5.1801, 7.1957, 10.0000]
 
@@ -26,15 +26,23 @@ def filled(model, factor: float = 1.1):
 
 
 GOLDEN = {
-    QVRFBalle2018: ({"N": 6, "M": 8}, {
-        1: (-2089.72778, -9.7977753, [-0.468641, -0.436042, -0.140436, -0.127997, 0.5171]),
-        4: (-3595.16309, -9.7977753, [-0.468293, -0.434982, -0.139614, -0.127642, 0.517788]),
-        8: (-4836.06104, -9.7977753, [-0.4687, -0.434884, -0.139775, -0.127486, 0.517941])}),
-    QVRFCheng2020: ({"N": 8}, {
-        1: (-3297.10571, -70.464806, [0.152532, 0.431262, 0.049076, 0.382693, -0.187868]),
-        4: (-4821.31152, -70.464806, [0.154511, 0.430985, 0.048597, 0.384484, -0.184558]),
-        8: (-5660.77881, -70.464806, [0.154655, 0.431228, 0.047656, 0.385345, -0.183761])}),
-}  # fmt: skip
+    QVRFBalle2018: (
+        {"N": 6, "M": 8},
+        {
+            1: (-2089.72778, -9.7977753, [-0.468641, -0.436042, -0.140436, -0.127997, 0.5171]),
+            4: (-3595.16309, -9.7977753, [-0.468293, -0.434982, -0.139614, -0.127642, 0.517788]),
+            8: (-4836.06104, -9.7977753, [-0.4687, -0.434884, -0.139775, -0.127486, 0.517941]),
+        },
+    ),
+    QVRFCheng2020: (
+        {"N": 8},
+        {
+            1: (-3297.10571, -70.464806, [0.152532, 0.431262, 0.049076, 0.382693, -0.187868]),
+            4: (-4821.31152, -70.464806, [0.154511, 0.430985, 0.048597, 0.384484, -0.184558]),
+            8: (-5660.77881, -70.464806, [0.154655, 0.431228, 0.047656, 0.385345, -0.183761]),
+        },
+    ),
+}
 
 
 @pytest.mark.parametrize("kind", GOLDEN)
@@ -99,7 +107,10 @@ def test_training_weighs_each_image_with_its_lambda():
     assert sorted(levels.tolist()) == list(range(1, 9)) and torch.equal(levels, spread_levels(8, 8, 0, 5))
     assert set(spread_levels(8, 2, 0, 5).tolist()) <= set(range(1, 9))
     x = torch.rand(2, 3, 8, 8)
-    out = {"x_hat": x + torch.tensor([0.1, 0.2]).reshape(2, 1, 1, 1), "likelihoods": {"y": torch.full((2, 4, 2, 2), 0.5)}}
+    out = {
+        "x_hat": x + torch.tensor([0.1, 0.2]).reshape(2, 1, 1, 1),
+        "likelihoods": {"y": torch.full((2, 4, 2, 2), 0.5)},
+    }
     loss, bpp, mse = rate_distortion(out, x, torch.tensor([0.01, 0.02]))
     squares = [255**2 * 0.01, 255**2 * 0.04]
     assert float(bpp) == pytest.approx(16 / 64) and float(mse) == pytest.approx(sum(squares) / 2)
@@ -109,7 +120,9 @@ def test_training_weighs_each_image_with_its_lambda():
 def test_files_keep_their_number_of_rates(tmp_path):
     model = filled(QVRFMinnen2018(6, 8, levels=11))
     path = tmp_path / "model.pth.tar"
-    torch.save({"state_dict": {f"module.{name}": tensor for name, tensor in model.state_dict().items()}}, path)
+    torch.save(
+        {"state_dict": {f"module.{name}": tensor for name, tensor in model.state_dict().items()}}, path
+    )
     loaded = load_checkpoint(path, quality=11)
     assert identify(model.state_dict()) == "qvrf-minnen2018" and loaded.levels == 11
     assert loaded.rate.item() == pytest.approx(loaded.Gain[10].item())

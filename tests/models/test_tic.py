@@ -1,13 +1,13 @@
 """TIC against the public code (lumingzzz/TIC): names, shapes, and outputs on weights made by a formula.
 
-The golden numbers were printed by the public code itself on the same weights; there ours agreed with it bit for bit.
+The golden numbers were printed by the public code itself on the same weights; there ours agreed with it bit
+for bit.
 """
 
 import math
 
 import pytest
 import torch
-from tests.formula import as_published, fill_by_formula, image_by_formula
 
 from licq.models.registry import create_model
 from licq.models.swin import (
@@ -19,6 +19,7 @@ from licq.models.swin import (
     window_mask,
 )
 from licq.models.tic import TIC, infer_sizes
+from tests.formula import as_published, fill_by_formula, image_by_formula
 
 TINY = {"N": 4, "M": 4, "depths": (2, 2, 2, 2, 2), "num_heads": (2, 2, 2, 2, 2), "causal_heads": 2}
 
@@ -44,7 +45,9 @@ def test_outputs_equal_the_public_code(narrow):
     torch.testing.assert_close(z.flatten()[::29], torch.tensor(expected_z), **close)
     torch.testing.assert_close(out["x_hat"].flatten()[::14033], torch.tensor(expected_x_hat), **close)
     likelihoods = out["likelihoods"]
-    torch.testing.assert_close(likelihoods["y"].flatten()[1604::401], torch.tensor([0.238998, 0.269173]), **close)
+    torch.testing.assert_close(
+        likelihoods["y"].flatten()[1604::401], torch.tensor([0.238998, 0.269173]), **close
+    )
     assert float(likelihoods["y"].log2().sum()) == pytest.approx(-25847.125, rel=1e-4)
     assert float(likelihoods["z"].log2().sum()) == pytest.approx(-1130.00415, rel=1e-4)
 

@@ -1,4 +1,5 @@
-"""The training of reference checkpoints: what it writes, and that a killed run resumed is the run that was not."""
+"""The training of reference checkpoints: what it writes, and that a killed run resumed is the run that was
+not."""
 
 import pytest
 import torch
@@ -16,8 +17,20 @@ def photos(tmp_path, make_image):
 
 
 def train(folder, photos, name, steps, **more):
-    flags = {"arch": name, "data": photos, "steps": steps, "batch": 2, "crop": 64, "device": "cpu", "warmup": 2, "save_every": 1,
-             "state": folder / "state", "out": folder / "out", "threads": 1, **more}  # fmt: skip
+    flags = {
+        "arch": name,
+        "data": photos,
+        "steps": steps,
+        "batch": 2,
+        "crop": 64,
+        "device": "cpu",
+        "warmup": 2,
+        "save_every": 1,
+        "state": folder / "state",
+        "out": folder / "out",
+        "threads": 1,
+        **more,
+    }
     training.main(sum(([f"--{key}", str(value)] for key, value in flags.items()), []))
 
 
@@ -52,19 +65,32 @@ def test_stopped_and_resumed_gives_the_same_checkpoint(name, photos, tmp_path, m
 
 def test_starts_from_a_wider_codec_and_from_one_that_shares_layers(photos, tmp_path, capsys):
     wide = tmp_path / "wide.safetensors"
-    save_checkpoint(create_model("balle2018", N=60, M=84), wide, {"arch": "balle2018", "kwargs": {"N": 60, "M": 84}})
+    save_checkpoint(
+        create_model("balle2018", N=60, M=84), wide, {"arch": "balle2018", "kwargs": {"N": 60, "M": 84}}
+    )
     train(tmp_path, photos, "balle2018", 1, quality=3, init=wide)
     train(tmp_path, photos, "qvrf-balle2018", 1, init=tmp_path / "out" / "balle2018-q3.safetensors")
     assert "trained from the start: Gain" in capsys.readouterr().out
-    assert read_checkpoint(tmp_path / "out" / "qvrf-balle2018.safetensors").metadata["init"] == "balle2018-q3.safetensors"
+    assert (
+        read_checkpoint(tmp_path / "out" / "qvrf-balle2018.safetensors").metadata["init"]
+        == "balle2018-q3.safetensors"
+    )
 
 
 def test_layers_in_between_are_left_out(photos, tmp_path, capsys):
-    """Cheng2020 without attention starts from the one with it: every layer of its transforms is one of the other's."""
+    """Cheng2020 without attention starts from the one with it: every layer of its transforms is one of the
+    other's."""
     source = create_model("cheng2020", N=36)
     save_checkpoint(source, tmp_path / "with.safetensors", {"arch": "cheng2020", "kwargs": {"N": 36}})
     train(tmp_path, photos, "cheng2020-anchor", 1, quality=3, init=tmp_path / "with.safetensors", lr=1e-9)
     assert "trained from the start" not in capsys.readouterr().out
     found = read_checkpoint(tmp_path / "out" / "cheng2020-anchor-q3.safetensors").state_dict
-    for own, other in (("g_a.3.conv1", "g_a.4.conv1"), ("g_s.0.conv2", "g_s.1.conv2"), ("g_s.7.0", "g_s.9.0"), ("h_a.0", "h_a.0")):
-        assert torch.allclose(found[f"{own}.weight"].float(), source.state_dict()[f"{other}.weight"], rtol=2e-3, atol=1e-4)
+    for own, other in (
+        ("g_a.3.conv1", "g_a.4.conv1"),
+        ("g_s.0.conv2", "g_s.1.conv2"),
+        ("g_s.7.0", "g_s.9.0"),
+        ("h_a.0", "h_a.0"),
+    ):
+        assert torch.allclose(
+            found[f"{own}.weight"].float(), source.state_dict()[f"{other}.weight"], rtol=2e-3, atol=1e-4
+        )

@@ -1,15 +1,14 @@
 """No symbol reaches a prediction that the decoder needs before it has that symbol: issue 2, item 6.
 
-The quantized codec's own forward runs on a latent y that is put in place of g_a(x), in a batch: the first image has the
-plain y, each other one has the symbols of one decoding step at one place changed. The predictions (means and scales)
-are what the Gaussian conditional model is handed. g_a, h_a, h_s and g_s, which see no symbol or the decoded ones only,
-are replaced by constants.
+The quantized codec's own forward runs on a latent y that is put in place of g_a(x), in a batch: the first
+image has the plain y, each other one has the symbols of one decoding step at one place changed. The
+predictions (means and scales) are what the Gaussian conditional model is handed. g_a, h_a, h_s and g_s, which
+see no symbol or the decoded ones only, are replaced by constants.
 """
 
 import pytest
 import torch
 from compressai.entropy_models import EntropyBottleneck
-from tests.tiny_codecs import tiny_codec
 from torch import Tensor
 
 from licq.models.lu2022 import slice_sizes
@@ -17,10 +16,19 @@ from licq.quant.config import QuantConfig
 from licq.quant.model import QuantModel
 from licq.quant.qtensor import QTensor
 from licq.quant.rounding import ROUNDINGS
+from tests.tiny_codecs import tiny_codec
 
 HEIGHT, WIDTH = 6, 7
 # cheng2020 has the context model of its anchor; building it takes longer
-CONTEXT_MODELS = ["minnen2018", "cheng2020-anchor", "cheng2019", pytest.param("cheng2020", marks=pytest.mark.slow), "lu2022", "tic", "chen2021"]
+CONTEXT_MODELS = [
+    "minnen2018",
+    "cheng2020-anchor",
+    "cheng2019",
+    pytest.param("cheng2020", marks=pytest.mark.slow),
+    "lu2022",
+    "tic",
+    "chen2021",
+]
 
 
 class Injected:
@@ -47,7 +55,11 @@ class Injected:
         if name == "chen2021":
             g_a, h_a, h_s, g_s = transforms.values()
             transforms = {
-                "encoder": lambda image: (g_a(image), h_a(g_a(image))), "hyper_dec": h_s, "p": lambda params: params, "decoder": g_s}
+                "encoder": lambda image: (g_a(image), h_a(g_a(image))),
+                "hyper_dec": h_s,
+                "p": lambda params: params,
+                "decoder": g_s,
+            }
         for method, replacement in transforms.items():
             object.__setattr__(model, method, replacement)
         self._seen: list[Tensor] = []
@@ -142,7 +154,9 @@ def test_no_symbol_moves_a_prediction_before_it(name, rounding):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{"w_bits": 3, "a_bits": 4}, {"strict_int8": True}, {"a_granularity": "tensor"}])
+@pytest.mark.parametrize(
+    "options", [{"w_bits": 3, "a_bits": 4}, {"strict_int8": True}, {"a_granularity": "tensor"}]
+)
 @pytest.mark.parametrize("name", ["minnen2018", "lu2022", "tic"])
 def test_causality_holds_at_few_bits_and_with_other_grids(name, options):
     codec = Injected(name, QuantConfig(rounding="learned_offset", **options))

@@ -1,4 +1,5 @@
-"""What happens to modules and functions that licq does not know: they run in float, and the report names every one."""
+"""What happens to modules and functions that licq does not know: they run in float, and the report names
+every one."""
 
 import pytest
 import torch
@@ -110,7 +111,8 @@ def test_forward_runs_near_the_float_one(model, network, images):
 
 
 def test_nothing_is_float_in_silence(model, images, monkeypatch):
-    """Independent of the report: every torch function that computes on a float version of a quantized tensor is in it."""
+    """Independent of the report: every torch function that computes on a float version of a quantized tensor
+    is in it."""
     seen = []
     original = model.runtime.in_float
 
@@ -138,7 +140,8 @@ def test_nothing_is_float_in_silence(model, images, monkeypatch):
 
 
 def test_module_that_computes_behind_our_back_still_gets_real_numbers(images):
-    """Functions that only know plain tensors (numpy, a C extension) fail aloud instead of computing on codes."""
+    """Functions that only know plain tensors (numpy, a C extension) fail aloud instead of computing on
+    codes."""
 
     class Hidden(nn.Module):
         def __init__(self):
@@ -188,7 +191,7 @@ def test_function_on_a_parameter_beside_layers_is_named_with_its_module(images):
     assert coverage["quantized"] == {"conv": 1}
 
 
-# ---------------------------------------------------------------------- forwards that licq runs as they are, or refuses
+# ------------------------------------------------------------ forwards that licq runs as they are, or refuses
 
 
 class Around(nn.Module):
@@ -197,7 +200,11 @@ class Around(nn.Module):
     def __init__(self, middle, **modules: nn.Module):
         super().__init__()
         self.middle = middle
-        self.down, self.entropy_bottleneck, self.mid = nn.Conv2d(3, 8, 5, 4, 2), EntropyBottleneck(8), nn.Conv2d(8, 8, 3, padding=1)
+        self.down, self.entropy_bottleneck, self.mid = (
+            nn.Conv2d(3, 8, 5, 4, 2),
+            EntropyBottleneck(8),
+            nn.Conv2d(8, 8, 3, padding=1),
+        )
         self.up = nn.Sequential(nn.Conv2d(8, 48, 3, padding=1), nn.PixelShuffle(4))
         for name, module in modules.items():
             self.add_module(name, module)
@@ -270,13 +277,15 @@ IN_PLACE = {
     "add_ and mul_": (statement(lambda y: y.add_(1.0).mul_(2.0)), {}),
     "fill_": (statement(lambda y: y.copy_(y + torch.zeros_like(y).fill_(0.5))), {}),
     "inplace=True": (statement(lambda y: F.relu(y, inplace=True)), {}),
-    "activation before a skip": (lambda codec, y: y + codec.conv(codec.act(y)),
-                                 {"act": nn.LeakyReLU(inplace=True), "conv": nn.Conv2d(8, 8, 1)}),
+    "activation before a skip": (
+        lambda codec, y: y + codec.conv(codec.act(y)),
+        {"act": nn.LeakyReLU(inplace=True), "conv": nn.Conv2d(8, 8, 1)},
+    ),
     "another name": (other_name, {}),
     "a part whose whole is not read": (changed_part, {}),
     "zeros": (statement(lambda y: y.__setitem__((..., slice(0, None, 2), slice(1, None, 2)), 0)), {}),
     "a part": (statement(lambda y: y.__setitem__((slice(None), slice(0, 2)), y[:, 2:4] * 0.5)), {}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", IN_PLACE)
@@ -348,7 +357,9 @@ def test_the_comparison_changes_neither_random_numbers_nor_the_network(images):
     torch.manual_seed(5)
     torch.rand(1), torch.rand(1)  # of the forward that observes, of the one on whole numbers
     assert torch.equal(after, torch.rand(1))
-    assert network.training and all(torch.equal(before[key], value) for key, value in network.state_dict().items())
+    assert network.training and all(
+        torch.equal(before[key], value) for key, value in network.state_dict().items()
+    )
 
 
 def test_a_network_that_was_trained_further_is_not_compared(images):
@@ -359,19 +370,22 @@ def test_a_network_that_was_trained_further_is_not_compared(images):
     model.observe([images])
 
 
-@pytest.mark.parametrize("function, kinds", [
-    (lambda codec, y: F.elu(y, alpha=0.2), {"elu"}),
-    (lambda codec, y: codec.act(y), {"softplus"}),
-    (lambda codec, y: F.softplus(y, beta=5), {"softplus"}),
-    (lambda codec, y: torch.div(y, 0.3, rounding_mode="floor") * 0.3, set()),
-    (lambda codec, y: torch.pow(2, y.clamp(-3, 3)), set()),
-    (lambda codec, y: torch.clamp(input=y, min=-0.3, max=0.3), set()),
-    (lambda codec, y: F.leaky_relu(y).repeat_interleave(2, dim=1)[:, ::2], {"leaky_relu"}),
-    (lambda codec, y: y.repeat_interleave(4, 2)[:, :, ::4], set()),
-    (lambda codec, y: torch.where((y > 0) | (y == 0), y, 0.1 * y), set()),
-    (lambda codec, y: abs(y), set()),
-    (lambda codec, y: y * (y.shape[1] if bool(y.max() > 1e9) else 0.5), set()),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "function, kinds",
+    [
+        (lambda codec, y: F.elu(y, alpha=0.2), {"elu"}),
+        (lambda codec, y: codec.act(y), {"softplus"}),
+        (lambda codec, y: F.softplus(y, beta=5), {"softplus"}),
+        (lambda codec, y: torch.div(y, 0.3, rounding_mode="floor") * 0.3, set()),
+        (lambda codec, y: torch.pow(2, y.clamp(-3, 3)), set()),
+        (lambda codec, y: torch.clamp(input=y, min=-0.3, max=0.3), set()),
+        (lambda codec, y: F.leaky_relu(y).repeat_interleave(2, dim=1)[:, ::2], {"leaky_relu"}),
+        (lambda codec, y: y.repeat_interleave(4, 2)[:, :, ::4], set()),
+        (lambda codec, y: torch.where((y > 0) | (y == 0), y, 0.1 * y), set()),
+        (lambda codec, y: abs(y), set()),
+        (lambda codec, y: y * (y.shape[1] if bool(y.max() > 1e9) else 0.5), set()),
+    ],
+)
 def test_arguments_and_operators_count(function, kinds, images):
     model = assert_runs_as_it_is(around(function, act=nn.Softplus()), images)
     assert kinds == model.coverage()["quantized"].keys() - {"conv", "entropy_bottleneck", "carrier"}
@@ -385,7 +399,9 @@ def test_a_table_with_arguments_comes_back_from_its_file(images, tmp_path):
     loaded = QuantModel.load(tmp_path / "m.safetensors", model=network)
     with torch.no_grad():
         assert torch.equal(model(images)["x_hat"], loaded(images)["x_hat"])
-    assert loaded.functions["elu0"].options == {"alpha": 0.2} and loaded.functions["softplus0"].options == {"beta": 5.0}
+    assert loaded.functions["elu0"].options == {"alpha": 0.2} and loaded.functions["softplus0"].options == {
+        "beta": 5.0
+    }
 
 
 def test_einops_moves_quantized_tensors(images):
@@ -405,14 +421,23 @@ def test_compressais_checkerboard_codec_runs_as_it_is(images):
     network = Cheng2020AnchorCheckerboard(N=8).eval()
     model = observed(network, images[:1])
     assert difference_of_float_state(model, network, images[:1]) < 1e-4
-    assert ("__setitem__", "latent_codec.y") in {(entry["function"], entry["in"]) for entry in model.coverage()["kept_in_float"]}
+    assert ("__setitem__", "latent_codec.y") in {
+        (entry["function"], entry["in"]) for entry in model.coverage()["kept_in_float"]
+    }
 
 
-@pytest.mark.parametrize("modules, middle, message", [
-    ({"a": nn.MultiheadAttention(8, 2)}, lambda codec, y: codec.a(y.flatten(2), y.flatten(2), y.flatten(2))[0], "network: a: .*is_nested"),
-    ({}, lambda codec, y: y.reshape(7, 7), "network: reshape in the codec's own forward: RuntimeError"),
-    ({"c": nn.Conv2d(9, 8, 1)}, lambda codec, y: codec.c(y), "network: c: RuntimeError"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "modules, middle, message",
+    [
+        (
+            {"a": nn.MultiheadAttention(8, 2)},
+            lambda codec, y: codec.a(y.flatten(2), y.flatten(2), y.flatten(2))[0],
+            "network: a: .*is_nested",
+        ),
+        ({}, lambda codec, y: y.reshape(7, 7), "network: reshape in the codec's own forward: RuntimeError"),
+        ({"c": nn.Conv2d(9, 8, 1)}, lambda codec, y: codec.c(y), "network: c: RuntimeError"),
+    ],
+)
 def test_what_a_forward_raises_is_one_line_that_names_the_place(modules, middle, message, images):
     with pytest.raises(InputError, match=message):
         observed(around(middle, **modules), images)

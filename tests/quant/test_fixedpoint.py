@@ -30,7 +30,9 @@ def hard_cases(count: int, seed: int):
     draw = random.Random(seed)
     cases = []
     for _ in range(count):
-        mantissa = draw.choice([draw.randrange(2**21, 2**22), 2**22 - 1 - draw.randrange(4), 2**21, 3 * 2**20])
+        mantissa = draw.choice(
+            [draw.randrange(2**21, 2**22), 2**22 - 1 - draw.randrange(4), 2**21, 3 * 2**20]
+        )
         acc = draw.choice(
             [
                 draw.randint(-(2**31), 2**31 - 1),
@@ -127,7 +129,9 @@ def test_requantize_equals_unbounded_integers_in_float_and_in_int64():
     acc, mantissa, shift = (torch.tensor(column) for column in zip(*cases))
     assert torch.equal(requantize(acc, mantissa, shift), expected)
     assert torch.equal(requantize(acc.to(torch.float64), mantissa, shift), expected.to(torch.float64))
-    assert torch.equal(requantize(acc.to(torch.float64), mantissa.double(), shift.double()), expected.to(torch.float64))
+    assert torch.equal(
+        requantize(acc.to(torch.float64), mantissa.double(), shift.double()), expected.to(torch.float64)
+    )
 
 
 def test_requantize_rounds_every_tie_away_from_zero():

@@ -32,7 +32,7 @@ def whole(*values) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-# -------------------------------------------------------------------------------------------------- elementary
+# ------------------------------------------------------------------------------------------------- elementary
 
 
 def test_isqrt_equals_pythons_integer_root_at_and_around_squares():
@@ -46,7 +46,14 @@ def test_isqrt_equals_pythons_integer_root_at_and_around_squares():
 
 def test_divide_round_equals_unbounded_integers_with_ties_and_extremes():
     draw = random.Random(1)
-    pairs = [(2**52 - 1, 1), (-(2**52) + 1, 2), (2**52 - 1, 2**52 - 1), (1, 2**52 - 1), (2**51, 2**52 - 2), (0, 7)]
+    pairs = [
+        (2**52 - 1, 1),
+        (-(2**52) + 1, 2),
+        (2**52 - 1, 2**52 - 1),
+        (1, 2**52 - 1),
+        (2**51, 2**52 - 2),
+        (0, 7),
+    ]
     for _ in range(8000):
         b = draw.randrange(1, 2 ** draw.randrange(1, 52))
         odd = 2 * draw.randrange(2 ** draw.randrange(0, 51)) + 1
@@ -81,7 +88,7 @@ def test_a_table_that_cannot_be_is_refused():
         build_table(torch.log, 1.0, 1.0, -2, 2, -9, 9)
 
 
-# ----------------------------------------------------------------------------------------------------- softmax
+# ---------------------------------------------------------------------------------------------------- softmax
 
 
 def softmax_by_hand(q, mantissa, shift, table, mask):
@@ -136,7 +143,7 @@ def test_integer_softmax_takes_the_largest_logits_and_one_scale_per_head():
     assert (p * 2.0**-15 - real).abs().max() <= 2**-10 + 2**-14
 
 
-# -------------------------------------------------------------------------------------------------- layer norm
+# ------------------------------------------------------------------------------------------------- layer norm
 
 
 def layer_norm_by_hand(q, eps_q):
@@ -196,7 +203,7 @@ def test_integer_layer_norm_refuses_what_would_overflow():
         integer_layer_norm(torch.zeros(1, 4), 2.0**31)
 
 
-# --------------------------------------------------------------------------------------------------------- GDN
+# -------------------------------------------------------------------------------------------------------- GDN
 
 
 def gdn_by_hand(x, n, mantissa, shift, inverse, kind):
@@ -217,7 +224,9 @@ def gdn_cases(inverse: bool, kind: str, count: int = 20000):
     draw = random.Random(f"{inverse}{kind}")
     xs, norms, factors = [], [], []
     for _ in range(count):
-        x = draw.choice([draw.randint(-32767, 32767), draw.choice([-1, 1]) * draw.choice([1, 2, 3, 32767]), 0])
+        x = draw.choice(
+            [draw.randint(-32767, 32767), draw.choice([-1, 1]) * draw.choice([1, 2, 3, 32767]), 0]
+        )
         special = draw.choice([1, 2, 3, 2**40 - 1, 2**26, 2**39])
         n = draw.choice([draw.randrange(1, 2 ** draw.randrange(1, 41)), special])
         gain = {"gdn": n**0.5, "gdn1": n}[kind]

@@ -1,11 +1,11 @@
-"""Whole codecs, quantized: what is integer, that learning and frozen forwards agree to the bit, that ranges are static."""
+"""Whole codecs, quantized: what is integer, that learning and frozen forwards agree to the bit, that ranges
+are static."""
 
 from functools import lru_cache
 
 import pytest
 import torch
 from compressai.layers import MaskedConv2d
-from tests.tiny_codecs import SIZES, images, tiny_codec
 from torch import Tensor, nn
 
 from licq.models import create_model
@@ -16,6 +16,7 @@ from licq.quant.model import QuantModel
 from licq.quant.modules import PLAIN_LAYERS
 from licq.quant.qtensor import QTensor
 from licq.support.errors import InputError
+from tests.tiny_codecs import SIZES, images, tiny_codec
 
 TRANSFORMERS = ("lu2022", "tic")
 EVERY_CODEC = list(SIZES)
@@ -53,13 +54,18 @@ def run_and_watch(codec: QuantModel, x: Tensor) -> tuple[dict[str, Tensor], dict
 
 
 class Prepared:
-    """A codec taken through calibration, a learning-mode forward and freezing, with what was seen on the way."""
+    """A codec taken through calibration, a learning-mode forward and freezing, with what was seen on the
+    way."""
 
     def __init__(self, name: str):
         self.source = tiny_codec(name)
         self.before = {key: value.clone() for key, value in self.source.state_dict().items()}
         self.codec = quantized(self.source)
-        layers = [node for node in self.codec.nodes.values() if isinstance(node, PLAIN_LAYERS) and not node.input_grid.exact]
+        layers = [
+            node
+            for node in self.codec.nodes.values()
+            if isinstance(node, PLAIN_LAYERS) and not node.input_grid.exact
+        ]
         for node in layers[::2]:  # every other layer with split channels
             channels = torch.arange(len(node.input_grid.low)) % 3 == 0
             node.input_grid.split(channels if node.input_grid.bits == 8 else torch.zeros_like(channels))
@@ -81,16 +87,27 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 def test_the_whole_codec_is_integer_and_the_report_says_so(name):
     coverage = prepared(name).codec.coverage()
     assert coverage["kept_in_float"] == []
-    rate_only = {"balle2018-vbr": ["gayn2zqstep"], "minnen2018-mean-vbr": ["gayn2zqstep"], "minnen2018-vbr": ["scale_to_context"]}
+    rate_only = {
+        "balle2018-vbr": ["gayn2zqstep"],
+        "minnen2018-mean-vbr": ["gayn2zqstep"],
+        "minnen2018-vbr": ["scale_to_context"],
+    }
     assert list(coverage["left_alone"]) == rate_only.get(name, [])
     model = "gaussian_mixture" if name == "chen2021" else "gaussian_conditional"
     assert coverage["quantized"]["entropy_bottleneck"] == coverage["quantized"][model] == 1
     source = tiny_codec(name)
     # of a variable-rate codec's own: tables, and constants of each rate
-    apart = {id(m) for part in source.modules() if isinstance(part, (OffsetNet, RateFunction)) for m in part.modules()}
+    apart = {
+        id(m)
+        for part in source.modules()
+        if isinstance(part, (OffsetNet, RateFunction))
+        for m in part.modules()
+    }
     kinds = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear)
     layers = sum(isinstance(m, kinds) and id(m) not in apart for m in source.modules())
-    assert sum(coverage["quantized"].get(kind, 0) for kind in ("conv", "conv3d", "deconv", "linear")) == layers
+    assert (
+        sum(coverage["quantized"].get(kind, 0) for kind in ("conv", "conv3d", "deconv", "linear")) == layers
+    )
 
 
 @pytest.mark.parametrize("name", EVERY_CODEC)
@@ -102,7 +119,9 @@ def test_frozen_and_learning_forwards_agree_to_the_bit_at_every_node(name):
         for a, b in zip(outputs, ready.frozen_nodes[node]):
             assert torch.equal(a.q.double(), b.q.double()), node
             assert torch.equal(a.full_scale(), b.full_scale()), node
-    assert torch.equal(ready.learning["y"], ready.frozen["y"]) and torch.equal(ready.learning["z"], ready.frozen["z"])
+    assert torch.equal(ready.learning["y"], ready.frozen["y"]) and torch.equal(
+        ready.learning["z"], ready.frozen["z"]
+    )
     # the frozen model's pixels are the learning model's x_hat, rounded
     exact = ready.learning["x_hat"].double() * 255
     pixels = ready.frozen["x_hat"].double() * 255
@@ -149,7 +168,8 @@ def test_outputs_depend_on_no_other_image_and_on_no_earlier_forward(name):
     together = run(ready.codec, torch.cat([loud[:1], ready.image, loud[1:]]))
     assert torch.equal(together["x_hat"][1:2], ready.frozen["x_hat"])
     for key in ("y", "z"):
-        # the estimate of the rate is float arithmetic, whose last bit may depend on how many are computed at once
+        # the estimate of the rate is float arithmetic, whose last bit may depend on how many are computed at
+        # once
         torch.testing.assert_close(together[key][1:2], ready.frozen[key], rtol=1e-5, atol=1e-7)
     assert same(run(ready.codec, ready.image), ready.frozen)
 
@@ -190,7 +210,10 @@ def test_many_bits_are_close_to_the_float_codec(name, bits):
     close_to_float(run(codec, images(1)), run(source, images(1)), 0.05)
 
 
-@pytest.mark.parametrize("name", ["minnen2018", "cheng2020-anchor", *(pytest.param(n, marks=pytest.mark.slow) for n in TRANSFORMERS)])
+@pytest.mark.parametrize(
+    "name",
+    ["minnen2018", "cheng2020-anchor", *(pytest.param(n, marks=pytest.mark.slow) for n in TRANSFORMERS)],
+)
 def test_nodes_switched_to_float_are_the_source_model(name):
     source = tiny_codec(name)
     codec = quantized(source)
@@ -230,7 +253,14 @@ ABLATIONS = {
 
 
 @pytest.mark.parametrize("options", ABLATIONS.values(), ids=ABLATIONS)
-@pytest.mark.parametrize("name", ["minnen2018", pytest.param("lu2022", marks=pytest.mark.slow), pytest.param("cheng2020", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "minnen2018",
+        pytest.param("lu2022", marks=pytest.mark.slow),
+        pytest.param("cheng2020", marks=pytest.mark.slow),
+    ],
+)
 def test_ablations_run_frozen_like_learning_and_not_far_from_float(name, options):
     source = tiny_codec(name)
     codec = quantized(source, **options)
@@ -269,7 +299,8 @@ def test_training_mode_brings_no_noise():
 
 
 class Unseen(nn.Module):
-    """A codec no registry knows, with a function that has no integer form and a path of its own for bright images."""
+    """A codec no registry knows, with a function that has no integer form and a path of its own for bright
+    images."""
 
     def __init__(self, branch: bool):
         super().__init__()
@@ -309,7 +340,7 @@ def test_a_model_without_layers_is_refused():
         quantized(Nothing())
 
 
-# ------------------------------------------------------------------------------------------------------------ latents
+# ---------------------------------------------------------------------------------------------------- latents
 
 
 def test_layers_that_read_latents_hold_other_images_larger_ones():
@@ -324,7 +355,12 @@ def test_layers_that_read_latents_hold_other_images_larger_ones():
     strict = QuantModel(create_model("minnen2018", N=4, M=6).eval(), QuantConfig(strict_int8=True))
     strict.observe([torch.rand(1, 3, 64, 64)])
     assert strict.nodes["g_s.0"].input_grid.bits == 8
-    assert [QuantConfig(a_bits=bits, strict_int8=True).carrier_bits for bits in (6, 8, 10, 32)] == [8, 8, 10, 8]
+    assert [QuantConfig(a_bits=bits, strict_int8=True).carrier_bits for bits in (6, 8, 10, 32)] == [
+        8,
+        8,
+        10,
+        8,
+    ]
 
 
 def test_whole_symbols_enter_the_synthesis_exactly():

@@ -1,6 +1,7 @@
 """Quantized layers and functions against integer arithmetic written out by hand, and against the float layer.
 
-"By hand" is numpy int64 and Python's own integers and fractions on the stored whole numbers; nothing of quant/ computes.
+"By hand" is numpy int64 and Python's own integers and fractions on the stored whole numbers; nothing of
+quant/ computes.
 """
 
 import math
@@ -23,8 +24,7 @@ from licq.quant.norms import QuantGDN, QuantLayerNorm
 from licq.quant.qtensor import QTensor
 from licq.quant.runtime import Runtime
 
-
-# --------------------------------------------------------------------------------------------- arithmetic by hand
+# ----------------------------------------------------------------------------------------- arithmetic by hand
 
 
 def half_away(value: Fraction) -> int:
@@ -68,7 +68,12 @@ def conv_by_hand(x, w, stride=1, padding=0, dilation=1, groups=1) -> np.ndarray:
             for a in range(kh):
                 for b in range(kw):
                     top, left = a * dilation, b * dilation
-                    window = x[:, first + c, top : top + stride * rows : stride, left : left + stride * columns : stride]
+                    window = x[
+                        :,
+                        first + c,
+                        top : top + stride * rows : stride,
+                        left : left + stride * columns : stride,
+                    ]
                     out[:, o] += w[o, c, a, b] * window[:, :rows, :columns]
     return out
 
@@ -76,7 +81,10 @@ def conv_by_hand(x, w, stride=1, padding=0, dilation=1, groups=1) -> np.ndarray:
 def deconv_by_hand(x, w, stride, padding, output_padding, groups=1) -> np.ndarray:
     """x: (B, C, H, W), w: (O, C / groups, kh, kw), int64: every input pixel scatters its kernel."""
     outputs, per_group, kh, kw = w.shape
-    full_h, full_w = (x.shape[2] - 1) * stride + kh + output_padding, (x.shape[3] - 1) * stride + kw + output_padding
+    full_h, full_w = (
+        (x.shape[2] - 1) * stride + kh + output_padding,
+        (x.shape[3] - 1) * stride + kw + output_padding,
+    )
     out = np.zeros((x.shape[0], outputs, full_h, full_w), dtype=np.int64)
     for o in range(outputs):
         first = o // (outputs // groups) * per_group
@@ -87,7 +95,7 @@ def deconv_by_hand(x, w, stride, padding, output_padding, groups=1) -> np.ndarra
     return out[:, :, padding : full_h - padding, padding : full_w - padding]
 
 
-# ------------------------------------------------------------------------------------------------ standing nodes
+# --------------------------------------------------------------------------------------------- standing nodes
 
 
 def calibrated(node: QuantModule, *inputs, freeze: bool = True, **kwargs) -> QuantModule:
@@ -138,7 +146,7 @@ def input_codes(node: QuantModule, x: Tensor) -> np.ndarray:
     return np.clip(codes, low, high).astype(np.int64)
 
 
-# ----------------------------------------------------------------------------------------------------------- grids
+# ------------------------------------------------------------------------------------------------------ grids
 
 
 def grid_for(x: Tensor, bits: int, freeze: bool = True, **options) -> Grid:
@@ -287,7 +295,7 @@ def test_requantization_between_powers_of_two_rounds_ties_away_from_zero():
     assert not bool(torch.signbit(out.q[3:6]).any())
 
 
-# ------------------------------------------------------------------------------------- multiply-accumulate layers
+# --------------------------------------------------------------------------------- multiply-accumulate layers
 
 
 def conv_case(name: str) -> tuple[type[QuantModule], nn.Module, Tensor]:
@@ -311,7 +319,9 @@ CONVS = ["3x3", "5x5 stride 2", "1x1 without bias", "dilated", "groups", "depthw
 def stored(node: QuantModule) -> tuple[np.ndarray, np.ndarray]:
     """(weights, bias) as int64."""
     bias = node.bias_int
-    return whole_numbers(node.weight_int), np.zeros(node.outputs, np.int64) if bias is None else whole_numbers(bias)
+    return whole_numbers(node.weight_int), np.zeros(
+        node.outputs, np.int64
+    ) if bias is None else whole_numbers(bias)
 
 
 def conv_output_by_hand(node: QuantConv2d, x: np.ndarray) -> np.ndarray:
@@ -343,7 +353,8 @@ def test_every_width_from_2_to_16_is_exact_and_finer_is_better(w_bits, a_bits):
     with torch.no_grad():
         expected = module(x)
     noise = float((out.real() - expected).square().mean() / expected.square().mean())
-    # noise falls by 4 a bit, down to where a scale of 24 fractional bits that was rounded down clips the largest value
+    # noise falls by 4 a bit, down to where a scale of 24 fractional bits that was rounded down clips the
+    # largest value
     assert noise < 16 * (4.0**-w_bits + 4.0**-a_bits) + 1e-7
 
 
@@ -358,7 +369,9 @@ def test_learning_and_frozen_layers_give_the_same_bits(bits):
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize(("kernel", "stride", "padding", "output_padding"), [(5, 2, 2, 1), (3, 2, 1, 1), (3, 1, 1, 0)])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "output_padding"), [(5, 2, 2, 1), (3, 2, 1, 1), (3, 1, 1, 0)]
+)
 def test_transposed_convolution_equals_integers_by_hand(kernel, stride, padding, output_padding, groups):
     module = nn.ConvTranspose2d(4, 6, kernel, stride, padding, output_padding, groups=groups)
     x = spread_channels(draw(2, 4, 5, 6))
@@ -366,7 +379,9 @@ def test_transposed_convolution_equals_integers_by_hand(kernel, stride, padding,
         expected = randomized(module)(x)
     node = calibrated(QuantConvTranspose2d(module, QuantConfig()), x)
     w, b = stored(node)
-    by_hand = deconv_by_hand(input_codes(node, x), w, stride, padding, output_padding, groups) + b.reshape(1, -1, 1, 1)
+    by_hand = deconv_by_hand(input_codes(node, x), w, stride, padding, output_padding, groups) + b.reshape(
+        1, -1, 1, 1
+    )
     out = node(x)
     assert np.array_equal(whole_numbers(out.q), by_hand)
     assert float((out.real() - expected).square().mean() / expected.square().mean()) < 4e-4
@@ -385,7 +400,9 @@ def test_linear_equals_integers_by_hand(shape):
 
 def test_folding_of_channel_scales_is_the_closed_form():
     quantizer, module, x = conv_case("3x3")
-    node = calibrated(quantizer(module, QuantConfig(transform="fold", a_headroom=1.0, a_symmetry="one_sided")), x)
+    node = calibrated(
+        quantizer(module, QuantConfig(transform="fold", a_headroom=1.0, a_symmetry="one_sided")), x
+    )
     low, high = x.amin((0, 2, 3)), x.amax((0, 2, 3))
     s_x = [fixed_by_hand(Fraction(float(max(-a, b))) / 127) for a, b in zip(low, high)]
     assert node.input_grid.scale.tolist() == s_x
@@ -406,7 +423,11 @@ def test_equalized_scales_stay_between_none_and_the_full_fold_and_predict_no_mor
     errors = {}
     with torch.no_grad():
         expected = module(x)
-    for label, options in {"fold": {"transform": "fold"}, "equalize": {}, "tensor": {"a_granularity": "tensor"}}.items():
+    for label, options in {
+        "fold": {"transform": "fold"},
+        "equalize": {},
+        "tensor": {"a_granularity": "tensor"},
+    }.items():
         node = calibrated(quantizer(module, QuantConfig(w_bits=6, a_bits=6, **options)), x)
         scales[label] = node.input_grid.scale
         errors[label] = float((node(x).real() - expected).square().mean())
@@ -512,14 +533,16 @@ def test_thirty_two_bits_on_one_side_quantize_the_other_alone(w_bits, a_bits):
         assert 1e-4 < error < 0.1 * float(expected.abs().max())
 
 
-# ------------------------------------------------------------------------------------------------- normalizations
+# --------------------------------------------------------------------------------------------- normalizations
 
 
 def gdn(kind: type[GDN], inverse: bool, channels: int = 4) -> nn.Module:
     module = kind(channels, inverse=inverse)
     with torch.no_grad():
         module.beta.copy_(module.beta_reparam.init(1 + 0.5 * draw(channels).abs()))
-        module.gamma.copy_(module.gamma_reparam.init(0.1 * torch.eye(channels) + 0.05 * draw(channels, channels).abs()))
+        module.gamma.copy_(
+            module.gamma_reparam.init(0.1 * torch.eye(channels) + 0.05 * draw(channels, channels).abs())
+        )
     return module
 
 
@@ -586,9 +609,12 @@ def test_layer_norm_is_whole_and_near_the_float_layer(width, carrier_bits):
     whole_numbers(out.q)
     step = float(x.abs().max()) / (2 ** (carrier_bits - 1) - 1)
     spread = x.std(-1, correction=0, keepdim=True).clamp(min=0.3)
-    # an input moves by half a step (twice that with headroom), divided by the deviation; the output by half of its own
+    # an input moves by half a step (twice that with headroom), divided by the deviation; the output by half
+    # of its own
     bound = float((4 * step / spread * module.weight.abs()).max()) + float(node.grid_out.scale.max()) + 2e-3
-    assert float((out.real() - expected).abs().max()) <= (bound if width > 1 else 1e-3 + float(node.grid_out.scale.max()))
+    assert float((out.real() - expected).abs().max()) <= (
+        bound if width > 1 else 1e-3 + float(node.grid_out.scale.max())
+    )
 
 
 def test_layer_norm_learns_and_freezes_to_the_same_bits():
@@ -599,7 +625,7 @@ def test_layer_norm_learns_and_freezes_to_the_same_bits():
     assert torch.equal(learning.q, node(x).q)
 
 
-# ------------------------------------------------------------------------------------------------------ functions
+# -------------------------------------------------------------------------------------------------- functions
 
 
 @pytest.mark.parametrize("keys", [1, 3, 49, 196])

@@ -22,7 +22,10 @@ def test_bits_are_in_reading_order():
     assert pack(values, 3).tolist() == [int(text[:8], 2), int(text[8:], 2)]
 
 
-@pytest.mark.parametrize("values, bits", [([0], 1), ([-1], 1), ([1], 2), ([-2, 1], 2), ([-3], 3), ([7, -7], 4), ([8], 5), ([-128], 8)])
+@pytest.mark.parametrize(
+    "values, bits",
+    [([0], 1), ([-1], 1), ([1], 2), ([-2, 1], 2), ([-3], 3), ([7, -7], 4), ([8], 5), ([-128], 8)],
+)
 def test_bits_needed_are_those_of_twos_complement(values, bits):
     assert bits_needed(torch.tensor(values, dtype=torch.int8)) == bits
 

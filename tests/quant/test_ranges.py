@@ -17,7 +17,9 @@ def samples(*shape, seed=0):
 def error(x, r, bits, signed, p=2.0):
     qmin, qmax = int_range(bits, signed)
     scale = r / qmax
-    return (x.double() - dequantize(quantize(x.double(), scale, qmin, qmax), scale)).abs().pow(p).mean().item()
+    return (
+        (x.double() - dequantize(quantize(x.double(), scale, qmin, qmax), scale)).abs().pow(p).mean().item()
+    )
 
 
 @pytest.mark.parametrize("text", ALL)

@@ -1,4 +1,5 @@
-"""The rewriter on what codecs may do with their modules: one under several names, hooks, layers left in float."""
+"""The rewriter on what codecs may do with their modules: one under several names, hooks, layers left in
+float."""
 
 import warnings
 
@@ -6,7 +7,6 @@ import pytest
 import torch
 from compressai.entropy_models import EntropyBottleneck
 from compressai.layers import GDN, ResidualBlock
-from tests.tiny_codecs import images
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
@@ -17,6 +17,7 @@ from licq.quant.serialization import read_quantized
 from licq.reconstruction.api import quantize
 from licq.reconstruction.config import PtqConfig
 from licq.support.errors import InputError
+from tests.tiny_codecs import images
 
 
 class Plain(nn.Module):
@@ -59,18 +60,25 @@ def observed(model: nn.Module) -> QuantModel:
     [
         ({}, {"mid": {"w_bits": 32}, "up.0": {"a_bits": 32}}, {"mid": "w_bits 32", "up.0": "a_bits 32"}, 1),
         ({"a_bits": 32}, {"mid": {"a_bits": 8}}, {"2 layers": "a_bits 32"}, 1),
-        ({"w_bits": 32, "a_bits": 32}, {"mid": {"w_bits": 8}}, {"mid": "a_bits 32", "2 layers": "w_bits and a_bits 32"}, 0),
+        (
+            {"w_bits": 32, "a_bits": 32},
+            {"mid": {"w_bits": 8}},
+            {"mid": "a_bits 32", "2 layers": "w_bits and a_bits 32"},
+            0,
+        ),
     ],
 )
 def test_layers_of_32_bits_are_reported_as_left_in_float(settings, bits, left, integer):
     model = QuantModel(codec(Plain), QuantConfig(**settings), bits)
     model.observe([images(2)])
     coverage = model.coverage()
-    assert coverage["left_alone"] == {name: f"products of real numbers ({reason})" for name, reason in left.items()}
+    assert coverage["left_alone"] == {
+        name: f"products of real numbers ({reason})" for name, reason in left.items()
+    }
     assert sum(coverage["quantized"].get(kind, 0) for kind in ("conv", "deconv")) == integer
 
 
-# --------------------------------------------------------------------------------------------------- in several places
+# ------------------------------------------------------------------------------------------ in several places
 
 
 class SharedLayer(Plain):
@@ -112,9 +120,13 @@ SHARED = {
 def test_a_layer_in_several_places_is_one_node_with_the_ranges_of_all_its_calls(kind):
     network = codec(kind)
     qmodel = observed(network)
-    shared = {name: node for name, node in qmodel.nodes.items() if name.startswith(("seq", "other", "a.", "b."))}
+    shared = {
+        name: node for name, node in qmodel.nodes.items() if name.startswith(("seq", "other", "a.", "b."))
+    }
     assert {name: node.calls for name, node in shared.items() if node.kind != "leaky_relu"} == SHARED[kind]
-    assert not [node for node in qmodel.nodes.values() for part in node.children() if isinstance(part, QuantModule)]
+    assert not [
+        node for node in qmodel.nodes.values() for part in node.children() if isinstance(part, QuantModule)
+    ]
     name = next(iter(SHARED[kind]))
     layer, inputs = network.get_submodule(name), []
     hook = layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
@@ -139,7 +151,7 @@ def test_a_layer_in_several_places_learns_freezes_and_is_in_a_file_once(kind, tm
         assert torch.equal(qmodel(images(1, seed=3))["x_hat"], loaded(images(1, seed=3))["x_hat"])
 
 
-# ---------------------------------------------------------------------------------------------------------------- hooks
+# ------------------------------------------------------------------------------------------------------ hooks
 
 
 class Hooked(Plain):

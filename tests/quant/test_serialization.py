@@ -1,4 +1,5 @@
-"""Quantized models in files: bit-exact, small, independent of the weights they are loaded over, and sealed."""
+"""Quantized models in files: bit-exact, small, independent of the weights they are loaded over, and
+sealed."""
 
 import copy
 import json
@@ -9,7 +10,6 @@ import safetensors
 import safetensors.torch
 import torch
 from compressai.entropy_models import EntropyBottleneck
-from tests.frozen_codecs import frozen
 from torch import nn
 
 from licq.models.checkpoint_files import read_tensors, write_tensors
@@ -20,6 +20,7 @@ from licq.quant.config import QuantConfig
 from licq.quant.model import QuantModel
 from licq.quant.serialization import read_quantized
 from licq.support.errors import InputError
+from tests.frozen_codecs import frozen
 
 SMALL = {
     "balle2018": {"N": 24, "M": 32},
@@ -40,7 +41,10 @@ class Own(nn.Module):
         self.register_buffer("offset", torch.rand(1, width, 1, 1))
         self.entropy_bottleneck = EntropyBottleneck(width)
         self.g_s = nn.Sequential(
-            nn.ConvTranspose2d(width, width, 4, 4), nn.Sigmoid(), nn.ConvTranspose2d(width, 3, 4, 4), nn.Conv2d(3, 3, 1)
+            nn.ConvTranspose2d(width, width, 4, 4),
+            nn.Sigmoid(),
+            nn.ConvTranspose2d(width, 3, 4, 4),
+            nn.Conv2d(3, 3, 1),
         )
         self.unused = nn.Conv2d(3, width, 1)
 
@@ -80,14 +84,23 @@ def test_weights_of_few_bits_take_few_bits(tmp_path, bits):
     path = tmp_path / "model.safetensors"
     model.save(path)
     stored = read_tensors(path)[0]
-    weights = {name: node.weight_int for name, node in model.nodes.items() if getattr(node, "weight_int", None) is not None}
+    weights = {
+        name: node.weight_int
+        for name, node in model.nodes.items()
+        if getattr(node, "weight_int", None) is not None
+    }
     packed = [name for name, weight in weights.items() if weight.numel() > 64]
-    assert packed and all(stored[f"{key(model, name)}.weight_int"].numel() <= -(-weights[name].numel() * bits // 8) for name in packed)
+    assert packed and all(
+        stored[f"{key(model, name)}.weight_int"].numel() <= -(-weights[name].numel() * bits // 8)
+        for name in packed
+    )
     loaded = QuantModel.load(path)
     with torch.no_grad():
         ours, theirs = model(images(2)), loaded(images(2))
     assert torch.equal(ours["x_hat"], theirs["x_hat"])
-    assert all(torch.equal(ours["likelihoods"][name], theirs["likelihoods"][name]) for name in ours["likelihoods"])
+    assert all(
+        torch.equal(ours["likelihoods"][name], theirs["likelihoods"][name]) for name in ours["likelihoods"]
+    )
 
 
 def test_tables_are_stored_as_steps_and_older_files_are_read(tmp_path, monkeypatch):
@@ -96,11 +109,19 @@ def test_tables_are_stored_as_steps_and_older_files_are_read(tmp_path, monkeypat
     monkeypatch.setattr(serialization, "_TABLES", ())
     monkeypatch.setattr(serialization, "VERSION", 3)
     model.save(tmp_path / "old.safetensors")
-    tables = {f"{path}.table": module.table for path, module in model.named_modules() if getattr(module, "table", None) is not None}
+    tables = {
+        f"{path}.table": module.table
+        for path, module in model.named_modules()
+        if getattr(module, "table", None) is not None
+    }
     new, old = (read_quantized(tmp_path / f"{name}.safetensors")[1] for name in ("new", "old"))
     stored = [name for name in tables if name in new]
-    assert len(stored) > 1 and all(torch.equal(new[name], tables[name]) and new[name].dtype == tables[name].dtype for name in stored)
-    assert new.keys() == old.keys() and all(torch.equal(new[name], old[name]) and new[name].dtype == old[name].dtype for name in new)
+    assert len(stored) > 1 and all(
+        torch.equal(new[name], tables[name]) and new[name].dtype == tables[name].dtype for name in stored
+    )
+    assert new.keys() == old.keys() and all(
+        torch.equal(new[name], old[name]) and new[name].dtype == old[name].dtype for name in new
+    )
     steps = read_tensors(tmp_path / "new.safetensors")[0]
     assert all(int(steps[name][1:].abs().max()) < int(tables[name].abs().max()) for name in stored)
     assert (tmp_path / "new.safetensors").stat().st_size < (tmp_path / "old.safetensors").stat().st_size
@@ -115,7 +136,9 @@ def test_a_loaded_model_is_saved_as_it_was(tmp_path):
     with torch.no_grad():
         ours, theirs = loaded(images(2)), again(images(2))
     assert torch.equal(ours["x_hat"], theirs["x_hat"]) and again.extra == {"quality": 1}
-    assert all(torch.equal(ours["likelihoods"][name], theirs["likelihoods"][name]) for name in ours["likelihoods"])
+    assert all(
+        torch.equal(ours["likelihoods"][name], theirs["likelihoods"][name]) for name in ours["likelihoods"]
+    )
 
 
 def key(model: QuantModel, name: str) -> str:
@@ -218,9 +241,16 @@ def test_no_float_weight_of_a_quantized_layer_is_in_the_file(tmp_path):
     names = types.keys()
     weights = {name for name in names if name.endswith("weight_int")}
     assert len(weights) == len(saved.rewrite.nodes) - 2  # all but the two entropy models
-    assert {types[name] for name in weights} <= {torch.int8, torch.uint8}  # a byte each, or packed where fewer bits hold them
-    assert not [name for name in names if ".module.weight" in name or ".module.gamma" in name or "bias_change" in name]
-    save_checkpoint(saved_float := create_model("balle2018", N=64, M=96), tmp_path / "f.safetensors", {}, torch.float32)
+    assert {types[name] for name in weights} <= {
+        torch.int8,
+        torch.uint8,
+    }  # a byte each, or packed where fewer bits hold them
+    assert not [
+        name for name in names if ".module.weight" in name or ".module.gamma" in name or "bias_change" in name
+    ]
+    save_checkpoint(
+        saved_float := create_model("balle2018", N=64, M=96), tmp_path / "f.safetensors", {}, torch.float32
+    )
     parameters = sum(parameter.numel() for parameter in saved_float.parameters())
     assert size < 0.26 * (tmp_path / "f.safetensors").stat().st_size
     assert size < 1.04 * parameters
@@ -243,7 +273,9 @@ def test_coder_tables_are_in_the_file_to_the_last_entry(own_file):
     loaded = QuantModel.load(path, model=own(1))
     for name in ("_quantized_cdf", "_offset", "_cdf_length"):
         expected = getattr(saved.model.entropy_bottleneck.module, name)
-        assert expected.numel() and torch.equal(getattr(loaded.model.entropy_bottleneck.module, name), expected)
+        assert expected.numel() and torch.equal(
+            getattr(loaded.model.entropy_bottleneck.module, name), expected
+        )
 
 
 def test_model_that_is_not_frozen_is_refused(tmp_path):
@@ -263,11 +295,12 @@ def test_failing_write_leaves_the_old_file(own_file, tmp_path):
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
-# ------------------------------------------------------------------------------------------------------- bad files
+# -------------------------------------------------------------------------------------------------- bad files
 
 
 def rewritten(path, target, change) -> None:
-    """The file with `change(header, tensors)` done to it and the tensors' hash made anew, as a forger would."""
+    """The file with `change(header, tensors)` done to it and the tensors' hash made anew, as a forger
+    would."""
     tensors, header = read_tensors(path)
     change(header, tensors)
     write_tensors(target, tensors, header)
@@ -322,13 +355,16 @@ def _compressed_as(tensor: bytes, size: object):
     return {"xz": torch.frombuffer(bytearray(tensor), dtype=torch.uint8)}, {"size": size}
 
 
-@pytest.mark.parametrize("content", [
-    _compressed_as(lzma.compress(bytes(2**26)), 2**26),  # would grow to 7000 times its size
-    _compressed_as(lzma.compress(bytes(1000)), 1000),  # not of safetensors' form
-    _compressed_as(lzma.compress(safetensors.torch.save({"a": torch.zeros(3)})), 72),  # without a header
-    _compressed_as(b"not of xz's form", 100),
-    _compressed_as(lzma.compress(bytes(1000)), None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content",
+    [
+        _compressed_as(lzma.compress(bytes(2**26)), 2**26),  # would grow to 7000 times its size
+        _compressed_as(lzma.compress(bytes(1000)), 1000),  # not of safetensors' form
+        _compressed_as(lzma.compress(safetensors.torch.save({"a": torch.zeros(3)})), 72),  # without a header
+        _compressed_as(b"not of xz's form", 100),
+        _compressed_as(lzma.compress(bytes(1000)), None),
+    ],
+)
 def test_hostile_compressed_files_are_one_line(tmp_path, content):
     write_tensors(tmp_path / "bad.safetensors", *content)
     with pytest.raises(InputError, match="damaged") as caught:
@@ -368,7 +404,10 @@ def test_tensors_of_another_network_are_one_line(own_file, tmp_path, change, exp
 
 
 def test_networks_that_do_not_fit_are_one_line(own_file):
-    for other, expected in ((own(1, width=12), "other layers or sizes"), (nn.Conv2d(3, 3, 1), "not a Conv2d")):
+    for other, expected in (
+        (own(1, width=12), "other layers or sizes"),
+        (nn.Conv2d(3, 3, 1), "not a Conv2d"),
+    ):
         with pytest.raises(InputError, match=expected) as caught:
             QuantModel.load(own_file[1], model=other)
         assert "\n" not in str(caught.value)
@@ -401,11 +440,17 @@ def test_a_certificate_that_does_not_hold_is_refused(tmp_path):
         codec.save(tmp_path / "model.safetensors")
     finally:
         node.bound = stated
-    with pytest.raises(InputError, match=f"sums in {name} can reach {int(stated)}, and the file certifies {int(stated) - 1}"):
+    with pytest.raises(
+        InputError, match=f"sums in {name} can reach {int(stated)}, and the file certifies {int(stated) - 1}"
+    ):
         QuantModel.load(tmp_path / "model.safetensors")
     codec.save(tmp_path / "model.safetensors")
     loaded = QuantModel.load(tmp_path / "model.safetensors")
-    assert all(torch.equal(loaded.nodes[n].bound, codec.nodes[n].bound) for n in codec.nodes if getattr(codec.nodes[n], "bound", None) is not None)
+    assert all(
+        torch.equal(loaded.nodes[n].bound, codec.nodes[n].bound)
+        for n in codec.nodes
+        if getattr(codec.nodes[n], "bound", None) is not None
+    )
 
 
 def reforged(path, target, change) -> None:
@@ -433,7 +478,10 @@ def _changed(end: str, make):
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (_changed("_cdf_steps", lambda steps: (steps.to(torch.int32) * 0).to(torch.uint16)), "do not rise from 0 to 65536"),
+        (
+            _changed("_cdf_steps", lambda steps: (steps.to(torch.int32) * 0).to(torch.uint16)),
+            "do not rise from 0 to 65536",
+        ),
         (_changed("inverses", lambda table: table * 0), "densities"),
         (_changed("thresholds", lambda table: table.flip(0)), "densities"),
         (_changed("normal", lambda table: table[1:]), "other sizes"),
@@ -445,7 +493,10 @@ def _changed(end: str, make):
         (lambda header, tensors: header.pop("packed"), "packed"),
         (lambda header, tensors: header.pop("types"), "types"),
         (lambda header, tensors: header.pop("extra"), "extra"),
-        (lambda header, tensors: header["types"].update(dict.fromkeys(header["types"], "load")), "load is no type"),
+        (
+            lambda header, tensors: header["types"].update(dict.fromkeys(header["types"], "load")),
+            "load is no type",
+        ),
         (lambda header, tensors: header["kwargs"].update(N=-1), "negative dimension"),
     ],
 )
@@ -457,7 +508,7 @@ def test_forged_models_are_one_line(tmp_path, change, expected):
     assert "\n" not in str(caught.value)
 
 
-# ---------------------------------------------------------------------------------------------------- inputs in float
+# -------------------------------------------------------------------------------------------- inputs in float
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""Scales that methods of the literature choose: powers of two, groups, SmoothQuant's, FQ-ViT's; bounded accumulators; levels of softmax."""
+"""Scales that methods of the literature choose: powers of two, groups, SmoothQuant's, FQ-ViT's; bounded
+accumulators; levels of softmax."""
 
 import itertools
 import math
@@ -11,8 +12,8 @@ from licq.quant.config import QuantConfig
 from licq.quant.fixedpoint import power_of_two_scale
 from licq.quant.grid import Grid
 from licq.quant.integer_functions import LEVEL_UNIT, SOFTMAX_UNIT, level_table
-from licq.quant.modules import QuantMAC
 from licq.quant.model import QuantModel
+from licq.quant.modules import QuantMAC
 from licq.quant.qtensor import QTensor
 from licq.quant.transforms import range_groups
 from licq.support.errors import InputError
@@ -27,7 +28,9 @@ class Codec(nn.Module):
         self.first, self.second = nn.Conv2d(3, 12, 3, padding=1), nn.Conv2d(12, 8, 3, padding=1)
         with torch.no_grad():
             self.first.weight *= torch.logspace(-1.5, 1, 12).reshape(-1, 1, 1, 1)
-            self.second.weight *= torch.logspace(-1, 1, 8).reshape(-1, 1, 1, 1) * torch.linspace(0.2, 3, 12).reshape(1, -1, 1, 1)
+            self.second.weight *= torch.logspace(-1, 1, 8).reshape(-1, 1, 1, 1) * torch.linspace(
+                0.2, 3, 12
+            ).reshape(1, -1, 1, 1)
 
     def forward(self, x):
         return {"x_hat": self.second(torch.relu(self.first(x)))[:, :3], "likelihoods": {}}
@@ -41,7 +44,9 @@ def observed(**config) -> tuple[QuantModel, QuantMAC]:
 
 
 def test_powers_of_two_are_the_least_above():
-    s = torch.tensor([1.0, 1.0 + 2.0**-30, 1.01, 0.75, 3.0, 2.0**-40, 0.5], dtype=torch.float64, requires_grad=True)
+    s = torch.tensor(
+        [1.0, 1.0 + 2.0**-30, 1.01, 0.75, 3.0, 2.0**-40, 0.5], dtype=torch.float64, requires_grad=True
+    )
     found = power_of_two_scale(s)
     assert found.tolist() == [1, 1, 2, 1, 4, 2.0**-24, 0.5]
     found.sum().backward()
@@ -79,7 +84,9 @@ def test_groups_lose_the_fewest_bits(count):
     groups = range_groups(ranges, count)
 
     def lost(cut: torch.Tensor) -> float:
-        return sum(float(torch.log2(ranges[cut == g].max() / ranges[cut == g]).sum()) for g in set(cut.tolist()))
+        return sum(
+            float(torch.log2(ranges[cut == g].max() / ranges[cut == g]).sum()) for g in set(cut.tolist())
+        )
 
     order = ranges.argsort()
     least = math.inf
@@ -144,7 +151,8 @@ def test_levels_are_the_nearest_powers(kind, base, bits):
 
 
 def test_ranges_are_estimated_from_values_of_which_a_thousandth_matters():
-    """Far values that are rare: an estimator that sees too few of them clips them all, and the error is theirs."""
+    """Far values that are rare: an estimator that sees too few of them clips them all, and the error is
+    theirs."""
     generator = torch.Generator().manual_seed(2)
     grid = Grid(8, 24, channel_dim=1, spec="mse", symmetry="symmetric")
     model = QuantModel(Codec(), QuantConfig())
@@ -158,7 +166,10 @@ def test_ranges_are_estimated_from_values_of_which_a_thousandth_matters():
 
     def error(grid: Grid) -> float:
         with torch.no_grad():
-            return sum(float((grid(QTensor(batch, None, model.runtime)).real() - batch).square().mean()) for batch in batches)
+            return sum(
+                float((grid(QTensor(batch, None, model.runtime)).real() - batch).square().mean())
+                for batch in batches
+            )
 
     found = error(grid)
     for factor in (0.5, 0.7, 1.4, 2.0):
@@ -168,7 +179,9 @@ def test_ranges_are_estimated_from_values_of_which_a_thousandth_matters():
 
 
 def test_a_range_of_k_sigma_is_that_of_the_values():
-    x = 1.5 * torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(3)) + torch.tensor([0.0, 1.0, -2.0]).reshape(1, 3, 1, 1)
+    x = 1.5 * torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(3)) + torch.tensor(
+        [0.0, 1.0, -2.0]
+    ).reshape(1, 3, 1, 1)
     grid = Grid(8, 24, channel_dim=1, spec="sigma2", symmetry="symmetric")
     grid.observe(x)
     grid.initialize()

@@ -63,14 +63,20 @@ def test_measured_loss_falls_as_predicted(transform):
     assert loss() < 0.9 * start
 
 
-@pytest.mark.parametrize("arch", ["minnen2018", *(pytest.param(name, marks=pytest.mark.slow) for name in ("lu2022", "cheng2020"))])
+@pytest.mark.parametrize(
+    "arch", ["minnen2018", *(pytest.param(name, marks=pytest.mark.slow) for name in ("lu2022", "cheng2020"))]
+)
 def test_no_layer_of_a_codec_gets_worse(arch):
     data = list(images(2, 64, 64).split(1))
     qmodel, sensitivities = prepared(tiny_codec(arch), data)
     before = predicted_losses(qmodel, sensitivities)
     balance_scales(qmodel, sensitivities, 0.3, progress=False)
     after = predicted_losses(qmodel, sensitivities)
-    ratios = [(after[n]["inputs"] + 0.3 * after[n]["weights"]) / (p["inputs"] + 0.3 * p["weights"]) for n, p in before.items() if sum(p.values())]
+    ratios = [
+        (after[n]["inputs"] + 0.3 * after[n]["weights"]) / (p["inputs"] + 0.3 * p["weights"])
+        for n, p in before.items()
+        if sum(p.values())
+    ]
     assert max(ratios) <= 1 + 1e-9 and min(ratios) < 0.95
 
 

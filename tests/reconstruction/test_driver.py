@@ -15,7 +15,15 @@ from licq.reconstruction import driver
 from licq.reconstruction import state as state_module
 from licq.reconstruction.api import quantize
 from licq.reconstruction.cache import PrefixCache
-from licq.reconstruction.config import KNOBS, LOSSES, UNITS, PtqConfig, ReconstructionConfig, list_presets, parse_knobs
+from licq.reconstruction.config import (
+    KNOBS,
+    LOSSES,
+    UNITS,
+    PtqConfig,
+    ReconstructionConfig,
+    list_presets,
+    parse_knobs,
+)
 from licq.reconstruction.objective import Objective, rate
 from licq.reconstruction.stress import stressed
 from licq.reconstruction.targets import Targets, divergence, tensor_of
@@ -59,13 +67,15 @@ def outcome(qmodel: QuantModel, x: torch.Tensor) -> list[torch.Tensor]:
     return [output["x_hat"], *output["likelihoods"].values()]
 
 
-# -------------------------------------------------------------------------------------------------------- objective
+# -------------------------------------------------------------------------------------------------- objective
 
 
 def test_objective_is_bits_plus_weighted_squared_error_on_255():
     x = torch.zeros(2, 3, 4, 8)
-    output = {"x_hat": torch.stack([torch.full((3, 4, 8), 0.5), torch.full((3, 4, 8), 2.0)]),
-              "likelihoods": {"y": torch.full((2, 4, 1, 2), 0.25), "z": torch.full((2, 1, 1, 1), 0.5)}}  # fmt: skip
+    output = {
+        "x_hat": torch.stack([torch.full((3, 4, 8), 0.5), torch.full((3, 4, 8), 2.0)]),
+        "likelihoods": {"y": torch.full((2, 4, 1, 2), 0.25), "z": torch.full((2, 1, 1, 1), 0.5)},
+    }
     bits = (4 * 2 * 2 + 1) / 32
     assert torch.allclose(rate(output, x), torch.tensor([bits, bits]))
     expected = [bits + 0.01 * 127.5**2, bits + 0.01 * 255**2]  # the second is clipped to 1
@@ -84,7 +94,7 @@ def test_objective_refuses(arguments):
         Objective(*arguments)
 
 
-# ------------------------------------------------------------------------------------------------- units and caches
+# ------------------------------------------------------------------------------------------- units and caches
 
 
 def test_j_is_measured_on_the_first_crops_and_all_teach(monkeypatch):
@@ -149,7 +159,7 @@ def test_a_forward_behind_the_cached_prefix_is_the_whole_forward(arch, kind):
     assert cache.bytes() > 0
 
 
-# ---------------------------------------------------------------------------------------------------------- targets
+# ---------------------------------------------------------------------------------------------------- targets
 
 
 def test_fisher_weights_are_squared_gradients_of_j_by_finite_differences():
@@ -170,8 +180,10 @@ def test_fisher_weights_are_squared_gradients_of_j_by_finite_differences():
             moved[index] += step
             costs.append(float(objective(model.rest(moved), batch).double()))
         gradients.append((costs[0] - costs[1]) / 2e-2)
-    ratios = [(2 * float(weights[index]) - 1) / g**2 for index, g in
-              zip(((0, 0, 0, 0), (0, 1, 5, 7), (0, 2, 15, 3)), gradients)]  # fmt: skip
+    ratios = [
+        (2 * float(weights[index]) - 1) / g**2
+        for index, g in zip(((0, 0, 0, 0), (0, 1, 5, 7), (0, 2, 15, 3)), gradients)
+    ]
     assert max(ratios) / min(ratios) == pytest.approx(1, rel=0.05)
     assert float(weights.mean()) == pytest.approx(1, rel=1e-4)
 
@@ -200,10 +212,12 @@ def test_divergence_is_that_of_the_distributions():
     assert float(divergence(a, a)) == pytest.approx(0, abs=1e-6)
 
 
-# --------------------------------------------------------------------------------------------------------- learning
+# --------------------------------------------------------------------------------------------------- learning
 
 
-@pytest.mark.parametrize(("loss", "unit"), [*zip(LOSSES, itertools.cycle(UNITS)), ("rd", "network"), ("mse", "block")])
+@pytest.mark.parametrize(
+    ("loss", "unit"), [*zip(LOSSES, itertools.cycle(UNITS)), ("rd", "network"), ("mse", "block")]
+)
 def test_every_loss_and_unit_runs_and_does_not_worsen_its_own_measure(loss, unit):
     config = method(loss=loss, unit=unit, quant={"w_bits": 6, "a_bits": 6})
     qmodel = quantize(codec("balle2018"), images(), config, lmbda=0.01, progress=False)
@@ -216,11 +230,17 @@ def test_every_loss_and_unit_runs_and_does_not_worsen_its_own_measure(loss, unit
     assert history["seconds"] > 0 and history["peak_memory_mb"] > 0
 
 
-@pytest.mark.parametrize("learn, steps", [(("bias",), [5]), (("bias", "range_a"), [2, 3]), (("range_a",), [5])])
+@pytest.mark.parametrize(
+    "learn, steps", [(("bias",), [5]), (("bias", "range_a"), [2, 3]), (("range_a",), [5])]
+)
 def test_phases_with_something_to_learn_share_the_steps(monkeypatch, learn, steps):
     taken: list[int] = []
     learning = driver._UnitRun._learn
-    monkeypatch.setattr(driver._UnitRun, "_learn", lambda unit, active, count: (taken.append(count), learning(unit, active, count)))
+    monkeypatch.setattr(
+        driver._UnitRun,
+        "_learn",
+        lambda unit, active, count: (taken.append(count), learning(unit, active, count)),
+    )
     config = method(iters=5, joint_iters=0, unit="network", learn=learn)
     quantize(codec("balle2018"), images(), config, lmbda=0.01, progress=False)
     assert taken == steps
@@ -230,7 +250,9 @@ def test_without_units_the_network_still_learns_jointly():
     config = method(iters=0, joint_iters=2, unit="network")
     history = quantize(codec("balle2018"), images(), config, lmbda=0.01, progress=False).history
     assert history["units"] == [] and history["joint"] is not None
-    history = quantize(codec("balle2018"), images(), method(iters=2, unit="network"), lmbda=0.01, progress=False).history
+    history = quantize(
+        codec("balle2018"), images(), method(iters=2, unit="network"), lmbda=0.01, progress=False
+    ).history
     assert len(history["units"]) == 1 and history["joint"] is None
 
 
@@ -271,7 +293,7 @@ def test_the_float_codec_is_not_changed():
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
-# ----------------------------------------------------------------------------------------------------------- resume
+# ----------------------------------------------------------------------------------------------------- resume
 
 
 def test_the_same_seed_gives_the_same_numbers_and_another_seed_others():
@@ -306,7 +328,10 @@ def test_a_killed_calibration_goes_on_to_the_same_numbers(tmp_path, monkeypatch,
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), again.state_dict().values()))
     for key in ("j_start", "j_units", "j_end"):
         assert whole.history[key] == again.history[key]
-    strip = [[{k: v for k, v in unit.items() if k != "seconds"} for unit in run.history["units"]] for run in (whole, again)]
+    strip = [
+        [{k: v for k, v in unit.items() if k != "seconds"} for unit in run.history["units"]]
+        for run in (whole, again)
+    ]
     assert strip[0] == strip[1]
 
 
@@ -317,7 +342,7 @@ def test_resume_with_other_settings_is_refused(tmp_path):
     quantize(codec(), images(), method(seed=5), lmbda=0.01, folder=tmp_path, progress=False)
 
 
-# ---------------------------------------------------------------------------------------------------------- presets
+# ---------------------------------------------------------------------------------------------------- presets
 
 
 def test_every_preset_loads_and_knobs_are_checked(tmp_path):
@@ -329,7 +354,14 @@ def test_every_preset_loads_and_knobs_are_checked(tmp_path):
     for arguments in (("nowhere",), (str(bad),), (str(tmp_path / "absent.yaml"),)):
         with pytest.raises(InputError):
             PtqConfig.from_preset(*arguments)
-    for knobs in ({"loss": "l1"}, {"unit": "atom"}, {"iters": -1}, {"batch": 0}, {"input_mix": 2}, {"learn": ["luck"]}):
+    for knobs in (
+        {"loss": "l1"},
+        {"unit": "atom"},
+        {"iters": -1},
+        {"batch": 0},
+        {"input_mix": 2},
+        {"learn": ["luck"]},
+    ):
         with pytest.raises(InputError):
             ReconstructionConfig(**knobs)
     assert set(ReconstructionConfig().learn) <= set(KNOBS)
@@ -339,7 +371,10 @@ def test_offsets_and_weights_are_learned_by_the_rounding_schemes_that_do_so():
     for knob, scheme in (("offset", "learned_offset"), ("weight", "ste")):
         knobs = parse_knobs([("learn", f"range_w,{knob}"), ("rounding", scheme)], {})
         assert PtqConfig.from_preset("licq", **knobs).reconstruction.learn == ("range_w", "rounding")
-        with pytest.raises(InputError, match=f"learn {knob} needs rounding {scheme}, not adaround; add --set rounding={scheme}"):
+        with pytest.raises(
+            InputError,
+            match=f"learn {knob} needs rounding {scheme}, not adaround; add --set rounding={scheme}",
+        ):
             PtqConfig.from_preset("licq", **{**knobs, "rounding": "adaround"})
     with pytest.raises(InputError, match="--set split=0.1"):
         PtqConfig.from_preset("licq", transform="split")
@@ -357,12 +392,16 @@ def test_ranges_hold_colours_that_the_crops_do_not_show():
     harder = stressed(crops)
     assert harder.shape == (16, 3, 64, 64) and torch.equal(harder * 255, (harder * 255).round())
     colourful, sharp = harder[:12], harder[12:]
-    assert float((colourful.amax(1) - colourful.amin(1)).mean()) > 2 * float((crops.amax(1) - crops.amin(1)).mean())
+    assert float((colourful.amax(1) - colourful.amin(1)).mean()) > 2 * float(
+        (crops.amax(1) - crops.amin(1)).mean()
+    )
     assert float(sharp.diff(dim=-1).abs().mean()) > 3 * float(crops.diff(dim=-1).abs().mean())
     assert stressed(crops[:, :, :33, :31]).shape == (16, 3, 33, 31)
     spans = []
     for stress in (False, True):
-        qmodel = quantize(codec(), crops, method(iters=0, joint_iters=0, stress=stress), lmbda=0.01, progress=False)
+        qmodel = quantize(
+            codec(), crops, method(iters=0, joint_iters=0, stress=stress), lmbda=0.01, progress=False
+        )
         grid = qmodel.nodes["g_a.2"].input_grid
         spans.append(float((grid.high - grid.low).sum()))
     assert spans[1] > spans[0]

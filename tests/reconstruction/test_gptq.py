@@ -39,17 +39,23 @@ def node_of(layer):
 def test_columns_times_weights_are_the_layer(layer):
     node = node_of(layer)
     draw = torch.Generator().manual_seed(0)
-    x = torch.randint(-9, 10, (2, layer.in_channels) + (5, 7, 9)[-len(layer.kernel_size):], generator=draw).double()
+    x = torch.randint(
+        -9, 10, (2, layer.in_channels) + (5, 7, 9)[-len(layer.kernel_size) :], generator=draw
+    ).double()
     weight = torch.randint(-9, 10, node.float_weight().shape, generator=draw).double()
     whole = node.product(x, weight)
     assert output_size(node, x) == whole.shape[2:]
     ours = torch.full_like(whole, torch.nan)
     flat, seen = weight.flatten(1), []
     for phase in phases(node):
-        at = torch.cartesian_prod(*(torch.arange(f, n, s) for f, n, s in zip(phase.first, whole.shape[2:], phase.step))).T
+        at = torch.cartesian_prod(
+            *(torch.arange(f, n, s) for f, n, s in zip(phase.first, whole.shape[2:], phase.step))
+        ).T
         seen += phase.weights(node).tolist()
         for image in range(2):
-            ours[(image, slice(None), *at)] = flat[:, phase.weights(node)] @ columns(node, x[image], phase, at)
+            ours[(image, slice(None), *at)] = flat[:, phase.weights(node)] @ columns(
+                node, x[image], phase, at
+            )
     assert sorted(seen) == list(range(flat.shape[1]))
     untouched = torch.isnan(ours)  # output rows that no tap meets, where the stride is larger than the kernel
     assert torch.equal(ours[~untouched], whole[~untouched]) and not whole[untouched].any()
@@ -71,7 +77,9 @@ def error(difference: torch.Tensor, moment: torch.Tensor) -> float:
 
 def correlated(size: int, seed: int, rank: int | None = None) -> torch.Tensor:
     draw = torch.Generator().manual_seed(seed)
-    x = torch.randn(size, rank or 4 * size, generator=draw) + 2 * torch.randn(1, rank or 4 * size, generator=draw)
+    x = torch.randn(size, rank or 4 * size, generator=draw) + 2 * torch.randn(
+        1, rank or 4 * size, generator=draw
+    )
     return x @ x.T / x.shape[1]
 
 
@@ -124,7 +132,11 @@ def test_layers_of_a_codec_give_less_error(arch, rounding):
         if compensated:
             compensate_rounding(qmodel, data, progress=False)
         found = {}
-        names = [name for name, node in qmodel.nodes.items() if node.kind in ("conv", "deconv", "linear") and node.groups == 1]
+        names = [
+            name
+            for name, node in qmodel.nodes.items()
+            if node.kind in ("conv", "deconv", "linear") and node.groups == 1
+        ]
         calls = [(name, 0) for name in names]
         with torch.no_grad():
             qmodel.quantize_nodes(False)
@@ -149,18 +161,28 @@ def test_turned_images_are_the_four_of_a_mirror_and_a_quarter_turn():
     found = turned([image])
     assert [tuple(x.shape[-2:]) for x in found] == [(4, 6), (4, 6), (6, 4), (6, 4)]
     assert torch.equal(found[0], image) and torch.equal(found[1], image.flip(-1))
-    assert torch.equal(found[2], torch.rot90(image, 1, (-2, -1))) and torch.equal(found[3], torch.rot90(image.flip(-1), 1, (-2, -1)))
+    assert torch.equal(found[2], torch.rot90(image, 1, (-2, -1))) and torch.equal(
+        found[3], torch.rot90(image.flip(-1), 1, (-2, -1))
+    )
 
 
 def test_quantize_compensates_on_turned_images_and_balances(monkeypatch):
     seen = {}
-    monkeypatch.setattr(api, "compensate_rounding", lambda qmodel, batches, *rest: seen.update(images=len(batches)))
-    monkeypatch.setattr(api, "balance_scales", lambda qmodel, sensitivities, share, progress: seen.update(share=share))
+    monkeypatch.setattr(
+        api, "compensate_rounding", lambda qmodel, batches, *rest: seen.update(images=len(batches))
+    )
+    monkeypatch.setattr(
+        api, "balance_scales", lambda qmodel, sensitivities, share, progress: seen.update(share=share)
+    )
     knobs = {"joint_iters": 0, "batch": 2}
-    api.quantize(tiny_codec("balle2018"), images(4), PtqConfig.from_preset(**knobs), lmbda=0.01, progress=False)
+    api.quantize(
+        tiny_codec("balle2018"), images(4), PtqConfig.from_preset(**knobs), lmbda=0.01, progress=False
+    )
     assert seen == {"images": 8, "share": 0.3}
     config = PtqConfig.from_preset(observed=3, **knobs)
-    api.quantize(tiny_codec("balle2018"), images(4), config, lmbda=0.01, progress=False)  # enough of them: as they are
+    api.quantize(
+        tiny_codec("balle2018"), images(4), config, lmbda=0.01, progress=False
+    )  # enough of them: as they are
     assert seen["images"] == 2
     seen.clear()
     config = PtqConfig.from_preset(round_init="nearest", balance=0.0, **knobs)

@@ -1,4 +1,5 @@
-"""Mechanisms that single presets use: learned borders, dropped quantization, losses of stage and output, blended losses, searched ranges."""
+"""Mechanisms that single presets use: learned borders, dropped quantization, losses of stage and output,
+blended losses, searched ranges."""
 
 import dataclasses
 
@@ -25,8 +26,18 @@ FEW = {"iters": 2, "search_evals": 12}
 
 @pytest.mark.parametrize("name", list_presets())
 def test_every_preset_makes_a_model_that_files_keep(name, tmp_path):
-    few = {key: value for key, value in FEW.items() if key != "iters" or PtqConfig.from_preset(name).reconstruction.iters}
-    qmodel = quantize(codec("balle2018"), images(), PtqConfig.from_preset(name, joint_iters=0, **few), lmbda=0.01, progress=False)
+    few = {
+        key: value
+        for key, value in FEW.items()
+        if key != "iters" or PtqConfig.from_preset(name).reconstruction.iters
+    }
+    qmodel = quantize(
+        codec("balle2018"),
+        images(),
+        PtqConfig.from_preset(name, joint_iters=0, **few),
+        lmbda=0.01,
+        progress=False,
+    )
     qmodel.save(tmp_path / "m.safetensors")
     x = images(1)
     assert all(map(torch.equal, outcome(qmodel, x), outcome(QuantModel.load(tmp_path / "m.safetensors"), x)))
@@ -44,7 +55,10 @@ def test_a_preset_may_build_on_another(tmp_path):
 
 def test_few_bits_may_have_knobs_of_their_own():
     eight, four = (PtqConfig.from_preset("licq", w_bits=bits) for bits in (8, 4))
-    assert (eight.quant.w_range, four.quant.w_range) == ("max", "mse") and four.reconstruction.joint_iters > eight.reconstruction.joint_iters
+    assert (eight.quant.w_range, four.quant.w_range) == (
+        "max",
+        "mse",
+    ) and four.reconstruction.joint_iters > eight.reconstruction.joint_iters
     assert PtqConfig.from_preset("licq", w_bits=4, joint_iters=7).reconstruction.joint_iters == 7
 
 
@@ -59,9 +73,15 @@ def test_a_learned_border_is_lowered_and_kept(tmp_path, granularity):
     quant = {"a_granularity": granularity}
     config = method(loss="mse", unit="layer", learn=("border",), lr_rounding=0.1, joint_iters=0, quant=quant)
     qmodel = quantize(codec("balle2018"), images(), config, lmbda=0.01, progress=False)
-    borders = [node.input_grid.border for node in qmodel.nodes.values() if isinstance(node, QuantMAC) and node.input_grid.border is not None]
+    borders = [
+        node.input_grid.border
+        for node in qmodel.nodes.values()
+        if isinstance(node, QuantMAC) and node.input_grid.border is not None
+    ]
     assert borders and any(float(border.abs().max()) > 0.05 for border in borders)
-    assert any(len(set(border.tolist())) > 2 for border in borders)  # one a channel, also where a tensor has one scale
+    assert any(
+        len(set(border.tolist())) > 2 for border in borders
+    )  # one a channel, also where a tensor has one scale
     qmodel.save(tmp_path / "m.safetensors")
     x = images(1)
     for model in (qmodel, QuantModel.load(tmp_path / "m.safetensors")):
@@ -75,9 +95,16 @@ def test_a_border_moves_where_values_are_rounded_up():
     model = QuantModel(codec("balle2018"), QuantConfig(a_bits=6))
     model.observe([images(2)])
     grid = next(node.input_grid for name, node in model.nodes.items() if name == "g_a.2")
-    values = torch.linspace(-0.9, 0.9, 61).reshape(1, 1, -1, 1).expand(1, len(grid.log_n), -1, -1) * float(grid.parameters_of_grid()[0].min()) * 3
+    values = (
+        torch.linspace(-0.9, 0.9, 61).reshape(1, 1, -1, 1).expand(1, len(grid.log_n), -1, -1)
+        * float(grid.parameters_of_grid()[0].min())
+        * 3
+    )
     fine = torch.tensor(2.0**-20, dtype=torch.float64)
-    for x in (QTensor(values, None, model.runtime), QTensor((values.double() / fine).round(), fine, model.runtime)):
+    for x in (
+        QTensor(values, None, model.runtime),
+        QTensor((values.double() / fine).round(), fine, model.runtime),
+    ):
         grid.border = None
         real = x.real() / grid.parameters_of_grid()[0].reshape(1, -1, 1, 1)
         grid.start_border(len(grid.log_n))
@@ -93,7 +120,13 @@ def shares_undecided(**knobs) -> float:
     """Of the soft steps of AdaRound, when learning ends."""
     config = PtqConfig.from_preset("adaround", unit="block", iters=24, lr_rounding=0.5, **knobs)
     qmodel = quantize(codec("balle2018"), images(), config, lmbda=0.01, progress=False)
-    h = torch.cat([node.weight_quantizer.rounding.h().flatten() for node in qmodel.nodes.values() if isinstance(node, QuantMAC)])
+    h = torch.cat(
+        [
+            node.weight_quantizer.rounding.h().flatten()
+            for node in qmodel.nodes.values()
+            if isinstance(node, QuantMAC)
+        ]
+    )
     return float(((h > 0.05) & (h < 0.95)).float().mean())
 
 
@@ -102,8 +135,16 @@ def test_adaround_decides_before_it_is_hardened():
 
 
 def test_a_joint_pass_with_nothing_to_learn_leaves_the_codec_as_it_is():
-    qmodel = quantize(codec("balle2018"), images(), PtqConfig.from_preset("adaround", iters=1, joint_iters=2), lmbda=0.01, progress=False)
-    assert qmodel.history["joint"]["j_before"] == qmodel.history["joint"]["j_after"] == qmodel.history["j_end"]
+    qmodel = quantize(
+        codec("balle2018"),
+        images(),
+        PtqConfig.from_preset("adaround", iters=1, joint_iters=2),
+        lmbda=0.01,
+        progress=False,
+    )
+    assert (
+        qmodel.history["joint"]["j_before"] == qmodel.history["joint"]["j_after"] == qmodel.history["j_end"]
+    )
 
 
 def test_ranges_that_are_learned_after_the_rounding_meet_whole_weights(monkeypatch):
@@ -114,13 +155,18 @@ def test_ranges_that_are_learned_after_the_rounding_meet_whole_weights(monkeypat
         learn(self, active, steps)
 
     monkeypatch.setattr(driver._UnitRun, "_learn", spy)
-    quantize(codec("balle2018"), images(), PtqConfig.from_preset("brecq", iters=2), lmbda=0.01, progress=False)
+    quantize(
+        codec("balle2018"), images(), PtqConfig.from_preset("brecq", iters=2), lmbda=0.01, progress=False
+    )
     assert (True, False) in seen and (False, True) in seen
     assert not any(rounding == hardened for rounding, hardened in seen)
 
 
 def test_dropping_changes_what_is_learned_and_ends_with_it():
-    plain, dropped = (method(loss="mse", unit="layer", joint_iters=0, act_drop=share, quant={"w_bits": 4, "a_bits": 4}) for share in (0.0, 0.5))
+    plain, dropped = (
+        method(loss="mse", unit="layer", joint_iters=0, act_drop=share, quant={"w_bits": 4, "a_bits": 4})
+        for share in (0.0, 0.5)
+    )
     a, b = (quantize(codec("balle2018"), images(), c, lmbda=0.01, progress=False) for c in (plain, dropped))
     assert any(not torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values()))
     assert b.runtime.dropping is None
@@ -129,9 +175,19 @@ def test_dropping_changes_what_is_learned_and_ends_with_it():
 def test_the_output_loss_is_the_distance_from_the_float_codec(monkeypatch):
     seen = []
     loss = driver.Reconstruction.global_loss
-    monkeypatch.setattr(driver.Reconstruction, "global_loss", lambda self, *a: seen.append((self, a[0], loss(self, *a))) or seen[-1][2])
+    monkeypatch.setattr(
+        driver.Reconstruction,
+        "global_loss",
+        lambda self, *a: seen.append((self, a[0], loss(self, *a))) or seen[-1][2],
+    )
     model = codec("balle2018")
-    quantize(model, images(), method(loss="output", iters=0, joint_iters=1, quant={"w_bits": 16, "a_bits": 16}), lmbda=0.01, progress=False)
+    quantize(
+        model,
+        images(),
+        method(loss="output", iters=0, joint_iters=1, quant={"w_bits": 16, "a_bits": 16}),
+        lmbda=0.01,
+        progress=False,
+    )
     engine, index, value = seen[0]
     assert 0 < float(value) < 0.05  # 16 bits are nearly the float codec
     with torch.no_grad():
@@ -147,9 +203,15 @@ def test_a_unit_is_judged_by_its_stage():
     qmodel = QuantModel(codec("balle2018"), config.quant)
     batches = list(images().split(2))
     qmodel.observe(batches)
-    engine = driver.Reconstruction(qmodel, batches, 2, config.reconstruction, Objective(0.01), StateFolder(None, "", False), False)
+    engine = driver.Reconstruction(
+        qmodel, batches, 2, config.reconstruction, Objective(0.01), StateFolder(None, "", False), False
+    )
     ends = {unit.name: aim.end[0] for unit, aim in engine.aims.items()}
-    assert ends["g_a.0"] == ends["g_a.4"] == ends["g_a.6"] == "g_a.6" and ends["g_s.0"] == "g_s.6" and ends["h_a.0"] != ends["h_s.0"]
+    assert (
+        ends["g_a.0"] == ends["g_a.4"] == ends["g_a.6"] == "g_a.6"
+        and ends["g_s.0"] == "g_s.6"
+        and ends["h_a.0"] != ends["h_s.0"]
+    )
 
 
 def test_the_vertex_of_a_parabola():
@@ -178,5 +240,7 @@ def test_a_search_lowers_j_and_a_killed_one_goes_on(tmp_path):
         patch.setattr(search, "mean_cost", counted)
         with pytest.raises(KeyboardInterrupt):
             quantize(codec("balle2018"), images(), config, lmbda=0.05, folder=tmp_path / "b", progress=False)
-    resumed = quantize(codec("balle2018"), images(), config, lmbda=0.05, folder=tmp_path / "b", resume=True, progress=False)
+    resumed = quantize(
+        codec("balle2018"), images(), config, lmbda=0.05, folder=tmp_path / "b", resume=True, progress=False
+    )
     assert all(map(torch.equal, outcome(whole, images(1)), outcome(resumed, images(1))))

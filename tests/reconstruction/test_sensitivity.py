@@ -1,4 +1,5 @@
-"""The curvature of J, predicted noise and channel splitting, against closed forms and against measured noise."""
+"""The curvature of J, predicted noise and channel splitting, against closed forms and against measured
+noise."""
 
 import math
 
@@ -39,7 +40,10 @@ class Linear2(nn.Module):
 
     def forward(self, x):
         a = self.first(x)
-        return {"x_hat": self.second(a) * 0.1 + 0.5, "likelihoods": {"a": (a.square() * -0.5).exp() / math.sqrt(2 * math.pi)}}
+        return {
+            "x_hat": self.second(a) * 0.1 + 0.5,
+            "likelihoods": {"a": (a.square() * -0.5).exp() / math.sqrt(2 * math.pi)},
+        }
 
 
 def observed(model: nn.Module, batches: list[Tensor], **config) -> QuantModel:
@@ -54,12 +58,18 @@ def batches(count: int = 4, size: int = 64) -> list[Tensor]:
 
 def test_distortion_curvature_is_the_closed_form():
     model = Linear2()
-    sensitivity = measure_sensitivities(observed(model, batches()), batches(), Objective(LAMBDA), progress=False)["first"]
-    kernel = 0.01 * model.second.weight.detach().square().sum((0, 2, 3)).double()  # x_hat = 0.1 * second + 0.5
+    sensitivity = measure_sensitivities(
+        observed(model, batches()), batches(), Objective(LAMBDA), progress=False
+    )["first"]
+    kernel = (
+        0.01 * model.second.weight.detach().square().sum((0, 2, 3)).double()
+    )  # x_hat = 0.1 * second + 0.5
     distortion = 2 * LAMBDA * 255**2 / 3 * kernel
     with torch.no_grad():
         a = model.first(torch.cat(batches()))
-    rate = a.square().mean((0, 2, 3)).double() / math.log(2)  # squared gradient of a^2 / 2 nats, in bits per pixel
+    rate = a.square().mean((0, 2, 3)).double() / math.log(
+        2
+    )  # squared gradient of a^2 / 2 nats, in bits per pixel
     torch.testing.assert_close(sensitivity.curvature, distortion + rate, rtol=0.05, atol=0)
 
 
@@ -80,7 +90,11 @@ def test_without_an_objective_a_layer_has_its_own_relative_error():
 def test_nothing_is_chosen_by_j_where_the_loss_does_not_know_it():
     def outcome(loss: str, lmbda: float) -> list[Tensor]:
         config = PtqConfig.from_preset(loss=loss, joint_iters=0, stress=False)
-        return list(quantize(tiny_codec("balle2018"), images(2), config, lmbda=lmbda, progress=False).state_dict().values())
+        return list(
+            quantize(tiny_codec("balle2018"), images(2), config, lmbda=lmbda, progress=False)
+            .state_dict()
+            .values()
+        )
 
     assert all(torch.equal(a, b) for a, b in zip(outcome("mse", 0.001), outcome("mse", 0.1)))
     assert any(not torch.equal(a, b) for a, b in zip(outcome("rd", 0.001), outcome("rd", 0.1)))
@@ -98,14 +112,18 @@ def test_rate_curvature_is_the_fisher_information_of_a_gaussian():
     qmodel = QuantModel(model.eval(), QuantConfig())
     qmodel.observe(noise)
     sensitivity = measure_sensitivities(qmodel, noise, Objective(LAMBDA), progress=False)["first"]
-    torch.testing.assert_close(sensitivity.curvature, torch.full((4,), 1 / math.log(2), dtype=torch.float64), rtol=0.05, atol=0)
+    torch.testing.assert_close(
+        sensitivity.curvature, torch.full((4,), 1 / math.log(2), dtype=torch.float64), rtol=0.05, atol=0
+    )
 
 
 def test_curvature_of_ms_ssim_is_that_of_small_noise():
     """White noise in x_hat raises 1 - MS-SSIM by half its variance times the curvature."""
     model, data = Linear2(), [images(1, 192, 192)]
     objective = Objective(20.0, "ms-ssim")
-    curvature = measure_sensitivities(observed(model, data), data, objective, progress=False)["second"].curvature
+    curvature = measure_sensitivities(observed(model, data), data, objective, progress=False)[
+        "second"
+    ].curvature
     with torch.no_grad():
         x_hat = model(data[0])["x_hat"]
         size = 4 / 255
@@ -115,7 +133,9 @@ def test_curvature_of_ms_ssim_is_that_of_small_noise():
             noise = torch.randn(x_hat.shape, generator=draw) * size
             pair = [objective.unclipped_distortion(x_hat + sign * noise, data[0]) for sign in (-1, 0, 1)]
             rises.append(float(pair[0] + pair[2] - 2 * pair[1]) / 2)
-    predicted = 0.5 * size**2 * float(curvature.sum()) / 0.1**2  # of the layer's output, which x_hat holds 0.1 times
+    predicted = (
+        0.5 * size**2 * float(curvature.sum()) / 0.1**2
+    )  # of the layer's output, which x_hat holds 0.1 times
     assert sum(rises) / len(rises) == pytest.approx(predicted, rel=0.15)
 
 
@@ -139,7 +159,10 @@ def measured_loss(qmodel: QuantModel, model: nn.Module, data: list[Tensor]) -> f
         return float((qmodel(x)["x_hat"] - model(x)["x_hat"]).square().mean() * LAMBDA * 255**2)
 
 
-@pytest.mark.parametrize("transposed,groups,split", [(False, 1, False), (True, 1, False), (False, 3, False), (False, 1, True), (True, 1, True)])
+@pytest.mark.parametrize(
+    "transposed,groups,split",
+    [(False, 1, False), (True, 1, False), (False, 3, False), (False, 1, True), (True, 1, True)],
+)
 @pytest.mark.parametrize("transform", ["fold", "equalize"])
 def test_predicted_input_noise_is_what_rounding_does(transposed, groups, split, transform):
     model, data = Linear2(transposed=transposed, groups=groups), batches(4, 128)
@@ -147,13 +170,18 @@ def test_predicted_input_noise_is_what_rounding_does(transposed, groups, split, 
     sensitivity = measure_sensitivities(qmodel, data, Objective(LAMBDA), progress=False)["second"]
     if split:
         loudest = input_noise(qmodel.nodes["second"], sensitivity).argsort(descending=True)[:8]
-        qmodel.nodes["second"].input_grid.split(torch.zeros(24, dtype=torch.bool).index_fill(0, loudest, True))
+        qmodel.nodes["second"].input_grid.split(
+            torch.zeros(24, dtype=torch.bool).index_fill(0, loudest, True)
+        )
         qmodel.nodes["second"].start_weights()
     error = measured_loss(qmodel, model, data)
     assert float(input_noise(qmodel.nodes["second"], sensitivity).sum()) == pytest.approx(error, rel=0.1)
 
 
-@pytest.mark.parametrize("transposed,groups,a_bits", [(False, 1, 14), (True, 1, 14), (False, 3, 14), (False, 1, 32), (True, 1, 32), (False, 3, 32)])
+@pytest.mark.parametrize(
+    "transposed,groups,a_bits",
+    [(False, 1, 14), (True, 1, 14), (False, 3, 14), (False, 1, 32), (True, 1, 32), (False, 3, 32)],
+)
 def test_predicted_weight_noise_is_what_rounding_does(transposed, groups, a_bits):
     # the noise model takes inputs as uncorrelated: noise for an image, and filters without a mean
     model = Linear2(channels=96, transposed=transposed, groups=groups)
@@ -164,9 +192,13 @@ def test_predicted_weight_noise_is_what_rounding_does(transposed, groups, a_bits
     qmodel = observed(model, data, a_bits=a_bits, w_bits=5)
     sensitivities = measure_sensitivities(qmodel, data, Objective(LAMBDA), progress=False)
     error = measured_loss(qmodel, model, data)
-    assert float(weight_noise(qmodel.nodes["second"], sensitivities["second"]).sum()) == pytest.approx(error, rel=0.4)
+    assert float(weight_noise(qmodel.nodes["second"], sensitivities["second"]).sum()) == pytest.approx(
+        error, rel=0.4
+    )
     predicted = predicted_losses(qmodel, sensitivities)["second"]
-    assert predicted["weights"] == pytest.approx(error, rel=0.4) and (predicted["inputs"] == 0) == (a_bits == 32)
+    assert predicted["weights"] == pytest.approx(error, rel=0.4) and (predicted["inputs"] == 0) == (
+        a_bits == 32
+    )
 
 
 def split_model(share: float, **config) -> tuple[QuantModel, dict, dict]:
@@ -185,7 +217,9 @@ def test_splitting_stays_inside_its_budget_and_lowers_the_predicted_loss(share):
     assert {n: s for n, s in split.items() if s} == pytest.approx(facts["layers"])
     total = sum(s.macs for s in sensitivities.values())
     assert sum(split[n] * sensitivities[n].macs for n in split) / total == pytest.approx(facts["extra_macs"])
-    before, after = (sum(p["inputs"] for p in predicted_losses(m, sensitivities).values()) for m in (plain, qmodel))
+    before, after = (
+        sum(p["inputs"] for p in predicted_losses(m, sensitivities).values()) for m in (plain, qmodel)
+    )
     assert after < before if share else after == before
     assert share < 0.02 or facts["extra_macs"] > 0.8 * min(share, 0.1)
 
@@ -215,12 +249,16 @@ def test_two_digits_hold_a_split_channel(bits):
         step = torch.where(own, scale / fine, scale)
         inside = x * torch.where(own, reach - 0.1, 0.9).reshape(1, 2, 1)
         # real numbers, and whole numbers of another scale, as an accumulator has
-        other = QTensor(torch.round(inside * 2.0**20), torch.tensor([[[2.0**-20]]], dtype=torch.float64), None)
+        other = QTensor(
+            torch.round(inside * 2.0**20), torch.tensor([[[2.0**-20]]], dtype=torch.float64), None
+        )
         for given in (QTensor(inside, None, None), other):
             found = grid(given)
             assert found.scale.shape == (1, 2, 1) and torch.equal(found.q, found.q.round())
             error = (found.real() - inside).abs().amax((0, 2))
-            assert bool((error <= 0.51 * step).all()) and bool((error >= 0.1 * step).all())  # its own step: neither clipped nor finer
+            assert bool((error <= 0.51 * step).all()) and bool(
+                (error >= 0.1 * step).all()
+            )  # its own step: neither clipped nor finer
         beyond = grid(QTensor(x * reach * 1.5, None, None)).real()
         assert torch.allclose(beyond.amax((0, 2)), (qmax * step).to(beyond))
         assert bool(((qmax * step - torch.where(own, reach, 1.0)).abs() <= step * reach).all())
@@ -228,13 +266,18 @@ def test_two_digits_hold_a_split_channel(bits):
 
 @pytest.mark.parametrize("w_bits,a_bits", [(32, 8), (8, 32)])
 def test_nothing_is_split_in_ablations_with_float_on_one_side(w_bits, a_bits):
-    assert split_model(0.5, w_bits=w_bits, a_bits=a_bits)[2] == {"extra_macs": 0.0, "layers": {}, "refused": []}
+    assert split_model(0.5, w_bits=w_bits, a_bits=a_bits)[2] == {
+        "extra_macs": 0.0,
+        "layers": {},
+        "refused": [],
+    }
 
 
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("symmetry", ["symmetric", "one_sided", "asymmetric"])
 def test_a_split_channel_is_two_channels_of_few_bits(symmetry, bits):
-    """The accumulator of the split layer from three of a kernel of few bits: unsplit channels, high digits, low digits."""
+    """The accumulator of the split layer from three of a kernel of few bits: unsplit channels, high digits,
+    low digits."""
     qmodel, _, facts = split_model(0.1, a_symmetry=symmetry, a_bits=bits)
     names = [name for name, share in facts["layers"].items() if share < 1]
     assert {type(qmodel.nodes[name].module) for name in names} >= {nn.Conv2d, nn.ConvTranspose2d}
@@ -256,18 +299,33 @@ def test_a_split_channel_is_two_channels_of_few_bits(symmetry, bits):
         second = digits - base * first
         for stored, which in ((main, ~split), (first, split)):
             has_sign = signed[which]
-            assert bool(((stored >= torch.where(has_sign, -base / 2, 0.0)) & (stored < torch.where(has_sign, base / 2, base))).all())
+            assert bool(
+                (
+                    (stored >= torch.where(has_sign, -base / 2, 0.0))
+                    & (stored < torch.where(has_sign, base / 2, base))
+                ).all()
+            )
         assert float(second.min()) >= 0 and float(second.max()) < base
-        unsplit, offset = torch.zeros_like(codes), (zero * (refinement / grid.fine).reshape(-1, 1, 1)).expand_as(codes)
+        unsplit, offset = (
+            torch.zeros_like(codes),
+            (zero * (refinement / grid.fine).reshape(-1, 1, 1)).expand_as(codes),
+        )
         unsplit[:, ~split] = main
         parts = []
         for digit in (first, second):
             part = torch.zeros_like(codes)
             part[:, split] = digit
             parts.append(node.product(part, weight))
-        accumulator = refinement * node.product(unsplit, weight) + base * parts[0] + parts[1] - node.product(offset.contiguous(), weight)
+        accumulator = (
+            refinement * node.product(unsplit, weight)
+            + base * parts[0]
+            + parts[1]
+            - node.product(offset.contiguous(), weight)
+        )
         numbers = codes * (refinement / grid.fine).reshape(-1, 1, 1)  # what the simulation holds
-        assert torch.equal(grid(QTensor(numbers, grid.scale.reshape(-1, 1, 1) / refinement, qmodel.runtime)).q, numbers)
+        assert torch.equal(
+            grid(QTensor(numbers, grid.scale.reshape(-1, 1, 1) / refinement, qmodel.runtime)).q, numbers
+        )
         assert torch.equal(node.product(numbers.double(), weight.double()), accumulator.double())
         assert float(node.bound) < 2**31
 
@@ -280,7 +338,10 @@ def test_a_split_model_is_saved_and_loaded_bit_for_bit(tmp_path):
     assert set(qmodel.history["predicted"]) >= set(qmodel.history["splitting"]["layers"])
     qmodel.save(tmp_path / "model.safetensors")
     loaded = QuantModel.load(tmp_path / "model.safetensors")
-    assert all(torch.equal(loaded.nodes[n].input_grid.fine, qmodel.nodes[n].input_grid.fine) for n in qmodel.history["splitting"]["layers"])
+    assert all(
+        torch.equal(loaded.nodes[n].input_grid.fine, qmodel.nodes[n].input_grid.fine)
+        for n in qmodel.history["splitting"]["layers"]
+    )
     x = images(1, seed=9)
     with torch.no_grad():
         ours, theirs = qmodel(x), loaded(x)

@@ -12,8 +12,8 @@ from licq.data.images import load_image
 from licq.evaluation.bd_rate import bd_rate
 from licq.evaluation.evaluate import ImageResult, Report, delta_j_percent, evaluate
 from licq.evaluation.metrics import psnr
-from licq.report.text import render_markdown
 from licq.report.build import build_report, make_point, write_report
+from licq.report.text import render_markdown
 from licq.support.errors import InputError
 
 
@@ -46,8 +46,15 @@ def test_rate_counts_all_likelihoods_over_true_pixels(make_image):
 
 def test_mean_is_of_the_decibels_and_equal_for_every_kind_of_input(make_image, tmp_path):
     paths = [make_image("a.png", 64, 64, 1), make_image("b.png", 192, 170, 2)]
-    reports = [evaluate(Codec(), images, progress=False) for images in
-               (paths, open_dataset(tmp_path), [load_image(path) for path in paths], [str(path) for path in paths])]
+    reports = [
+        evaluate(Codec(), images, progress=False)
+        for images in (
+            paths,
+            open_dataset(tmp_path),
+            [load_image(path) for path in paths],
+            [str(path) for path in paths],
+        )
+    ]
     assert all(report.mean() == reports[0].mean() for report in reports)
     per_image = reports[0].per_image
     assert reports[0].mean()["psnr"] == pytest.approx((per_image[0].psnr + per_image[1].psnr) / 2)
@@ -56,7 +63,10 @@ def test_mean_is_of_the_decibels_and_equal_for_every_kind_of_input(make_image, t
 
 
 def test_lossless_codec_has_infinite_psnr():
-    assert evaluate(Codec(0.0), [torch.rand(3, 64, 64).mul(255).round() / 255], progress=False).mean()["psnr"] == math.inf
+    assert (
+        evaluate(Codec(0.0), [torch.rand(3, 64, 64).mul(255).round() / 255], progress=False).mean()["psnr"]
+        == math.inf
+    )
 
 
 def test_nan_names_the_image(make_image):
@@ -74,16 +84,35 @@ def test_nan_names_the_image(make_image):
 
 
 def result(bpp, quality, similarity=None):
-    return Report("set", (ImageResult("a.png", 8, 8, bpp, bpp, 65025 / 10 ** (quality / 10), quality, similarity),), "estimate", 1.0)
+    return Report(
+        "set",
+        (ImageResult("a.png", 8, 8, bpp, bpp, 65025 / 10 ** (quality / 10), quality, similarity),),
+        "estimate",
+        1.0,
+    )
 
 
 def test_cost_is_rate_plus_lambda_times_distortion():
-    report = Report("set", (ImageResult("a", 8, 8, 0.5, 0.5, 100.0, 28.13, 0.9), ImageResult("b", 8, 8, 1.5, 1.5, 20.0, 35.1, 0.98)),
-                    "estimate", 1.0)
+    report = Report(
+        "set",
+        (
+            ImageResult("a", 8, 8, 0.5, 0.5, 100.0, 28.13, 0.9),
+            ImageResult("b", 8, 8, 1.5, 1.5, 20.0, 35.1, 0.98),
+        ),
+        "estimate",
+        1.0,
+    )
     assert report.cost(0.01) == pytest.approx((0.5 + 1.0 + 1.5 + 0.2) / 2)
     assert report.cost(10.0, "ms-ssim") == pytest.approx((0.5 + 1.0 + 1.5 + 0.2) / 2)
-    worse = Report("set", tuple(ImageResult("c", 8, 8, 2 * image.bpp, 2 * image.bpp, 2 * image.mse, 0.0, None)
-                                for image in report.per_image), "estimate", 1.0)
+    worse = Report(
+        "set",
+        tuple(
+            ImageResult("c", 8, 8, 2 * image.bpp, 2 * image.bpp, 2 * image.mse, 0.0, None)
+            for image in report.per_image
+        ),
+        "estimate",
+        1.0,
+    )
     assert delta_j_percent(report, worse, 0.01) == pytest.approx(100.0)
     with pytest.raises(InputError, match="too small"):
         worse.cost(1.0, "ms-ssim")
@@ -93,24 +122,63 @@ CURVE = [(0.2, 28.0, 0.90), (0.4, 31.0, 0.95), (0.7, 33.5, 0.975), (1.1, 36.0, 0
 
 
 def points(count=4, similar=True, **more):
-    return [make_point(quality=index + 1, lmbda=0.0018 * 2**index, fp32=result(rate, psnr_, similar and ms or None),
-                       quant=result(1.05 * rate, psnr_, similar and ms or None), model_bytes=10**6, **more)
-            for index, (rate, psnr_, ms) in enumerate(CURVE[:count])]
+    return [
+        make_point(
+            quality=index + 1,
+            lmbda=0.0018 * 2**index,
+            fp32=result(rate, psnr_, similar and ms or None),
+            quant=result(1.05 * rate, psnr_, similar and ms or None),
+            model_bytes=10**6,
+            **more,
+        )
+        for index, (rate, psnr_, ms) in enumerate(CURVE[:count])
+    ]
 
 
 def report_of(points, **more):
-    return build_report(arch="lu2022", preset=None, loss="rd", unit="block", w_bits=8, a_bits=8, dataset="photos", images=1,
-                        points=points, **more)
+    return build_report(
+        arch="lu2022",
+        preset=None,
+        loss="rd",
+        unit="block",
+        w_bits=8,
+        a_bits=8,
+        dataset="photos",
+        images=1,
+        points=points,
+        **more,
+    )
 
 
 def test_report_has_the_public_keys_and_the_bd_rates():
     report = report_of(points()[::-1], config={"iters": 5})
-    public = {"arch", "preset", "loss", "unit", "w_bits", "a_bits", "dataset", "images", "points", "bd_rate_psnr",
-              "bd_rate_ms_ssim", "versions"}
+    public = {
+        "arch",
+        "preset",
+        "loss",
+        "unit",
+        "w_bits",
+        "a_bits",
+        "dataset",
+        "images",
+        "points",
+        "bd_rate_psnr",
+        "bd_rate_ms_ssim",
+        "versions",
+    }
     assert public <= report.keys() and report["bpp_source"] == "estimate" and report["config"] == {"iters": 5}
     for point in report["points"]:
-        assert {"quality", "lambda", "fp32", "quant", "delta_j_percent", "calibration_seconds", "peak_memory_mb",
-                "model_bytes", "fp32_model_bytes"} <= point.keys()
+        assert {
+            "quality",
+            "lambda",
+            "fp32",
+            "quant",
+            "delta_j_percent",
+            "calibration_seconds",
+            "peak_memory_mb",
+            "model_bytes",
+            "fp32_model_bytes",
+        } <= point.keys()
         assert set(point["fp32"]) == set(point["quant"]) == {"bpp", "bpp_estimated", "psnr", "ms_ssim"}
     assert [point["quality"] for point in report["points"]] == [1, 2, 3, 4]
     for key in ("bd_rate_psnr", "bd_rate_ms_ssim", "bd_rate_psnr_cubic"):
@@ -156,10 +224,21 @@ def test_baseline_and_anchors_are_compared():
 def test_written_report_is_readable_and_rendered_again_from_json(tmp_path):
     lossless = points(1)[0]
     lossless["quant"] = lossless["quant"] | {"psnr": math.inf}
-    for name, content in (("four", points()), ("one", points(1)), ("lossless", [lossless]), ("nolambda", [points(1)[0] | {"lambda": None}])):
+    for name, content in (
+        ("four", points()),
+        ("one", points(1)),
+        ("lossless", [lossless]),
+        ("nolambda", [points(1)[0] | {"lambda": None}]),
+    ):
         report = report_of(content, kept_in_float={"softmax": "ablation"}, warnings=["few images"])
         write_report(tmp_path / name, report)
-        assert sorted(os.listdir(tmp_path / name)) == ["compressai", "rd.png", "report.html", "report.json", "report.md"]
+        assert sorted(os.listdir(tmp_path / name)) == [
+            "compressai",
+            "rd.png",
+            "report.html",
+            "report.json",
+            "report.md",
+        ]
         read = json.loads((tmp_path / name / "report.json").read_text())
         text = (tmp_path / name / "report.md").read_text()
         assert "estimated" in text and "softmax: ablation" in text and "few images" in text

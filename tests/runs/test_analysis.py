@@ -1,10 +1,11 @@
-"""Units quantized alone, ranges of channels and the landscape: against measurements by hand, and from the command line."""
+"""Units quantized alone, ranges of channels and the landscape: against measurements by hand, and from the
+command line."""
 
 import json
 
 import pytest
 import torch
-from tests.main_jobs import job, one_line, refused, run, zoo  # noqa: F401
+from tests.main_jobs import one_line, refused, run
 from PIL import Image
 
 from licq.quant.config import QuantConfig
@@ -127,13 +128,14 @@ def test_what_is_remembered_is_not_measured_again():
     again = analyze(probed(), sensitivities, "block", None, refuse, progress=False)
     assert first == again
     assert first["landscape"]["layer"] == max((n for n in first["layers"] if ".1" not in n and ".3" not in n and ".5" not in n),
-                                              key=lambda n: first["layers"][n]["both"]["j"])  # the others are GDN and ReLU
+                                              # the others are GDN and ReLU
+                                              key=lambda n: first["layers"][n]["both"]["j"])
     assert all(set(found) == {*SIDES, "predicted"} for found in first["units"].values())
     with pytest.raises(InputError, match="no layer 'g_x'"):
         analyze(probe, sensitivities, "block", "g_x", remember, progress=False)
 
 
-# ------------------------------------------------------------------------------------------------------- command line
+# ----------------------------------------------------------------------------------------------- command line
 
 
 def test_analysis_is_written_and_resumed(job, capsys, tmp_path, monkeypatch):
@@ -155,7 +157,7 @@ def test_analysis_is_written_and_resumed(job, capsys, tmp_path, monkeypatch):
     printed = capsys.readouterr()
     assert printed.err == "" and "analysis.md" in printed.out and "g_a.0" in printed.out
     assert {path.name for path in folder.iterdir()} == {
-        "analysis.json", "analysis.md", "delta_j.png", "ranges.png", "channels.png", "landscape.png", "result.json"}  # fmt: skip
+        "analysis.json", "analysis.md", "delta_j.png", "ranges.png", "channels.png", "landscape.png", "result.json"}
     found = json.loads((folder / "analysis.json").read_text())
     assert found["unit"] == "block" and found["float"]["j"] > 0 and "![landscape](landscape.png)" in (folder / "analysis.md").read_text()
     for name in ("delta_j", "ranges", "channels", "landscape"):
@@ -167,6 +169,6 @@ def test_analysis_is_written_and_resumed(job, capsys, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("changes, expected", [
     ({"landscape": "g_a.0"}, ["--landscape belongs to --analyze"]), ({"analyze": True, "landscape": "g_x"}, ["--landscape", "no layer 'g_x'"]),
-    ({"analyze": True, "budget_size": 6}, ["exclude each other"])])  # fmt: skip
+    ({"analyze": True, "budget_size": 6}, ["exclude each other"])])
 def test_bad_flags_of_an_analysis_are_one_line(job, capsys, changes, expected):
     refused(capsys, job, *expected, **changes)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tests.main_jobs import ARCH, job, one_line, report_of, run, zoo  # noqa: F401
+from tests.main_jobs import ARCH, one_line, report_of, run
 
 import main_eval
 from licq.runs import coding as commands
@@ -166,7 +166,8 @@ def test_real_rates_are_those_of_files_and_near_the_estimate(saved, tmp_path, ca
         assert quant["bpp_estimated"] == before["quant"]["bpp"] and quant["psnr"] == before["quant"]["psnr"]
         whole_bytes = quant["bpp"] * 96 * 64 / 8
         assert whole_bytes == pytest.approx(round(2 * whole_bytes) / 2, abs=1e-6)  # a mean of two images
-        # head and last bytes on one side; on the other outliers, which the estimate's smallest likelihood makes dearer than an escape
+        # head and last bytes on one side; on the other outliers, which the estimate's smallest likelihood
+        # makes dearer than an escape
         assert -46 < (quant["bpp"] - quant["bpp_estimated"]) * 96 * 64 / 8 < 34
 
 
@@ -181,7 +182,8 @@ def test_images_to_files_and_back(saved, tmp_path, capsys):
     assert f"{(tmp_path / 'a.licq').stat().st_size} bytes" in capsys.readouterr().out
     assert command("info", tmp_path / "a.licq") == 0
     assert "96x64" in capsys.readouterr().out
-    assert command("decode", tmp_path / "a.licq", "-o", tmp_path / "a.png", "--model", saved) == 0  # finds the model by itself
+    # finds the model by itself
+    assert command("decode", tmp_path / "a.licq", "-o", tmp_path / "a.png", "--model", saved) == 0
     decoded = load_pixels(tmp_path / "a.png")
     with torch.no_grad():
         padded, unpad = pad_to_multiple(load_image(source)[None])
@@ -253,7 +255,7 @@ def test_paths_that_cannot_be_read_are_one_line(tmp_path, capsys, monkeypatch):
     image.parent.mkdir(exist_ok=True)
     image.write_bytes(b"")
     for line in (("encode", long, "--model", tmp_path), ("encode", image, "--model", long), ("encode", image, "-o", long, "--model", tmp_path),
-                 ("decode", long, "--model", tmp_path), ("info", long), ("info", "~nobody-of-this-name/a.licq")):  # fmt: skip
+                 ("decode", long, "--model", tmp_path), ("info", long), ("info", "~nobody-of-this-name/a.licq")):
         assert command(*line) == 2
         assert capsys.readouterr().err.count("\n") == 1, line
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.main_jobs import ARCH, contents, job, refused, report_of, run, without_times, zoo  # noqa: F401
+from tests.main_jobs import ARCH, contents, refused, report_of, run, without_times
 from PIL import Image
 
 import main_ptq
@@ -27,7 +27,7 @@ from licq.support.errors import InputError
 ROOT = Path(main_ptq.__file__).parent
 
 
-# ------------------------------------------------------------------------------------------------------- what it does
+# ----------------------------------------------------------------------------------------------- what it does
 
 
 def test_run_writes_the_report_and_the_models(job, capsys, tmp_path):
@@ -138,7 +138,7 @@ def test_knobs_are_converted_to_the_type_of_their_default():
     assert config.reconstruction.seed == 7 and config.quant.bias_bits == 8
 
 
-# --------------------------------------------------------------------------------------------------------- bad input
+# -------------------------------------------------------------------------------------------------- bad input
 
 
 @pytest.mark.parametrize("changes, expected", [
@@ -280,7 +280,7 @@ def test_output_that_cannot_be_written_is_one_line(job, capsys, tmp_path):
     assert (tmp_path / "file").read_text() == "x"
 
 
-# ------------------------------------------------------------------------------------------------- stop, go on, repeat
+# ---------------------------------------------------------------------------------------- stop, go on, repeat
 
 
 LEARNING = {"quality": "1,3", "unit": "stage", "iters": 2, "set": "joint_iters=2"}
@@ -316,8 +316,8 @@ def _stop_after(monkeypatch, owner, name: str, count: int):
 def test_run_stopped_anywhere_and_resumed_gives_the_same_report(job, finished, reference, monkeypatch, capsys, tmp_path):
     import licq.evaluation.evaluate
 
-    stops = [(evaluation.evaluate, "evaluate", 1), (evaluation.evaluate, "evaluate", 3), (StateFolder, "save", 1),
-             (StateFolder, "save", 2), (evaluation.evaluate, "evaluate", 1)]
+    stops = [(licq.evaluation.evaluate, "evaluate", 1), (licq.evaluation.evaluate, "evaluate", 3), (StateFolder, "save", 1),
+             (StateFolder, "save", 2), (licq.evaluation.evaluate, "evaluate", 1)]
     for owner, name, count in stops:  # every attempt goes on where the one before was stopped
         with monkeypatch.context() as patch:
             _stop_after(patch, owner, name, count)
@@ -361,7 +361,7 @@ def test_new_run_in_a_used_folder_replaces_results_only_when_it_has_its_own(job,
     assert run(job, quality="1,3") == 0
     old = contents(tmp_path / "out")
     with monkeypatch.context() as patch:
-        _stop_after(patch, evaluation.evaluate, "evaluate", 5)  # the second quality's plain baseline
+        _stop_after(patch, licq.evaluation.evaluate, "evaluate", 5)  # the second quality's plain baseline
         assert run(job, quality="1,3", w_bits=6) == 130
     now = contents(tmp_path / "out")
     assert all(now[name] == old[name] for name in ("report.json", "rd.png", "q3/model.safetensors", "q3/result.json"))

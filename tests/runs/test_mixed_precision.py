@@ -1,4 +1,5 @@
-"""Bits of single layers, and the search for them: against brute force, through files and down to the integer program."""
+"""Bits of single layers, and the search for them: against brute force, through files and down to the integer
+program."""
 
 import dataclasses
 import itertools
@@ -7,7 +8,7 @@ import random
 
 import pytest
 import torch
-from tests.main_jobs import contents, job, refused, report_of, run, zoo  # noqa: F401
+from tests.main_jobs import contents, refused, report_of, run
 
 import main_ptq
 from licq.runs import layers as layer_runs
@@ -69,7 +70,7 @@ def test_the_bits_of_the_model_named_for_every_layer_change_nothing():
 @pytest.mark.parametrize("text, words", [
     ("[1, 2]", ["no allocation"]), ("{'a': 3}", ["no allocation"]), ("{", ["cannot be read"]), ("g_a.0: {bits: 4}", ["'bits'", "w_bits"]),
     ("g_a.0: {w_bits: 1}", ["w_bits 1", "2 to 16"]), ("g_a.0: {a_bits: 17}", ["17"]), ("g_a.0: {w_bits: 4.5}", ["4.5"]),
-    ("g_a.0: {w_bits: true}", ["True"])])  # fmt: skip
+    ("g_a.0: {w_bits: true}", ["True"])])
 def test_a_bad_file_of_bits_is_refused(tmp_path, text, words):
     (tmp_path / "bits.yaml").write_text(text)
     with pytest.raises(InputError) as refusal:
@@ -112,10 +113,11 @@ def test_one_side_alone_is_a_layer_whose_other_side_is_nearly_exact(only, config
         alone = output(layer)
         node.only = None
         error = (both - real).square().mean()
-        assert (alone - both).square().mean() < 0.02 * error or error < 1e-6 * real.square().mean(), layer  # exact here
+        # exact here
+        assert (alone - both).square().mean() < 0.02 * error or error < 1e-6 * real.square().mean(), layer
 
 
-# ---------------------------------------------------------------------------------------------------------- the search
+# ------------------------------------------------------------------------------------------------- the search
 
 
 def drawn_layers(count: int, seed: int) -> list[Layer]:
@@ -126,7 +128,7 @@ def drawn_layers(count: int, seed: int) -> list[Layer]:
         return dict(zip(choices, sorted((draw.random() * 4 ** -choices[0] for _ in choices), reverse=True)))
 
     layers = [Layer(f"layer{n}", draw.randint(50, 5000), draw.uniform(1, 900), falling((4, 5, 8)), falling((4, 8)), {4: 4, 8: 8}, 8)
-              for n in range(count - 1)]  # fmt: skip
+              for n in range(count - 1)]
     return [*layers, Layer("latent", 700, 30.0, falling((4, 5, 8)), {8: 1e-5}, {8: 14}, 14)]
 
 
@@ -138,7 +140,7 @@ def every_allocation(layers: list[Layer]):
 
 @pytest.mark.parametrize("budget, least", [
     (Budget(mean_bits=5.5), "loss"), (Budget(megabytes=0.004), "loss"), (Budget(relative_bops=0.5), "loss"), (Budget(bops=60e3), "loss"),
-    (Budget(mean_bits=6, relative_bops=0.6), "loss"), (Budget(loss=1e-3), "mean_bits"), (Budget(loss=2e-3), "bops"), (Budget(), "loss")])  # fmt: skip
+    (Budget(mean_bits=6, relative_bops=0.6), "loss"), (Budget(loss=1e-3), "mean_bits"), (Budget(loss=2e-3), "bops"), (Budget(), "loss")])
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_search_finds_what_brute_force_finds(budget, least, seed):
     layers = drawn_layers(5, seed)
@@ -209,12 +211,14 @@ def test_losses_of_layers_are_measured_and_remembered():
         node.quantized, node.only = True, "weights"
         by_hand = float(objective(start.qmodel(crops), crops).double().mean() - real)
     assert kept["weights 4 g_a.2"] == pytest.approx(by_hand, rel=1e-3, abs=1e-6)
-    again = measure_layers(None, crops, config, objective, (4, 8), (4, 8), remember, progress=False)  # without a model: all is there
+    # without a model: all is there
+    again = measure_layers(None, crops, config, objective, (4, 8), (4, 8), remember, progress=False)
     assert {layer.name: layer for layer in again} == layers
 
 
 class Curve:
-    """Two codecs whose prepared loss is `ratio` times what is predicted, and whose BD-rate is `learned` times that."""
+    """Two codecs whose prepared loss is `ratio` times what is predicted, and whose BD-rate is `learned` times
+    that."""
 
     def __init__(self, ratio: float, learned: float, seed: int = 0):
         self.layers = [drawn_layers(6, seed), drawn_layers(6, seed + 10)]
@@ -244,7 +248,8 @@ def test_bits_are_given_up_until_the_bd_rate_is_near_its_limit(ratio, learned):
     assert not chosen(hopeless, low / 3).stays_below(low / 3)
     generous = Curve(ratio, learned)
     attempts = generous.search.run(100 * ratio * high)
-    assert attempts[0].cost == 8 and len(attempts) == 1  # 4 bits a weight for both codecs; nothing is left to try
+    # 4 bits a weight for both codecs; nothing is left to try
+    assert attempts[0].cost == 8 and len(attempts) == 1
 
 
 @pytest.mark.parametrize("first, cheaper", [(0.1, True), (5.0, False)])
@@ -254,14 +259,14 @@ def test_a_prepared_loss_below_nothing_is_corrected_towards_the_limit(first, che
     losses = [totals(layers, {layer.name: {"w_bits": w, "a_bits": max(layer.a_loss)} for layer in layers}).loss for w in (8, 4)]
     knee, tried = (losses[0] * losses[1]) ** 0.5, []
     search = BdRateSearch([layers], [0.5], lambda _, bits: 0.5 * (-0.0048 if totals(layers, bits).loss <= knee else 0.05),
-                          lambda number, bits: tried.append(bits[0]) or (first if number == 1 else 0.9), "mean_bits")  # fmt: skip
+                          lambda number, bits: tried.append(bits[0]) or (first if number == 1 else 0.9), "mean_bits")
     attempts = search.run(1.0)
     assert attempts[0].start_percent == pytest.approx(-0.48) and len(tried) == 2
     before, after = (totals(layers, bits).mean_bits for bits in tried)
     assert after < before if cheaper else after > before
 
 
-# -------------------------------------------------------------------------------------------------------- command line
+# ----------------------------------------------------------------------------------------------- command line
 
 NARROW = {"set": "balance=0", "bits_choices": "4,8", "no-baseline": True}
 
@@ -330,7 +335,8 @@ def test_the_bd_rate_is_kept_below_its_limit(job, tmp_path, monkeypatch, capsys)
     starts.clear()
     assert run(job, quality="1,3", max_bd_rate=0.5, bits_file=tmp_path / "bits-{quality}.json", resume=True, **NARROW) == 0
     assert contents(tmp_path / "out") == before and not starts
-    with monkeypatch.context() as patch:  # what was measured at another lambda, or of another checkpoint, is not taken over
+    # what was measured at another lambda, or of another checkpoint, is not taken over
+    with monkeypatch.context() as patch:
         patch.setattr(layer_runs, "BdRateSearch", stopping)
         assert run(job, quality="1,3", max_bd_rate=0.5, bits_file=tmp_path / "bits-{quality}.json", resume=True, **{"lambda": "0.1,0.2"}, **NARROW) == 130
     assert starts == [0.1, 0.2]
@@ -360,7 +366,7 @@ def mean_loss(attempt) -> float:
     ({"bits_choices": "1,8", "budget_size": 6}, ["--bits_choices", "2 to 16"]), ({"cost": "size", "budget_size": 6}, ["--cost belongs"]),
     ({"quality": "1,3", "budget_size": 6, "bits_file": "bits.json"}, ["{quality}"]),
     ({"budget_size": 6, "bits_file": "/dev/null/bits.json"}, ["cannot write to /dev/null", "--bits_file"]),
-    ({"budget_size": 6, "bits_file": "/tmp"}, ["--bits_file /tmp is a folder"])])  # fmt: skip
+    ({"budget_size": 6, "bits_file": "/tmp"}, ["--bits_file /tmp is a folder"])])
 def test_bad_flags_are_one_line(job, capsys, changes, expected):
     refused(capsys, job, *expected, **changes)
 

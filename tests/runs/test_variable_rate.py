@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from tests.main_jobs import job, one_line, run, zoo  # noqa: F401
+from tests.main_jobs import one_line, run
 from tests.tiny_codecs import images, tiny_codec
 
 import main_eval
@@ -39,7 +39,8 @@ def outcome(codec, x):
 def test_every_rate_of_one_quantized_codec_is_near_the_float_codecs(name):
     model = tiny_codec(name)
     x = images(8)
-    # 16 bits everywhere, so that what is left is a symbol at a tie here and there, and what its context makes of it
+    # 16 bits everywhere, so that what is left is a symbol at a tie here and there, and what its context makes
+    # of it
     codec = QuantModel(model, QuantConfig(w_bits=16, a_bits=16, latent_bits=16))
     for level in (*range(1, 9), 4.5):
         codec.model.set_level(level)
@@ -72,7 +73,8 @@ def test_images_with_planes_are_coded_at_their_own_rates(name, tmp_path):
         codec.model.set_level(level)
         x_hat, y, z = outcome(codec, x[index : index + 1])
         assert torch.equal(together[0][index : index + 1], x_hat) and torch.equal(together[1][index : index + 1], y)
-        torch.testing.assert_close(together[2][index : index + 1], z)  # a float estimate of all images at once
+        # a float estimate of all images at once
+        torch.testing.assert_close(together[2][index : index + 1], z)
     codec.save(tmp_path / "model.safetensors")
     loaded = QuantModel.load(tmp_path / "model.safetensors")
     for network in (codec, loaded):

@@ -19,16 +19,27 @@ def raising(error):
     return function
 
 
-@pytest.mark.parametrize("error, words", [
-    (InputError("a.png: is\ngrey; convert it"), "error: a.png: is grey; convert it"),
-    (argparse.ArgumentError(None, "--w_bits takes 2 to 16"), "error: --w_bits takes 2 to 16"),
-    (MemoryError(), "out of memory"),
-    (torch.OutOfMemoryError("CUDA out of memory"), "out of memory"),
-    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), "out of memory"),
-    (OSError(errno.ENAMETOOLONG, "File name too long", "/in/x"), "/in/x: File name too long"),
-    (PermissionError(errno.EACCES, "Permission denied", "/in/x"), "/in/x: Permission denied"),
-    (OSError(errno.ENOSPC, "No space left on device", "/out/x"), "cannot write /out/x: No space left on device"),
-])
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (InputError("a.png: is\ngrey; convert it"), "error: a.png: is grey; convert it"),
+        (argparse.ArgumentError(None, "--w_bits takes 2 to 16"), "error: --w_bits takes 2 to 16"),
+        (MemoryError(), "out of memory"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "out of memory"),
+        (
+            RuntimeError(
+                "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+            ),
+            "out of memory",
+        ),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "/in/x"), "/in/x: File name too long"),
+        (PermissionError(errno.EACCES, "Permission denied", "/in/x"), "/in/x: Permission denied"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/out/x"),
+            "cannot write /out/x: No space left on device",
+        ),
+    ],
+)
 def test_users_error_is_one_line_and_status_2(error, words, capsys):
     assert main_guard(raising(error)) == 2
     captured = capsys.readouterr()
@@ -54,7 +65,9 @@ def test_status_of_the_body_is_returned():
     assert main_guard(lambda: 3) == 3
 
 
-@pytest.mark.parametrize("error", [ValueError("x"), RuntimeError("shape"), FileNotFoundError(errno.ENOENT, "no")])
+@pytest.mark.parametrize(
+    "error", [ValueError("x"), RuntimeError("shape"), FileNotFoundError(errno.ENOENT, "no")]
+)
 def test_defects_keep_their_traceback(error):
     with pytest.raises(type(error)):
         main_guard(raising(error))

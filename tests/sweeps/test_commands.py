@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.main_jobs import contents, job, one_line, report_of, run, without_times, zoo  # noqa: F401
 
 import licq.evaluation.evaluate
 import main_eval
 from licq.support.cli import main_guard
 from licq.support.files import write_json
+from tests.main_jobs import contents, one_line, report_of, run, without_times
 
 SWEEP = "title: Trial\nflags: {no-baseline: true}\ngrid:\n  w_bits: [8, 4]\n"
 
@@ -28,16 +28,21 @@ def result(folder: Path, name: str) -> dict:
 
 
 @pytest.mark.parametrize("older", [False, True])
-def test_a_sweep_stopped_and_resumed_gives_the_runs_of_single_commands(job, file, tmp_path, capsys, monkeypatch, older):
-    original, calls = evaluation.evaluate.evaluate, []
+def test_a_sweep_stopped_and_resumed_gives_the_runs_of_single_commands(
+    job, file, tmp_path, capsys, monkeypatch, older
+):
+    original, calls = licq.evaluation.evaluate.evaluate, []
 
     def stopping(*args, **kwargs):
         calls.append(1)
-        if len(calls) == 3:  # float and quantized codec of the first run, then the quantized one of the second: floats are shared
+        if (
+            len(calls) == 3
+            # float and quantized codec of the first run, then the quantized one of the second: floats are shared
+        ):
             raise KeyboardInterrupt
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(evaluation.evaluate, "evaluate", stopping)
+    monkeypatch.setattr(licq.evaluation.evaluate, "evaluate", stopping)
     out = tmp_path / "out"
     assert run(job, sweep=file) == 130
     assert "--resume" in capsys.readouterr().err and not (out / "summary.md").exists()
@@ -66,7 +71,7 @@ def test_a_sweep_started_anew_and_stopped_meets_nothing_of_the_one_before(job, f
     out = tmp_path / "out"
     assert run(job, sweep=file, w_bits=None, seed=1, shared=tmp_path / "elsewhere") == 0
     assert list((tmp_path / "elsewhere").glob("*.json")) and not (out / "shared").exists()
-    original, calls = evaluation.evaluate.evaluate, []
+    original, calls = licq.evaluation.evaluate.evaluate, []
 
     def stopping(*args, **kwargs):
         calls.append(1)
@@ -74,37 +79,53 @@ def test_a_sweep_started_anew_and_stopped_meets_nothing_of_the_one_before(job, f
             raise KeyboardInterrupt
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(evaluation.evaluate, "evaluate", stopping)
+    monkeypatch.setattr(licq.evaluation.evaluate, "evaluate", stopping)
     assert run(job, sweep=file, w_bits=None, seed=2) == 130
-    assert (out / "runs" / "w_bits4" / "report.json").is_file() and not list(out.glob("runs/w_bits4/**/run.json"))
+    assert (out / "runs" / "w_bits4" / "report.json").is_file() and not list(
+        out.glob("runs/w_bits4/**/run.json")
+    )
     assert run(job, sweep=file, w_bits=None, seed=2, resume=True) == 0
     assert len(calls) == 4
     for name in ("w_bits8", "w_bits4"):
-        assert json.loads((out / "runs" / name / "run.json").read_text())["settings"]["calibration"]["seed"] == 2
+        assert (
+            json.loads((out / "runs" / name / "run.json").read_text())["settings"]["calibration"]["seed"] == 2
+        )
 
 
 def test_a_run_that_fails_is_recorded_and_the_others_go_on(job, file, tmp_path, capsys):
     file.write_text(SWEEP + f"  eval: ['{tmp_path / 'eval'}', tecnick]\n")
     assert run(job, sweep=file, eval=None, w_bits=8) == 2
     printed = capsys.readouterr()
-    assert printed.err.startswith("error: 1 of 2 runs failed: tecnick (") and printed.err.count("\n") == 1 and "LICQ_DATA" in printed.err
+    assert (
+        printed.err.startswith("error: 1 of 2 runs failed: tecnick (")
+        and printed.err.count("\n") == 1
+        and "LICQ_DATA" in printed.err
+    )
     with open(tmp_path / "out" / "summary.csv") as stream:
         rows = list(csv.DictReader(stream))
-    assert [(row["run"], row["status"]) for row in rows] == [("eval", "done"), ("tecnick", "failed")] and "testimages.org" in rows[1]["error"]
+    assert [(row["run"], row["status"]) for row in rows] == [
+        ("eval", "done"),
+        ("tecnick", "failed"),
+    ] and "testimages.org" in rows[1]["error"]
     assert not (tmp_path / "out" / "runs" / "tecnick" / "run.json").exists()
 
 
-@pytest.mark.parametrize("content, changes, expected", [
-    ("grid: {w_bits: [8, 1]}", {}, ["run w_bits1", "2 to 16"]),
-    ("grid: {preset: [licq, magic]}", {}, ["run magic", "'magic'"]),
-    ("grid: {set.speed: [1, 2]}", {}, ["speed", "known are"]),
-    ("grid: {w_bit: [8]}", {}, ["w_bit is not a flag"]),
-    (SWEEP, {"colour": "red"}, ["--colour"]),
-    (SWEEP, {"workers": 0}, ["--workers"]),
-    (SWEEP, {"workers": 2, "ray": True}, ["exclude each other"]),
-    (SWEEP, {"gpu_share": 2}, ["--gpu_share"]),
-])
-def test_what_no_run_can_mean_is_refused_before_anything_runs(job, file, tmp_path, capsys, content, changes, expected):
+@pytest.mark.parametrize(
+    "content, changes, expected",
+    [
+        ("grid: {w_bits: [8, 1]}", {}, ["run w_bits1", "2 to 16"]),
+        ("grid: {preset: [licq, magic]}", {}, ["run magic", "'magic'"]),
+        ("grid: {set.speed: [1, 2]}", {}, ["speed", "known are"]),
+        ("grid: {w_bit: [8]}", {}, ["w_bit is not a flag"]),
+        (SWEEP, {"colour": "red"}, ["--colour"]),
+        (SWEEP, {"workers": 0}, ["--workers"]),
+        (SWEEP, {"workers": 2, "ray": True}, ["exclude each other"]),
+        (SWEEP, {"gpu_share": 2}, ["--gpu_share"]),
+    ],
+)
+def test_what_no_run_can_mean_is_refused_before_anything_runs(
+    job, file, tmp_path, capsys, content, changes, expected
+):
     file.write_text(content)
     job["--set"] = None
     assert run(job, sweep=file, **changes) == 2
@@ -128,7 +149,9 @@ def test_a_sweep_begun_in_this_process_goes_on_in_workers(job, file, tmp_path):
 
 
 def evaluate(*words) -> int:
-    return main_guard(lambda: main_eval.main(["--quiet", "--device", "cpu", "--threads", "1", *map(str, words)]))
+    return main_guard(
+        lambda: main_eval.main(["--quiet", "--device", "cpu", "--threads", "1", *map(str, words)])
+    )
 
 
 def test_an_evaluation_in_parts_writes_the_report_of_one(job, tmp_path, make_image, capsys, monkeypatch):
@@ -140,7 +163,7 @@ def test_an_evaluation_in_parts_writes_the_report_of_one(job, tmp_path, make_ima
     assert evaluate(*words, tmp_path / "workers", "--workers", 2) == 0
     with monkeypatch.context() as patch:  # stopped in the second of three parts, then resumed
         patch.setattr("licq.runs.shards._MOST", 3)
-        original, calls = evaluation.evaluate.evaluate, []
+        original, calls = licq.evaluation.evaluate.evaluate, []
 
         def stopping(*args, **kwargs):
             calls.append(1)
@@ -148,7 +171,7 @@ def test_an_evaluation_in_parts_writes_the_report_of_one(job, tmp_path, make_ima
                 raise KeyboardInterrupt
             return original(*args, **kwargs)
 
-        patch.setattr(evaluation.evaluate, "evaluate", stopping)
+        patch.setattr(licq.evaluation.evaluate, "evaluate", stopping)
         assert evaluate(*words, tmp_path / "parts") == 130
         assert "--resume" in capsys.readouterr().err and not (tmp_path / "parts" / "report.json").exists()
         assert evaluate(*words, tmp_path / "parts", "--resume", "--no-float") == 2
@@ -156,16 +179,32 @@ def test_an_evaluation_in_parts_writes_the_report_of_one(job, tmp_path, make_ima
         assert evaluate(*words, tmp_path / "parts", "--resume") == 0
         assert len(calls) == 8
     whole = contents(tmp_path / "whole")
-    assert {"report.json", "report.md", "report.html", "rd.png", "q1/crops.png", "compressai/quantized.json"} <= set(whole)
+    assert {
+        "report.json",
+        "report.md",
+        "report.html",
+        "rd.png",
+        "q1/crops.png",
+        "compressai/quantized.json",
+    } <= set(whole)
     assert whole == contents(tmp_path / "parts") == contents(tmp_path / "workers")
 
 
 def test_an_evaluation_in_parts_fails_in_one_line(job, tmp_path, make_image, capsys):
     assert run(job, **{"no-baseline": True}) == 0
     capsys.readouterr()
-    for words, expected in ((["--workers", 2, "--ray"], "exclude each other"), (["--shard", "3"], "FIRST:END"), (["--shard", "4:2"], "FIRST:END"),
-                            (["--shard", "7:9"], "no images")):
-        assert evaluate("--model", tmp_path / "out", "--data", tmp_path / "eval", "--out", tmp_path / "e", *words) == 2
+    for words, expected in (
+        (["--workers", 2, "--ray"], "exclude each other"),
+        (["--shard", "3"], "FIRST:END"),
+        (["--shard", "4:2"], "FIRST:END"),
+        (["--shard", "7:9"], "no images"),
+    ):
+        assert (
+            evaluate(
+                "--model", tmp_path / "out", "--data", tmp_path / "eval", "--out", tmp_path / "e", *words
+            )
+            == 2
+        )
         one_line(capsys, expected)
     assert not list(tmp_path.glob("e/*"))
 
@@ -188,7 +227,10 @@ def test_a_part_of_a_sweep_is_run_and_the_rest_added_later(job, file, tmp_path, 
     before = contents(out / "runs" / "w_bits4")
     assert run(job, sweep=file, w_bits=None, resume=True) == 0
     assert contents(out / "runs" / "w_bits4") == before
-    assert "have not been run" not in (out / "summary.md").read_text() and "w_bits8" in (out / "summary.md").read_text()
+    assert (
+        "have not been run" not in (out / "summary.md").read_text()
+        and "w_bits8" in (out / "summary.md").read_text()
+    )
     capsys.readouterr()
     for wrong in ("w_bits=5", "a_bits=8"):
         assert run(job, sweep=file, w_bits=None, only=wrong, out=tmp_path / "other") == 2

@@ -39,23 +39,53 @@ def test_a_run_for_every_combination(sweep):
     found = sweep(METHODS)
     assert len(found.runs) == 8 and len({run.name for run in found.runs}) == 8
     assert found.runs[0].name == "Nearest_w_bits8_seed0"
-    assert " ".join(found.runs[0].words) == ("--arch tic --no-baseline --quality 1,3 --preset nearest --w_bits 8 --seed 0 --set joint_iters=4")
+    assert " ".join(found.runs[0].words) == (
+        "--arch tic --no-baseline --quality 1,3 --preset nearest --w_bits 8 --seed 0 --set joint_iters=4"
+    )
     last = PARSER.parse_args(found.runs[-1].words)
-    assert (last.preset, last.loss, last.w_bits, last.seed, last.baseline, last.strict_int8) == ("licq", "mse", 4, 1, False, False)
+    assert (last.preset, last.loss, last.w_bits, last.seed, last.baseline, last.strict_int8) == (
+        "licq",
+        "mse",
+        4,
+        1,
+        False,
+        False,
+    )
     config = main_ptq.build_config(last).reconstruction
     assert (config.learn, config.alternate, config.joint_iters) == (("range_w", "bias"), False, 4)
     assert found.rows == ("method",) and found.columns == ("w_bits",) and found.title == "Two methods"
 
 
 def test_the_command_line_changes_every_run(sweep):
-    found = sweep(METHODS, "--w_bits", "6", "--arch=lu2022", "--set", "joint_iters=9", "--quality", "1", "2", "--seed", "5", "--strict_int8")
+    found = sweep(
+        METHODS,
+        "--w_bits",
+        "6",
+        "--arch=lu2022",
+        "--set",
+        "joint_iters=9",
+        "--quality",
+        "1",
+        "2",
+        "--seed",
+        "5",
+        "--strict_int8",
+    )
     assert [run.name for run in found.runs][0] == "Nearest" and len(found.runs) == 2
     args = PARSER.parse_args(found.runs[0].words)
     assert (args.w_bits, args.arch, args.seed, args.knobs, args.quality, args.strict_int8) == (
-        6, "lu2022", 5, [("joint_iters", "9")], [[1], [2]], True)
+        6,
+        "lu2022",
+        5,
+        [("joint_iters", "9")],
+        [[1], [2]],
+        True,
+    )
     assert found.axes["w_bits"] == ["6"] and found.axes["seed"] == ["5"]
-    for words, expected in ((["--preset", "licq"], "--preset is what the sweep's method varies"),
-                            (["--set", "alternate=true"], "--set alternate is what")):
+    for words, expected in (
+        (["--preset", "licq"], "--preset is what the sweep's method varies"),
+        (["--set", "alternate=true"], "--set alternate is what"),
+    ):
         with pytest.raises(InputError, match=expected):
             sweep(METHODS, *words)
 
@@ -64,36 +94,43 @@ def test_an_axis_may_be_a_knob(sweep):
     found = sweep("grid: {set.joint_iters: [0, 40], set.stress: [true, false]}")
     assert [run.name for run in found.runs][:2] == ["joint_iters0_stresstrue", "joint_iters0_stressfalse"]
     assert PARSER.parse_args(found.runs[1].words).knobs == [("joint_iters", "0"), ("stress", "false")]
-    assert found.rows == ("set.joint_iters",) and found.columns == ("set.stress",) and found.values == ("bd_rate_psnr", "delta_j_percent")
+    assert (
+        found.rows == ("set.joint_iters",)
+        and found.columns == ("set.stress",)
+        and found.values == ("bd_rate_psnr", "delta_j_percent")
+    )
 
 
-@pytest.mark.parametrize("content, expected", [
-    ("- 1", "no mapping"),
-    ("grid: {w_bits: [8}", "not a readable sweep"),
-    ("gird: {}", "unknown key gird"),
-    ("grid: {w_bit: [8]}", "w_bit is not a flag"),
-    ("grid: {out: [a]}", "out is not a flag"),
-    ("flags: {seed: 3}", "use `seeds`"),
-    ("flags: {set: 3}", "no mapping"),
-    ("grid: {w_bits: 8}", "no list"),
-    ("grid: {w_bits: []}", "no list"),
-    ("grid: {w_bits: [8, 8]}", "w_bits has 8 twice"),
-    ("flags: {strict_int8: 8}", "true or false"),
-    ("flags: {w_bits: true}", "takes a value"),
-    ("grid: {a: [{w_bits: 8}], w_bits: [4]}", "both set w_bits"),
-    ("grid: {eval: [x/a, x.a]}\ntable: {rows: evil}", "evil is not one of eval"),
-    ("grid: {w_bits: [8]}\ntable: {value: psrn}", "psrn"),
-    ("grid: {w_bits: [8]}\nplot: {x: bpp, y: bd_rate_psnr}", "plot: y"),
-    ("grid: {w_bits: [8]}\nplot: {x: a_bits, y: psnr}", "plot: x"),
-    ("grid: {a: [{name: x/, w_bits: 8}, {name: x, w_bits: 4}]}", "two runs would have the folder x"),
-    ("gpu_share: 2", "gpu_share"),
-    ("grid: {no: [8]}", "the name False.*quotes"),
-    ("grid: {2026: [{w_bits: 8}]}", "the name 2026.*quotes"),
-    ("2026: 3", "the name 2026.*quotes"),
-    ("grid: {a: [{2: 8}]}", "the name 2.*quotes"),
-    ("flags: {on: 1}", "the name True.*quotes"),
-    ("grid: {w_bits: [2024-13-45]}", "not a readable sweep"),
-])
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        ("- 1", "no mapping"),
+        ("grid: {w_bits: [8}", "not a readable sweep"),
+        ("gird: {}", "unknown key gird"),
+        ("grid: {w_bit: [8]}", "w_bit is not a flag"),
+        ("grid: {out: [a]}", "out is not a flag"),
+        ("flags: {seed: 3}", "use `seeds`"),
+        ("flags: {set: 3}", "no mapping"),
+        ("grid: {w_bits: 8}", "no list"),
+        ("grid: {w_bits: []}", "no list"),
+        ("grid: {w_bits: [8, 8]}", "w_bits has 8 twice"),
+        ("flags: {strict_int8: 8}", "true or false"),
+        ("flags: {w_bits: true}", "takes a value"),
+        ("grid: {a: [{w_bits: 8}], w_bits: [4]}", "both set w_bits"),
+        ("grid: {eval: [x/a, x.a]}\ntable: {rows: evil}", "evil is not one of eval"),
+        ("grid: {w_bits: [8]}\ntable: {value: psrn}", "psrn"),
+        ("grid: {w_bits: [8]}\nplot: {x: bpp, y: bd_rate_psnr}", "plot: y"),
+        ("grid: {w_bits: [8]}\nplot: {x: a_bits, y: psnr}", "plot: x"),
+        ("grid: {a: [{name: x/, w_bits: 8}, {name: x, w_bits: 4}]}", "two runs would have the folder x"),
+        ("gpu_share: 2", "gpu_share"),
+        ("grid: {no: [8]}", "the name False.*quotes"),
+        ("grid: {2026: [{w_bits: 8}]}", "the name 2026.*quotes"),
+        ("2026: 3", "the name 2026.*quotes"),
+        ("grid: {a: [{2: 8}]}", "the name 2.*quotes"),
+        ("flags: {on: 1}", "the name True.*quotes"),
+        ("grid: {w_bits: [2024-13-45]}", "not a readable sweep"),
+    ],
+)
 def test_bad_file_is_one_line(sweep, content, expected):
     with pytest.raises(InputError, match=expected) as raised:
         sweep(content)
@@ -106,7 +143,19 @@ def test_unknown_sweep_names_those_there_are():
 
 
 def test_the_sweeps_that_were_promised_are_there():
-    assert set(list_sweeps()) >= {"table1", "fig2", "fig4", "fig5", "fig6", "fig7", "w10a10", "mse_vs_rd", "units", "bits", "ms_ssim"}
+    assert set(list_sweeps()) >= {
+        "table1",
+        "fig2",
+        "fig4",
+        "fig5",
+        "fig6",
+        "fig7",
+        "w10a10",
+        "mse_vs_rd",
+        "units",
+        "bits",
+        "ms_ssim",
+    }
 
 
 @pytest.mark.parametrize("name", list_sweeps())

@@ -19,12 +19,16 @@ TESTS = Path(__file__).parents[1]
 
 @pytest.fixture(autouse=True)
 def _entry(monkeypatch):
+    monkeypatch.syspath_prepend(TESTS)
     monkeypatch.setenv("PYTHONPATH", f"{TESTS}{os.pathsep}{TESTS.parent}")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
 
 def tasks(folder: Path, *kinds: str, **changes) -> list[Task]:
-    return [Task(f"{kind}{number}", "sweep_entry", (kind,), str(folder / f"{kind}{number}"), **changes) for number, kind in enumerate(kinds)]
+    return [
+        Task(f"{kind}{number}", "sweep_entry", (kind,), str(folder / f"{kind}{number}"), **changes)
+        for number, kind in enumerate(kinds)
+    ]
 
 
 def outcomes(engine: Engine, given: list[Task]) -> dict:
@@ -34,11 +38,16 @@ def outcomes(engine: Engine, given: list[Task]) -> dict:
 @pytest.mark.parametrize("workers", [None, 2])
 def test_a_bad_task_does_not_stop_the_others(tmp_path, workers):
     found = outcomes(Engine(workers), tasks(tmp_path, "good", "refused", "defect", "good"))
-    assert {name: outcome.error for name, outcome in found.items() if outcome.error is None} == {"good0": None, "good3": None}
+    assert {name: outcome.error for name, outcome in found.items() if outcome.error is None} == {
+        "good0": None,
+        "good3": None,
+    }
     assert found["refused1"].error == "this run is bad; mend it" and found["refused1"].attempts == 1
     assert found["defect2"].error.startswith("KeyError: 'oops' (a defect")
     assert "Traceback" in (tmp_path / "defect2" / "log.txt").read_text()
-    assert json.loads((tmp_path / "good0" / "report.json").read_text()) == {"units": [{"unit": 0}, {"unit": 1}, {"unit": 2}]}
+    assert json.loads((tmp_path / "good0" / "report.json").read_text()) == {
+        "units": [{"unit": 0}, {"unit": 1}, {"unit": 2}]
+    }
     assert "unit 2 of 3" in (tmp_path / "good0" / "log.txt").read_text()
 
 
@@ -46,7 +55,9 @@ def test_a_killed_worker_costs_its_last_unit(tmp_path):
     found = outcomes(Engine(2), tasks(tmp_path, "killed", "good"))
     assert (found["killed0"].error, found["killed0"].attempts, found["good1"].attempts) == (None, 2, 1)
     assert (tmp_path / "killed0" / "computed.txt").read_text() == "[2]"
-    assert (tmp_path / "killed0" / "report.json").read_bytes() == (tmp_path / "good1" / "report.json").read_bytes()
+    assert (tmp_path / "killed0" / "report.json").read_bytes() == (
+        tmp_path / "good1" / "report.json"
+    ).read_bytes()
 
 
 def test_what_an_older_run_left_is_not_taken_up_after_a_kill(tmp_path):
@@ -62,7 +73,11 @@ def test_what_an_older_run_left_is_not_taken_up_after_a_kill(tmp_path):
 
 def test_a_task_whose_worker_always_dies_is_one_line(tmp_path):
     found = outcomes(Engine(2), tasks(tmp_path, "mortal", "good"))
-    assert "died 3 times" in found["mortal0"].error and found["mortal0"].attempts == 3 and found["good1"].error is None
+    assert (
+        "died 3 times" in found["mortal0"].error
+        and found["mortal0"].attempts == 3
+        and found["good1"].error is None
+    )
 
 
 @pytest.mark.parametrize("ended", [signal.SIGINT, signal.SIGKILL])
@@ -71,11 +86,17 @@ def test_workers_end_with_their_command(tmp_path, ended):
 
 
 def a_worker_ends_with_its_command(engine: str, tmp_path: Path, ended: signal.Signals) -> None:
-    code = ("import sys; from licq.workers.engine import Engine, Task\n"
-            f"for _ in {engine}.run([Task('slow', 'sweep_entry', ('slow',), {str(tmp_path / 'slow')!r})], 'test', 'run'): pass")
-    # in the background of a shell, where these tests may run, interrupts are ignored, and children inherit that
-    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL,
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip
+    code = (
+        "import sys; from licq.workers.engine import Engine, Task\n"
+        f"for _ in {engine}.run([Task('slow', 'sweep_entry', ('slow',), {str(tmp_path / 'slow')!r})], 'test', 'run'): pass"
+    )
+    # in the background of a shell, where these tests may run, interrupts are ignored, and children inherit
+    # that
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     log = tmp_path / "slow" / "log.txt"
     until(lambda: log.is_file() and log.read_text(), 60)
     worker = int(log.read_text().split()[1])
@@ -102,7 +123,13 @@ def test_local_workers_share_the_gpus(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
     started = []
     original = subprocess.Popen
-    monkeypatch.setattr(subprocess, "Popen", lambda *words, **more: started.append(more["env"]["CUDA_VISIBLE_DEVICES"]) or original(*words, **more))
+    monkeypatch.setattr(
+        subprocess,
+        "Popen",
+        lambda *words, **more: (
+            started.append(more["env"]["CUDA_VISIBLE_DEVICES"]) or original(*words, **more)
+        ),
+    )
     outcomes(Engine(2), tasks(tmp_path, "good", "good"))
     assert sorted(started) == ["4", "7"]
 

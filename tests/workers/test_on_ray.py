@@ -8,13 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.main_jobs import contents, job, run, without_times, words, zoo  # noqa: F401
-from tests.workers.test_engine import a_worker_ends_with_its_command, outcomes, tasks, until
 
 import main_eval
 import main_ptq
 from licq.support.errors import InputError
 from licq.workers.engine import Engine
+from tests.main_jobs import contents, run, without_times, words
+from tests.workers.test_engine import a_worker_ends_with_its_command, outcomes, tasks, until
 
 ray = pytest.importorskip("ray")
 TESTS = Path(__file__).parents[1]
@@ -36,11 +36,15 @@ def cluster():
 
 
 def test_a_killed_worker_costs_its_last_unit(cluster, tmp_path):
-    found = outcomes(Engine(ray=cluster, threads=1, gpu_share=0), tasks(tmp_path, "killed", "good", "refused", "defect"))
+    found = outcomes(
+        Engine(ray=cluster, threads=1, gpu_share=0), tasks(tmp_path, "killed", "good", "refused", "defect")
+    )
     assert (found["killed0"].error, found["killed0"].attempts, found["good1"].attempts) == (None, 2, 1)
     assert found["refused2"].error == "this run is bad; mend it" and "KeyError" in found["defect3"].error
     killed, good = tmp_path / "killed0", tmp_path / "good1"
-    assert (killed / "computed.txt").read_text() == "[2]" and (good / "computed.txt").read_text() == "[0, 1, 2]"
+    assert (killed / "computed.txt").read_text() == "[2]" and (
+        good / "computed.txt"
+    ).read_text() == "[0, 1, 2]"
     assert (killed / "report.json").read_bytes() == (good / "report.json").read_bytes()
     assert not list(killed.glob("units/*"))  # what a task removes is removed here too
     assert (killed / "log.txt").read_text().count("process ") == 2
@@ -70,7 +74,18 @@ def test_workers_end_with_their_command(cluster, tmp_path, ended):
 @pytest.mark.slow
 def test_an_evaluation_on_a_cluster_writes_the_report_of_one_process(cluster, job, tmp_path):
     assert run(job, **{"no-baseline": True}) == 0
-    given = ["--model", tmp_path / "out", "--data", tmp_path / "eval", "--device", "cpu", "--threads", 1, "--quiet", "--out"]
+    given = [
+        "--model",
+        tmp_path / "out",
+        "--data",
+        tmp_path / "eval",
+        "--device",
+        "cpu",
+        "--threads",
+        1,
+        "--quiet",
+        "--out",
+    ]
     for out, more in (("here", []), ("there", ["--ray", cluster])):
         assert main_eval.main([str(word) for word in [*given, tmp_path / out, *more]]) == 0
     assert contents(tmp_path / "here") == contents(tmp_path / "there")
@@ -78,20 +93,35 @@ def test_an_evaluation_on_a_cluster_writes_the_report_of_one_process(cluster, jo
 
 @pytest.mark.slow
 def test_a_sweep_whose_worker_is_killed_gives_the_numbers_of_this_process(cluster, job, tmp_path):
-    """Two runs on two nodes; the first is killed behind a finished unit, and goes on elsewhere from what has arrived."""
+    """Two runs on two nodes; the first is killed behind a finished unit, and goes on elsewhere from what has
+    arrived."""
     (tmp_path / "sweep.yaml").write_text("flags: {no-baseline: true}\ngrid:\n  w_bits: [8, 4]\n")
-    changes = {"sweep": tmp_path / "sweep.yaml", "unit": "stage", "iters": 60, "set": "joint_iters=4", "threads": 1}
+    changes = {
+        "sweep": tmp_path / "sweep.yaml",
+        "unit": "stage",
+        "iters": 60,
+        "set": "joint_iters=4",
+        "threads": 1,
+    }
     line = words(job, **changes, out=tmp_path / "ray", ray=cluster)
-    process = subprocess.Popen([sys.executable, "main_ptq.py", *line], cwd=Path(main_ptq.__file__).parent, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "main_ptq.py", *line], cwd=Path(main_ptq.__file__).parent, stdout=subprocess.DEVNULL
+    )
     folder = tmp_path / "ray" / "runs" / "w_bits8"
     until(lambda: list(folder.glob("q1/units/*.safetensors")) or process.poll() is not None, 180)
     os.kill(int((folder / "log.txt").read_text().split()[1]), signal.SIGKILL)
     assert process.wait(400) == 0
     ended = json.loads((tmp_path / "ray" / "finished.json").read_text())
-    assert {name: (outcome["attempts"], outcome["error"]) for name, outcome in ended.items()} == {"w_bits8": (2, None), "w_bits4": (1, None)}
+    assert {name: (outcome["attempts"], outcome["error"]) for name, outcome in ended.items()} == {
+        "w_bits8": (2, None),
+        "w_bits4": (1, None),
+    }
     assert run(job, **changes, out=tmp_path / "here") == 0
     for name in ended:
-        here, there = (json.loads((tmp_path / where / "runs" / name / "report.json").read_text()) for where in ("here", "ray"))
+        here, there = (
+            json.loads((tmp_path / where / "runs" / name / "report.json").read_text())
+            for where in ("here", "ray")
+        )
         assert without_times(here) == without_times(there)
     assert (folder / "log.txt").read_text().count("process ") == 2  # a run that starts anew has a new log
     assert not list(folder.rglob("units")) and not list(folder.rglob("partial.json"))
