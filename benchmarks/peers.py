@@ -58,7 +58,8 @@ from licq.support.errors import InputError
 PARTS = {"g_a": ("g_a",), "h_a + h_s": ("h_a", "h_s"), "g_s": ("g_s",)}
 _CALIBRATION = (
     2,
-    # seeds of the calibration images, as large as the timed one: ONNX Runtime holds the features of all at once
+    # seeds of the calibration images, as large as the timed one: ONNX Runtime holds the features of all at
+    # once
 )
 
 

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from licq.codec.tables import STEP_OF_Z_BITS
+from licq.integer.groups import constants_of
 from licq.integer.program import Program
+from licq.quant.operations import Input
 from licq.support.errors import InputError
 
 NO_FILES = (
@@ -141,7 +143,7 @@ def find_latents(program: Program) -> list[Latent]:
 
 
 def _same_constant(program: Program, a: int | None, b: int | None) -> bool:
-    values = {op.outputs[0]: op.facts["value"] for op in program.operations if op.kind == "constant"}
+    values = constants_of(program)
     return a == b or (a in values and b in values and torch.equal(values[a].flatten(), values[b].flatten()))
 
 
@@ -159,7 +161,7 @@ def cut(program: Program, known: set[int], outputs: Mapping[str, int]) -> Progra
             used.add(number)
             continue
         operation = producers[number]
-        if operation.kind == "input":
+        if isinstance(operation, Input):
             raise EncoderOnlyError(operation.node)
         pending.extend(operation.inputs)
     return program.part({str(number): number for number in sorted(used)}, dict(outputs))

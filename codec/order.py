@@ -10,11 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from licq.integer.program import Operation, Program
+from licq.integer.program import Program
+from licq.quant import operations as ops
+from licq.quant.operations import Operation
 from licq.support.errors import InputError
 
 _MOST_PASSES = 16
-_SPATIAL = ("conv", "conv3d")
+_SPATIAL = (ops.Conv2d, ops.Conv3d)
 
 
 @dataclass(frozen=True)
@@ -61,16 +63,16 @@ def readings(program: Program, own: set[int]) -> list[Reading]:
         if sources:
             out = operation.outputs[0]
             known = masks[sources[0]]
-            if operation.kind == "mask":
-                here = _plane(operation.facts["mask"])
+            if isinstance(operation, ops.Mask):
+                here = _plane(operation.mask)
                 masks[out] = here if known is None else here * known
-            elif operation.kind in _SPATIAL and max(operation.facts["weight"].shape[2:]) > 1:
+            elif isinstance(operation, _SPATIAL) and max(operation.weight.shape[2:]) > 1:
                 found.append((operation, _taps(operation), known))
                 after[out] = len(found) - 1
-            elif operation.kind == "layout" and operation.facts["name"] == "unfold":
+            elif isinstance(operation, ops.Layout) and operation.name == "unfold":
                 found.append((operation, _unfolded_taps(program, operation), known))
-            elif operation.kind in ("rescale", "neg", "clamp", "abs") or (
-                operation.kind == "layout" and operation.facts["name"] in ("unsqueeze", "contiguous")
+            elif isinstance(operation, (ops.Rescale, ops.Neg, ops.Clamp, ops.Abs)) or (
+                isinstance(operation, ops.Layout) and operation.name in ("unsqueeze", "contiguous")
             ):
                 masks[out] = known
             else:
@@ -79,9 +81,9 @@ def readings(program: Program, own: set[int]) -> list[Reading]:
                 )
         else:
             before = [after[number] for number in operation.inputs if number in after]
-            if before and operation.kind == "mask":
-                served[before[0]] = _plane(operation.facts["mask"])
-            elif before and operation.kind in ("rescale", "neg"):
+            if before and isinstance(operation, ops.Mask):
+                served[before[0]] = _plane(operation.mask)
+            elif before and isinstance(operation, (ops.Rescale, ops.Neg)):
                 after[operation.outputs[0]] = before[0]
     return [
         Reading(operation, taps, known, served.get(place))
@@ -98,32 +100,29 @@ def _plane(mask: Tensor) -> np.ndarray:
     return plane.numpy() != 0
 
 
-def _taps(operation: Operation) -> np.ndarray:
+def _taps(conv: ops.Convolution) -> np.ndarray:
     """Places of a convolution's weights that are not all zero, relative to the output's."""
-    weight, facts = operation.facts["weight"], operation.facts
-    used = (weight != 0).flatten(0, 1).any(0)
+    used = (conv.weight != 0).flatten(0, 1).any(0)
     centre = torch.tensor([size // 2 for size in used.shape])
-    same = all(2 * pad == size - 1 for pad, size in zip(facts["padding"], used.shape))
-    if not same or set(facts["stride"]) != {1} or set(facts["dilation"]) != {1} or facts["groups"] != 1:
+    same = all(2 * pad == size - 1 for pad, size in zip(conv.padding, used.shape))
+    if not same or set(conv.stride) != {1} or set(conv.dilation) != {1} or conv.groups != 1:
         raise InputError(
-            f"{operation.node}: a context model that changes the resolution has no decoding order here"
+            f"{conv.node}: a context model that changes the resolution has no decoding order here"
         )
     return (used.nonzero() - centre).numpy()
 
 
-def window_side(unfold: Operation) -> int | None:
+def window_side(unfold: ops.Layout) -> int | None:
     """Side of an unfolding's window, None where it is not square."""
-    side = unfold.facts["options"].get(
-        "kernel_size", unfold.facts["arguments"][1] if len(unfold.facts["arguments"]) > 1 else None
-    )
+    side = unfold.argument(1, "kernel_size")
     side = side[0] if isinstance(side, (tuple, list)) and len(set(side)) == 1 else side
     return side if isinstance(side, int) else None
 
 
-def _unfolded_taps(program: Program, unfold: Operation) -> np.ndarray:
+def _unfolded_taps(program: Program, unfold: ops.Layout) -> np.ndarray:
     """Those of the window's places that a mask leaves: what is unfolded goes through layouts to a
     multiplication with it."""
-    options = unfold.facts["options"]
+    options = unfold.options
     side, pad = window_side(unfold), options.get("padding", 0)
     if (
         not isinstance(side, int)
@@ -135,13 +134,13 @@ def _unfolded_taps(program: Program, unfold: Operation) -> np.ndarray:
     number = unfold.outputs[0]
     while True:
         reader = next((operation for operation in program.operations if number in operation.inputs), None)
-        if reader is None or reader.kind not in ("layout", "mask", "rescale"):
+        if not isinstance(reader, (ops.Layout, ops.Mask, ops.Rescale)):
             raise InputError(f"{unfold.node}: an unfolding without a mask has no decoding order here")
-        if reader.kind == "mask":
+        if isinstance(reader, ops.Mask):
             break
         number = reader.outputs[0]
-    left = torch.nonzero(reader.facts["mask"].flatten()).flatten()
-    if reader.facts["mask"].numel() != side**2:
+    left = torch.nonzero(reader.mask.flatten()).flatten()
+    if reader.mask.numel() != side**2:
         raise InputError(f"{unfold.node}: the mask of this context model has no decoding order here")
     return torch.stack((left // side, left % side), 1).numpy() - side // 2
 

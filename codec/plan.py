@@ -6,7 +6,7 @@ come in.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -17,8 +17,9 @@ from licq.codec.order import Reading, dependents, passes, readings, wavefronts, 
 from licq.codec.sizes import Sizes, analysis_part, synthesis_part
 from licq.integer.execution import executable
 from licq.integer.passes import without_duplicates
-from licq.integer.program import Operation, Program, Range
+from licq.integer.program import Program
 from licq.integer.tiles import Tiled
+from licq.quant import operations as ops
 from licq.support.errors import InputError
 
 
@@ -142,7 +143,7 @@ class Plan:
         tiled = self._tiled("analysis", analysis_part)
         if tiled is None:
             return self._executable(self.program.part({"pixels": pixels}, self._wanted))
-        latent = self.program.waist(pixels, self._wanted.values())
+        latent = self.program.bottleneck(pixels, self._wanted.values())
         rest = self._executable(self.program.part({"latent": latent}, self._wanted))
         return lambda inputs: rest(tiled(inputs))
 
@@ -247,8 +248,8 @@ class Plan:
         source, number = same[reading.operation.inputs[0]], same[reading.operation.outputs[0]]
         operation = small.producers()[number]
         shape = small.values[number].shape
-        facts, channels = operation.facts, small.values[source].shape[1]
-        numbers = small.values[source].range.union(Range(0, 0))
+        channels = small.values[source].shape[1]
+        numbers = small.values[source].range.with_zero
         small = Program(
             list(small.operations),
             list(small.values),
@@ -256,28 +257,23 @@ class Plan:
             dict(small.outputs),
             list(small.boundaries),
         )
-        if operation.kind == "layout":  # an unfolding: its result is the columns
+        if isinstance(operation, ops.Layout):  # an unfolding: its result is the columns
             columns, by_channel, taps = number, True, _window(window_side(operation))
         else:
             taps = reading.taps
-            centre = [size // 2 for size in facts["weight"].shape[2:]]
+            centre = [size // 2 for size in operation.weight.shape[2:]]
             index = tuple(torch.from_numpy(taps[:, axis] + centre[axis]) for axis in range(taps.shape[1]))
-            weight = facts["weight"][(slice(None), slice(None), *index)]  # (outputs, channels, taps)
+            weight = operation.weight[(slice(None), slice(None), *index)]  # (outputs, channels, taps)
             weight = weight.transpose(1, 2).reshape(len(weight), -1, *[1] * taps.shape[1])
             columns = small.value((1, weight.shape[1], *shape[2:]), numbers)
             ones = (1,) * taps.shape[1]
-            changed = Operation(
-                operation.kind,
-                (columns,),
-                (number,),
-                {
-                    **facts,
-                    "weight": weight.contiguous(),
-                    "stride": ones,
-                    "padding": (0,) * taps.shape[1],
-                    "dilation": ones,
-                },
-                operation.node,
+            changed = replace(
+                operation,
+                inputs=(columns,),
+                weight=weight.contiguous(),
+                stride=ones,
+                padding=(0,) * taps.shape[1],
+                dilation=ones,
             )
             small.operations = [changed if step is operation else step for step in small.operations]
             by_channel = False
@@ -306,7 +302,7 @@ def _context_part(program: Program, latent: Latent) -> tuple[dict[str, int], Pro
         frontier.update(
             number
             for number in operation.inputs
-            if number not in inside and producers[number].kind != "constant"
+            if number not in inside and not isinstance(producers[number], ops.Constant)
         )
     frontier.update(number for number in latent.densities.values() if number not in inside)
     return {str(number): number for number in sorted(frontier)}, cut(
@@ -317,12 +313,19 @@ def _context_part(program: Program, latent: Latent) -> tuple[dict[str, int], Pro
 def _counterparts(part: Program, other: Program) -> dict[int, int] | None:
     """For each value of a part that of the same part at another size of images; None where the steps are
     others."""
-    steps, others = ([op for op in program.operations if op.kind != "input"] for program in (part, other))
+    steps, others = (
+        [op for op in program.operations if not isinstance(op, ops.Input)] for program in (part, other)
+    )
     if len(steps) != len(others):
         return None
     same: dict[int, int] = {}
     for a, b in zip(steps, others):
-        if (a.kind, a.node, len(a.inputs), len(a.outputs)) != (b.kind, b.node, len(b.inputs), len(b.outputs)):
+        if (type(a), a.node, len(a.inputs), len(a.outputs)) != (
+            type(b),
+            b.node,
+            len(b.inputs),
+            len(b.outputs),
+        ):
             return None
         if any(same.setdefault(x, y) != y for x, y in zip((*a.inputs, *a.outputs), (*b.inputs, *b.outputs))):
             return None
@@ -343,7 +346,7 @@ def _free(program: Program, inside: set[int]) -> set[int]:
         for op in program.operations
         if set(op.outputs) & inside
         for n in op.inputs
-        if n not in inside and producers[n].kind != "constant"
+        if n not in inside and not isinstance(producers[n], ops.Constant)
     }
 
 

@@ -17,7 +17,7 @@ def analysis_part(program: Program) -> Program:
         for latent in find_latents(program)
         for number in (latent.symbols[0], *latent.densities.values())
     )
-    return program.part({"pixels": pixels}, {"latent": program.waist(pixels, wanted)})
+    return program.part({"pixels": pixels}, {"latent": program.bottleneck(pixels, wanted)})
 
 
 def synthesis_part(program: Program, latents: Sequence[Latent], known: set[int]) -> Program:

@@ -17,7 +17,8 @@ from licq.integer.groups import Group, constants_of, groups_of, operand_type
 from licq.integer.items import AttentionItem, CopyItem, Item, LayerNormItem, SingleItem
 from licq.integer.layers import GroupItem
 from licq.integer.library import SLACK, library
-from licq.integer.program import Operation, Program, Range
+from licq.integer.program import Program
+from licq.quant.operations import Operation
 
 
 class FastProgram:
@@ -70,7 +71,7 @@ class FastProgram:
         ]
         if not products or number in self.constants:
             return value.dtype, 0
-        numbers = value.range.union(Range(0, 0))  # with the border of a convolution
+        numbers = value.range.with_zero  # with the border of a convolution
         only = len(products) == len(readers) and number not in self.program.outputs.values()
         if self.eight_bits and only and numbers.high - numbers.low < 256:
             return torch.uint8, -numbers.low

@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from licq.integer.program import INT32, Operation, Program, Range
+from licq.integer.program import INT32, Program
+from licq.quant import operations as ops
+from licq.quant.operations import Operation, Range
 
-_PRODUCTS = ("conv", "deconv", "linear")
-_ELEMENTWISE = ("rescale", "add", "product", "neg", "abs", "square", "clamp", "leaky", "table", "gdn", "mask")
+PRODUCTS = (ops.Conv2d, ops.ConvTranspose2d, ops.Linear)
+"""The multiply-accumulate operations that the compiled kernels have."""
 
 
 @dataclass
@@ -22,11 +24,11 @@ class Group:
     """
 
     position: int
-    root: Operation | None
+    root: ops.MultiplyAccumulate | None
     shape: tuple[int, ...]
     channel_dim: int | None
     operations: list[Operation] = field(default_factory=list)
-    shuffle: Operation | None = None
+    shuffle: ops.Layout | None = None
 
     @property
     def members(self) -> list[Operation]:
@@ -42,34 +44,31 @@ def fits(operation: Operation, program: Program) -> bool:
 
 def has_kernel(operation: Operation, program: Program) -> bool:
     """Whether `kernels.c` has this multiply-accumulate operation."""
-    if operation.kind not in _PRODUCTS or not fits(operation, program):
+    if not isinstance(operation, PRODUCTS) or not fits(operation, program):
         return False
-    facts = operation.facts
-    if isinstance(facts.get("padding"), str) or (
-        operation.kind == "deconv" and facts["stride"][0] != facts["stride"][1]
-    ):
-        return False
+    if isinstance(operation, ops.Convolution):
+        unequal = isinstance(operation, ops.ConvTranspose2d) and operation.stride[0] != operation.stride[1]
+        if isinstance(operation.padding, str) or unequal or operation.groups != 1:
+            return False
     source = operand_type(program.values[operation.inputs[0]].range)
-    return facts.get("groups", 1) == 1 and source is not None and facts["weight"].dtype == torch.int8
+    return source is not None and operation.weight.dtype == torch.int8
 
 
 def operand_type(numbers: Range) -> tuple[torch.dtype, int] | None:
     """(int16, offset) in which a product can read numbers of a range and the zeros around an image; None
     where 16 bits do not hold them."""
-    whole = numbers.union(Range(0, 0))
-    if -(2**15) <= whole.low and whole.high < 2**15:
+    padded = numbers.with_zero
+    if -(2**15) <= padded.low and padded.high < 2**15:
         return torch.int16, 0
-    return (torch.int16, -(2**15) - whole.low) if whole.high - whole.low < 2**16 else None
+    return (torch.int16, -(2**15) - padded.low) if padded.high - padded.low < 2**16 else None
 
 
 def constants_of(program: Program) -> dict[int, Tensor]:
-    return {op.outputs[0]: op.facts["value"] for op in program.operations if op.kind == "constant"}
+    return {op.outputs[0]: op.value for op in program.operations if isinstance(op, ops.Constant)}
 
 
 def parameters_of(operation: Operation) -> list[Tensor]:
-    names = ("mantissa", "shift", "low", "high", "refinement")
-    found = [operation.facts.get(name) for name in names]
-    return [torch.as_tensor(part) for part in found if part is not None]
+    return list(operation.parameters().values())
 
 
 def varying_dim(parameters: list[Tensor], ndim: int) -> int | None:
@@ -79,7 +78,7 @@ def varying_dim(parameters: list[Tensor], ndim: int) -> int | None:
 
 
 def _may_join(operation: Operation, program: Program, constants: Mapping[int, Tensor]) -> bool:
-    if operation.kind not in _ELEMENTWISE or not fits(operation, program):
+    if not isinstance(operation, ops.Elementwise) or not fits(operation, program):
         return False
     shape = program.values[operation.outputs[0]].shape
     data = [number for number in operation.inputs if number not in constants]
@@ -93,13 +92,13 @@ def groups_of(program: Program) -> list[Group | Operation]:
     group_of: dict[int, Group] = {}
     plan: list[Group | Operation] = []
     for place, operation in enumerate(program.operations):
-        if operation.kind == "constant":
+        if isinstance(operation, ops.Constant):
             continue
         out = operation.outputs[0]
         shape = program.values[out].shape
         group = None
         if has_kernel(operation, program):
-            group = Group(place, operation, shape, len(shape) - 1 if operation.kind == "linear" else 1)
+            group = Group(place, operation, shape, len(shape) - 1 if isinstance(operation, ops.Linear) else 1)
             plan.append(group)
         elif _may_join(operation, program, constants):
             data = [number for number in operation.inputs if number not in constants]
@@ -147,15 +146,13 @@ def _with_shuffles(plan: list[Group | Operation], program: Program) -> list[Grou
     for entry in plan:
         group = (
             maker.get(entry.inputs[0])
-            if isinstance(entry, Operation)
-            and entry.kind == "layout"
-            and entry.facts["name"] == "pixel_shuffle"
+            if isinstance(entry, ops.Layout) and entry.name == "pixel_shuffle"
             else None
         )
         if (
             group is None
             or group.root is None
-            or group.root.kind != "conv"
+            or not isinstance(group.root, ops.Conv2d)
             or group.channel_dim != 1
             or group.shuffle is not None
         ):

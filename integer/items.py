@@ -11,10 +11,12 @@ from torch import Tensor
 
 from licq.integer.groups import fits, parameters_of, varying_dim
 from licq.integer.library import TYPES, Attention, LayerNorm, library
-from licq.integer.program import INT32, Operation, Program, Range
+from licq.integer.program import INT32, Program
 from licq.integer.reference import MEANING, results_of
+from licq.quant import operations as ops
 from licq.quant.fixedpoint import multiplier_value
 from licq.quant.integer_functions import layer_norm_constants
+from licq.quant.operations import Operation, Range
 
 if TYPE_CHECKING:
     from licq.integer.fast import FastProgram
@@ -56,8 +58,8 @@ class CopyItem(SingleItem):
     @classmethod
     def takes(cls, operation: Operation, program: Program) -> bool:
         return (
-            operation.kind == "layout"
-            and operation.facts["name"] in ("index_select", "reshape", "pixel_shuffle")
+            isinstance(operation, ops.Layout)
+            and operation.name in ("index_select", "reshape", "pixel_shuffle")
             and len(operation.inputs) == 1
         )
 
@@ -66,18 +68,18 @@ class CopyItem(SingleItem):
         x, shape, arguments = (
             values[source],
             self.owner.program.values[number].shape,
-            self.operation.facts["arguments"],
+            self.operation.arguments,
         )
         dtype, offset = self.owner.storage[number]
-        shuffled = self.operation.facts["name"] == "pixel_shuffle"
+        shuffled = self.operation.name == "pixel_shuffle"
         if (
             x.dtype != dtype
             or (shuffled and x.ndim != 4)
             or offset != self.owner.storage.get(source, (dtype, 0))[1]
-            or self.operation.facts["options"]
+            or self.operation.options
         ):
             super().run(values, inputs, names)
-        elif self.operation.facts["name"] == "index_select":
+        elif self.operation.name == "index_select":
             values[number] = torch.index_select(x, *arguments[1:], out=self.new(shape)[0])
         elif shuffled:  # with channels contiguous, as the kernels read them
             batch, _, height, width = x.shape
@@ -129,24 +131,23 @@ class LayerNormItem(Item):
 
     @classmethod
     def takes(cls, operation: Operation, program: Program) -> bool:
-        return operation.kind == "layer_norm" and _fits16(program.values[operation.inputs[0]].range)
+        return isinstance(operation, ops.LayerNorm) and _fits16(program.values[operation.inputs[0]].range)
 
-    def __init__(self, owner: "FastProgram", operation: Operation):
+    def __init__(self, owner: "FastProgram", operation: ops.LayerNorm):
         super().__init__(owner, operation)
-        facts = operation.facts
         self.shape = owner.program.values[operation.outputs[0]].shape
         count = self.shape[-1]
-        mantissa = facts["mantissa"].expand(count)
+        mantissa = operation.mantissa.expand(count)
         parts = {
-            "eps": layer_norm_constants(count, facts["eps"]),
-            "multiplier": multiplier_value(mantissa.abs(), facts["shift"].expand(count)),
+            "eps": layer_norm_constants(count, operation.eps),
+            "multiplier": multiplier_value(mantissa.abs(), operation.shift.expand(count)),
             "sign": mantissa.sign(),
-            **{name: facts[name].expand(count) for name in ("offset", "low", "high")},
+            **{name: getattr(operation, name).expand(count) for name in ("offset", "low", "high")},
         }
         self._kept = {name: part.double().contiguous() for name, part in parts.items()}
         self.job = LayerNorm(**{name: part.data_ptr() for name, part in self._kept.items()})
         self.job.count, self.job.rows = count, int(torch.Size(self.shape[:-1]).numel())
-        self.job.eps_ceiling = math.ceil(count**2 * facts["eps"])
+        self.job.eps_ceiling = math.ceil(count**2 * operation.eps)
 
     def run(self, values: dict[int, Tensor], inputs: Mapping[str, Tensor], names: Mapping[int, str]) -> None:
         x = values[self.reads[0]].to(torch.int16).contiguous()
@@ -164,32 +165,30 @@ class AttentionItem(Item):
 
     @classmethod
     def takes(cls, operation: Operation, program: Program) -> bool:
-        if operation.kind != "attention":
+        if not isinstance(operation, ops.Attention):
             return False
-        products, scores, softmax, weights, output = operation.facts["steps"]
+        scores, weights = operation.scores, operation.weights
         q, k, v = (program.values[number] for number in operation.inputs)
         in_range = _fits16(q.range, k.range, v.range, program.values[weights.outputs[0]].range)
-        in_range = in_range and all(fits(step, program) for step in (products, output))
+        in_range = in_range and all(fits(step, program) for step in (operation.products, operation.output))
         ndim = len(q.shape)
         same = (
             ndim >= 3
             and q.shape[:-2] == k.shape[:-2] == v.shape[:-2]
-            and softmax.facts["dim"] % ndim == ndim - 1
+            and operation.softmax.dim % ndim == ndim - 1
         )
         per_head = all(varying_dim(parameters_of(step), ndim) in (-1, ndim - 3) for step in (scores, weights))
         alike = all(
-            step.facts[end] is not None
-            and step.facts[end].numel() in (1, q.shape[-3])
-            and bool((step.facts[end] == step.facts[end].flatten()[0]).all())
+            end is not None and end.numel() in (1, q.shape[-3]) and bool((end == end.flatten()[0]).all())
             for step in (scores, weights)
-            for end in ("low", "high")
+            for end in (step.low, step.high)
         )
         return in_range and same and per_head and alike
 
-    def __init__(self, owner: "FastProgram", operation: Operation):
+    def __init__(self, owner: "FastProgram", operation: ops.Attention):
         super().__init__(owner, operation)
         program = owner.program
-        _, scores, softmax, weights, _ = operation.facts["steps"]
+        scores, softmax, weights = operation.scores, operation.softmax, operation.weights
         q, k, v = (program.values[number].shape for number in operation.inputs)
         *batch, heads, queries, inner = q
         keys, width = k[-1], v[-1]
@@ -204,14 +203,11 @@ class AttentionItem(Item):
         )
         self._kept: list[Tensor | None] = []
         steps = (("score", scores), ("weight", weights))
-        ends = {
-            name: (int(step.facts["low"].flatten()[0]), int(step.facts["high"].flatten()[0]))
-            for name, step in steps
-        }
+        ends = {name: (int(step.low.flatten()[0]), int(step.high.flatten()[0])) for name, step in steps}
         found = {
             name: nudged(
-                step.facts["mantissa"],
-                step.facts["shift"],
+                step.mantissa,
+                step.shift,
                 program.values[step.inputs[0]].range.largest,
                 max(map(abs, ends[name])),
             )
@@ -219,14 +215,14 @@ class AttentionItem(Item):
         }
         self.job.quick = int(None not in found.values())
         for name, step in steps:
-            exact = multiplier_value(step.facts["mantissa"], step.facts["shift"])
+            exact = multiplier_value(step.mantissa, step.shift)
             self._point(
                 f"{name}_scale",
                 (found[name] if self.job.quick else exact).reshape(-1).expand(heads).contiguous(),
             )
             setattr(self.job, f"{name}_low", ends[name][0])
             setattr(self.job, f"{name}_high", ends[name][1])
-        table = softmax.facts["table"].float().contiguous()
+        table = softmax.table.float().contiguous()
         self._point("table", table)
         self.job.last = len(table) - 1
         self._offsets(softmax, tuple(batch), heads, queries, keys)
@@ -236,10 +232,10 @@ class AttentionItem(Item):
         setattr(self.job, name, _pointer(tensor))
 
     def _offsets(
-        self, softmax: Operation, batch: tuple[int, ...], heads: int, queries: int, keys: int
+        self, softmax: ops.Softmax, batch: tuple[int, ...], heads: int, queries: int, keys: int
     ) -> None:
         """Bias and mask of each kind of window, and the kind of each."""
-        offset, blank, kinds = (softmax.facts[name] for name in ("offset", "blank", "kinds"))
+        offset, blank, kinds = softmax.offset, softmax.blank, softmax.kinds
         if offset is None:
             return
         count = int(torch.Size(batch).numel())

@@ -34,13 +34,16 @@ from licq.integer.library import (
     Winograd,
     library,
 )
-from licq.integer.program import INT32, Operation, Range
+from licq.integer.program import INT32
 from licq.integer.winograd import BLOCK, windows, winograd_weights
+from licq.quant import operations as ops
 from licq.quant.fixedpoint import multiplier_value
+from licq.quant.operations import Operation, Range
 
 if TYPE_CHECKING:
     from licq.integer.fast import FastProgram
 
+_PLAIN = {ops.Product: PRODUCT, ops.Neg: NEG, ops.Abs: ABS, ops.Square: SQUARE}
 _OPERANDS = {torch.uint8: U8, torch.int16: S16}  # what `products` in kernels.c reads
 
 
@@ -56,13 +59,9 @@ class GroupItem(Item):
         self.channels = group.shape[self.channel_dim]
         self.order: Tensor | None = None  # of the channels, if another one
         if group.shuffle is not None:
-            self.order = shuffled_channels(self.channels, group.shuffle.facts["arguments"][1])
-            facts = {
-                name: part if part is None else part[self.order]
-                for name, part in root.facts.items()
-                if name in ("weight", "bias")
-            }
-            root = replace(root, facts={**root.facts, **facts})
+            self.order = shuffled_channels(self.channels, group.shuffle.arguments[1])
+            bias = None if root.bias is None else root.bias[self.order]
+            root = replace(root, weight=root.weight[self.order], bias=bias)
         self.writes = tuple(number for number in own if number in owner.readers)
         outside = [
             n for op in group.operations for n in op.inputs if n not in own and n not in owner.constants
@@ -103,7 +102,7 @@ class GroupItem(Item):
         def write(number: int) -> None:
             step = {"op": STORE, "a": register[number]}
             if group.shuffle is not None and number == group.shuffle.inputs[0]:
-                step.update(first=group.shuffle.facts["arguments"][1], last=group.shape[3])
+                step.update(first=group.shuffle.arguments[1], last=group.shape[3])
                 number = group.shuffle.outputs[0]
             if number in self.writes:
                 steps.append({**step, "b": len(self.loads) + self.writes.index(number)})
@@ -125,113 +124,87 @@ class GroupItem(Item):
                     free.append(register.pop(number))
         self.registers = max(self.registers, 1) + 1
         table = (Step * max(len(steps), 1))()
-        for entry, facts in zip(table, steps):
-            for name, value in facts.items():
+        for entry, fields in zip(table, steps):
+            for name, value in fields.items():
                 setattr(entry, name, value)
         self.steps, self.step_count = table, len(steps)
 
     def _step(
         self, steps: list[dict[str, Any]], operation: Operation, register: dict[int, int], out: int
     ) -> None:
-        facts, kind, constants = operation.facts, operation.kind, self.owner.constants
+        constants = self.owner.constants
         data = [number for number in operation.inputs if number not in constants]
+        largest = self.owner.program.values[data[0]].range.largest
         step: dict[str, Any] = {"dst": out, "a": register[data[0]], "period": 1}
         if len(data) > 1:
             step["b"] = register[data[1]]
-        if kind == "rescale":
-            low, high = (-INT32, INT32) if facts["low"] is None else (facts["low"], facts["high"])
-            limit = max(int(torch.as_tensor(end).abs().max()) for end in (low, high))
-            multiplier = nudged(
-                facts["mantissa"], facts["shift"], self.owner.program.values[data[0]].range.largest, limit
-            )
-            step["quick"] = int(multiplier is not None)
-            multiplier = (
-                multiplier_value(facts["mantissa"], facts["shift"]) if multiplier is None else multiplier
-            )
-            names = {"multiplier": multiplier, "low": low, "high": high}
-            if int(torch.as_tensor(facts["refinement"]).max()) != 1:
-                names["factor"] = facts["refinement"]
-            alike = all(
-                torch.as_tensor(end).numel() == 1 or bool((end == end.flatten()[0]).all())
-                for end in (low, high)
-            )
-            step.update(op=RESCALE, first=int(alike), **self._parameters(**names))
-        elif kind == "add":
-            low = -INT32 if facts["low"] is None else facts["low"]
-            high = INT32 if facts["high"] is None else facts["high"]
-            step["op"] = ADD
-            if len(data) == 1:
-                constant = constants[next(number for number in operation.inputs if number in constants)]
-                if self._is_per_channel(constant):
-                    step.update(op=ADDC, **self._parameters(table=constant))
-                else:
-                    step["b"] = self._constant_array(steps, constant)
-            step.update(
-                {name: self._parameters(**{name: end})[name] for name, end in (("low", low), ("high", high))}
-            )
-        elif kind == "clamp":
-            low = -INT32 if facts["low"] is None else facts["low"]
-            high = INT32 if facts["high"] is None else facts["high"]
-            step.update(op=CLAMP, **self._parameters(low=low, high=high))
-        elif kind == "leaky":
-            multiplier = nudged(
-                facts["mantissa"], facts["shift"], self.owner.program.values[data[0]].range.largest
-            )
-            quick = multiplier is not None and 0 <= float(multiplier) < 1
-            multiplier = multiplier if quick else multiplier_value(facts["mantissa"], facts["shift"])
-            step.update(op=LEAKY, quick=int(quick), **self._parameters(multiplier=multiplier))
-        elif kind == "table":
-            entries = facts["table"].to(torch.int32).contiguous()
-            self._kept.append(entries)
-            step.update(op=TABLE, first=facts["first"], last=len(entries) - 1, table=entries.data_ptr())
-        elif kind == "gdn":
-            largest = (
-                self.owner.program.values[data[0]].range.largest,
-                int(facts["low"].abs().max()),
-                int(facts["high"].abs().max()),
-            )
-            quick = (
-                facts["algorithm"] == "gdn"
-                and largest[0] <= 2**15
-                and max(largest) <= 2**24
-                and int(facts["shift"].abs().max()) < 512
-            )
-            step.update(
-                op=GDN,
-                first=int(facts["inverse"]),
-                last=int(facts["algorithm"] == "gdn"),
-                quick=int(quick),
-                **self._parameters(
-                    multiplier=facts["mantissa"].double(),
-                    table=facts["shift"],
-                    low=facts["low"],
-                    high=facts["high"],
-                    **self._gdn_scale(facts, quick),
-                ),
-            )
-        elif kind == "mask":
-            step.update(op=PRODUCT, b=self._constant_array(steps, facts["mask"]))
-        elif kind == "product" and len(data) == 1:
-            constant = constants[next(number for number in operation.inputs if number in constants)]
-            step.update(op=PRODUCT, b=self._constant_array(steps, constant))
-        else:
-            step["op"] = {"product": PRODUCT, "neg": NEG, "abs": ABS, "square": SQUARE}[kind]
+        fixed = next((constants[number] for number in operation.inputs if number in constants), None)
+        match operation:
+            case ops.Rescale():
+                step.update(op=RESCALE, **self._rescale(operation, largest))
+            case ops.Add():
+                step["op"] = ADD
+                if fixed is not None and self._is_per_channel(fixed):
+                    step.update(op=ADDC, **self._parameters(table=fixed))
+                elif fixed is not None:
+                    step["b"] = self._constant_array(steps, fixed)
+                low, high = _limits(operation)
+                step["low"] = self._parameters(low=low)["low"]
+                step["high"] = self._parameters(high=high)["high"]
+            case ops.Clamp():
+                low, high = _limits(operation)
+                step.update(op=CLAMP, **self._parameters(low=low, high=high))
+            case ops.Leaky():
+                multiplier = nudged(operation.mantissa, operation.shift, largest)
+                quick = multiplier is not None and 0 <= float(multiplier) < 1
+                if not quick:
+                    multiplier = multiplier_value(operation.mantissa, operation.shift)
+                step.update(op=LEAKY, quick=int(quick), **self._parameters(multiplier=multiplier))
+            case ops.Table():
+                entries = operation.table.to(torch.int32).contiguous()
+                self._kept.append(entries)
+                step.update(op=TABLE, first=operation.first, last=len(entries) - 1, table=entries.data_ptr())
+            case ops.Gdn():
+                step.update(op=GDN, **self._gdn(operation, largest))
+            case ops.Mask():
+                step.update(op=PRODUCT, b=self._constant_array(steps, operation.mask))
+            case ops.Product() if fixed is not None:
+                step.update(op=PRODUCT, b=self._constant_array(steps, fixed))
+            case ops.Product() | ops.Neg() | ops.Abs() | ops.Square():
+                step["op"] = _PLAIN[type(operation)]
         steps.append(step)
 
-    @staticmethod
-    def _gdn_scale(facts: Mapping[str, Any], quick: bool) -> dict[str, Tensor]:
-        """What `gdn8` in `kernels.c` multiplies by, where its proof holds and float32 neither overflows nor
-        gets near its smallest numbers."""
-        mantissa, shift = facts["mantissa"], facts["shift"]
-        limits = max(int(facts[end].abs().max()) for end in ("low", "high"))
-        fits = (
-            quick
-            and limits < 2**16
-            and 2**10 <= int(mantissa.min())
-            and int(mantissa.max()) <= 2**24
-            and int(shift.abs().max()) <= 60
+    def _rescale(self, rescale: ops.Rescale, largest: int) -> dict[str, Any]:
+        low, high = _limits(rescale)
+        limit = max(int(torch.as_tensor(end).abs().max()) for end in (low, high))
+        multiplier = nudged(rescale.mantissa, rescale.shift, largest, limit)
+        quick = multiplier is not None
+        if multiplier is None:
+            multiplier = multiplier_value(rescale.mantissa, rescale.shift)
+        parameters = {"multiplier": multiplier, "low": low, "high": high}
+        if int(rescale.refinement.max()) != 1:
+            parameters["factor"] = rescale.refinement
+        alike = all(
+            torch.as_tensor(end).numel() == 1 or bool((end == end.flatten()[0]).all()) for end in (low, high)
         )
-        return {"scale": multiplier_value(mantissa, shift).float()} if fits else {}
+        return {"quick": int(quick), "first": int(alike), **self._parameters(**parameters)}
+
+    def _gdn(self, gdn: ops.Gdn, largest: int) -> dict[str, Any]:
+        quick = _has_quick_gdn(gdn, largest)
+        parameters = {
+            "multiplier": gdn.mantissa.double(),
+            "table": gdn.shift,
+            "low": gdn.low,
+            "high": gdn.high,
+        }
+        if takes_float32(gdn, largest):
+            parameters["scale"] = multiplier_value(gdn.mantissa, gdn.shift).float()
+        return {
+            "first": int(gdn.inverse),
+            "last": int(gdn.algorithm == "gdn"),
+            "quick": int(quick),
+            **self._parameters(**parameters),
+        }
 
     def _is_per_channel(self, tensor: Tensor) -> bool:
         return varying_dim([tensor], len(self.group.shape)) in (-1, self.channel_dim)
@@ -269,19 +242,19 @@ class GroupItem(Item):
 
     # ----------------------------------------------------------------------------------------------- products
 
-    def _winograd(self, root: Operation) -> list[Winograd]:
+    def _winograd(self, root: ops.MultiplyAccumulate) -> list[Winograd]:
         """The products as one job of `winograd.c`, if it pays and is exact."""
-        values, facts = self.owner.program.values, root.facts
+        values = self.owner.program.values
         if not library().has_winograd() or self.source_type != (torch.int16, 0):
             return []
-        found = windows(root.kind, facts, values[self.source].range.largest, self.group.shape)
+        found = windows(root, values[self.source].range.largest, self.group.shape)
         if found is None:
             return []
         weights, starts, phases = winograd_weights(found)
-        outputs, inputs = facts["weight"].shape[:2]
+        outputs, inputs = root.weight.shape[:2]
         bias = torch.zeros(phases.shape[1] * BLOCK, dtype=torch.int32)
-        if facts["bias"] is not None:
-            bias[: found.spread**2 * outputs] = facts["bias"].to(torch.int32).repeat(found.spread**2)
+        if root.bias is not None:
+            bias[: found.spread**2 * outputs] = root.bias.to(torch.int32).repeat(found.spread**2)
         border = torch.zeros(inputs, dtype=torch.int16)
         parts = {"weights": weights, "bias": bias, "border": border, "starts": starts, "phases": phases}
         self._kept += parts.values()
@@ -294,31 +267,30 @@ class GroupItem(Item):
         job.rows, job.columns = -(-job.all_rows // found.spread), -(-job.all_columns // found.spread)
         return [job]
 
-    def _direct(self, root: Operation) -> list[Product]:
+    def _direct(self, root: ops.MultiplyAccumulate) -> list[Product]:
         """The products as a job of `products` for each phase of the output."""
-        facts = root.facts
-        weight = facts["weight"].to(torch.int64)
+        weight = root.weight.to(torch.int64)
         x_dtype, offset = self.source_type
         shape = self.owner.program.values[self.source].shape
         spread, first = (1, 1), [(0, 0)]
-        if root.kind == "linear":
+        if isinstance(root, ops.Linear):
             weight = weight[:, :, None, None]
             jobs = [([(0, 0, 0, 0)], (1, 1))]
-        elif root.kind == "conv":
-            (dilation_y, dilation_x), (pad_y, pad_x) = facts["dilation"], facts["padding"]
+        elif isinstance(root, ops.Conv2d):
+            (dilation_y, dilation_x), (pad_y, pad_x) = root.dilation, root.padding
             taps = [
                 (ky * dilation_y - pad_y, kx * dilation_x - pad_x, ky, kx)
                 for ky in range(weight.shape[2])
                 for kx in range(weight.shape[3])
             ]
-            jobs = [(taps, facts["stride"])]
+            jobs = [(taps, root.stride)]
         else:
-            spread = facts["stride"]
+            spread = root.stride
             first = [(a, b) for a in range(spread[0]) for b in range(spread[1])]
-            jobs = [(_phase_taps(facts, weight.shape, phase), (1, 1)) for phase in first]
+            jobs = [(_phase_taps(root, phase), (1, 1)) for phase in first]
         outputs = weight.shape[0]
         blocks = -(-outputs // BLOCK)
-        bias = torch.zeros(outputs, dtype=torch.int64) if facts["bias"] is None else facts["bias"]
+        bias = torch.zeros(outputs, dtype=torch.int64) if root.bias is None else root.bias
         made = []
         for (taps, stride), (first_row, first_column) in zip(jobs, first):
             taps = [tap for tap in taps if bool(weight[:, :, tap[2], tap[3]].any())]  # a masked tap is none
@@ -350,7 +322,7 @@ class GroupItem(Item):
                 outputs,
             )
             job.stride_rows, job.stride_columns = stride
-            if root.kind == "linear":
+            if isinstance(root, ops.Linear):
                 job.batch, job.height, job.width = 1, int(torch.Size(shape[:-2]).numel()), shape[-2]
                 job.rows, job.columns = job.height, job.width
                 job.all_rows, job.all_columns = job.rows, job.columns
@@ -413,7 +385,7 @@ class GroupItem(Item):
     def _readable(self, x: Tensor) -> Tensor:
         """x with its channels contiguous, in the type of the products, and with readable bytes behind it."""
         dtype, offset = self.source_type
-        channel_dim = 1 if self.group.root.kind != "linear" else x.ndim - 1
+        channel_dim = x.ndim - 1 if isinstance(self.group.root, ops.Linear) else 1
         rows = x.movedim(channel_dim, -1)
         is_ready = rows.is_contiguous() and (x.dtype, self.stored[1]) == (dtype, offset)
         row = (
@@ -430,15 +402,42 @@ class GroupItem(Item):
         return flat
 
 
-def _phase_taps(
-    facts: Mapping[str, Any], shape: torch.Size, phase: tuple[int, int]
-) -> list[tuple[int, int, int, int]]:
+def _has_quick_gdn(gdn: ops.Gdn, largest: int) -> bool:
+    """Whether `gdn4` in kernels.c has room for numbers up to `largest`."""
+    limits = int(gdn.low.abs().max()), int(gdn.high.abs().max())
+    fits = largest <= 2**15 and max(largest, *limits) <= 2**24 and int(gdn.shift.abs().max()) < 512
+    return gdn.algorithm == "gdn" and fits
+
+
+def takes_float32(gdn: ops.Gdn, largest: int) -> bool:
+    """Whether the proof of `gdn8` in kernels.c holds, and float32 neither overflows nor gets near its
+    smallest numbers."""
+    limits = max(int(gdn.low.abs().max()), int(gdn.high.abs().max()))
+    mantissa = gdn.mantissa
+    return (
+        _has_quick_gdn(gdn, largest)
+        and limits < 2**16
+        and 2**10 <= int(mantissa.min())
+        and int(mantissa.max()) <= 2**24
+        and int(gdn.shift.abs().max()) <= 60
+    )
+
+
+def _limits(operation: ops.Rescale | ops.Add | ops.Clamp) -> tuple[Tensor | int, Tensor | int]:
+    """The limits of a result, of 32 bits where there are none."""
+    return (
+        -INT32 if operation.low is None else operation.low,
+        INT32 if operation.high is None else operation.high,
+    )
+
+
+def _phase_taps(conv: ops.ConvTranspose2d, phase: tuple[int, int]) -> list[tuple[int, int, int, int]]:
     """Taps of the outputs of one phase of a transposed convolution: (row, column) read relative to the
     phase's own, and kernel place."""
 
     def along(axis: int) -> list[tuple[int, int]]:
-        stride, pad, dilation = facts["stride"][axis], facts["padding"][axis], facts["dilation"][axis]
-        places = [(phase[axis] + pad - k * dilation, k) for k in range(shape[2 + axis])]
+        stride, pad, dilation = conv.stride[axis], conv.padding[axis], conv.dilation[axis]
+        places = [(phase[axis] + pad - k * dilation, k) for k in range(conv.weight.shape[2 + axis])]
         return [(place // stride, k) for place, k in places if place % stride == 0]
 
     return [(y, x, ky, kx) for y, ky in along(0) for x, kx in along(1)]

@@ -11,14 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from licq.integer.lowering import Input
-from licq.integer.program import Boundary, Operation, Program
+from licq.integer.groups import PRODUCTS
+from licq.integer.program import Program
 from licq.integer.reference import layout_function
+from licq.quant import operations as ops
+from licq.quant.operations import Boundary, Operand, Operation
 
-_PARAMETERS = ("mantissa", "shift", "low", "high", "refinement")
-_UNARY = ("rescale", "leaky", "clamp", "neg", "abs", "square", "table")
-_ELEMENTWISE = (*_UNARY, "add", "product", "mask")
-_PRODUCTS = ("conv", "deconv", "linear")
 _MOVES = {
     "permute",
     "transpose",
@@ -60,8 +58,8 @@ def _with(program: Program, operations: list[Operation]) -> Program:
 
 def _named(program: Program) -> set[int]:
     """Values that something outside the operations refers to."""
-    of_boundaries = {getattr(boundary, name) for boundary in program.boundaries for name in _NUMBERS}
-    return {*program.outputs.values(), *(of_boundaries - {None})}
+    of_boundaries = {number for boundary in program.boundaries for _, number in boundary.values()}
+    return {*program.outputs.values(), *of_boundaries}
 
 
 def _readers(operations: Iterable[Operation]) -> dict[int, list[Operation]]:
@@ -73,7 +71,8 @@ def _readers(operations: Iterable[Operation]) -> dict[int, list[Operation]]:
 
 
 def without_duplicates(program: Program) -> Program:
-    """Operations of one kind on the same values with the same facts run once; boundaries and outputs follow.
+    """Operations of one kind on the same values with the same attributes run once; boundaries and outputs
+    follow.
 
     So two roundings of one latent about one mean, one for the decoder and one for the estimate of the rate,
     are one.
@@ -83,8 +82,8 @@ def without_duplicates(program: Program) -> Program:
     operations = []
     for operation in program.operations:
         operation = replace(operation, inputs=tuple(alias.get(number, number) for number in operation.inputs))
-        key = (operation.kind, operation.inputs, _digest(operation.facts))
-        known = first.get(key) if operation.kind != "input" else None
+        key = (type(operation), operation.inputs, _digest(operation.attributes()))
+        known = None if isinstance(operation, ops.Input) else first.get(key)
         if known is None:
             first[key] = operation
             operations.append(operation)
@@ -92,12 +91,7 @@ def without_duplicates(program: Program) -> Program:
             alias.update(zip(operation.outputs, known.outputs, strict=True))
 
     def renamed(boundary: Boundary) -> Boundary:
-        changes = {
-            name: alias.get(number, number)
-            for name in _NUMBERS
-            if (number := getattr(boundary, name)) is not None
-        }
-        return replace(boundary, **changes)
+        return replace(boundary, **{name: alias.get(number, number) for name, number in boundary.values()})
 
     outputs = {name: alias.get(number, number) for name, number in program.outputs.items()}
     return Program(
@@ -109,11 +103,8 @@ def without_duplicates(program: Program) -> Program:
     )
 
 
-_NUMBERS = ("latent", "symbols", "decoded", "means", "scales", "weights")
-
-
 def _digest(part: Any) -> Any:
-    """Something hashable that is equal for equal facts."""
+    """Something hashable that is equal for equal attributes."""
     if isinstance(part, Tensor):
         return str(part.dtype), tuple(part.shape), part.detach().contiguous().numpy().tobytes()
     if isinstance(part, dict):
@@ -128,7 +119,7 @@ def without_unused(program: Program) -> Program:
     needed = _named(program)
     kept = []
     for operation in reversed(program.operations):
-        if operation.kind == "input" or needed.intersection(operation.outputs):
+        if isinstance(operation, ops.Input) or needed.intersection(operation.outputs):
             needed.update(operation.inputs)
             kept.append(operation)
     return _with(program, kept[::-1])
@@ -140,21 +131,26 @@ def without_idle_rescales(program: Program) -> Program:
     named, operations = _named(program), []
     for operation in program.operations:
         operation = replace(operation, inputs=tuple(alias.get(number, number) for number in operation.inputs))
-        if operation.kind == "rescale" and _is_idle(program, operation) and operation.outputs[0] not in named:
+        if (
+            isinstance(operation, ops.Rescale)
+            and _is_idle(program, operation)
+            and operation.outputs[0] not in named
+        ):
             alias[operation.outputs[0]] = operation.inputs[0]
         else:
             operations.append(operation)
     return _with(program, operations)
 
 
-def _is_idle(program: Program, operation: Operation) -> bool:
-    facts, numbers = operation.facts, program.values[operation.inputs[0]].range
-    one = torch.equal(facts["mantissa"].double(), torch.exp2(facts["shift"].double())) and bool(
-        (torch.as_tensor(facts["refinement"]) == 1).all()
+def _is_idle(program: Program, rescale: ops.Rescale) -> bool:
+    numbers = program.values[rescale.inputs[0]].range
+    one = torch.equal(rescale.mantissa.double(), torch.exp2(rescale.shift.double())) and bool(
+        (rescale.refinement == 1).all()
     )
     return one and (
-        facts["low"] is None
-        or (int(facts["low"].max()) <= numbers.low and numbers.high <= int(facts["high"].min()))
+        rescale.low is None
+        or rescale.high is None
+        or (int(rescale.low.max()) <= numbers.low and numbers.high <= int(rescale.high.min()))
     )
 
 
@@ -168,7 +164,7 @@ def with_split_products(program: Program) -> Program:
             continue  # the cut of a layer that is cut already
         cut = readers.get(operation.outputs[0], []) if operation.outputs else []
         if (
-            operation.kind in _PRODUCTS
+            isinstance(operation, PRODUCTS)
             and len(cut) == 1
             and operation.outputs[0] not in named
             and _cuts_channels(program, operation, cut[0])
@@ -179,27 +175,23 @@ def with_split_products(program: Program) -> Program:
                 size = program.values[number].shape[_channel_dim(program, operation)]
                 rows = slice(start, start + size)
                 start += size
-                facts = dict(operation.facts, weight=operation.facts["weight"][rows])
-                facts["bias"] = None if facts["bias"] is None else facts["bias"][rows]
-                operations.append(replace(operation, outputs=(number,), facts=facts))
+                bias = None if operation.bias is None else operation.bias[rows]
+                part = replace(operation, outputs=(number,), weight=operation.weight[rows], bias=bias)
+                operations.append(part)
         else:
             operations.append(operation)
     return _with(program, operations)
 
 
 def _channel_dim(program: Program, operation: Operation) -> int:
-    return len(program.values[operation.outputs[0]].shape) - 1 if operation.kind == "linear" else 1
+    return len(program.values[operation.outputs[0]].shape) - 1 if isinstance(operation, ops.Linear) else 1
 
 
 def _cuts_channels(program: Program, product: Operation, cut: Operation) -> bool:
-    if (
-        cut.kind != "layout"
-        or cut.facts["name"] not in ("chunk", "split")
-        or product.facts.get("groups", 1) != 1
-    ):
+    grouped = isinstance(product, ops.Convolution) and product.groups != 1
+    if not isinstance(cut, ops.Layout) or cut.name not in ("chunk", "split") or grouped:
         return False
-    arguments, options = cut.facts["arguments"], cut.facts["options"]
-    dim = options.get("dim", arguments[2] if len(arguments) > 2 else 0)
+    dim = cut.argument(2, "dim", 0)
     return dim % len(program.values[cut.inputs[0]].shape) == _channel_dim(program, product)
 
 
@@ -221,7 +213,7 @@ def with_early_elementwise(program: Program) -> Program:
 
 def _moved(program: Program, operation: Operation, producers: dict[int, Operation]) -> list[Operation]:
     """The operation in front of as many layout functions as it can, and these on its result."""
-    if operation.kind not in _UNARY or len(operation.inputs) != 1:
+    if not isinstance(operation, ops.Unary) or len(operation.inputs) != 1:
         return [operation]
     chain: list[Operation] = []  # from the operation upwards
     number = operation.inputs[0]
@@ -231,10 +223,10 @@ def _moved(program: Program, operation: Operation, producers: dict[int, Operatio
     for depth in range(len(chain), 0, -1):
         layouts = chain[:depth][::-1]
         source = layouts[0].inputs[0]
-        facts = _parameters_before(
+        parameters = _parameters_before(
             operation, layouts, program.values[source].shape, _channels_of(source, program, producers)
         )
-        if facts is None:
+        if parameters is None:
             continue
         numbers = program.values[operation.outputs[0]].range
         steps = [
@@ -242,7 +234,7 @@ def _moved(program: Program, operation: Operation, producers: dict[int, Operatio
                 operation,
                 inputs=(source,),
                 outputs=(program.value(program.values[source].shape, numbers),),
-                facts=facts,
+                **parameters,
             )
         ]
         for layout in layouts:
@@ -259,103 +251,89 @@ def _moved(program: Program, operation: Operation, producers: dict[int, Operatio
 
 def _is_move(operation: Operation) -> bool:
     return (
-        operation.kind == "layout"
-        and operation.facts["name"] in _MOVES
+        isinstance(operation, ops.Layout)
+        and operation.name in _MOVES
         and len(operation.inputs) == len(operation.outputs) == 1
     )
-
-
-def _pads(layout: Operation) -> bool:
-    return layout.facts["name"] == "pad"
 
 
 def _channels_of(number: int, program: Program, producers: dict[int, Operation]) -> int:
     """The dimension of a value that holds channels."""
     operation = producers[number]
-    while operation.kind in _ELEMENTWISE:
+    while isinstance(operation, ops.Elementwise) and not isinstance(operation, ops.Gdn):
         operation = producers[operation.inputs[0]]
-    return (
-        1
-        if operation.kind in ("conv", "deconv", "conv3d", "gdn", "input")
-        else len(program.values[number].shape) - 1
-    )
+    images = isinstance(operation, (ops.Convolution, ops.Gdn, ops.Input))
+    return 1 if images else len(program.values[number].shape) - 1
 
 
 def _parameters_before(
-    operation: Operation, layouts: list[Operation], shape: tuple[int, ...], dim: int
-) -> dict[str, Any] | None:
+    operation: ops.Unary, layouts: list[ops.Layout], shape: tuple[int, ...], dim: int
+) -> dict[str, Tensor] | None:
     """The operation's parameters in front of layout functions: numbers, or along dimension `dim` of `shape`;
     None where there are none.
 
     A pad brings zeros in, so the operation must leave them as they are.
     """
-    facts = operation.facts
-    stated = {name: torch.as_tensor(facts[name]) for name in _PARAMETERS if facts.get(name) is not None}
-    if any(_pads(layout) for layout in layouts):
-        constant = all(
-            layout.facts["options"].get("mode", "constant") == "constant"
-            for layout in layouts
-            if _pads(layout)
-        )
-        keeps_zero = operation.kind in ("rescale", "leaky", "neg", "abs", "square")
-        inside = "low" not in stated or (int(stated["low"].max()) <= 0 <= int(stated["high"].min()))
-        if not (constant and keeps_zero and inside):
+    stated = operation.parameters()
+    pads = [layout for layout in layouts if layout.name == "pad"]
+    if pads:
+        constant = all(pad.options.get("mode", "constant") == "constant" for pad in pads)
+        if not (constant and operation.keeps_zero):
+            return None
+        if "low" in stated and not int(stated["low"].max()) <= 0 <= int(stated["high"].min()):
             return None
     before = {name: part.reshape(()) for name, part in stated.items() if part.numel() == 1}
     varying = {name: part for name, part in stated.items() if part.numel() > 1}
     if not varying:
-        return {**facts, **before}
+        return before
     view = [-1 if d == dim else 1 for d in range(len(shape))]
     # where each number comes from: its place among the channels, from 1 on; pads bring 0
     came_from = torch.arange(1, shape[dim] + 1, dtype=torch.int16).reshape(view).expand(shape)
     for layout in layouts:
-        arguments = [came_from if isinstance(part, Input) else part for part in layout.facts["arguments"]]
-        came_from = layout_function(layout.facts["name"])(*arguments, **layout.facts["options"])
+        arguments = [came_from if isinstance(part, Operand) else part for part in layout.arguments]
+        came_from = layout_function(layout.name)(*arguments, **layout.options)
     found = _along(came_from, varying, shape[dim])
-    return (
-        None
-        if found is None
-        else {**facts, **before, **{name: part.reshape(view) for name, part in found.items()}}
-    )
+    return None if found is None else {**before, **{name: part.reshape(view) for name, part in found.items()}}
 
 
 def with_attention(program: Program) -> Program:
     """Scores, softmax and weighted sum become one operation `attention` on queries, keys (transposed) and
-    values.
-
-    Its facts hold the operations that it stands for, under `steps`: matmul, rescale, softmax, rescale,
-    matmul.
-    """
+    values."""
     producers, readers, named = program.producers(), _readers(program.operations), _named(program)
 
-    def only_reader(operation: Operation, kind: str) -> Operation | None:
+    def only_reader(operation: Operation) -> Operation | None:
         number = operation.outputs[0]
-        found = readers.get(number, [])
-        return found[0] if number not in named and len(found) == 1 and found[0].kind == kind else None
+        those = readers.get(number, [])
+        return those[0] if number not in named and len(those) == 1 else None
 
     fused: dict[int, Operation] = {}  # by the place of the last operation
     inside: set[int] = set()
     for softmax in program.operations:
-        if softmax.kind != "softmax":
+        if not isinstance(softmax, ops.Softmax):
             continue
         scores = producers[softmax.inputs[0]]
-        products = producers[scores.inputs[0]] if scores.kind == "rescale" else None
-        if (
-            products is None
-            or products.kind != "matmul"
-            or only_reader(products, "rescale") is None
-            or only_reader(scores, "softmax") is None
-        ):
+        if not isinstance(scores, ops.Rescale) or only_reader(scores) is not softmax:
             continue
-        weights = only_reader(softmax, "rescale")
-        output = weights and only_reader(weights, "matmul")
-        if output is None or output.inputs[0] != weights.outputs[0]:
+        products = producers[scores.inputs[0]]
+        if not isinstance(products, ops.MatMul) or only_reader(products) is not scores:
             continue
-        steps = [products, scores, softmax, weights, output]
-        fused[id(output)] = Operation(
-            "attention", (*products.inputs, output.inputs[1]), output.outputs, {"steps": steps}, softmax.node
+        weights = only_reader(softmax)
+        if not isinstance(weights, ops.Rescale):
+            continue
+        output = only_reader(weights)
+        if not isinstance(output, ops.MatMul) or output.inputs[0] != weights.outputs[0]:
+            continue
+        fused[id(output)] = ops.Attention(
+            (*products.inputs, output.inputs[1]),
+            output.outputs,
+            softmax.node,
+            products=products,
+            scores=scores,
+            softmax=softmax,
+            weights=weights,
+            output=output,
         )
-        inside.update(id(step) for step in steps)
+        inside.update(map(id, (products, scores, softmax, weights, output)))
     operations = [
         fused.get(id(op), op) for op in program.operations if id(op) in fused or id(op) not in inside
     ]

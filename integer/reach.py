@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from licq.integer.program import Operation, Program
-from licq.integer.reference import MEANING, interpret
+from licq.integer.program import Program
+from licq.integer.reference import MEANING, Meaning, interpret
+from licq.quant import operations as ops
 from licq.quant.integer_functions import MASKED
+from licq.quant.operations import Operation
 
 BATCH = 4
 """Of the program that is traced: first rows, last rows, first columns, last columns."""
@@ -118,39 +120,37 @@ def _added(operation: Operation, a: Tensor, b: Tensor) -> Tensor:
     return _larger(a, b)
 
 
-def _multiplied(operation: Operation, a: Tensor, b: Tensor) -> Tensor:
+def _multiplied(operation: ops.Product, a: Tensor, b: Tensor) -> Tensor:
     return _larger(a, b).masked_fill((a == 0) | (b == 0), 0.0)
 
 
-def _convolved(operation: Operation, x: Tensor) -> Tensor:
-    facts, kernel = operation.facts, operation.facts["weight"].shape[2:]
-    rows, columns = facts["padding"]
+def _convolved(conv: ops.Conv2d, x: Tensor) -> Tensor:
+    rows, columns = conv.padding
     x = F.pad(_slim(x).amax(1, keepdim=True), (columns, columns, rows, rows))
-    out = F.max_pool2d(x, kernel, facts["stride"], 0, facts["dilation"])
-    return out.clamp(min=_NOTHING).expand(-1, facts["weight"].shape[0], -1, -1)
+    out = F.max_pool2d(x, conv.weight.shape[2:], conv.stride, 0, conv.dilation)
+    return out.clamp(min=_NOTHING).expand(-1, conv.weight.shape[0], -1, -1)
 
 
-def _deconvolved(operation: Operation, x: Tensor) -> Tensor:
+def _deconvolved(conv: ops.ConvTranspose2d, x: Tensor) -> Tensor:
     """weight: (outputs, inputs / groups, height, width)."""
-    facts, kernel = operation.facts, operation.facts["weight"].shape[2:]
+    kernel, stride, dilation = conv.weight.shape[2:], conv.stride, conv.dilation
     x = _slim(x).amax(1, keepdim=True)
-    stride, dilation = facts["stride"], facts["dilation"]
     sparse = x.new_zeros(*x.shape[:2], *((size - 1) * step + 1 for size, step in zip(x.shape[2:], stride)))
     sparse[:, :, :: stride[0], :: stride[1]] = x
     pads = []
     for axis in (1, 0):
-        edge = dilation[axis] * (kernel[axis] - 1) - facts["padding"][axis]
-        pads += [edge, edge + facts["output_padding"][axis]]
+        edge = dilation[axis] * (kernel[axis] - 1) - conv.padding[axis]
+        pads += [edge, edge + conv.output_padding[axis]]
     out = F.max_pool2d(F.pad(sparse, pads), kernel, 1, 0, dilation)
-    return out.clamp(min=_NOTHING).expand(-1, facts["weight"].shape[0], -1, -1)
+    return out.clamp(min=_NOTHING).expand(-1, conv.weight.shape[0], -1, -1)
 
 
-def _linear(operation: Operation, x: Tensor) -> Tensor:
+def _linear(linear: ops.Linear, x: Tensor) -> Tensor:
     out = x.amax(-1, keepdim=True).clamp(min=_NOTHING)
-    return out.expand(*x.shape[:-1], operation.facts["weight"].shape[0])
+    return out.expand(*x.shape[:-1], linear.weight.shape[0])
 
 
-def _matmul(operation: Operation, a: Tensor, b: Tensor) -> Tensor:
+def _matmul(operation: ops.MatMul, a: Tensor, b: Tensor) -> Tensor:
     """The smaller of two bounds: what a row and a column hold; and, over the numbers of a row that may be
     other than zero, what these and all that they are multiplied with hold."""
     ends = torch.maximum(a.amax(-1, keepdim=True), b.amax(-2, keepdim=True))
@@ -159,18 +159,21 @@ def _matmul(operation: Operation, a: Tensor, b: Tensor) -> Tensor:
     return torch.minimum(ends, read)
 
 
-def _softmax(operation: Operation, x: Tensor) -> Tensor:
+def _softmax(operation: ops.Softmax, x: Tensor) -> Tensor:
     """Masked keys get zero, whatever their score is; so they have no part in the others' either."""
-    facts = operation.facts
     masked = torch.zeros((), dtype=torch.bool)
-    if facts["offset"] is not None and int(facts["table"][-1]) == 0:
-        masked = facts["offset"] == int(MASKED)
-        masked = masked if facts["kinds"] is None else masked.index_select(0, facts["kinds"])
+    if operation.offset is not None and int(operation.table[-1]) == 0:
+        masked = operation.offset == int(MASKED)
+        masked = masked if operation.kinds is None else masked.index_select(0, operation.kinds)
     read = x.masked_fill(masked, 0.0)
-    return read.amax(facts["dim"], keepdim=True).clamp(min=_NOTHING).expand(x.shape).masked_fill(masked, 0.0)
+    return read.amax(operation.dim, keepdim=True).clamp(min=_NOTHING).expand(x.shape).masked_fill(masked, 0.0)
 
 
-def _kept(operation: Operation, x: Tensor) -> Tensor:
+def _layer_norm(operation: ops.LayerNorm, x: Tensor) -> Tensor:
+    return x.amax(-1, keepdim=True).clamp(min=_NOTHING).expand(x.shape)
+
+
+def _same(operation: Operation, x: Tensor) -> Tensor:
     return x
 
 
@@ -178,32 +181,20 @@ def _not_zero(operation: Operation, x: Tensor) -> Tensor:
     return x.clamp(min=_NOTHING)
 
 
-def _constant(operation: Operation) -> Tensor:
-    return (operation.facts["value"] != 0).float() * _NOTHING
-
-
-def _masked(operation: Operation, x: Tensor) -> Tensor:
-    return x * (operation.facts["mask"] != 0)
-
-
-def _summed(operation: Operation, x: Tensor) -> Tensor:
-    return x.amax(operation.facts["dim"], keepdim=operation.facts["keepdim"])
-
-
-_EXTREMES = {
-    "constant": _constant,
-    "conv": _convolved,
-    "deconv": _deconvolved,
-    "linear": _linear,
-    "matmul": _matmul,
-    "add": _added,
-    "product": _multiplied,
-    "mask": _masked,
-    "sum": _summed,
-    "softmax": _softmax,
-    "layer_norm": lambda operation, x: x.amax(-1, keepdim=True).clamp(min=_NOTHING).expand(x.shape),
-    "gdn": _added,
-    "layout": MEANING["layout"],
-    **dict.fromkeys(("rescale", "leaky", "neg", "abs", "square"), _kept),
-    **dict.fromkeys(("clamp", "table"), _not_zero),
+_EXTREMES: Meaning = {
+    ops.Constant: lambda operation: (operation.value != 0).float() * _NOTHING,
+    ops.Conv2d: _convolved,
+    ops.ConvTranspose2d: _deconvolved,
+    ops.Linear: _linear,
+    ops.MatMul: _matmul,
+    ops.Add: _added,
+    ops.Product: _multiplied,
+    ops.Mask: lambda operation, x: x * (operation.mask != 0),
+    ops.Sum: lambda operation, x: x.amax(operation.dim, keepdim=operation.keepdim),
+    ops.Softmax: _softmax,
+    ops.LayerNorm: _layer_norm,
+    ops.Gdn: _added,
+    ops.Layout: MEANING[ops.Layout],
+    **dict.fromkeys((ops.Rescale, ops.Leaky, ops.Neg, ops.Abs, ops.Square), _same),
+    **dict.fromkeys((ops.Clamp, ops.Table), _not_zero),
 }

@@ -1,8 +1,8 @@
 """What each operation means: a few lines of PyTorch, exact on any device (design, section 4).
 
-Products run as ordinary convolutions on whole numbers held as floats: float32 where the proven range of the
-result stays below 2^24, so that no order of summation rounds, else float64. Values are kept in the integer
-type that the program proves to be enough, so a wrong proof would show.
+Products run as ordinary convolutions on integers held as floats: float32 where the proven range of the result
+stays below 2^24, so that no order of summation rounds, else float64. Values are kept in the integer type that
+the program proves to be enough, so a wrong proof would show.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -12,18 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from licq.integer.lowering import Input
-from licq.integer.program import Operation, Program
+from licq.integer.program import EXACT_FLOAT32, Program
+from licq.quant import operations as ops
 from licq.quant.fixedpoint import requantize
 from licq.quant.integer_functions import fixed_softmax, integer_gdn, integer_layer_norm
+from licq.quant.operations import Operand, Operation
 from licq.support.determinism import exact_products
 
-EXACT_FLOAT32 = 2**24
-_IN_FLOAT = {
-    "unfold",
-    "max_pool2d",
-    "upsample_nearest2d",
-}  # layout functions that PyTorch lacks for whole numbers
+_IN_FLOAT = {"unfold", "max_pool2d", "upsample_nearest2d"}
+"""Layout functions that PyTorch lacks for integers."""
+
+Meaning = Mapping[type[Operation], Callable]
+"""For each kind of operation a function: (operation, its inputs) -> its result, or a list of its results."""
 
 
 def run(
@@ -31,8 +31,8 @@ def run(
 ) -> dict[str, Tensor] | dict[int, Tensor]:
     """The outputs of a program by name; with `keep`, every value by number.
 
-    inputs: whole numbers by name, of the shapes and ranges that the program states, on the device of its
-    constants (`Program.to`).
+    inputs: integers by name, of the shapes and ranges that the program states, on the device of its constants
+    (`Program.to`).
     """
     with exact_products(next((x.device for x in inputs.values()), torch.device("cpu"))):
         return interpret(
@@ -43,21 +43,23 @@ def run(
 def interpret(
     program: Program,
     inputs: Mapping[str, Tensor],
-    meaning: Mapping[str, Callable],
+    meaning: Meaning,
     stored: Callable[[int, Tensor], Tensor] = lambda number, tensor: tensor,
     keep: bool = False,
 ) -> dict[Any, Tensor]:
-    """`run`, with a meaning of one's own for each kind of operation; `stored` makes of a result what is kept
-    under its number."""
+    """`run`, with another meaning for each kind of operation.
+
+    stored: makes of a result what is kept under its number.
+    """
     numbers = {number: name for name, number in program.inputs.items()}
     last = _last_use(program)
     values: dict[int, Tensor] = {}
-    for place, operation in enumerate(program.operations):
+    for position, operation in enumerate(program.operations):
         for number, tensor in results_of(operation, values, inputs, numbers, meaning):
             values[number] = stored(number, tensor)
         if not keep:
             for number in operation.inputs:
-                if last[number] == place:
+                if last[number] == position:
                     values.pop(number, None)
     return values if keep else {name: values[number] for name, number in program.outputs.items()}
 
@@ -67,190 +69,182 @@ def results_of(
     values: Mapping[int, Tensor],
     inputs: Mapping[str, Tensor],
     names: Mapping[int, str],
-    meaning: Mapping[str, Callable],
+    meaning: Meaning,
 ) -> Iterator[tuple[int, Tensor]]:
     """(number, tensor) of each result of an operation on `values`; an input's is that of its name."""
-    if operation.kind == "input":
+    if isinstance(operation, ops.Input):
         outputs = [inputs[names[operation.outputs[0]]]]
     else:
-        result = meaning[operation.kind](operation, *(values[number] for number in operation.inputs))
+        result = meaning[type(operation)](operation, *(values[number] for number in operation.inputs))
         outputs = list(result) if isinstance(result, (list, tuple)) else [result]
     return zip(operation.outputs, outputs, strict=True)
 
 
 def _last_use(program: Program) -> dict[int, int]:
     last = {
-        number: place
-        for place, operation in enumerate(program.operations)
+        number: position
+        for position, operation in enumerate(program.operations)
         for number in (*operation.inputs, *operation.outputs)
     }
     return {**last, **dict.fromkeys(program.outputs.values(), len(program.operations))}
 
 
-def _constant(operation: Operation) -> Tensor:
-    return operation.facts["value"]
+# ------------------------------------------------------------------------------------------------ elementwise
 
 
-def _rescale(operation: Operation, x: Tensor) -> Tensor:
-    facts = operation.facts
-    out = requantize(x.to(torch.int64), facts["mantissa"], facts["shift"])
-    if facts["low"] is not None:
-        out = torch.minimum(torch.maximum(out, facts["low"]), facts["high"]) * facts["refinement"]
-    return out
+def _clipped(x: Tensor, low: ops.Ends, high: ops.Ends) -> Tensor:
+    if low is not None:
+        x = torch.maximum(x, low) if isinstance(low, Tensor) else x.clamp(min=low)
+    if high is not None:
+        x = torch.minimum(x, high) if isinstance(high, Tensor) else x.clamp(max=high)
+    return x
 
 
-def float_type(operation: Operation) -> torch.dtype:
+def _rescale(operation: ops.Rescale, x: Tensor) -> Tensor:
+    out = requantize(x.to(torch.int64), operation.mantissa, operation.shift)
+    if operation.low is None:
+        return out
+    return _clipped(out, operation.low, operation.high) * operation.refinement
+
+
+def _leaky(operation: ops.Leaky, x: Tensor) -> Tensor:
+    x = x.to(torch.int64)
+    return torch.where(x < 0, requantize(x, operation.mantissa, operation.shift), x)
+
+
+def _table(operation: ops.Table, x: Tensor) -> Tensor:
+    table = operation.table
+    return table[(x.to(torch.int64) - operation.first).clamp(0, len(table) - 1)]
+
+
+def _gdn(operation: ops.Gdn, x: Tensor, norm: Tensor) -> Tensor:
+    out = integer_gdn(x, norm, operation.mantissa, operation.shift, operation.inverse, operation.algorithm)
+    return _clipped(out, operation.low.double(), operation.high.double())
+
+
+# -------------------------------------------------------------------------------------- sums along dimensions
+
+
+def float_type(operation: ops.MultiplyAccumulate | ops.MatMul) -> torch.dtype:
     """The floating-point type in which the sums of an operation's products are exact."""
-    return torch.float32 if operation.facts["bound"] < EXACT_FLOAT32 else torch.float64
+    return torch.float32 if operation.bound < EXACT_FLOAT32 else torch.float64
 
 
-def _products(multiply: Callable[[Operation, Tensor, Tensor], Tensor], channel_dim: int) -> Callable:
-    def compute(operation: Operation, x: Tensor) -> Tensor:
-        weight, bias = operation.facts["weight"], operation.facts["bias"]
+def _products(multiply: Callable[[Any, Tensor, Tensor], Tensor], channel_dim: int) -> Callable:
+    def compute(operation: ops.MultiplyAccumulate, x: Tensor) -> Tensor:
         dtype = float_type(operation)
-        out = multiply(operation, x.to(dtype), weight.to(dtype)).to(torch.int64)
-        if bias is not None:
+        out = multiply(operation, x.to(dtype), operation.weight.to(dtype)).to(torch.int64)
+        if operation.bias is not None:
             shape = [1] * out.ndim
             shape[channel_dim] = -1
-            out += bias.reshape(shape)
+            out += operation.bias.reshape(shape)
         return out
 
     return compute
 
 
-def _conv(operation: Operation, x: Tensor, weight: Tensor) -> Tensor:
-    facts = operation.facts
-    convolve = F.conv3d if operation.kind == "conv3d" else F.conv2d
-    return convolve(x, weight, None, facts["stride"], facts["padding"], facts["dilation"], facts["groups"])
+def _convolved(convolve: Callable[..., Tensor]) -> Callable:
+    def multiply(conv: ops.Convolution, x: Tensor, weight: Tensor) -> Tensor:
+        return convolve(x, weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+    return _products(multiply, 1)
 
 
-def _deconv(operation: Operation, x: Tensor, weight: Tensor) -> Tensor:
+def _deconvolved(operation: ops.ConvTranspose2d, x: Tensor, weight: Tensor) -> Tensor:
     """weight: canonical, (outputs, inputs / groups, height, width)."""
-    facts = operation.facts
+    groups = operation.groups
     outputs, per_group, *kernel = weight.shape
-    weight = weight.reshape(facts["groups"], outputs // facts["groups"], per_group, *kernel).transpose(1, 2)
-    weight = weight.reshape(-1, outputs // facts["groups"], *kernel)
+    weight = weight.reshape(groups, outputs // groups, per_group, *kernel).transpose(1, 2)
+    weight = weight.reshape(-1, outputs // groups, *kernel)
     return F.conv_transpose2d(
         x,
         weight,
         None,
-        facts["stride"],
-        facts["padding"],
-        facts["output_padding"],
-        facts["groups"],
-        facts["dilation"],
+        operation.stride,
+        operation.padding,
+        operation.output_padding,
+        groups,
+        operation.dilation,
     )
 
 
-def _matmul(operation: Operation, a: Tensor, b: Tensor) -> Tensor:
+def _matmul(operation: ops.MatMul, a: Tensor, b: Tensor) -> Tensor:
     dtype = float_type(operation)
     return a.to(dtype) @ b.to(dtype)
 
 
-def _add(operation: Operation, a: Tensor, b: Tensor) -> Tensor:
-    out = a.to(torch.int64) + b.to(torch.int64)
-    return (
-        out if operation.facts["low"] is None else out.clamp(operation.facts["low"], operation.facts["high"])
-    )
-
-
-def _clamp(operation: Operation, x: Tensor) -> Tensor:
-    low, high = operation.facts["low"], operation.facts["high"]
-    out = x.to(torch.int64)
-    out = out if low is None else torch.maximum(out, low)
-    return out if high is None else torch.minimum(out, high)
-
-
-def _leaky(operation: Operation, x: Tensor) -> Tensor:
-    x = x.to(torch.int64)
-    return torch.where(x < 0, requantize(x, operation.facts["mantissa"], operation.facts["shift"]), x)
-
-
-def _table(operation: Operation, x: Tensor) -> Tensor:
-    table = operation.facts["table"]
-    return table[(x.to(torch.int64) - operation.facts["first"]).clamp(0, len(table) - 1)]
-
-
-def _softmax(operation: Operation, q: Tensor) -> Tensor:
-    facts = operation.facts
-    kinds, blank = facts["kinds"], facts["blank"]
-    offset = None if facts["offset"] is None else facts["offset"].float()
-    p = fixed_softmax(q.float(), facts["table"], offset, kinds, facts["dim"])
+def _softmax(operation: ops.Softmax, q: Tensor) -> Tensor:
+    kinds, blank = operation.kinds, operation.blank
+    offset = None if operation.offset is None else operation.offset.float()
+    p = fixed_softmax(q.float(), operation.table, offset, kinds, operation.dim)
     if blank is not None:
         p = p.masked_fill(blank if kinds is None else blank.index_select(0, kinds), 0.0)
     return p
 
 
-def _layer_norm(operation: Operation, x: Tensor) -> Tensor:
-    facts = operation.facts
-    low, high, mantissa, shift, offset = (
-        facts[key] for key in ("low", "high", "mantissa", "shift", "offset")
+def _layer_norm(operation: ops.LayerNorm, x: Tensor) -> Tensor:
+    mantissa = operation.mantissa
+    normalized = integer_layer_norm(x, operation.eps).to(torch.int64)
+    out = requantize(normalized, mantissa.abs(), operation.shift) * mantissa.sign() + operation.offset
+    return _clipped(out, operation.low, operation.high)
+
+
+def _attention(operation: ops.Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = _rescale(operation.scores, _matmul(operation.products, q, k).to(torch.int64))
+    weights = _rescale(operation.weights, _softmax(operation.softmax, scores))
+    return _matmul(operation.output, weights, v)
+
+
+# ----------------------------------------------------------------------------------------------------- layout
+
+
+def _layout(operation: ops.Layout, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+    as_float = operation.name in _IN_FLOAT or (
+        operation.name == "pad" and operation.options.get("mode", "constant") != "constant"
     )
-    out = (
-        requantize(integer_layer_norm(x, facts["eps"]).to(torch.int64), mantissa.abs(), shift)
-        * mantissa.sign()
-        + offset
-    )
-    return torch.minimum(torch.maximum(out, low), high)
-
-
-def _gdn(operation: Operation, x: Tensor, norm: Tensor) -> Tensor:
-    facts = operation.facts
-    out = integer_gdn(x, norm, facts["mantissa"], facts["shift"], facts["inverse"], facts["algorithm"])
-    return torch.minimum(torch.maximum(out, facts["low"].double()), facts["high"].double())
-
-
-def _attention(operation: Operation, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    products, scores, softmax, weights, output = operation.facts["steps"]
-    p = _softmax(softmax, _rescale(scores, _matmul(products, q, k).to(torch.int64)))
-    return _matmul(output, _rescale(weights, p), v)
-
-
-def _layout(operation: Operation, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
-    facts = operation.facts
-    as_float = facts["name"] in _IN_FLOAT or (
-        facts["name"] == "pad" and facts["options"].get("mode", "constant") != "constant"
-    )
-    arguments = _filled(facts["arguments"], [x.double() if as_float else x for x in inputs])
-    return layout_function(facts["name"])(*arguments, **facts["options"])
+    arguments = _filled(operation.arguments, [x.double() if as_float else x for x in inputs])
+    return layout_function(operation.name)(*arguments, **operation.options)
 
 
 def _filled(parts: Any, inputs: list[Tensor]) -> Any:
     if isinstance(parts, (list, tuple)) and not isinstance(parts, torch.Size):
         return type(parts)(_filled(part, inputs) for part in parts)
-    if isinstance(parts, Input):
+    if isinstance(parts, Operand):
         return inputs[parts.index]
     return parts
 
 
 def layout_function(name: str) -> Callable:
+    """PyTorch's function of that name."""
     for owner in (F, torch.Tensor, torch):
         if hasattr(owner, name):
             return getattr(owner, name)
     raise ValueError(f"PyTorch has no function {name!r}")
 
 
-MEANING: dict[str, Callable] = {
-    "constant": _constant,
-    "rescale": _rescale,
-    "conv": _products(_conv, 1),
-    "conv3d": _products(_conv, 1),
-    "deconv": _products(_deconv, 1),
-    "linear": _products(lambda operation, x, weight: F.linear(x, weight), -1),
-    "matmul": _matmul,
-    "add": _add,
-    "product": lambda operation, a, b: a.to(torch.int64) * b.to(torch.int64),
-    "neg": lambda operation, x: -x.to(torch.int64),
-    "abs": lambda operation, x: x.to(torch.int64).abs(),
-    "square": lambda operation, x: x.to(torch.int64).square(),
-    "sum": lambda operation, x: x.to(torch.int64).sum(operation.facts["dim"], operation.facts["keepdim"]),
-    "clamp": _clamp,
-    "mask": lambda operation, x: x.to(torch.int64) * operation.facts["mask"],
-    "leaky": _leaky,
-    "table": _table,
-    "softmax": _softmax,
-    "attention": _attention,
-    "layer_norm": _layer_norm,
-    "gdn": _gdn,
-    "layout": _layout,
+MEANING: Meaning = {
+    ops.Constant: lambda operation: operation.value,
+    ops.Rescale: _rescale,
+    ops.Conv2d: _convolved(F.conv2d),
+    ops.Conv3d: _convolved(F.conv3d),
+    ops.ConvTranspose2d: _products(_deconvolved, 1),
+    ops.Linear: _products(lambda operation, x, weight: F.linear(x, weight), -1),
+    ops.MatMul: _matmul,
+    ops.Add: lambda operation, a, b: _clipped(
+        a.to(torch.int64) + b.to(torch.int64), operation.low, operation.high
+    ),
+    ops.Product: lambda operation, a, b: a.to(torch.int64) * b.to(torch.int64),
+    ops.Neg: lambda operation, x: -x.to(torch.int64),
+    ops.Abs: lambda operation, x: x.to(torch.int64).abs(),
+    ops.Square: lambda operation, x: x.to(torch.int64).square(),
+    ops.Sum: lambda operation, x: x.to(torch.int64).sum(operation.dim, operation.keepdim),
+    ops.Clamp: lambda operation, x: _clipped(x.to(torch.int64), operation.low, operation.high),
+    ops.Mask: lambda operation, x: x.to(torch.int64) * operation.mask,
+    ops.Leaky: _leaky,
+    ops.Table: _table,
+    ops.Softmax: _softmax,
+    ops.Attention: _attention,
+    ops.LayerNorm: _layer_norm,
+    ops.Gdn: _gdn,
+    ops.Layout: _layout,
 }

@@ -11,10 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from licq.integer.fast import FastProgram
-from licq.integer.program import Operation, Program, Range
+from licq.integer.program import Program
 from licq.integer.reference import run
+from licq.quant import operations as ops
 from licq.quant.fixedpoint import quantize_multiplier
 from licq.quant.integer_functions import softmax_table
+from licq.quant.operations import Range
 
 Check = tuple[str, Program, dict[str, Tensor]]
 
@@ -29,7 +31,7 @@ def first_difference() -> str | None:
 
 
 def extremes(shape: tuple[int, ...], low: int, high: int, seed: int = 0) -> Tensor:
-    """Whole numbers of which half are at the ends of the range."""
+    """Integers of which half are at the ends of the range."""
     draw = torch.Generator().manual_seed(seed)
     numbers = torch.randint(low, high + 1, shape, generator=draw)
     ends = torch.randint(0, 4, shape, generator=draw)
@@ -38,13 +40,13 @@ def extremes(shape: tuple[int, ...], low: int, high: int, seed: int = 0) -> Tens
 
 def _checks() -> Iterator[Check]:
     for numbers in ((-127, 127), (0, 255), (-8191, 8191)):
-        for kind in ("conv", "deconv"):
+        for kind in (ops.Conv2d, ops.ConvTranspose2d):
             yield _product(kind, numbers)
     for kind, kernel, stride, inputs in (
-        ("conv", 3, 1, 114),
-        ("conv", 5, 2, 40),
-        ("conv", 5, 2, 3),
-        ("deconv", 5, 2, 114),
+        (ops.Conv2d, 3, 1, 114),
+        (ops.Conv2d, 5, 2, 40),
+        (ops.Conv2d, 5, 2, 3),
+        (ops.ConvTranspose2d, 5, 2, 114),
     ):
         yield _product(
             kind, (-255, 255), kernel, stride, inputs
@@ -69,30 +71,43 @@ def _given(program: Program, out: int, kind: str, **inputs: Tensor) -> Check:
 
 
 def _product(
-    kind: str, numbers: tuple[int, int], kernel: int = 3, stride: int = 2, inputs: int = 37
+    kind: type[ops.Convolution],
+    numbers: tuple[int, int],
+    kernel: int = 3,
+    stride: int = 2,
+    inputs: int = 37,
 ) -> Check:
     """A product some of whose sums are the largest and the smallest that its range allows."""
     shape, outputs, pad = (1, inputs, 9, 11), 19, kernel // 2
     program = Program()
     weight = extremes((outputs, inputs, kernel, kernel), -127, 127, seed=1).to(torch.int8)
     weight[0], weight[1] = 127, -127
-    facts = {"stride": (stride, stride), "padding": (pad, pad), "dilation": (1, 1), "groups": 1}
-    if kind == "conv":
+    if kind is ops.Conv2d:
+        options = {}
         out_shape = F.conv2d(torch.empty(shape), weight.float(), None, stride, pad).shape
     else:
-        facts["output_padding"] = (stride - 1, stride - 1)
+        options = {"output_padding": (stride - 1, stride - 1)}
         out_shape = F.conv_transpose2d(
             torch.empty(shape), weight.float().transpose(0, 1), None, stride, pad, stride - 1
         ).shape
     bound = int(weight.long().abs().flatten(1).sum(1).max()) * max(-numbers[0], numbers[1]) + 2**20
     x = program.input("x", shape, Range(*numbers))
     bias = extremes((outputs,), -(2**20), 2**20, seed=2)
-    out = program.add(
-        kind, (x,), tuple(out_shape), Range(-bound, bound), weight=weight, bias=bias, bound=bound, **facts
+    operation = kind(
+        (x,),
+        weight=weight,
+        bias=bias,
+        bound=bound,
+        stride=(stride, stride),
+        padding=(pad, pad),
+        dilation=(1, 1),
+        groups=1,
+        **options,
     )
+    out = program.add(operation, tuple(out_shape), Range(-bound, bound))
     given = extremes(shape, *numbers, seed=3)
     given[:, :, :5, :5], given[:, :, :5, 6:] = numbers[0], numbers[1]
-    return _given(program, out, kind, x=given)
+    return _given(program, out, kind.kind, x=given)
 
 
 def _rescale(per_channel: bool, largest: int) -> Check:
@@ -105,17 +120,15 @@ def _rescale(per_channel: bool, largest: int) -> Check:
         [2.0**-1, 2.0**-16, 3 * 2.0**-18, 0.3, 1e-7 if largest > 2**20 else 1e-4], dtype=torch.float64
     )[: 5 if per_channel else 1]
     mantissa, shift = (part.reshape(1, -1, 1, 1) for part in quantize_multiplier(multiplier))
-    out = program.add(
-        "rescale",
+    rescale = ops.Rescale(
         (x,),
-        shape,
-        Range(-32767, 32767),
         mantissa=mantissa,
         shift=shift,
         low=torch.tensor(-32767),
         high=torch.tensor(32767),
         refinement=torch.tensor(1),
     )
+    out = program.add(rescale, shape, Range(-32767, 32767))
     numbers = extremes(shape, -largest, largest)
     numbers[:, :, :10] = extremes((1, 5, 10, 30), -(2**17), 2**17)
     return _given(program, out, "rescale", x=numbers)
@@ -126,7 +139,7 @@ def _leaky() -> Check:
     program = Program()
     x = program.input("x", shape, Range(-(2**31) + 1, 2**31 - 1))
     mantissa, shift = quantize_multiplier(torch.tensor(0.01, dtype=torch.float64))
-    out = program.add("leaky", (x,), shape, Range(-(2**25), 2**31 - 1), mantissa=mantissa, shift=shift)
+    out = program.add(ops.Leaky((x,), mantissa=mantissa, shift=shift), shape, Range(-(2**25), 2**31 - 1))
     numbers = extremes(shape, -(2**31) + 1, 2**31 - 1)
     numbers[:, :, :10] = -torch.arange(1550).reshape(1, 5, 10, 31)
     return _given(program, out, "leaky", x=numbers)
@@ -144,17 +157,8 @@ def _gdn(inverse: bool) -> Check:
         )
     )
     ends = {name: torch.full((1, 6, 1, 1), sign * 32767) for name, sign in (("low", -1), ("high", 1))}
-    out = program.add(
-        "gdn",
-        (x, norm),
-        shape,
-        Range(-32767, 32767),
-        mantissa=mantissa,
-        shift=shift,
-        inverse=inverse,
-        algorithm="gdn",
-        **ends,
-    )
+    gdn = ops.Gdn((x, norm), mantissa=mantissa, shift=shift, inverse=inverse, algorithm="gdn", **ends)
+    out = program.add(gdn, shape, Range(-32767, 32767))
     norms = (
         torch.exp2(torch.rand(shape, generator=torch.Generator().manual_seed(4)) * 31)
         .long()
@@ -171,17 +175,10 @@ def _layer_norm() -> Check:
     mantissa, shift = quantize_multiplier(torch.logspace(-4, -1, 24, dtype=torch.float64))
     mantissa = mantissa * torch.where(torch.arange(24) % 3 == 0, -1, 1)
     ends = {name: torch.full((24,), sign * 32767) for name, sign in (("low", -1), ("high", 1))}
-    out = program.add(
-        "layer_norm",
-        (x,),
-        shape,
-        Range(-32767, 32767),
-        eps=3.7,
-        mantissa=mantissa,
-        shift=shift,
-        offset=torch.arange(24) - 12,
-        **ends,
+    layer_norm = ops.LayerNorm(
+        (x,), eps=3.7, mantissa=mantissa, shift=shift, offset=torch.arange(24) - 12, **ends
     )
+    out = program.add(layer_norm, shape, Range(-32767, 32767))
     numbers = extremes(shape, -32767, 32767)
     numbers[:, 0], numbers[:, 1] = 5, torch.arange(24)
     return _given(program, out, "layer_norm", x=numbers)
@@ -197,35 +194,28 @@ def _attention() -> Check:
     offset = extremes((batch, heads, queries, keys), -500, 500, seed=6)
     offset[:, :, :, 3] = -(2**22)
 
-    def scale(multiplier: list[float], low: int, high: int) -> dict:
+    def rescale(source: int, result: int, multiplier: list[float], low: int, high: int) -> ops.Rescale:
         mantissa, shift = (
             part.reshape(-1, 1, 1)
             for part in quantize_multiplier(torch.tensor(multiplier, dtype=torch.float64))
         )
-        return {
-            "mantissa": mantissa,
-            "shift": shift,
-            "low": torch.tensor(low),
-            "high": torch.tensor(high),
-            "refinement": torch.tensor(1),
-        }
+        limits = {"low": torch.tensor(low), "high": torch.tensor(high)}
+        one = torch.tensor(1)
+        return ops.Rescale((source,), (result,), mantissa=mantissa, shift=shift, refinement=one, **limits)
 
     bound = 127 * 255 * keys
-    steps = [
-        Operation("matmul", (q, k), (values[0],), {"bound": 127 * 127 * inner}),
-        Operation("rescale", (values[0],), (values[1],), scale([0.01, 0.4], -32767, 32767)),
-        Operation(
-            "softmax",
-            (values[1],),
-            (values[2],),
-            {"table": softmax_table(), "offset": offset, "kinds": None, "blank": None, "dim": -1},
-        ),
-        Operation("rescale", (values[2],), (values[3],), scale([2.0**-8, 0.004], 0, 255)),
-        Operation("matmul", (values[3], v), (), {"bound": bound}),
-    ]
-    out = program.add(
-        "attention", (q, k, v), (batch, heads, queries, inner), Range(-bound, bound), steps=steps
+    softmax = ops.Softmax(
+        (values[1],), (values[2],), table=softmax_table(), offset=offset, kinds=None, blank=None, dim=-1
     )
+    attention = ops.Attention(
+        (q, k, v),
+        products=ops.MatMul((q, k), (values[0],), bound=127 * 127 * inner),
+        scores=rescale(values[0], values[1], [0.01, 0.4], -32767, 32767),
+        softmax=softmax,
+        weights=rescale(values[2], values[3], [2.0**-8, 0.004], 0, 255),
+        output=ops.MatMul((values[3], v), bound=bound),
+    )
+    out = program.add(attention, (batch, heads, queries, inner), Range(-bound, bound))
     inputs = {
         name: extremes(program.values[program.inputs[name]].shape, -127, 127, seed=place)
         for place, name in enumerate("qkv")

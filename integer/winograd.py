@@ -1,13 +1,13 @@
 """Which convolutions run through Winograd's F(4x4, 3x3), and their transformed weights; `winograd.c` has the
 algorithm."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from licq.quant import operations as ops
 
 BLOCK = 16
 _POSITIONS = 36
@@ -42,10 +42,11 @@ class Windows:
     parts: list[list[int]]
 
 
-def _taps(kind: str, facts: Mapping[str, Any], size: int, axis: int) -> list[tuple[int, int, int, int]]:
+def _taps(conv: ops.Convolution, axis: int) -> list[tuple[int, int, int, int]]:
     """(phase of the output, phase of the input, offset in it, place in the kernel) along one axis."""
-    stride, pad, dilation = facts["stride"][axis], facts["padding"][axis], facts["dilation"][axis]
-    if kind == "conv":
+    stride, pad, dilation = conv.stride[axis], conv.padding[axis], conv.dilation[axis]
+    size = conv.weight.shape[2 + axis]
+    if isinstance(conv, ops.Conv2d):
         return [
             (0, place % stride, place // stride, k) for k in range(size) for place in (k * dilation - pad,)
         ]
@@ -61,26 +62,24 @@ def _used(taps: list[tuple[int, int, int, int]], first: int) -> dict[tuple[int, 
     return {phases: 6 - (0 not in places) - (2 not in places) for phases, places in there.items()}
 
 
-def windows(
-    kind: str, facts: Mapping[str, Any], largest_input: int, shape: tuple[int, ...]
-) -> Windows | None:
+def windows(conv: ops.MultiplyAccumulate, largest_input: int, shape: tuple[int, ...]) -> Windows | None:
     """The windows of a convolution, None where it does not pay or may leave the range in which it is exact.
 
     shape: of the result, (batch, channels, height, width).
     """
-    if kind not in ("conv", "deconv") or facts["stride"][0] != facts["stride"][1]:
+    if not isinstance(conv, (ops.Conv2d, ops.ConvTranspose2d)) or conv.stride[0] != conv.stride[1]:
         return None
-    weight, stride = facts["weight"], facts["stride"]
+    weight, stride = conv.weight, conv.stride
     if largest_input > _LARGEST_INPUT or int(weight.to(torch.int64).abs().max()) > _LARGEST_WEIGHT:
         return None
-    axes, first = [_taps(kind, facts, weight.shape[2 + axis], axis) for axis in (0, 1)], []
+    axes, first = [_taps(conv, axis) for axis in (0, 1)], []
     for taps in axes:
         offsets = [offset for _, _, offset, _ in taps]
         places = range(max(offsets) - _WINDOW + 1, min(offsets) + 1)
         if not places:
             return None
         first.append(min(places, key=lambda place: sum(_used(taps, place).values())))
-    spread, stride = (1, stride[0]) if kind == "conv" else (stride[0], 1)
+    spread, stride = (1, stride[0]) if isinstance(conv, ops.Conv2d) else (stride[0], 1)
     count = [sum(_used(taps, place).values()) for taps, place in zip(axes, first)]
     padded = [-(-size // (spread * _TILE)) * spread * _TILE / size for size in shape[2:]]
     if count[0] * count[1] / _TILE**2 * padded[0] * padded[1] > _GAIN * len(axes[0]) * len(axes[1]):

@@ -15,10 +15,22 @@ from licq.models.layers import WholeGaussianConditional
 from licq.models.vbr import OffsetNet
 from licq.quant.config import QuantConfig
 from licq.quant.density import DensityTables, density_tables, factorized_table
-from licq.quant.fixedpoint import requantize_ste, round_half_away, round_ste
+from licq.quant.fixedpoint import round_half_away, round_ste
 from licq.quant.grid import Grid
 from licq.quant.modules import QuantModule
+from licq.quant.primitives import (
+    add,
+    boundary,
+    clamp,
+    constant,
+    likelihood,
+    product,
+    rescale,
+    subtract,
+    table,
+)
 from licq.quant.qtensor import QTensor, to_real
+from licq.support.errors import InputError
 
 _WIDE = 24  # bits of the boundary grids; the numbers stay exact in float32
 
@@ -28,13 +40,11 @@ def boundary_grid(config: QuantConfig) -> Grid:
     return Grid(_WIDE, config.frac_bits, fixed=2.0**-config.boundary_bits)
 
 
-def symbols_and_values(x: QTensor, means: QTensor | None, unit: float) -> tuple[Tensor, QTensor]:
-    """(round(x - means) as whole numbers, that plus means on the boundary grid); straight-through
-    gradients."""
-    residual = x.q if means is None else x.q - means.q
-    symbols = requantize_ste(residual, torch.as_tensor(unit, dtype=torch.float64, device=x.q.device))
-    values = symbols / unit
-    return symbols, QTensor(values if means is None else values + means.q, x.scale, x.runtime, latent=True)
+def to_symbols(x: Tensor, means: Tensor | None, unit: float) -> tuple[Tensor, Tensor]:
+    """(round(x - means), that plus means), of integers on the boundary grid; straight-through gradients."""
+    symbols = rescale(x if means is None else subtract(x, means), unit)
+    values = rescale(symbols, 1 / unit)
+    return symbols, values if means is None else add(values, means)
 
 
 def rounded(x: Tensor, means: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -56,6 +66,10 @@ class QuantBoundary(QuantModule):
         self.unit = 2.0**-config.boundary_bits
         self.grid = boundary_grid(config)
 
+    def latent(self, values: Tensor, like: QTensor) -> QTensor:
+        """Integers on the boundary grid as y_hat or z_hat."""
+        return QTensor(values, like.scale, like.runtime, latent=True)
+
 
 class QuantRound(QuantBoundary):
     """round(x - means) + means: the values that the decoder will have."""
@@ -68,7 +82,10 @@ class QuantRound(QuantBoundary):
     def integer(self, x: QTensor, means: QTensor | Tensor | None = None) -> QTensor:
         if isinstance(means, Tensor):
             means = QTensor(means, None, self.runtime)
-        return symbols_and_values(self.grid(x), None if means is None else self.grid(means), self.unit)[1]
+        x, mean = self.grid(x), None if means is None else self.grid(means).q
+        symbols, values = to_symbols(x.q, mean, self.unit)
+        boundary("round", self.name, x.q, symbols, values, means=mean)
+        return self.latent(values, x)
 
 
 class QuantEntropyBottleneck(QuantBoundary):
@@ -97,11 +114,17 @@ class QuantEntropyBottleneck(QuantBoundary):
         z_hat = rounded(z, self._medians_for(z))[1]
         return z_hat, self._likelihood_of(z_hat)
 
+    def integer_medians(self, z: Tensor) -> Tensor:
+        """The medians on the boundary grid."""
+        return constant(round_ste(self._medians_for(z) / self.unit), self.runtime.tracer)
+
     def integer(self, z: QTensor) -> tuple[QTensor, Tensor]:
         z = self.grid(z)
-        medians = z.like(round_ste(self._medians_for(z.q) / self.unit), z.scale)
-        z_hat = symbols_and_values(z, medians, self.unit)[1]
-        return z_hat, self._likelihood_of(z_hat.real())
+        medians = self.integer_medians(z.q)
+        symbols, values = to_symbols(z.q, medians, self.unit)
+        boundary("entropy_bottleneck", self.name, z.q, symbols, values, means=medians)
+        z_hat = self.latent(values, z)
+        return z_hat, likelihood(values, lambda: self._likelihood_of(z_hat.real()))
 
 
 class QuantGaussianConditional(QuantBoundary):
@@ -126,8 +149,8 @@ class QuantGaussianConditional(QuantBoundary):
     def freeze(self) -> None:
         super().freeze()
         smallest = float(self.module.lower_bound_scale.bound)
-        for name, table in density_tables(self.config.boundary_bits, smallest)._asdict().items():
-            setattr(self, name, table.to(self.module.lower_bound_scale.bound.device))
+        for name, density in density_tables(self.config.boundary_bits, smallest)._asdict().items():
+            setattr(self, name, density.to(self.module.lower_bound_scale.bound.device))
 
     @property
     def density(self) -> DensityTables:
@@ -149,10 +172,8 @@ class QuantGaussianConditional(QuantBoundary):
         return isinstance(self.module, WholeGaussianConditional) and not self.module.of_residual
 
     def _likelihood_of(self, symbols: Tensor, scales: Tensor, means: Tensor | None = None) -> Tensor:
-        likelihood = self.module._likelihood(symbols, scales, means)
-        return (
-            self.module.likelihood_lower_bound(likelihood) if self.module.use_likelihood_bound else likelihood
-        )
+        p = self.module._likelihood(symbols, scales, means)
+        return self.module.likelihood_lower_bound(p) if self.module.use_likelihood_bound else p
 
     def real(self, y: Tensor, scales: Tensor, means: Tensor | None = None) -> tuple[Tensor, Tensor]:
         whole = means if self.rounds_whole else None
@@ -161,11 +182,25 @@ class QuantGaussianConditional(QuantBoundary):
 
     def integer(self, y: QTensor, scales: QTensor, means: QTensor | None = None) -> tuple[QTensor, Tensor]:
         means = None if means is None else self.grid(means)
-        whole = means if self.rounds_whole else None
-        symbols, y_hat = symbols_and_values(self.grid(y), means if whole is None else None, self.unit)
-        return y_hat, self._likelihood_of(
-            symbols, to_real(self.grid(scales)), None if whole is None else to_real(whole)
+        mean = None if means is None else means.q
+        y, scales = self.grid(y), self.grid(scales)
+        symbols, values = to_symbols(y.q, None if self.rounds_whole else mean, self.unit)
+        boundary(
+            "gaussian",
+            self.name,
+            y.q,
+            symbols,
+            values,
+            means=mean,
+            scales=scales.q,
+            whole=self.rounds_whole,
         )
+
+        def estimate() -> Tensor:
+            about = to_real(means) if self.rounds_whole else None
+            return self._likelihood_of(symbols, to_real(scales), about)
+
+        return self.latent(values, y), likelihood(values, estimate)
 
 
 class QuantGaussianMixture(QuantGaussianConditional):
@@ -178,10 +213,8 @@ class QuantGaussianMixture(QuantGaussianConditional):
         return QuantModule.forward(self, inputs, scales, means, weights)
 
     def _likelihood_of(self, y_hat: Tensor, scales: Tensor, means: Tensor, weights: Tensor) -> Tensor:
-        likelihood = self.module._likelihood(y_hat, scales, means, weights)
-        return (
-            self.module.likelihood_lower_bound(likelihood) if self.module.use_likelihood_bound else likelihood
-        )
+        p = self.module._likelihood(y_hat, scales, means, weights)
+        return self.module.likelihood_lower_bound(p) if self.module.use_likelihood_bound else p
 
     def real(self, y: Tensor, scales: Tensor, means: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         y_hat = rounded(y, None)[1]
@@ -190,9 +223,23 @@ class QuantGaussianMixture(QuantGaussianConditional):
     def integer(
         self, y: QTensor, scales: QTensor, means: QTensor, weights: QTensor
     ) -> tuple[QTensor, Tensor]:
-        y_hat = symbols_and_values(self.grid(y), None, self.unit)[1]
-        return y_hat, self._likelihood_of(
-            y_hat.real(), *(to_real(self.grid(part)) for part in (scales, means, weights))
+        y, *parts = (self.grid(part) for part in (y, scales, means, weights))
+        scales, means, weights = parts
+        symbols, values = to_symbols(y.q, None, self.unit)
+        boundary(
+            "mixture",
+            self.name,
+            y.q,
+            symbols,
+            values,
+            scales=scales.q,
+            means=means.q,
+            weights=weights.q,
+            whole=True,
+        )
+        y_hat = self.latent(values, y)
+        return y_hat, likelihood(
+            values, lambda: self._likelihood_of(y_hat.real(), *(to_real(part) for part in parts))
         )
 
 
@@ -236,22 +283,34 @@ class QuantOffsets(QuantBoundary):
     @torch.no_grad()
     def offsets(self, symbols: Tensor, scales: QTensor, gain: Tensor) -> Tensor:
         """What the symbols are moved by, on the boundary grid; nothing where they are 0. gain: float64."""
-        index = self.scale_grid(scales * gain)
-        places = (index.q - self.scale_grid.parameters_of_grid()[1]).long()
+        index, first = self.scale_grid(scales * gain).q, self._first_scale()
         tables = [self.table(float(value)) for value in gain.flatten()]
-        offsets = (
-            torch.cat([table[part] for table, part in zip(tables, places.split(1))])
-            if len(tables) > 1
-            else tables[0][places]
-        )
-        return torch.where(symbols == 0, 0.0, offsets) * symbols.sign()
+        if len(tables) == 1:
+            offsets = table(index, tables[0], first)
+        else:  # an image each
+            offsets = torch.cat([table(part, one, first) for one, part in zip(tables, index.split(1))])
+        return product(offsets, clamp(symbols, -1, 1))
+
+    def _first_scale(self) -> int:
+        """The smallest integer of the scale's grid."""
+        return int(self.scale_grid.parameters_of_grid()[1])
+
+    def _gain(self, gain: Tensor) -> Tensor:
+        """float64, checked."""
+        if self.runtime.tracer is not None and gain.numel() > 1:
+            raise InputError(
+                "a program has one rate: lower a model that is set to it, for images without planes"
+            )
+        return gain.double()
 
     def integer(self, y: QTensor, scales: QTensor, gain: Tensor, means: QTensor | None) -> QTensor:
-        y, mean = self.grid(y), 0.0 if means is None else self.grid(means).q
-        gain = gain.double()
-        symbols = requantize_ste(y.q - mean, gain * self.unit)
-        values = requantize_ste(symbols / self.unit + self.offsets(symbols, scales, gain), 1 / gain)
-        return QTensor(values + mean, y.scale, y.runtime, latent=True)
+        y, mean, gain = self.grid(y), None if means is None else self.grid(means).q, self._gain(gain)
+        symbols = rescale(y.q if mean is None else subtract(y.q, mean), gain * self.unit)
+        moved = add(rescale(symbols, 1 / self.unit), self.offsets(symbols, scales, gain))
+        values = rescale(moved, 1 / gain)
+        values = values if mean is None else add(values, mean)
+        boundary("offsets", self.name, y.q, symbols, values, means=mean)
+        return self.latent(values, y)
 
     def freeze(self) -> None:
         super().freeze()
@@ -275,20 +334,22 @@ class QuantWholeOffsets(QuantOffsets):
         return round_half_away(self.module.shares(scales) * 2**self.share_bits).float()
 
     def integer(self, symbols: QTensor, scales: QTensor, gain: Tensor, means: QTensor) -> QTensor:
-        symbols, mean, gain = self.grid(symbols), self.grid(means).q, gain.double()
-        residual = symbols.q - requantize_ste(mean, gain)
-        nearest = requantize_ste(
-            residual, torch.as_tensor(self.unit, dtype=torch.float64, device=residual.device)
+        symbols, mean, gain = self.grid(symbols), self.grid(means).q, self._gain(gain)
+        residual = subtract(symbols.q, rescale(mean, gain))
+        nearest = rescale(residual, self.unit)
+        sign = clamp(nearest, -1, 1)
+        is_near, is_far = (
+            table(sign, torch.tensor(ones, dtype=torch.float32, device=mean.device), -1)
+            for ones in ([0, 1, 0], [1, 0, 1])
         )
+        half = round(0.5 / self.unit)
+        near = clamp(product(residual, is_near), -half, half)
         with torch.no_grad():
-            places = (self.scale_grid(scales * gain).q - self.scale_grid.parameters_of_grid()[1]).long()
-            shares = torch.where(nearest == 0, self.shares()[places], 0.0)
-        near = requantize_ste(
-            torch.where(nearest == 0, residual, 0.0) * shares,
-            torch.as_tensor(2.0**-self.share_bits, dtype=torch.float64, device=residual.device),
-        )
-        moved = torch.where(nearest == 0, near, residual + self.offsets(nearest, scales, gain))
-        return QTensor(requantize_ste(moved, 1 / gain) + mean, symbols.scale, symbols.runtime, latent=True)
+            share = table(self.scale_grid(scales * gain).q, self.shares(), self._first_scale())
+        moved_near = rescale(product(near, share), 2.0**-self.share_bits)
+        moved_far = add(product(residual, is_far), self.offsets(nearest, scales, gain))
+        values = rescale(add(moved_near, moved_far), 1 / gain)
+        return self.latent(add(values, mean), symbols)
 
 
 class QuantVariableBottleneck(QuantEntropyBottleneck):
@@ -321,7 +382,9 @@ class QuantVariableBottleneck(QuantEntropyBottleneck):
 
     def integer(self, z: QTensor, step: Tensor) -> tuple[QTensor, Tensor]:
         z, step = self.grid(z), step.double()
-        medians = round_ste(self._medians_for(z.q) / self.unit)
-        symbols = requantize_ste(z.q - medians, self.unit / step)
-        z_hat = QTensor(requantize_ste(symbols, step / self.unit) + medians, z.scale, z.runtime, latent=True)
-        return z_hat, self.module.step_likelihood(z_hat.real(), step.float())
+        medians = self.integer_medians(z.q)
+        symbols = rescale(subtract(z.q, medians), self.unit / step)
+        values = add(rescale(symbols, step / self.unit), medians)
+        boundary("entropy_bottleneck", self.name, z.q, symbols, values, means=medians, step=step)
+        z_hat = self.latent(values, z)
+        return z_hat, likelihood(values, lambda: self.module.step_likelihood(z_hat.real(), step.float()))

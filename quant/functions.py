@@ -7,23 +7,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from licq.quant.config import FLOAT_BITS, QuantConfig
-from licq.quant.fixedpoint import requantize_ste, round_half_away, round_ste, straight_through
+from licq.quant.fixedpoint import round_half_away, round_ste
 from licq.quant.grid import Grid
 from licq.quant.integer_functions import (
     LEVEL_UNIT,
-    MASKED,
     SOFTMAX_STEP,
     SOFTMAX_UNIT,
-    fixed_softmax,
     level_table,
-    softmax_pieces,
     softmax_table,
-    table_lookup,
 )
 from licq.quant.modules import QuantModule
+from licq.quant.primitives import add, constant, leaky, matmul, product, softmax, table
 from licq.quant.qtensor import QTensor
 from licq.support.errors import InputError
 
@@ -96,10 +92,10 @@ class QuantAdd(QuantFunction):
         if isinstance(b, QTensor):
             b_q = self.grid(b).q
         elif isinstance(b, Tensor):
-            b_q = round_ste((b.double() / scale).float())
+            b_q = constant(round_ste((b.double() / scale).float()), self.runtime.tracer)
         else:
-            b_q = round_half_away(b / scale.detach()).float()
-        return a.like((a.q + b_q).clamp(float(qmin), float(qmax)), scale)
+            b_q = constant(round_half_away(b / scale.detach()).float(), self.runtime.tracer)
+        return a.like(add(a.q, b_q, int(qmin), int(qmax)), scale)
 
 
 class QuantMul(QuantFunction):
@@ -125,8 +121,8 @@ class QuantMul(QuantFunction):
 
     def integer(self, a: QTensor, b: QTensor) -> QTensor:
         a, b = self.grid_a(a), self.grid_b(b)
-        product = a.q.double() * b.q.double()  # up to 30 bits
-        return self.grid_out(a.like(product, a.scale * b.scale))
+        q = product(a.q, b.q, wide=True)  # up to 30 bits
+        return self.grid_out(a.like(q, a.scale * b.scale))
 
 
 class QuantMatMul(QuantFunction):
@@ -202,40 +198,12 @@ class QuantMatMul(QuantFunction):
         a, b = self.grid_a(a), self.grid_b(b)
         if not (a.is_integer and b.is_integer):
             return a.like(a.real() @ b.real(), None)
-        if max(self.grid_a.bits, self.grid_b.bits) > 8:  # sums of such products pass 2^24
-            return a.like(a.q.double() @ b.q.double(), a.scale * b.scale)
-        return a.like(a.q @ b.q, a.scale * b.scale)
+        wide = max(self.grid_a.bits, self.grid_b.bits) > 8  # sums of such products pass 2^24
+        return a.like(matmul(a.q, b.q, wide), a.scale * b.scale)
 
     def learnable(self) -> dict[str, list]:
         grids = [grid for grid in (self.grid_a, self.grid_b) if grid.bits != 32 and grid.fixed is None]
         return {"range_a": [grid.log_n for grid in grids]} if grids else {}
-
-
-class _SoftmaxSTE(torch.autograd.Function):
-    """`fixed_softmax` forward, the float softmax's gradient backward."""
-
-    @staticmethod
-    def forward(ctx, q, offset, kinds, table, dim):
-        ctx.save_for_backward(q, offset, kinds)
-        ctx.dim = dim
-        return fixed_softmax(q, table, offset, kinds, dim)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        q, offset, kinds = ctx.saved_tensors
-        grad_q, grad_offset = torch.empty_like(q), None
-        for scores, part, into in softmax_pieces(q, offset, kinds, ctx.dim, grad, grad_q):
-            p = F.softmax(scores * SOFTMAX_STEP, ctx.dim)
-            product = part * p
-            product -= p.mul_(product.sum(ctx.dim, keepdim=True))
-            into.copy_(product.mul_(SOFTMAX_STEP / SOFTMAX_UNIT))
-        if ctx.needs_input_grad[1]:
-            if kinds is None:
-                grad_offset = grad_q.sum_to_size(offset.shape)
-            else:
-                grad_offset = torch.zeros_like(offset).index_add_(0, kinds, grad_q.sum(0))
-        return grad_q, grad_offset, None, None, None
 
 
 class QuantSoftmax(QuantFunction):
@@ -268,25 +236,12 @@ class QuantSoftmax(QuantFunction):
         return F.softmax(scores if bias is None else scores + bias, self.dim)
 
     def integer(self, scores: QTensor, bias: Tensor | None = None, kinds: Tensor | None = None) -> QTensor:
-        scores = self.grid(scores)
-        offset = blank = None
-        if bias is not None:
-            masked = torch.isinf(bias)
-            offset = round_ste(bias.masked_fill(masked, 0.0) / SOFTMAX_STEP).masked_fill(masked, MASKED)
-            blank = masked.all(self.dim, keepdim=True)
-        p = _SoftmaxSTE.apply(scores.q, offset, kinds, self.table, self.dim)
-        if blank is not None and bool(blank.any()):  # rows without a key
-            p = p.masked_fill(blank if kinds is None else blank.index_select(0, kinds), 0.0)
-        if self.levels is not None:
-            exact = table_lookup(p.detach(), self.levels).to(p.dtype)
-            p = straight_through(exact, p * (SOFTMAX_UNIT / LEVEL_UNIT))
-            return QTensor(
-                p,
-                torch.as_tensor(LEVEL_UNIT, dtype=torch.float64, device=p.device),
-                scores.runtime,
-                levels=True,
-            )
-        return scores.like(p, torch.as_tensor(SOFTMAX_UNIT, dtype=torch.float64, device=p.device))
+        p = softmax(self.grid(scores).q, self.table, bias, kinds, self.dim)
+        if self.levels is None:
+            return scores.like(p, torch.as_tensor(SOFTMAX_UNIT, dtype=torch.float64, device=p.device))
+        p = table(p, self.levels, 0, lambda p: p * (SOFTMAX_UNIT / LEVEL_UNIT))
+        unit = torch.as_tensor(LEVEL_UNIT, dtype=torch.float64, device=p.device)
+        return QTensor(p, unit, scores.runtime, levels=True)
 
 
 class QuantLeakyReLU(QuantFunction):
@@ -304,10 +259,7 @@ class QuantLeakyReLU(QuantFunction):
     def integer(self, x: QTensor) -> QTensor:
         if not x.is_integer:
             return x.like(self.real(x.q), None)
-        if self.slope == 0:
-            return x.like(x.q.clamp(min=0), x.scale)
-        slope = torch.as_tensor(self.slope, dtype=torch.float64, device=x.q.device)
-        return x.like(torch.where(x.q < 0, requantize_ste(x.q, slope), x.q), x.scale)
+        return x.like(leaky(x.q, self.slope), x.scale)
 
 
 _ELEMENTWISE: dict[str, Callable[[Tensor], Tensor]] = {
@@ -366,12 +318,14 @@ class QuantTable(QuantFunction):
     def integer(self, x: QTensor) -> QTensor:
         x = self.grid_in(x)
         scale_out = self.grid_out.parameters_of_grid()[0]
+        first = int(self.grid_in.parameters_of_grid()[1])
         with torch.no_grad():
-            table = self.build() if self.table is None else self.table
-            exact = table_lookup(x.q, table, int(self.grid_in.parameters_of_grid()[1]))
-        if torch.is_grad_enabled() and x.q.requires_grad:
-            exact = straight_through(exact, self.f(x.q * x.scale.float()) / scale_out.float())
-        return x.like(exact, scale_out)
+            entries = self.build() if self.table is None else self.table
+
+        def smooth(numbers: Tensor) -> Tensor:
+            return self.f(numbers * x.scale.float()) / scale_out.float()
+
+        return x.like(table(x.q, entries, first, smooth), scale_out)
 
     def freeze(self) -> None:
         super().freeze()

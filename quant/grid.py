@@ -1,27 +1,30 @@
 """Static grids: where values become whole numbers, from real numbers or from another grid."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from licq.quant.config import FLOAT_BITS, SYMMETRY
 from licq.quant.fixedpoint import (
-    Limits,
     fixed_point_scale,
     int_range,
     power_of_two_scale,
-    requantize_ste,
     round_half_away,
     round_ste,
 )
+from licq.quant.primitives import add, constant, rescale
 from licq.quant.qtensor import QTensor
 from licq.quant.ranges import RangeSpec, sample
+from licq.support.errors import InputError
 
 _SAMPLES = (
     2**21
-    # values kept for the range estimators: what clips is rare, and an estimator that has not seen it clips too
-    # much
+    # values kept for the range estimators: what clips is rare, and an estimator that has not seen it clips
+    # too much
 )
 _FEWEST = 4096  # of them for each channel
+NO_INTEGERS = "32-bit inputs or weights, so the model cannot be lowered; use at most 16 bits"
 SECOND_DIGIT = 6  # bits at most that a split channel has more: enough, and accumulators stay inside 32 bits
 SCALES = {"fixed_point": fixed_point_scale, "power_of_two": power_of_two_scale}
 LATENT_HEADROOM = (
@@ -331,26 +334,48 @@ class Grid(nn.Module):
 
     def forward(self, x: QTensor) -> QTensor:
         """x on this grid: whole numbers and their scale."""
+        tracer = x.recorder
         if self.bits == FLOAT_BITS:
+            if tracer is not None:
+                raise InputError(f"{tracer.node} has {NO_INTEGERS}")
             return x.like(x.real(), None)
         scale, qmin, qmax, fine = self.parameters_for(x.ndim)
         refinement = self.refinement
         if refinement == 1 and x.is_integer and x.scale is scale:
             return x
         step = scale if refinement == 1 else scale / fine  # fine is a power of two
-        if x.is_integer:
-            numbers = x.q if self.border is None else x.q.double() - self.border_in(x.scale, step, x.ndim)
-            q = requantize_ste(numbers, _broadcast(x.scale / step, x.q.ndim), Limits(qmin, qmax))
+        ratio = None if refinement == 1 else refinement / fine
+        dropping = x.runtime.dropping if self.droppable else None
+        if not x.is_integer:
+            q = self._rounded(x.q, step, qmin, qmax, tracer)
+            if dropping is not None:
+                q = dropping(q, (x.q / step).to(q.dtype))
+            q = constant(q if ratio is None else q * ratio, tracer)
         else:
-            shares = x.q / step
+            multiplier = _broadcast(x.scale / step, x.ndim)
+            numbers = x.q
             if self.border is not None:
-                shares = shares - self._border_for(x.ndim)
-            q = round_ste(shares.to(torch.float32))
-            q = torch.minimum(torch.maximum(q, qmin.to(q.dtype)), qmax.to(q.dtype)).to(torch.float32)
-        if self.droppable and x.runtime.dropping is not None:
-            exact = x.q / step if not x.is_integer else x.q * _broadcast(x.scale / step, x.q.ndim)
-            q = x.runtime.dropping(q, exact.to(q.dtype))
-        return x.like(q, scale) if refinement == 1 else x.like(q * (refinement / fine), scale / refinement)
+                numbers = add(numbers, constant(-self.border_in(x.scale, step, x.ndim), tracer))
+            if dropping is None:
+                q = rescale(numbers, multiplier, qmin, qmax, ratio)
+            else:
+                q = rescale(numbers, multiplier, qmin, qmax)
+                q = dropping(q, (x.q * multiplier).to(q.dtype))
+                q = q if ratio is None else q * ratio
+        return x.like(q, scale if refinement == 1 else scale / refinement)
+
+    def _rounded(self, x: Tensor, step: Tensor, qmin: Tensor, qmax: Tensor, tracer: Any) -> Tensor:
+        """Real numbers as integers in units of `step`."""
+        shares = x / step
+        if self.border is not None:
+            if tracer is not None:
+                raise InputError(
+                    f"{tracer.node}: a constant meets a learned border, so the model cannot be lowered; "
+                    "leave border out"
+                )
+            shares = shares - self._border_for(x.ndim)
+        q = round_ste(shares.to(torch.float32))
+        return torch.minimum(torch.maximum(q, qmin.to(q.dtype)), qmax.to(q.dtype)).to(torch.float32)
 
     def largest(self) -> Tensor:
         """The largest magnitude of a number on this grid, per channel or ()."""

@@ -8,9 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from licq.quant import operations as ops
 from licq.quant.config import FLOAT_BITS, QuantConfig
 from licq.quant.fixedpoint import int_range, power_of_two_scale, requantize_ste, round_ste
-from licq.quant.grid import SCALES, Grid
+from licq.quant.grid import NO_INTEGERS, SCALES, Grid
+from licq.quant.operations import MultiplyAccumulate
+from licq.quant.primitives import multiply_accumulate
 from licq.quant.qtensor import QTensor
 from licq.quant.ranges import RangeSpec
 from licq.quant.rounding import Rounding, make_rounding
@@ -70,7 +73,11 @@ class QuantModule(nn.Module):
             for i, x in enumerate(inputs)
         )
         if runtime.tracer is not None:
-            return runtime.tracer.run(self, inputs, kwargs)
+            runtime.tracer.node = self.name
+            if not self.quantized:
+                raise InputError(
+                    f"{self.name} is kept in float, so the model cannot be lowered; quantize it with all nodes"
+                )
         if self.quantized:
             return self.integer(*inputs, **kwargs)
         output = self.real(*(x.real() if isinstance(x, QTensor) else x for x in inputs), **kwargs)
@@ -419,23 +426,31 @@ class QuantMAC(QuantModule):
     def integer(self, x: QTensor) -> QTensor:
         if self.only is not None:
             return self.one_side(x)
+        if self.runtime.tracer is not None and self.weight_int is None:
+            raise InputError(f"{self.name} has {NO_INTEGERS}")
         x = self.input_grid(x)
         if self.config.w_bits == FLOAT_BITS or not x.is_integer:
             return self._weights_or_inputs_only(x)
-        if self.weight_int is not None:
-            w_int, out_scale, b_int = self.weight_int.float(), self.out_scale, self.bias_int
-            wide = float(self.bound) >= EXACT_FLOAT32
-        else:
-            w_int, out_scale = self.integer_weight()
-            b_int = self.integer_bias(out_scale)
-            with torch.no_grad():
-                wide = float(self.accumulator_bound(w_int, b_int)) >= EXACT_FLOAT32
-        q = self.product(x.q.double(), w_int.double()) if wide else self.product(x.q, w_int)
+        layer, out_scale = self.integer_layer()
+        q = multiply_accumulate(x.q, layer, self.product, self.channel_dim)
         shape = [1] * q.ndim
         shape[self.channel_dim % q.ndim] = -1
-        if b_int is not None:
-            q = q + b_int.to(q.dtype).reshape(shape)
         return x.like(q, out_scale.reshape(shape))
+
+    def integer_layer(self) -> tuple[MultiplyAccumulate, Tensor]:
+        """(the layer on integers, the scale of its accumulator per output): as frozen, or as it is learned
+        now."""
+        if self.weight_int is not None:
+            return self.operation(self.weight_int, self.bias_int, int(self.bound)), self.out_scale
+        w_int, out_scale = self.integer_weight()
+        b_int = self.integer_bias(out_scale)
+        with torch.no_grad():
+            bound = int(self.accumulator_bound(w_int, b_int))
+        return self.operation(w_int, b_int, bound), out_scale
+
+    def operation(self, weight: Tensor, bias: Tensor | None, bound: int) -> MultiplyAccumulate:
+        """The operation of this kind of layer, with integer weights (canonical) and biases."""
+        raise NotImplementedError
 
     def _weights_or_inputs_only(self, x: QTensor) -> QTensor:
         """Ablations with 32 bits on one side: real arithmetic on quantized values."""
@@ -505,6 +520,7 @@ class QuantConv2d(QuantMAC):
 
     kind = "conv"
     convolve = staticmethod(F.conv2d)
+    on_integers = ops.Conv2d
 
     @property
     def groups(self) -> int:
@@ -523,12 +539,25 @@ class QuantConv2d(QuantMAC):
         m = self.module
         return self.convolve(x, weight, None, m.stride, m.padding, m.dilation, m.groups)
 
+    def operation(self, weight: Tensor, bias: Tensor | None, bound: int) -> MultiplyAccumulate:
+        m = self.module
+        return self.on_integers(
+            weight=weight,
+            bias=bias,
+            bound=bound,
+            stride=m.stride,
+            padding=m.padding,
+            dilation=m.dilation,
+            groups=m.groups,
+        )
+
 
 class QuantConv3d(QuantConv2d):
     """Conv3d, also with a mask (MaskedConv3d)."""
 
     kind = "conv3d"
     convolve = staticmethod(F.conv3d)
+    on_integers = ops.Conv3d
 
 
 class QuantConvTranspose2d(QuantMAC):
@@ -571,6 +600,19 @@ class QuantConvTranspose2d(QuantMAC):
             x, self._original(weight), None, m.stride, m.padding, m.output_padding, m.groups, m.dilation
         )
 
+    def operation(self, weight: Tensor, bias: Tensor | None, bound: int) -> MultiplyAccumulate:
+        m = self.module
+        return ops.ConvTranspose2d(
+            weight=weight,
+            bias=bias,
+            bound=bound,
+            stride=m.stride,
+            padding=m.padding,
+            dilation=m.dilation,
+            groups=m.groups,
+            output_padding=m.output_padding,
+        )
+
 
 class QuantLinear(QuantMAC):
     """Linear on the last dimension."""
@@ -584,6 +626,9 @@ class QuantLinear(QuantMAC):
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight)
+
+    def operation(self, weight: Tensor, bias: Tensor | None, bound: int) -> MultiplyAccumulate:
+        return ops.Linear(weight=weight, bias=bias, bound=bound)
 
 
 PLAIN_LAYERS = (

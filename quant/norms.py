@@ -6,11 +6,14 @@ from compressai.layers import GDN1
 from torch import Tensor, nn
 
 from licq.quant.config import FLOAT_BITS, QuantConfig
-from licq.quant.fixedpoint import quantize_multiplier, requantize_ste, round_half_away, straight_through
-from licq.quant.grid import Grid
-from licq.quant.integer_functions import LAYER_NORM_FRAC_BITS, integer_gdn, integer_layer_norm
+from licq.quant.fixedpoint import multiplier_value, quantize_multiplier, round_half_away, round_ste
+from licq.quant.grid import NO_INTEGERS, Grid
+from licq.quant.integer_functions import LAYER_NORM_FRAC_BITS
 from licq.quant.modules import QuantMAC, QuantModule
+from licq.quant.operations import Conv2d, Range
+from licq.quant.primitives import absolute, gdn, layer_norm, multiply_accumulate, square
 from licq.quant.qtensor import QTensor
+from licq.support.errors import InputError
 
 SQUARED_BITS = 12
 """The most bits of a number that is squared: with more, beta at the accumulator's scale would leave gamma a
@@ -96,35 +99,50 @@ class QuantGDN(QuantMAC):
             return x.like(self.real(x.real()), None)
         if self.only is not None:
             return self.one_side(x)
-        magnitude = self.input_grid(x.like(x.q.abs(), x.scale))
-        squared = magnitude.q.square() if self.power == 2 else magnitude.q
+        if self.runtime.tracer is not None and self.weight_int is None:
+            raise InputError(f"{self.name} has {NO_INTEGERS}")
+        magnitude = self.input_grid(x.like(absolute(x.q), x.scale)).q
+        magnitude = square(magnitude) if self.power == 2 else magnitude
         if self.weight_int is not None:
-            norm = self.product(squared.double(), self.weight_int.double())
-            norm_scale, beta = self.out_scale, self.bias_int
+            norm_scale, wide = self.out_scale, True
+            layer = self.operation(self.weight_int, self.bias_int, int(self.bound))
         else:
             w_int, norm_scale = self.integer_weight()
+            layer = self.operation(w_int, self.integer_bias(norm_scale), 0)
             # the sum of 16-bit squares times 8-bit weights passes 2^24, where float32 would round what is
             # frozen exact
             wide = self.power * self.config.a_bits + self.config.w_bits > 16
-            norm = self.product(squared.double(), w_int.double()) if wide else self.product(squared, w_int)
-            beta = self.integer_bias(norm_scale)
-        norm = (norm.double() + beta.reshape(1, -1, 1, 1)).clamp(min=1)
+        norm = multiply_accumulate(
+            magnitude, layer, self.product, 1, Range(0, layer.bound), wide=wide, wide_bias=True
+        )
         norm_scale = norm_scale.reshape(1, -1, 1, 1)
         x = self.x_grid(x)
         out_scale, qmin, qmax = (t.reshape(1, -1, 1, 1) for t in self.out_grid.parameters_of_grid())
-        with torch.no_grad():
-            if self.mantissa is not None:
-                mantissa, shift = self.mantissa, self.shift
-            else:
+        if self.mantissa is not None:
+            mantissa, shift = self.mantissa, self.shift
+        else:
+            with torch.no_grad():
                 mantissa, shift = self._multiplier(x.scale, norm_scale, out_scale)
-            exact = integer_gdn(x.q, norm, mantissa, shift, self.module.inverse, self.algorithm).float()
-        if torch.is_grad_enabled() and (x.q.requires_grad or norm.requires_grad):
+
+        def smooth(numbers: Tensor, norm: Tensor) -> Tensor:
             root = norm * norm_scale
             root = torch.sqrt(root) if self.power == 2 else root
-            value = x.q * x.scale
-            smooth = value * root if self.module.inverse else value / root
-            exact = straight_through(exact, (smooth / out_scale).float())
-        return x.like(torch.minimum(torch.maximum(exact, qmin), qmax), out_scale)
+            value = numbers * x.scale
+            return (value * root if self.module.inverse else value / root) / out_scale
+
+        q = gdn(x.q, norm, mantissa, shift, self.module.inverse, self.algorithm, qmin, qmax, smooth)
+        return x.like(q, out_scale)
+
+    def operation(self, weight: Tensor, bias: Tensor | None, bound: int) -> Conv2d:
+        return Conv2d(
+            weight=weight,
+            bias=bias,
+            bound=bound,
+            stride=(1, 1),
+            padding=(0, 0),
+            dilation=(1, 1),
+            groups=1,
+        )
 
     @property
     def algorithm(self) -> str:
@@ -136,7 +154,7 @@ class QuantGDN(QuantMAC):
         return quantize_multiplier(ratio * root if self.module.inverse else ratio / root)
 
     def integer_bias(self, out_scale: Tensor) -> Tensor:
-        return round_half_away_ste(self.float_bias().double() / out_scale).clamp(1, 2.0**31 - 1)
+        return round_ste(self.float_bias().double() / out_scale).clamp(1, 2.0**31 - 1)
 
     def freeze(self) -> None:
         super().freeze()
@@ -159,10 +177,6 @@ class QuantGDN(QuantMAC):
             knobs["range_a"] = [self.input_grid.log_n]
             knobs["bias"] = [self.bias_change]
         return knobs
-
-
-def round_half_away_ste(x: Tensor) -> Tensor:
-    return straight_through(round_half_away(x.detach()), x)
 
 
 class QuantLayerNorm(QuantModule):
@@ -202,22 +216,15 @@ class QuantLayerNorm(QuantModule):
 
     def integer(self, x: QTensor) -> QTensor:
         x = self.grid_in(x)
-        eps_q = float(self.module.eps / x.scale.detach() ** 2)
-        with torch.no_grad():
-            exact = integer_layer_norm(x.q, eps_q).float()
-        if torch.is_grad_enabled() and x.q.requires_grad:
-            smooth = F.layer_norm(x.q, x.q.shape[-1:], eps=eps_q) * 2.0**LAYER_NORM_FRAC_BITS
-            exact = straight_through(exact, smooth)
+        eps = float(self.module.eps / x.scale.detach() ** 2)
         scale, qmin, qmax = self.grid_out.parameters_of_grid()
         if self.offset is not None:
-            multiplier = self.gain_mantissa.double() * torch.pow(2.0, -self.gain_shift.double())
-            sign, offset = torch.where(self.gain_mantissa < 0, -1.0, 1.0), self.offset
+            multiplier, offset = multiplier_value(self.gain_mantissa, self.gain_shift), self.offset
         else:
-            sign, multiplier, offset = self._affine()
-            offset = round_half_away_ste(offset)
-        out = requantize_ste(exact, multiplier.abs()) * sign.float() + offset.float()
-        out = torch.minimum(torch.maximum(out, qmin), qmax)
-        return x.like(out, scale.reshape([1] * (x.ndim - 1) + [-1]))
+            sign, magnitude, offset = self._affine()
+            multiplier, offset = sign * magnitude, round_ste(offset)
+        q = layer_norm(x.q, eps, multiplier, offset, qmin, qmax, 2.0**-LAYER_NORM_FRAC_BITS)
+        return x.like(q, scale.reshape([1] * (x.ndim - 1) + [-1]))
 
     def freeze(self) -> None:
         super().freeze()

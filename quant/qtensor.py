@@ -14,10 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from licq.quant import primitives
 from licq.support.errors import InputError
 
 if TYPE_CHECKING:
     from licq.quant.runtime import Runtime
+    from licq.quant.symbols import Recorder
 
 
 class QTensor:
@@ -79,6 +81,11 @@ class QTensor:
             return self.q
         # the product is taken in float64: a whole number of more than 24 bits keeps all of them until the end
         return (self.q * self.scale).to(torch.float32)
+
+    @property
+    def recorder(self) -> "Recorder | None":
+        """Of the program that is written down; None: the numbers are computed."""
+        return None if self.runtime is None else self.runtime.tracer
 
     def like(self, q: Tensor, scale: Tensor | None) -> "QTensor":
         return QTensor(q, scale, self.runtime)
@@ -389,7 +396,7 @@ def _with_zeros(x: QTensor, index: Any) -> QTensor:
     """x with zeros at x[index], which are exact on any scale."""
     mask = torch.ones(x.shape, device=x.device)
     mask[to_real(index)] = 0
-    return x.moved(x.q * mask, x.scale)
+    return x.moved(primitives.mask(x.q, mask), x.scale)
 
 
 def arguments(args: tuple, kwargs: dict, names: Iterable[str]) -> dict[str, Any]:
@@ -598,13 +605,13 @@ def _cat(runtime, function, args, kwargs):
 @handles("neg")
 def _neg(runtime, function, args, kwargs):
     x = args[0]
-    return x.like(-x.q, x.scale)
+    return x.like(primitives.negative(x.q), x.scale)
 
 
 @handles("abs")
 def _abs(runtime, function, args, kwargs):
     x = args[0]
-    return x.like(x.q.abs(), x.scale)
+    return x.like(primitives.absolute(x.q), x.scale)
 
 
 @handles("relu", "relu6")
@@ -612,7 +619,7 @@ def _relu(runtime, function, args, kwargs):
     x = args[0]
     if function_name(function) == "relu6":
         return runtime.function("relu6", {}, (x,))
-    return x.like(x.q.clamp(min=0), x.scale)
+    return x.like(primitives.clamp(x.q, 0, None), x.scale)
 
 
 @handles("mul", "div")
@@ -631,7 +638,7 @@ def _mul(runtime, function, args, kwargs):
             return a.like(a.q * b, None)
         if b == 0:
             return a.like(torch.zeros_like(a.q), a.scale)
-        return a.like(a.q if b > 0 else -a.q, a.scale * abs(float(b)))
+        return a.like(a.q if b > 0 else primitives.negative(a.q), a.scale * abs(float(b)))
     if (
         isinstance(b, Tensor)
         and not b.requires_grad
@@ -642,7 +649,7 @@ def _mul(runtime, function, args, kwargs):
         # one factor an image, a variable-rate codec's gain: it goes into the scale
         return a.moved(a.q, a.full_scale() * b.double()) if a.is_integer else a.moved(a.q * b, None)
     if isinstance(b, Tensor) and not b.requires_grad and bool(((b == 0) | (b == 1)).all()):
-        return a.moved(a.q * b, a.scale)
+        return a.moved(primitives.mask(a.q, b), a.scale)
     return runtime.function("mul", {}, (a, b))
 
 
@@ -738,12 +745,8 @@ def _clamp(runtime, function, args, kwargs):
     if any(isinstance(limit, (Tensor, QTensor)) for limit in (low, high)):
         return runtime.in_float(function, args, kwargs)
     scale = x.scale.detach()
-    q = x.q
-    if low is not None:
-        q = torch.maximum(q, torch.round(low / scale).to(q.dtype))
-    if high is not None:
-        q = torch.minimum(q, torch.round(high / scale).to(q.dtype))
-    return x.like(q, x.scale)
+    low, high = (None if limit is None else torch.round(limit / scale) for limit in (low, high))
+    return x.like(primitives.clamp(x.q, low, high), x.scale)
 
 
 @handles("dropout", "dropout2d")

@@ -7,7 +7,7 @@ import torch
 from licq.codec.order import Reading, passes, wavefronts
 from licq.codec.plan import Plan
 from licq.integer.lowering import lower
-from licq.integer.program import Operation
+from licq.quant.operations import Conv2d
 from licq.support.errors import InputError
 from tests.frozen_codecs import frozen
 
@@ -21,7 +21,18 @@ def causal(side: int, dimensions: int = 2) -> np.ndarray:
 
 
 def reading(taps, known=None, served=None) -> Reading:
-    return Reading(Operation("conv", (0,), (1,)), np.asarray(taps), known, served)
+    conv = Conv2d(
+        (0,),
+        (1,),
+        weight=torch.zeros(1),
+        bias=None,
+        bound=0,
+        stride=(1, 1),
+        padding=(0, 0),
+        dilation=(1, 1),
+        groups=1,
+    )
+    return Reading(conv, np.asarray(taps), known, served)
 
 
 def assert_causal(time: np.ndarray, readings: list[Reading]) -> None:

@@ -10,17 +10,20 @@ from licq.integer.execution import executable, usable
 from licq.integer.fast import FastProgram
 from licq.integer.groups import Group
 from licq.integer.items import nudged
-from licq.integer.layers import GroupItem, pack
+from licq.integer.layers import pack, takes_float32
 from licq.integer.library import library
-from licq.integer.lowering import Input, Tracer, lower
+from licq.integer.lowering import Tracer, lower
 from licq.integer.passes import optimize
-from licq.integer.program import Program, Range
+from licq.integer.program import Program
 from licq.integer.reference import run
 from licq.integer.selfcheck import extremes, first_difference
 from licq.integer.winograd import windows
 from licq.models.registry import list_models
+from licq.quant import operations as ops
+from licq.quant import primitives
 from licq.quant.config import QuantConfig
 from licq.quant.fixedpoint import quantize_multiplier
+from licq.quant.operations import Operand, Range
 from licq.quant.runtime import Runtime
 from tests.frozen_codecs import frozen, settings
 from tests.tiny_codecs import images
@@ -102,12 +105,12 @@ def test_nothing_of_a_codec_but_layouts_is_left_to_the_reference():
 @pytest.mark.parametrize(
     ("kind", "kernel", "stride", "shape"),
     [
-        ("conv", 5, 2, (2, 7, 13, 11)),
-        ("conv", 3, 1, (1, 16, 6, 40)),
-        ("conv", 1, 1, (1, 33, 5, 7)),
-        ("deconv", 5, 2, (2, 6, 5, 7)),
-        ("deconv", 3, 2, (1, 5, 4, 9)),
-        ("deconv", 2, 3, (1, 4, 4, 3)),
+        (ops.Conv2d, 5, 2, (2, 7, 13, 11)),
+        (ops.Conv2d, 3, 1, (1, 16, 6, 40)),
+        (ops.Conv2d, 1, 1, (1, 33, 5, 7)),
+        (ops.ConvTranspose2d, 5, 2, (2, 6, 5, 7)),
+        (ops.ConvTranspose2d, 3, 2, (1, 5, 4, 9)),
+        (ops.ConvTranspose2d, 2, 3, (1, 4, 4, 3)),
     ],
 )
 def test_products_of_the_largest_numbers(kind, kernel, stride, shape, numbers):
@@ -115,28 +118,27 @@ def test_products_of_the_largest_numbers(kind, kernel, stride, shape, numbers):
     program = Program()
     weight = extremes((outputs, shape[1], kernel, kernel), -127, 127, seed=1).to(torch.int8)
     bias = extremes((outputs,), -(2**20), 2**20, seed=2)
-    facts = {"stride": (stride, stride), "padding": (kernel // 2,) * 2, "dilation": (1, 1), "groups": 1}
+    options = {"stride": (stride, stride), "padding": (kernel // 2,) * 2, "dilation": (1, 1), "groups": 1}
     like = torch.empty(shape)
-    if kind == "conv":
+    if kind is ops.Conv2d:
         out_shape = torch.nn.functional.conv2d(
             like, torch.empty(weight.shape), None, stride, kernel // 2
         ).shape
     else:
-        facts["output_padding"] = (min(1, stride - 1),) * 2
+        options["output_padding"] = (min(1, stride - 1),) * 2
         out_shape = torch.nn.functional.conv_transpose2d(
             like,
             torch.empty(shape[1], outputs, kernel, kernel),
             None,
             stride,
             kernel // 2,
-            facts["output_padding"],
+            options["output_padding"],
         ).shape
     bound = int(weight.long().abs().flatten(1).sum(1).max()) * max(-numbers[0], numbers[1]) + 2**20
     assert bound < 2**31
     x = program.input("x", shape, Range(*numbers))
-    out = program.add(
-        kind, (x,), tuple(out_shape), Range(-bound, bound), weight=weight, bias=bias, bound=bound, **facts
-    )
+    conv = kind((x,), weight=weight, bias=bias, bound=bound, **options)
+    out = program.add(conv, tuple(out_shape), Range(-bound, bound))
     program.outputs["out"] = out
     fast = FastProgram(program)
     inputs = {"x": extremes(shape, *numbers, seed=3).to(program.values[x].dtype)}
@@ -155,11 +157,10 @@ def layer(program, x, numbers, groups=1, padding=1):
     """A convolution 3x3 of value x of 8 channels, 16x16; the number of its result."""
     weight = extremes((8, 8 // groups, 3, 3), -127, 127, seed=groups).to(torch.int8)
     bound = 127 * 9 * (8 // groups) * max(-numbers.low, numbers.high)
-    facts = {"stride": (1, 1), "padding": (padding, padding), "dilation": (1, 1), "groups": groups}
+    options = {"stride": (1, 1), "padding": (padding, padding), "dilation": (1, 1), "groups": groups}
     side = 14 + 2 * padding
-    return program.add(
-        "conv", (x,), (1, 8, side, side), Range(-bound, bound), weight=weight, bias=None, bound=bound, **facts
-    )
+    conv = ops.Conv2d((x,), weight=weight, bias=None, bound=bound, **options)
+    return program.add(conv, (1, 8, side, side), Range(-bound, bound))
 
 
 @needs_kernels
@@ -200,7 +201,7 @@ def test_the_range_of_a_rescale_holds_the_end_next_to_zero(ends, eight_bits, mon
     ):
         tracer = Tracer(Runtime(QuantConfig()))
         x = tracer.input("x", (1, 8, 16, 16), Range(*ends))
-        found = tracer.rescale(x, multiplier.double())
+        found = primitives.rescale(x, multiplier.double())
         program, given = tracer.program, {"x": extremes((1, 8, 16, 16), *ends, seed=4).to(torch.int16)}
         program.outputs["out"] = layer(program, found.number, tracer.range_of(found))
         program.outputs["small"] = found.number
@@ -217,7 +218,7 @@ def test_the_range_of_a_rescale_holds_the_end_next_to_zero(ends, eight_bits, mon
 def test_a_product_of_a_constant_reads_it_as_it_is(monkeypatch):
     monkeypatch.setattr("licq.integer.fast.library", AsWithVnni)
     tracer = Tracer(Runtime(QuantConfig()))
-    constant = tracer.constant(extremes((1, 8, 16, 16), -100, 100, seed=5))
+    constant = primitives.constant(extremes((1, 8, 16, 16), -100, 100, seed=5), tracer)
     tracer.program.outputs["out"] = layer(tracer.program, constant.number, Range(-100, 100))
     assert_same(tracer.program, FastProgram(tracer.program, 1), {})
 
@@ -226,26 +227,26 @@ def test_a_product_of_a_constant_reads_it_as_it_is(monkeypatch):
 @pytest.mark.parametrize(
     ("kind", "kernel", "stride", "shape", "outputs"),
     [
-        ("conv", 3, 1, (1, 114, 9, 11), 19),
-        ("conv", 3, 1, (2, 16, 4, 8), 32),
-        ("conv", 3, 1, (3, 33, 5, 4), 3),
-        ("conv", 3, 1, (1, 1, 12, 101), 16),
-        ("conv", 5, 2, (2, 40, 13, 22), 48),
-        ("conv", 5, 2, (1, 3, 32, 31), 20),
-        ("conv", 5, 2, (2, 4, 12, 13), 17),
-        ("conv", 3, 1, (1, 7, 8, 7), 36),
-        ("conv", 5, 2, (2, 70, 8, 23), 37),
-        ("conv", 5, 2, (1, 110, 13, 15), 16),
-        ("conv", 3, 2, (1, 17, 16, 15), 33),
-        ("deconv", 5, 2, (2, 100, 7, 5), 32),
-        ("deconv", 5, 2, (1, 21, 8, 9), 3),
-        ("deconv", 5, 2, (1, 18, 4, 4), 21),
-        ("deconv", 3, 2, (1, 50, 8, 7), 16),
-        ("conv", 3, 1, (1, 18, 26, 39), 18),
-        ("conv", 5, 2, (2, 3, 66, 70), 36),
-        ("conv", 3, 2, (1, 4, 60, 50), 8),
-        ("conv", 3, 1, (1, 5, 23, 37), 7),
-        ("deconv", 5, 2, (1, 21, 18, 23), 6),
+        (ops.Conv2d, 3, 1, (1, 114, 9, 11), 19),
+        (ops.Conv2d, 3, 1, (2, 16, 4, 8), 32),
+        (ops.Conv2d, 3, 1, (3, 33, 5, 4), 3),
+        (ops.Conv2d, 3, 1, (1, 1, 12, 101), 16),
+        (ops.Conv2d, 5, 2, (2, 40, 13, 22), 48),
+        (ops.Conv2d, 5, 2, (1, 3, 32, 31), 20),
+        (ops.Conv2d, 5, 2, (2, 4, 12, 13), 17),
+        (ops.Conv2d, 3, 1, (1, 7, 8, 7), 36),
+        (ops.Conv2d, 5, 2, (2, 70, 8, 23), 37),
+        (ops.Conv2d, 5, 2, (1, 110, 13, 15), 16),
+        (ops.Conv2d, 3, 2, (1, 17, 16, 15), 33),
+        (ops.ConvTranspose2d, 5, 2, (2, 100, 7, 5), 32),
+        (ops.ConvTranspose2d, 5, 2, (1, 21, 8, 9), 3),
+        (ops.ConvTranspose2d, 5, 2, (1, 18, 4, 4), 21),
+        (ops.ConvTranspose2d, 3, 2, (1, 50, 8, 7), 16),
+        (ops.Conv2d, 3, 1, (1, 18, 26, 39), 18),
+        (ops.Conv2d, 5, 2, (2, 3, 66, 70), 36),
+        (ops.Conv2d, 3, 2, (1, 4, 60, 50), 8),
+        (ops.Conv2d, 3, 1, (1, 5, 23, 37), 7),
+        (ops.ConvTranspose2d, 5, 2, (1, 21, 18, 23), 6),
     ],
 )
 @pytest.mark.parametrize("threads", [1, 3])
@@ -253,23 +254,16 @@ def test_winograd_of_the_largest_sums(kind, kernel, stride, shape, outputs, thre
     program = Program()
     weight = extremes((outputs, shape[1], kernel, kernel), -128, 127, seed=1).to(torch.int8)
     weight[0], weight[1] = 127, -127
-    facts = {"stride": (stride, stride), "padding": (kernel // 2,) * 2, "dilation": (1, 1), "groups": 1}
-    height, width = (-(-size // stride) if kind == "conv" else size * stride for size in shape[2:])
-    if kind == "deconv":
-        facts["output_padding"] = (stride - 1,) * 2
+    options = {"stride": (stride, stride), "padding": (kernel // 2,) * 2, "dilation": (1, 1), "groups": 1}
+    height, width = (-(-size // stride) if kind is ops.Conv2d else size * stride for size in shape[2:])
+    if kind is ops.ConvTranspose2d:
+        options["output_padding"] = (stride - 1,) * 2
     bound = int(weight.long().abs().flatten(1).sum(1).max()) * 255 + 2**20
     x = program.input("x", shape, Range(-255, 255))
     bias = extremes((outputs,), -(2**20), 2**20, seed=2)
-    program.outputs["out"] = program.add(
-        kind,
-        (x,),
-        (shape[0], outputs, height, width),
-        Range(-bound, bound),
-        weight=weight,
-        bias=bias,
-        bound=bound,
-        **facts,
-    )
+    conv = kind((x,), weight=weight, bias=bias, bound=bound, **options)
+    out_shape = (shape[0], outputs, height, width)
+    program.outputs["out"] = program.add(conv, out_shape, Range(-bound, bound))
     numbers = extremes(shape, -255, 255, seed=3)
     numbers[0, :, :4], numbers[-1, :, -3:] = 255, -255
     fast = FastProgram(program, threads)
@@ -281,15 +275,13 @@ def test_winograd_of_the_largest_sums(kind, kernel, stride, shape, outputs, thre
 
 
 def test_winograd_only_where_its_sums_and_numbers_fit():
-    def found(channels=8, largest=255, kernel=3, stride=1, kind="conv", size=16, dilation=1):
+    def found(channels=8, largest=255, kernel=3, stride=1, kind=ops.Conv2d, size=16, dilation=1):
         weight = torch.full((16, channels, kernel, kernel), 127, dtype=torch.int8)
-        facts = {
-            "weight": weight,
-            "stride": (stride,) * 2,
-            "padding": (kernel // 2,) * 2,
-            "dilation": (dilation,) * 2,
-        }
-        return windows(kind, facts, largest, (1, 16, size, size))
+        options = {"stride": (stride,) * 2, "padding": (kernel // 2,) * 2, "dilation": (dilation,) * 2}
+        if kind is ops.ConvTranspose2d:
+            options["output_padding"] = (stride - 1,) * 2
+        conv = kind(weight=weight, bias=None, bound=0, groups=1, **options)
+        return windows(conv, largest, (1, 16, size, size))
 
     assert found(114).parts == [[0]] and found(116) is None  # 116 * 9 * 127 * 255 > 2^25
     assert (
@@ -303,7 +295,10 @@ def test_winograd_only_where_its_sums_and_numbers_fit():
         and found(dilation=2) is None
         and found(size=2) is None
     )
-    assert found(100, kernel=5, stride=2, kind="deconv").spread == 2 and found(kernel=7, stride=2) is None
+    assert (
+        found(100, kernel=5, stride=2, kind=ops.ConvTranspose2d).spread == 2
+        and found(kernel=7, stride=2) is None
+    )
 
 
 @needs_kernels
@@ -323,16 +318,8 @@ def test_requantization_rounds_halves_away_from_zero(per_channel, largest, limit
         if limit is None
         else {"low": torch.tensor(-limit), "high": torch.tensor(limit)}
     )
-    out = program.add(
-        "rescale",
-        (x,),
-        (1, channels, 40, 51),
-        Range(-(limit or largest), limit or largest),
-        mantissa=mantissa,
-        shift=shift,
-        refinement=torch.tensor(1),
-        **ends,
-    )
+    rescale = ops.Rescale((x,), mantissa=mantissa, shift=shift, refinement=torch.tensor(1), **ends)
+    out = program.add(rescale, (1, channels, 40, 51), Range(-(limit or largest), limit or largest))
     program.outputs["out"] = out
     numbers = extremes((1, channels, 40, 51), -largest, largest)
     numbers[:, :, :20] = extremes(
@@ -352,33 +339,17 @@ def test_shuffled_pixels_are_stored_as_the_reference_has_them(channels, side, ke
         extremes((outputs, inputs, kernel, kernel), -127, 127, seed=1).to(torch.int8),
         extremes((outputs,), -(2**16), 2**16, seed=2),
     )
-    facts = {"stride": (1, 1), "padding": (kernel // 2,) * 2, "dilation": (1, 1), "groups": 1}
+    options = {"stride": (1, 1), "padding": (kernel // 2,) * 2, "dilation": (1, 1), "groups": 1}
     shape = (batch, outputs, height, width)
-    sums = program.add(
-        "conv", (x,), shape, Range(-(2**22), 2**22), weight=weight, bias=bias, bound=2**22, **facts
-    )
+    conv = ops.Conv2d((x,), weight=weight, bias=bias, bound=2**22, **options)
+    sums = program.add(conv, shape, Range(-(2**22), 2**22))
     multipliers = torch.exp2(-torch.arange(outputs, dtype=torch.float64) % 7 - 9)
     mantissa, shift = (part.reshape(1, -1, 1, 1) for part in quantize_multiplier(multipliers))
     ends = {"low": torch.arange(outputs).reshape(1, -1, 1, 1) - 120, "high": torch.tensor(110)}
-    small = program.add(
-        "rescale",
-        (sums,),
-        shape,
-        Range(-120, 110),
-        mantissa=mantissa,
-        shift=shift,
-        refinement=torch.tensor(1),
-        **ends,
-    )
-    out = program.add(
-        "layout",
-        (small,),
-        (batch, channels, height * side, width * side),
-        Range(-120, 110),
-        name="pixel_shuffle",
-        arguments=(Input(0), side),
-        options={},
-    )
+    rescale = ops.Rescale((sums,), mantissa=mantissa, shift=shift, refinement=torch.tensor(1), **ends)
+    small = program.add(rescale, shape, Range(-120, 110))
+    shuffle = ops.Layout((small,), name="pixel_shuffle", arguments=(Operand(0), side), options={})
+    out = program.add(shuffle, (batch, channels, height * side, width * side), Range(-120, 110))
     program.outputs.update({"out": out} if read == "shuffled" else {"out": out, "small": small})
     fast = FastProgram(program, 2)
     assert [entry.shuffle is not None for entry in fast.plan if isinstance(entry, Group)] == [
@@ -439,17 +410,8 @@ def test_gdn_of_the_largest_numbers(inverse, algorithm):
     ratio = torch.logspace(-3, 1, 6, dtype=torch.float64) * (2.0**-14 if inverse else 2.0**14) ** (2 * power)
     mantissa, shift = (part.reshape(1, -1, 1, 1) for part in quantize_multiplier(ratio))
     ends = {name: torch.full((1, 6, 1, 1), sign * 32767) for name, sign in (("low", -1), ("high", 1))}
-    out = program.add(
-        "gdn",
-        (x, norm),
-        shape,
-        Range(-32767, 32767),
-        mantissa=mantissa,
-        shift=shift,
-        inverse=inverse,
-        algorithm=algorithm,
-        **ends,
-    )
+    gdn = ops.Gdn((x, norm), mantissa=mantissa, shift=shift, inverse=inverse, algorithm=algorithm, **ends)
+    out = program.add(gdn, shape, Range(-32767, 32767))
     program.outputs["out"] = out
     draw = torch.Generator().manual_seed(4)
     norms = torch.exp2(torch.rand(shape, generator=draw) * 31).long().clamp(max=2**31 - 1)
@@ -480,19 +442,10 @@ def test_gdn_at_and_next_to_halves(inverse, exponent):
         "low": torch.tensor([-32768, -127, -9, 0] * 2).reshape(1, 8, 1, 1),
         "high": torch.tensor([32767, 127, 9, 255] * 2).reshape(1, 8, 1, 1),
     }
-    out = program.add(
-        "gdn",
-        (x, norm),
-        x_shape,
-        Range(-32768, 32767),
-        mantissa=mantissa,
-        shift=shift,
-        inverse=inverse,
-        algorithm="gdn",
-        **ends,
-    )
+    gdn = ops.Gdn((x, norm), mantissa=mantissa, shift=shift, inverse=inverse, algorithm="gdn", **ends)
+    out = program.add(gdn, x_shape, Range(-32768, 32767))
     program.outputs["out"] = out
-    assert GroupItem._gdn_scale(program.operations[-1].facts, True)
+    assert takes_float32(gdn, program.values[x].range.largest)
     draw = torch.Generator().manual_seed(5)
     norms = (4 ** (torch.arange(48) % 16))[None] + torch.tensor([-1, 0, 1, 2])[:, None].repeat(16, 1)
     numbers = torch.randint(-32767, 32768, x_shape, generator=draw)
@@ -526,19 +479,10 @@ def test_gdn_where_the_gain_brings_it_as_near_to_a_half_as_it_can(inverse):
     shift = 21 - gain.log2().floor().long()
     mantissa = (gain * torch.exp2(shift.double())).round().long()
     ends = {"low": torch.full_like(mantissa, -32767), "high": torch.full_like(mantissa, 32767)}
-    out = program.add(
-        "gdn",
-        (x, norm),
-        shape,
-        Range(-32767, 32767),
-        mantissa=mantissa,
-        shift=shift,
-        inverse=inverse,
-        algorithm="gdn",
-        **ends,
-    )
+    gdn = ops.Gdn((x, norm), mantissa=mantissa, shift=shift, inverse=inverse, algorithm="gdn", **ends)
+    out = program.add(gdn, shape, Range(-32767, 32767))
     program.outputs["out"] = out
-    assert GroupItem._gdn_scale(program.operations[-1].facts, True)
+    assert takes_float32(gdn, program.values[x].range.largest)
     numbers = (number.long() * torch.tensor([1, -1, 1, -1])[:, None]).expand(shape)
     norms = (root.square().round().long() + torch.arange(-4, 4)).expand(shape).clamp(0, 2**31 - 1)
     assert_same(program, FastProgram(program), {"x": numbers.to(torch.int16), "norm": norms.to(torch.int32)})

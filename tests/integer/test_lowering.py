@@ -50,7 +50,9 @@ def test_program_equals_the_model(name):
     program = assert_program_equals_model(frozen(name), images(1, seed=5))
     assert all(numbers.largest < 2**53 for _, numbers in program.beyond_int32())
     assert not any(
-        isinstance(part, nn.Module) for operation in program.operations for part in operation.facts.values()
+        isinstance(part, nn.Module)
+        for operation in program.operations
+        for part in operation.attributes().values()
     )
 
 
@@ -169,9 +171,7 @@ def test_what_a_pass_has_decoded_stays_what_it_is():
     values = run(program, {"pixels": (images(1, 256, 256, seed=8) * 255).round().to(torch.uint8)}, keep=True)
     final = {boundary.latent: boundary.decoded for boundary in program.boundaries}
     masks = {
-        operation.inputs[0]: operation.facts["mask"]
-        for operation in program.operations
-        if operation.kind == "mask"
+        operation.inputs[0]: operation.mask for operation in program.operations if operation.kind == "mask"
     }
     passes = [
         boundary

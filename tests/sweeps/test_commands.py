@@ -37,7 +37,8 @@ def test_a_sweep_stopped_and_resumed_gives_the_runs_of_single_commands(
         calls.append(1)
         if (
             len(calls) == 3
-            # float and quantized codec of the first run, then the quantized one of the second: floats are shared
+            # float and quantized codec of the first run, then the quantized one of the second: floats are
+            # shared
         ):
             raise KeyboardInterrupt
         return original(*args, **kwargs)
