@@ -47,8 +47,14 @@ class BdRateSearch:
     least: "mean_bits" or "bops", what is to be small.
     """
 
-    def __init__(self, layers: Sequence[Sequence[Layer]], bpp: Sequence[float], start_loss: Callable[[int, Bits], float],
-                 quantize: Callable[[int, list[Bits]], float | None], least: str):
+    def __init__(
+        self,
+        layers: Sequence[Sequence[Layer]],
+        bpp: Sequence[float],
+        start_loss: Callable[[int, Bits], float],
+        quantize: Callable[[int, list[Bits]], float | None],
+        least: str,
+    ):
         self.layers, self.bpp, self.least = layers, bpp, least
         self._start_loss, self._quantize = start_loss, quantize
         # predicted loss -> that of the prepared codecs, percent of the rate
@@ -66,7 +72,11 @@ class BdRateSearch:
             attempts.append(Attempt(number, tuple(bits), bd_rate, cost, percent, self.start(percent)))
             if attempts[-1].stays_below(limit) and bd_rate >= NEAR * limit:
                 break
-            ratio = _AIM * limit / bd_rate if bd_rate is not None and bd_rate > 0 else (_MOST if bd_rate is not None else 1 / _MOST)
+            ratio = (
+                _AIM * limit / bd_rate
+                if bd_rate is not None and bd_rate > 0
+                else (_MOST if bd_rate is not None else 1 / _MOST)
+            )
             percent = self._corrected(percent, min(max(ratio, 1 / _MOST), _MOST))
         return attempts
 
@@ -96,7 +106,10 @@ class BdRateSearch:
         """What the prepared codecs lose with the allocations at this predicted loss, percent of the rate,
         mean over qualities."""
         if percent not in self._known:
-            losses = [100 * self._start_loss(number, bits) / bpp for number, (bits, bpp) in enumerate(zip(self.at(percent), self.bpp))]
+            losses = [
+                100 * self._start_loss(number, bits) / bpp
+                for number, (bits, bpp) in enumerate(zip(self.at(percent), self.bpp))
+            ]
             self._known[percent] = sum(losses) / len(losses)
         return self._known[percent]
 
@@ -115,8 +128,13 @@ class BdRateSearch:
 
     def _ends(self) -> tuple[float, float]:
         """Predicted losses of the most and of the fewest bits everywhere, percent of the rate."""
-        ends = [[100 * sum(pick(layer.w_loss.values()) + pick(layer.a_loss.values()) for layer in layers) / bpp
-                 for layers, bpp in zip(self.layers, self.bpp)] for pick in (min, max)]
+        ends = [
+            [
+                100 * sum(pick(layer.w_loss.values()) + pick(layer.a_loss.values()) for layer in layers) / bpp
+                for layers, bpp in zip(self.layers, self.bpp)
+            ]
+            for pick in (min, max)
+        ]
         return max(min(ends[0]), 1e-4), max(*ends[1], 2e-4)
 
 

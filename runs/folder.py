@@ -57,7 +57,12 @@ class RunFolder:
 
         With `shared` there is one quantized codec for all.
         """
-        return QualityFolder(self.path / f"q{quality}", {**self.settings, **_plain(settings)}, self.resume, self.model(quality, shared))
+        return QualityFolder(
+            self.path / f"q{quality}",
+            {**self.settings, **_plain(settings)},
+            self.resume,
+            self.model(quality, shared),
+        )
 
     @property
     def measured(self) -> Path:
@@ -126,8 +131,10 @@ def refuse_other_settings(folder: Path, before: dict, now: dict) -> None:
     if changed:
         shown = ", ".join(f"{key} {_short(old.get(key))}, now {_short(new.get(key))}" for key in changed[:2])
         more = f", and {len(changed) - 2} more" if len(changed) > 2 else ""
-        raise InputError(f"{folder} holds a run with other settings ({shown}{more}); repeat them, leave out --resume to start "
-                         "anew, or choose another folder with --out")
+        raise InputError(
+            f"{folder} holds a run with other settings ({shown}{more}); repeat them, leave out --resume to start "
+            "anew, or choose another folder with --out"
+        )
 
 
 def read_json(path: Path) -> dict | None:

@@ -15,16 +15,24 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from licq.report.analysis import unit_table, write_analysis
-from licq.runs.bit_search import BdRateSearch, chosen
-from licq.runs.folder import QualityFolder, RunFolder, forget_run
 from licq.quant.bits import Bits, check_layers, read_bits
 from licq.quant.config import QuantConfig
 from licq.quant.model import QuantModel
 from licq.reconstruction.analysis import Probe, analyze
 from licq.reconstruction.api import prepare
-from licq.reconstruction.mixed_precision import Budget, Layer, allocate, describe, measure_layers, start_loss, totals
+from licq.reconstruction.mixed_precision import (
+    Budget,
+    Layer,
+    allocate,
+    describe,
+    measure_layers,
+    start_loss,
+    totals,
+)
 from licq.reconstruction.objective import Objective
+from licq.report.analysis import unit_table, write_analysis
+from licq.runs.bit_search import BdRateSearch, chosen
+from licq.runs.folder import QualityFolder, RunFolder, forget_run
 from licq.support.errors import InputError
 from licq.support.files import atomic_path, writable_folder, write_json
 
@@ -43,21 +51,29 @@ def searches(args: argparse.Namespace) -> bool:
 
 def check_flags(args: argparse.Namespace) -> None:
     """Raises InputError where flags do not go together."""
-    budgets = [flag for flag in ("budget_size", "budget_bops", "max_bd_rate") if getattr(args, flag) is not None]
+    budgets = [
+        flag for flag in ("budget_size", "budget_bops", "max_bd_rate") if getattr(args, flag) is not None
+    ]
     if args.analyze and (budgets or args.bits_file):
-        raise InputError(f"--analyze and --{(budgets or ['bits_file'])[0]} exclude each other; analyze first, then quantize")
+        raise InputError(
+            f"--analyze and --{(budgets or ['bits_file'])[0]} exclude each other; analyze first, then quantize"
+        )
     if args.landscape and not args.analyze:
         raise InputError("--landscape belongs to --analyze; give both")
     if args.max_bd_rate is not None and len(budgets) > 1:
         raise InputError(f"--max_bd_rate and --{budgets[0]} exclude each other; give one")
     for flag in ("bits_choices", "cost"):
         if getattr(args, flag) is not None and not budgets:
-            raise InputError(f"--{flag} is for a search; give --budget_size, --budget_bops or --max_bd_rate as well")
+            raise InputError(
+                f"--{flag} is for a search; give --budget_size, --budget_bops or --max_bd_rate as well"
+            )
     if args.cost is not None and args.max_bd_rate is None:
         raise InputError("--cost belongs to --max_bd_rate; a budget says itself what it bounds")
 
 
-def named_layers(args: argparse.Namespace, quality: int, network: nn.Module, several: bool) -> dict[int, Bits]:
+def named_layers(
+    args: argparse.Namespace, quality: int, network: nn.Module, several: bool
+) -> dict[int, Bits]:
     """{quality: the allocation of --bits_file} where it is read; all layers that flags name are the
     network's.
 
@@ -102,7 +118,11 @@ def settings_of_layers(args: argparse.Namespace, bits: Mapping[int, Bits]) -> di
     if args.analyze:
         return {"task": "analysis"}
     if searches(args):
-        asked = {flag: getattr(args, flag) for flag in ("budget_size", "budget_bops", "max_bd_rate", "cost") if getattr(args, flag) is not None}
+        asked = {
+            flag: getattr(args, flag)
+            for flag in ("budget_size", "budget_bops", "max_bd_rate", "cost")
+            if getattr(args, flag) is not None
+        }
         return {"bits": asked | {"choices": list(args.bits_choices or BITS)}}
     return {"bits": {quality: bits[quality] for quality in sorted(bits)}} if bits else {}
 
@@ -123,24 +143,37 @@ def analyze_run(run: "Run") -> int:
         run.say(f"{source.arch} quality {source.quality}")
         folder = run.folder.quality(source.quality, own_settings(source))
         objective = Objective(source.lmbda, args.metric)
-        start = prepare(source.load(), run.crops, config, objective, device=run.device, progress=not args.quiet)
+        start = prepare(
+            source.load(), run.crops, config, objective, device=run.device, progress=not args.quiet
+        )
         batches = start.batches[: start.measured]
         probe = Probe(start.qmodel, batches, objective)
-        found = analyze(probe, start.sensitivities, config.reconstruction.unit, args.landscape, folder.part, progress=not args.quiet)
+        found = analyze(
+            probe,
+            start.sensitivities,
+            config.reconstruction.unit,
+            args.landscape,
+            folder.part,
+            progress=not args.quiet,
+        )
         title = f"{source.arch} quality {source.quality}, W{config.quant.w_bits}A{config.quant.a_bits}, preset {config.preset}"
         found |= {"title": title, "crops": sum(map(len, batches)), "settings": folder.settings}
         write_analysis(folder.path, found)
         folder.finish()
-        print(f"{title}: J {found['float']['j']:.4f}, with everything quantized {100 * found['all']['j'] / found['float']['j']:+.3f} %\n\n"
-              f"{unit_table(found, most=_SHOWN)}\n\nreport:  {folder.path / 'analysis.md'}, analysis.json, delta_j.png, ranges.png, "
-              "channels.png, landscape.png\n")
+        print(
+            f"{title}: J {found['float']['j']:.4f}, with everything quantized {100 * found['all']['j'] / found['float']['j']:+.3f} %\n\n"
+            f"{unit_table(found, most=_SHOWN)}\n\nreport:  {folder.path / 'analysis.md'}, analysis.json, delta_j.png, ranges.png, "
+            "channels.png, landscape.png\n"
+        )
     return 0
 
 
 # --------------------------------------------------------------------------------------------- bits of layers
 
 
-def bits_of_quality(run: "Run", index: int, load: Callable[[], nn.Module], folder: QualityFolder) -> dict | None:
+def bits_of_quality(
+    run: "Run", index: int, load: Callable[[], nn.Module], folder: QualityFolder
+) -> dict | None:
     """{"layers": the allocation, "how": where it comes from, "loss": predicted rise of J or absent}; None: no
     bits of single layers.
 
@@ -160,8 +193,16 @@ def bits_of_quality(run: "Run", index: int, load: Callable[[], nn.Module], folde
         budget = Budget(**(args.budget_size or {}), **(args.budget_bops or {}))
         bits = allocate(layers, budget)
         found = totals(layers, bits)
-        asked = " and ".join(f"{name.replace('_', ' ')} at most {value:.6g}" for name, value in dataclasses.asdict(budget).items() if value is not None)
-        return {"layers": bits, "loss": found.loss, "how": f"The least predicted loss with {asked}; candidates {_choices(args)}."}
+        asked = " and ".join(
+            f"{name.replace('_', ' ')} at most {value:.6g}"
+            for name, value in dataclasses.asdict(budget).items()
+            if value is not None
+        )
+        return {
+            "layers": bits,
+            "loss": found.loss,
+            "how": f"The least predicted loss with {asked}; candidates {_choices(args)}.",
+        }
 
     return folder.part("bits", search)
 
@@ -175,8 +216,17 @@ def measured_layers(run: "Run", index: int, network: nn.Module, folder: QualityF
     args, source = run.args, run.models[index]
     choices = args.bits_choices or BITS
     priced = args.budget_bops is not None or args.cost == "bops"
-    return measure_layers(network, run.crops, run.config, Objective(source.lmbda, args.metric), choices, choices if priced else [run.config.quant.a_bits],
-                          folder.part, run.device, progress=not args.quiet)
+    return measure_layers(
+        network,
+        run.crops,
+        run.config,
+        Objective(source.lmbda, args.metric),
+        choices,
+        choices if priced else [run.config.quant.a_bits],
+        folder.part,
+        run.device,
+        progress=not args.quiet,
+    )
 
 
 def described_bits(own: dict, codec: QuantModel, crops: Tensor) -> dict:
@@ -225,28 +275,62 @@ def below_bd_rate(run: "Run", quantize: Callable[["Run"], tuple[list[dict], floa
     def start(number: int, bits: Bits) -> dict:
         name = f"start {hashlib.sha256(json.dumps(bits, sort_keys=True).encode()).hexdigest()[:16]}"
         objective = Objective(run.models[number].lmbda, args.metric)
-        return folders[number].part(name, lambda: start_loss(networks[number], run.crops, run.config, objective, bits, run.device, not args.quiet))
+        return folders[number].part(
+            name,
+            lambda: start_loss(
+                networks[number], run.crops, run.config, objective, bits, run.device, not args.quiet
+            ),
+        )
 
-    most = [{layer.name: {"w_bits": max(layer.w_loss), "a_bits": max(layer.a_loss)} for layer in own} for own in layers]
+    most = [
+        {layer.name: {"w_bits": max(layer.w_loss), "a_bits": max(layer.a_loss)} for layer in own}
+        for own in layers
+    ]
     bpp = [start(number, bits)["bpp"] for number, bits in enumerate(most)]
     rounds: dict[int, Run] = {}
 
     def attempt(number: int, bits: Sequence[Bits]) -> float | None:
-        every = {source.quality: bits[0 if run.is_variable else place] for place, source in enumerate(run.models)}
-        folder = RunFolder(run.folder.path / f"round{number}", {**run.folder.settings, "bits": every}, args.resume)
+        every = {
+            source.quality: bits[0 if run.is_variable else place] for place, source in enumerate(run.models)
+        }
+        folder = RunFolder(
+            run.folder.path / f"round{number}", {**run.folder.settings, "bits": every}, args.resume
+        )
         quick = argparse.Namespace(**{**vars(args), "baseline": False})
-        rounds[number] = dataclasses.replace(run, args=quick, folder=folder, bits=every, how=f"Round {number} of --max_bd_rate {limit}.", shared={})
-        run.say(f"round {number}: {', '.join(f'{totals(own, b).mean_bits:.2f} bits a weight' for own, b in zip(layers, bits))}")
+        rounds[number] = dataclasses.replace(
+            run,
+            args=quick,
+            folder=folder,
+            bits=every,
+            how=f"Round {number} of --max_bd_rate {limit}.",
+            shared={},
+        )
+        run.say(
+            f"round {number}: {', '.join(f'{totals(own, b).mean_bits:.2f} bits a weight' for own, b in zip(layers, bits))}"
+        )
         return quantize(rounds[number])[1]
 
-    search = BdRateSearch(layers, bpp, lambda number, bits: start(number, bits)["loss"], attempt, "bops" if args.cost == "bops" else "mean_bits")
+    search = BdRateSearch(
+        layers,
+        bpp,
+        lambda number, bits: start(number, bits)["loss"],
+        attempt,
+        "bops" if args.cost == "bops" else "mean_bits",
+    )
     attempts = search.run(limit)
     best = chosen(attempts, limit)
-    tried = "; ".join(f"round {a.number}: predicted {a.predicted_percent:.2f} % of the rate, prepared {a.start_percent:.2f} %, "
-                      f"BD-rate {'n/a' if a.bd_rate is None else f'{a.bd_rate:+.2f} %'}" for a in attempts)
+    tried = "; ".join(
+        f"round {a.number}: predicted {a.predicted_percent:.2f} % of the rate, prepared {a.start_percent:.2f} %, "
+        f"BD-rate {'n/a' if a.bd_rate is None else f'{a.bd_rate:+.2f} %'}"
+        for a in attempts
+    )
     how = f"The cheapest found below a BD-rate of {limit} % ({tried}); candidates {_choices(args)}."
     warnings = list(run.warnings)
     if not best.stays_below(limit):
         how = f"None of the rounds stayed below a BD-rate of {limit} % ({tried}); this one has the lowest."
-        warnings.append(f"--max_bd_rate {limit} was not met; allow more bits with --bits_choices, or more --iters")
-    return dataclasses.replace(run, bits=rounds[best.number].bits, how=how, warnings=warnings, taken_from=rounds[best.number].folder)
+        warnings.append(
+            f"--max_bd_rate {limit} was not met; allow more bits with --bits_choices, or more --iters"
+        )
+    return dataclasses.replace(
+        run, bits=rounds[best.number].bits, how=how, warnings=warnings, taken_from=rounds[best.number].folder
+    )

@@ -24,8 +24,16 @@ PART = "part.json"
 _MOST, _LEAST = 64, 4
 
 
-def measured_in_shards(count: int, out: Path, settings: dict[str, Any], engine: Engine, words: Sequence[str], resume: bool, quiet: bool,
-                       measure: Callable[[slice], dict]) -> list[dict]:
+def measured_in_shards(
+    count: int,
+    out: Path,
+    settings: dict[str, Any],
+    engine: Engine,
+    words: Sequence[str],
+    resume: bool,
+    quiet: bool,
+    measure: Callable[[slice], dict],
+) -> list[dict]:
     """The parts of all shards, in the order of the images, as they come back from JSON where there is more
     than one.
 
@@ -52,8 +60,16 @@ def measured_in_shards(count: int, out: Path, settings: dict[str, Any], engine: 
     if len(missing) < len(shards) and not quiet:
         print(f"{len(shards) - len(missing)} of {len(shards)} parts were finished before", file=sys.stderr)
     if engine.workers or engine.ray:
-        tasks = [Task(f"images {name}", "main_eval", (*words, "--shard", name.replace("-", ":")), str(home.resolve()))
-                 for name, home in homes.items() if not (home / PART).is_file()]
+        tasks = [
+            Task(
+                f"images {name}",
+                "main_eval",
+                (*words, "--shard", name.replace("-", ":")),
+                str(home.resolve()),
+            )
+            for name, home in homes.items()
+            if not (home / PART).is_file()
+        ]
         for outcome in engine.run(tasks, "evaluating", "shard", quiet):
             if outcome.error:
                 raise InputError(outcome.error)
@@ -62,7 +78,13 @@ def measured_in_shards(count: int, out: Path, settings: dict[str, Any], engine: 
     return [read_json(home / PART) for home in homes.values()]
 
 
-def _measure_here(missing: Sequence[slice], homes: dict[str, Path], count: int, measure: Callable[[slice], dict], quiet: bool) -> None:
+def _measure_here(
+    missing: Sequence[slice],
+    homes: dict[str, Path],
+    count: int,
+    measure: Callable[[slice], dict],
+    quiet: bool,
+) -> None:
     started = time.monotonic()
     for index, shard in enumerate(missing):
         if not quiet:

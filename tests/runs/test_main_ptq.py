@@ -9,20 +9,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.main_jobs import ARCH, contents, refused, report_of, run, without_times
 from PIL import Image
 
 import main_ptq
 from licq.data.calibration import sample_crops
-from licq.runs.float_models import find_float_models
-from licq.runs.inputs import evaluation_set
 from licq.models.checkpoint_files import read_tensors
 from licq.models.checkpoints import load_checkpoint
 from licq.models.registry import LAMBDAS, create_model, list_models
 from licq.reconstruction.config import LOSSES, UNITS
 from licq.reconstruction.state import StateFolder
+from licq.runs.float_models import find_float_models
+from licq.runs.inputs import evaluation_set
 from licq.support import options
 from licq.support.errors import InputError
+from tests.main_jobs import ARCH, contents, refused, report_of, run, without_times
 
 ROOT = Path(main_ptq.__file__).parent
 
@@ -33,11 +33,26 @@ ROOT = Path(main_ptq.__file__).parent
 def test_run_writes_the_report_and_the_models(job, capsys, tmp_path):
     assert run(job, quality="1,3") == 0
     printed = capsys.readouterr()
-    assert printed.err == "" and "BD-rate" in printed.out and "estimated" in printed.out and "plain" in printed.out
+    assert (
+        printed.err == ""
+        and "BD-rate" in printed.out
+        and "estimated" in printed.out
+        and "plain" in printed.out
+    )
     out = tmp_path / "out"
-    assert set(contents(out)) == {"report.json", "report.md", "report.html", "rd.png", "run.json", *(
-        f"compressai/{name}.json" for name in ("float", "quantized", "baseline")), *(
-        f"q{quality}/{name}" for quality in (1, 3) for name in ("model.safetensors", "result.json", "crops.png"))}
+    assert set(contents(out)) == {
+        "report.json",
+        "report.md",
+        "report.html",
+        "rd.png",
+        "run.json",
+        *(f"compressai/{name}.json" for name in ("float", "quantized", "baseline")),
+        *(
+            f"q{quality}/{name}"
+            for quality in (1, 3)
+            for name in ("model.safetensors", "result.json", "crops.png")
+        ),
+    }
     report = report_of(job)
     assert (report["arch"], report["preset"], report["loss"], report["unit"]) == (ARCH, "licq", "rd", "block")
     assert (report["w_bits"], report["a_bits"], report["dataset"], report["images"]) == (8, 8, "eval", 2)
@@ -48,7 +63,9 @@ def test_run_writes_the_report_and_the_models(job, capsys, tmp_path):
         assert point["fp32"] != point["quant"] != point["baseline"]
         assert point["model_bytes"] == (out / f"q{point['quality']}" / "model.safetensors").stat().st_size
         assert point["calibration_seconds"] > 0 and point["peak_memory_mb"] > 0
-        assert point["fp32_model_bytes"] == 4 * sum(p.numel() for p in create_model(ARCH, N=8, M=8).parameters())
+        assert point["fp32_model_bytes"] == 4 * sum(
+            p.numel() for p in create_model(ARCH, N=8, M=8).parameters()
+        )
     assert "estimated" in (out / "report.md").read_text()
 
 
@@ -106,16 +123,20 @@ def test_quality_is_read_from_the_file(zoo):
 
 
 def test_arguments_are_checked_without_torch():
-    code = ("import sys, main_ptq, main_eval\n"
-            "main_ptq.build_parser().parse_args(['--quality', '1,3', '5', '--w_bits', '4'])\n"
-            "main_eval.build_parser().parse_args(['--model', 'x'])\n"
-            "assert 'torch' not in sys.modules and 'compressai' not in sys.modules")
+    code = (
+        "import sys, main_ptq, main_eval\n"
+        "main_ptq.build_parser().parse_args(['--quality', '1,3', '5', '--w_bits', '4'])\n"
+        "main_eval.build_parser().parse_args(['--model', 'x'])\n"
+        "assert 'torch' not in sys.modules and 'compressai' not in sys.modules"
+    )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == 0
 
 
 def test_script_ends_with_status_and_one_line(tmp_path):
     def script(*arguments):
-        return subprocess.run([sys.executable, "main_ptq.py", *arguments], cwd=ROOT, capture_output=True, text=True)
+        return subprocess.run(
+            [sys.executable, "main_ptq.py", *arguments], cwd=ROOT, capture_output=True, text=True
+        )
 
     sweep = script("--sweep", "nowhere", "--out", str(tmp_path / "out"))
     assert sweep.returncode == 2 and "table1" in sweep.stderr and sweep.stderr.count("\n") == 1
@@ -130,8 +151,22 @@ def test_choices_are_those_of_the_library():
 
 
 def test_knobs_are_converted_to_the_type_of_their_default():
-    args = main_ptq.build_parser().parse_args(["--set", "lr_range=1e-3", "--set", "learn=range_a, bias", "--set", "alternate=no",
-                                               "--set", "carrier_bits=12", "--seed", "7", "--bias_bits", "8"])
+    args = main_ptq.build_parser().parse_args(
+        [
+            "--set",
+            "lr_range=1e-3",
+            "--set",
+            "learn=range_a, bias",
+            "--set",
+            "alternate=no",
+            "--set",
+            "carrier_bits=12",
+            "--seed",
+            "7",
+            "--bias_bits",
+            "8",
+        ]
+    )
     config = main_ptq.build_config(args)
     assert config.reconstruction.lr_range == 1e-3 and config.reconstruction.learn == ("range_a", "bias")
     assert config.reconstruction.alternate is False and config.quant.carrier_bits == 12
@@ -141,46 +176,49 @@ def test_knobs_are_converted_to_the_type_of_their_default():
 # -------------------------------------------------------------------------------------------------- bad input
 
 
-@pytest.mark.parametrize("changes, expected", [
-    ({"w_bits": 1}, ["--w_bits", "1 is out of range", "2 to 16"]),
-    ({"a_bits": 17}, ["--a_bits", "2 to 16"]),
-    ({"w_bits": "eight"}, ["--w_bits", "whole number"]),
-    ({"bias_bits": 16}, ["--bias_bits", "8, 32"]),
-    ({"loss": "psnr"}, ["--loss", "rd_direct"]),
-    ({"unit": "pixel"}, ["--unit", "block"]),
-    ({"preset": "magic"}, ["'magic'", "licq"]),
-    ({"metric": "lpips"}, ["--metric", "ms-ssim"]),
-    ({"arch": "vgg"}, ["'vgg'", "lu2022"]),
-    ({"iters": -1}, ["--iters", "0 or more"]),
-    ({"num_calib": 0}, ["--num_calib", "1 or more"]),
-    ({"crop": 0}, ["--crop", "1 or more"]),
-    ({"crop": 100}, ["--crop 100", "multiple of 64"]),
-    ({"metric": "ms-ssim"}, ["MS-SSIM", "161"]),
-    ({"lambda": 0}, ["--lambda", "positive"]),
-    ({"lambda": "nan"}, ["--lambda", "positive"]),
-    ({"lambda": "inf"}, ["--lambda", "positive"]),
-    ({"lambda": "0.1,0.2"}, ["2 values of --lambda for 1 qualities"]),
-    ({"threads": 0}, ["--threads", "1 to 256"]),
-    ({"threads": 100000}, ["--threads", "1 to 256"]),
-    ({"seed": -1}, ["--seed", "4294967295"]),
-    ({"device": "abacus"}, ["--device abacus", "cpu"]),
-    ({"device": "cuda:99"}, ["--device cuda:99", "cpu"]),
-    ({"quality": "two"}, ["--quality", "'two'"]),
-    ({"quality": 2}, ["tiny-q2.safetensors", "--quality"]),
-    ({"quality": 99}, ["tiny-q99.safetensors"]),
-    ({"set": "iters"}, ["name=value"]),
-    ({"set": "w_bits=4"}, ["--w_bits"]),
-    ({"set": "speed=9"}, ["speed", "known are"]),
-    ({"set": "joint_iters=few"}, ["joint_iters", "whole number"]),
-    ({"set": "lr_range=nan"}, ["lr_range", "number"]),
-    ({"set": "learn=luck"}, ["luck"]),
-    ({"sweep": "nowhere"}, ["no sweep nowhere", "table1"]),
-    ({"workers": 2}, ["--workers", "--sweep"]),
-    ({"colour": "red"}, ["--colour"]),
-    ({"eval": "/nowhere"}, ["/nowhere", "photos"]),
-    ({"calib": "/nowhere"}, ["/nowhere", "photos"]),
-    ({"eval": "clic"}, ["LICQ_DATA"]),
-])
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        ({"w_bits": 1}, ["--w_bits", "1 is out of range", "2 to 16"]),
+        ({"a_bits": 17}, ["--a_bits", "2 to 16"]),
+        ({"w_bits": "eight"}, ["--w_bits", "whole number"]),
+        ({"bias_bits": 16}, ["--bias_bits", "8, 32"]),
+        ({"loss": "psnr"}, ["--loss", "rd_direct"]),
+        ({"unit": "pixel"}, ["--unit", "block"]),
+        ({"preset": "magic"}, ["'magic'", "licq"]),
+        ({"metric": "lpips"}, ["--metric", "ms-ssim"]),
+        ({"arch": "vgg"}, ["'vgg'", "lu2022"]),
+        ({"iters": -1}, ["--iters", "0 or more"]),
+        ({"num_calib": 0}, ["--num_calib", "1 or more"]),
+        ({"crop": 0}, ["--crop", "1 or more"]),
+        ({"crop": 100}, ["--crop 100", "multiple of 64"]),
+        ({"metric": "ms-ssim"}, ["MS-SSIM", "161"]),
+        ({"lambda": 0}, ["--lambda", "positive"]),
+        ({"lambda": "nan"}, ["--lambda", "positive"]),
+        ({"lambda": "inf"}, ["--lambda", "positive"]),
+        ({"lambda": "0.1,0.2"}, ["2 values of --lambda for 1 qualities"]),
+        ({"threads": 0}, ["--threads", "1 to 256"]),
+        ({"threads": 100000}, ["--threads", "1 to 256"]),
+        ({"seed": -1}, ["--seed", "4294967295"]),
+        ({"device": "abacus"}, ["--device abacus", "cpu"]),
+        ({"device": "cuda:99"}, ["--device cuda:99", "cpu"]),
+        ({"quality": "two"}, ["--quality", "'two'"]),
+        ({"quality": 2}, ["tiny-q2.safetensors", "--quality"]),
+        ({"quality": 99}, ["tiny-q99.safetensors"]),
+        ({"set": "iters"}, ["name=value"]),
+        ({"set": "w_bits=4"}, ["--w_bits"]),
+        ({"set": "speed=9"}, ["speed", "known are"]),
+        ({"set": "joint_iters=few"}, ["joint_iters", "whole number"]),
+        ({"set": "lr_range=nan"}, ["lr_range", "number"]),
+        ({"set": "learn=luck"}, ["luck"]),
+        ({"sweep": "nowhere"}, ["no sweep nowhere", "table1"]),
+        ({"workers": 2}, ["--workers", "--sweep"]),
+        ({"colour": "red"}, ["--colour"]),
+        ({"eval": "/nowhere"}, ["/nowhere", "photos"]),
+        ({"calib": "/nowhere"}, ["/nowhere", "photos"]),
+        ({"eval": "clic"}, ["LICQ_DATA"]),
+    ],
+)
 def test_bad_argument_is_one_line(job, capsys, changes, expected):
     refused(capsys, job, *expected, **changes)
 
@@ -192,14 +230,20 @@ def test_missing_checkpoint_is_one_line(job, capsys, tmp_path, zoo):
     refused(capsys, job, "no file is named like", checkpoint=tmp_path / "other-q{quality}.pt", quality="all")
     refused(capsys, job, "one file for 2 qualities", checkpoint=zoo / "tiny-q1.safetensors", quality="1,3")
     refused(capsys, job, "exclude each other", pretrained=True)
-    refused(capsys, job, "no embedded checkpoint of cheng2019", checkpoint=None, arch="cheng2019", quality="all")
+    refused(
+        capsys, job, "no embedded checkpoint of cheng2019", checkpoint=None, arch="cheng2019", quality="all"
+    )
     refused(capsys, job, "--quality from 1 to", checkpoint=None, arch="lu2022", quality=99)
 
 
 def test_damaged_checkpoint_is_one_line(job, capsys, tmp_path, zoo):
     whole = (zoo / "tiny-q1.safetensors").read_bytes()
-    damaged = {"cut.safetensors": whole[: len(whole) // 2], "empty.safetensors": b"", "text.pt": b"these are no weights at all",
-               "flipped.safetensors": whole[:-9] + bytes([whole[-9] ^ 255]) + whole[-8:]}
+    damaged = {
+        "cut.safetensors": whole[: len(whole) // 2],
+        "empty.safetensors": b"",
+        "text.pt": b"these are no weights at all",
+        "flipped.safetensors": whole[:-9] + bytes([whole[-9] ^ 255]) + whole[-8:],
+    }
     for name, data in damaged.items():
         (tmp_path / name).write_bytes(data)
         refused(capsys, job, name, checkpoint=tmp_path / name)
@@ -252,9 +296,18 @@ def _write_bad(kind: str, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("flag", ["eval", "calib"])
-@pytest.mark.parametrize("kind, word", [
-    ("1-pixel", "smaller than 8 pixels"), ("16-bit", "16 bits"), ("grey", "grey"), ("CMYK", "CMYK"), ("animated", "2 pictures"),
-    ("truncated", "truncated or damaged"), ("no image", "not an image")])
+@pytest.mark.parametrize(
+    "kind, word",
+    [
+        ("1-pixel", "smaller than 8 pixels"),
+        ("16-bit", "16 bits"),
+        ("grey", "grey"),
+        ("CMYK", "CMYK"),
+        ("animated", "2 pictures"),
+        ("truncated", "truncated or damaged"),
+        ("no image", "not an image"),
+    ],
+)
 def test_bad_image_is_one_line(job, capsys, tmp_path, flag, kind, word):
     path = _write_bad(kind, tmp_path / flag)
     refused(capsys, job, path.name, word, num_calib=3)
@@ -313,11 +366,18 @@ def _stop_after(monkeypatch, owner, name: str, count: int):
     monkeypatch.setattr(owner, name, stopping)
 
 
-def test_run_stopped_anywhere_and_resumed_gives_the_same_report(job, finished, reference, monkeypatch, capsys, tmp_path):
+def test_run_stopped_anywhere_and_resumed_gives_the_same_report(
+    job, finished, reference, monkeypatch, capsys, tmp_path
+):
     import licq.evaluation.evaluate
 
-    stops = [(licq.evaluation.evaluate, "evaluate", 1), (licq.evaluation.evaluate, "evaluate", 3), (StateFolder, "save", 1),
-             (StateFolder, "save", 2), (licq.evaluation.evaluate, "evaluate", 1)]
+    stops = [
+        (licq.evaluation.evaluate, "evaluate", 1),
+        (licq.evaluation.evaluate, "evaluate", 3),
+        (StateFolder, "save", 1),
+        (StateFolder, "save", 2),
+        (licq.evaluation.evaluate, "evaluate", 1),
+    ]
     for owner, name, count in stops:  # every attempt goes on where the one before was stopped
         with monkeypatch.context() as patch:
             _stop_after(patch, owner, name, count)
@@ -327,7 +387,10 @@ def test_run_stopped_anywhere_and_resumed_gives_the_same_report(job, finished, r
     assert without_times(report_of(job)) == finished
     assert not list((tmp_path / "out").rglob("units")) and not list((tmp_path / "out").rglob("partial.json"))
     for quality in (1, 3):
-        ours, theirs = (read_tensors(folder / f"q{quality}" / "model.safetensors")[0] for folder in (tmp_path / "out", reference))
+        ours, theirs = (
+            read_tensors(folder / f"q{quality}" / "model.safetensors")[0]
+            for folder in (tmp_path / "out", reference)
+        )
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
     before = contents(tmp_path / "out")
     assert run(job, resume=True, **LEARNING) == 0  # all finished: nothing is computed again
@@ -347,8 +410,13 @@ def test_resuming_with_other_settings_is_refused(job, capsys, tmp_path, make_ima
     assert run(job) == 0
     before = contents(tmp_path / "out")
     capsys.readouterr()
-    for changes, expected in (({"w_bits": 6}, "w_bits 8, now 6"), ({"seed": 4}, "seed 0, now 4"), ({"set": "batch=1"}, "batch"),
-                              ({"num_calib": 3}, "num_calib 2, now 3"), ({"crops_per_image": 2}, "crops_per_image 1, now 2")):
+    for changes, expected in (
+        ({"w_bits": 6}, "w_bits 8, now 6"),
+        ({"seed": 4}, "seed 0, now 4"),
+        ({"set": "batch=1"}, "batch"),
+        ({"num_calib": 3}, "num_calib 2, now 3"),
+        ({"crops_per_image": 2}, "crops_per_image 1, now 2"),
+    ):
         refused(capsys, job, expected, "--resume", "--out", untouched=False, resume=True, **changes)
     make_image("3.png", 64, 64, 3, tmp_path / "eval")
     refused(capsys, job, "evaluation.images 2, now 3", untouched=False, resume=True)
@@ -364,20 +432,31 @@ def test_new_run_in_a_used_folder_replaces_results_only_when_it_has_its_own(job,
         _stop_after(patch, licq.evaluation.evaluate, "evaluate", 5)  # the second quality's plain baseline
         assert run(job, quality="1,3", w_bits=6) == 130
     now = contents(tmp_path / "out")
-    assert all(now[name] == old[name] for name in ("report.json", "rd.png", "q3/model.safetensors", "q3/result.json"))
+    assert all(
+        now[name] == old[name] for name in ("report.json", "rd.png", "q3/model.safetensors", "q3/result.json")
+    )
     assert now["q1/result.json"] != old["q1/result.json"]
     assert run(job, quality="1,3", w_bits=6, resume=True) == 0
     assert report_of(job)["w_bits"] == 6
-    assert all(json.loads((tmp_path / "out" / f"q{q}" / "result.json").read_text())["settings"]["config"]["quant"]["w_bits"] == 6
-               for q in (1, 3))
+    assert all(
+        json.loads((tmp_path / "out" / f"q{q}" / "result.json").read_text())["settings"]["config"]["quant"][
+            "w_bits"
+        ]
+        == 6
+        for q in (1, 3)
+    )
 
 
 def test_curves_of_other_codecs_are_measured_once(job, tmp_path, monkeypatch):
-    from licq.report import build as report
     from licq.evaluation import anchors
+    from licq.report import build as report
 
     curves, kept = [], tmp_path / "out" / "measured"
-    monkeypatch.setattr(anchors, "classical_points", lambda *args, whole=anchors.classical_points: curves.append(1) or whole(*args))
+    monkeypatch.setattr(
+        anchors,
+        "classical_points",
+        lambda *args, whole=anchors.classical_points: curves.append(1) or whole(*args),
+    )
     with monkeypatch.context() as patch:
         patch.setattr(report, "write_report", _interrupt)
         assert run(job) == 130
