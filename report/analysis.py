@@ -43,21 +43,23 @@ def render_analysis(analysis: dict) -> str:
     )
     parts = [
         f"# {analysis['title']}",
-        f"On {analysis['crops']} calibration crops the float codec has J {real['j']:.4f} (R {real['bpp']:.4f} bpp, lambda * D "
-        f"{real['weighted_distortion']:.4f}); with everything quantized, before learning, J rises by {_percent(every['j'], real['j'])} "
-        f"(R {every['bpp']:+.5f}, lambda * D {every['weighted_distortion']:+.5f}).",
-        "Each row: this part alone is quantized, the rest is float. delta J is in percent of the float codec's J; R and lambda * D "
-        "are the changes with both sides quantized, in bits per pixel. Predicted: rounding noise by the curvature of J, for weights "
-        "rounded to nearest and without clipping (reconstruction/sensitivity.py).",
+        f"On {analysis['crops']} calibration crops the float codec has J {real['j']:.4f} (R "
+        f"{real['bpp']:.4f} bpp, lambda * D {real['weighted_distortion']:.4f}); with everything quantized, "
+        f"before learning, J rises by {_percent(every['j'], real['j'])} (R {every['bpp']:+.5f}, lambda * D "
+        f"{every['weighted_distortion']:+.5f}).",
+        "Each row: this part alone is quantized, the rest is float. delta J is in percent of the float "
+        "codec's J; R and lambda * D are the changes with both sides quantized, in bits per pixel. "
+        "Predicted: rounding noise by the curvature of J, for weights rounded to nearest and without "
+        "clipping (reconstruction/sensitivity.py).",
     ]
     for key, heading in units:
         parts += [f"## {heading}", unit_table(analysis, key)]
     parts += [
         "![delta J of each part](delta_j.png)",
         "## Ranges of channels",
-        "Spread: the largest channel's largest magnitude over the median channel's, without channels that are switched off. Outliers: the largest value of "
-        "max / 99.9th percentile and of max / rms among a layer's channels. Weights: output channels; inputs: input channels, "
-        "in float.",
+        "Spread: the largest channel's largest magnitude over the median channel's, without channels that "
+        "are switched off. Outliers: the largest value of max / 99.9th percentile and of max / rms among a "
+        "layer's channels. Weights: output channels; inputs: input channels, in float.",
         _channel_table(analysis),
         "![ranges](ranges.png)",
         f"![channels of {analysis['landscape']['layer']}](channels.png)",
@@ -171,8 +173,9 @@ def _landscape_text(analysis: dict) -> str:
     """Where J and the errors are least."""
     landscape, whole = analysis["landscape"], analysis["float"]["j"]
     lines = [
-        f"J, R and D when {landscape['layer']} alone is quantized and its range is N times what the method starts from (eqs. 15, 16), "
-        "weights rounded to nearest. As in Fig. 2 of arXiv 2211.02854, the least error need not be the least J."
+        f"J, R and D when {landscape['layer']} alone is quantized and its range is N times what the method "
+        "starts from (eqs. 15, 16), weights rounded to nearest. As in Fig. 2 of arXiv 2211.02854, the least "
+        "error need not be the least J."
     ]
     for side in ("weights", "inputs"):
         points = landscape[side]
@@ -195,9 +198,10 @@ def _landscape_text(analysis: dict) -> str:
         best, of_error = _lowest(plane["j"]), _lowest(plane["output_error"])
         factors = plane["factors"]
         lines.append(
-            f"- both: J is least at N = {factors[best[0]]:.2f} of weights and {factors[best[1]]:.2f} of inputs "
-            f"({_percent(plane['j'][best[0]][best[1]], whole)}); the squared error of the output at {factors[of_error[0]]:.2f} and "
-            f"{factors[of_error[1]]:.2f}, where J has {_percent(plane['j'][of_error[0]][of_error[1]], whole)}"
+            f"- both: J is least at N = {factors[best[0]]:.2f} of weights and {factors[best[1]]:.2f} of "
+            f"inputs ({_percent(plane['j'][best[0]][best[1]], whole)}); the squared error of the output at "
+            f"{factors[of_error[0]]:.2f} and {factors[of_error[1]]:.2f}, where J has "
+            f"{_percent(plane['j'][of_error[0]][of_error[1]], whole)}"
         )
     return "\n".join([lines[0], "", *lines[1:]])
 

@@ -132,9 +132,9 @@ def layer_bits(report: dict) -> LayerBits | None:
         "learned",
     ]
     note = (
-        "The last three: rise of J on the calibration crops: as the sum of the layers' own rises, as measured with all layers "
-        "quantized before and after learning. Operations leave out second digits of split channels and attention products. "
-        "Each layer's bits:"
+        "The last three: rise of J on the calibration crops: as the sum of the layers' own rises, as "
+        "measured with all layers quantized before and after learning. Operations leave out second digits of "
+        "split channels and attention products. Each layer's bits:"
     )
     names = list(dict.fromkeys(name for point in points for name in point["bits"]["layers"]))
     cells = [[name, *(_sides(point["bits"]["layers"].get(name)) for point in points)] for name in names]
@@ -166,8 +166,9 @@ def _bits(report: dict) -> list[str]:
 
 
 REMAINING = (
-    "Rise of J on the calibration crops that rounding noise alone makes, predicted from the curvature of J at each layer's "
-    "output (reconstruction/sensitivity.py): weights as if rounded to nearest, clipping left out."
+    "Rise of J on the calibration crops that rounding noise alone makes, predicted from the curvature of J "
+    "at each layer's output (reconstruction/sensitivity.py): weights as if rounded to nearest, clipping left "
+    "out."
 )
 _LAYERS_SHOWN = 8
 
@@ -368,9 +369,9 @@ def explanation(report: dict) -> str:
         else "bpp counts the bytes of bitstreams that were written and decoded."
     )
     return (
-        f"{rate} PSNR is on clamped and rounded 8-bit RGB pixels, the mean of the images' dB. MS-SSIM is the mean over "
-        "the images with more than 160 pixels on each side. J = bpp + lambda * D is the codec's training objective, "
-        "per image, then averaged."
+        f"{rate} PSNR is on clamped and rounded 8-bit RGB pixels, the mean of the images' dB. MS-SSIM is the "
+        "mean over the images with more than 160 pixels on each side. J = bpp + lambda * D is the codec's "
+        "training objective, per image, then averaged."
         + (f" {baseline_label(report)}: {report['baseline']}." if report.get("baseline") else "")
     )
 
@@ -400,7 +401,8 @@ def bd_notes(report: dict) -> list[str]:
     lines = []
     if report["bd_rate_psnr"] is not None and len(report["points"]) < 4:
         lines.append(
-            f"Only {len(report['points'])} points: the usual BD-rate is taken over four or more, so compare with care."
+            f"Only {len(report['points'])} points: the usual BD-rate is taken over four or more, so "
+            "compare with care."
         )
     missing = {}
     for key, reason in report["bd_rate_notes"].items():

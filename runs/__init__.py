@@ -1,1 +1,1 @@
-"""What the commands do: a run and its folder, its inputs, its steps, the bits of its layers, evaluation runs, files."""
+"""What the commands do: a run and its folder, inputs, steps, bits of layers, evaluation runs, files."""

@@ -1,4 +1,4 @@
-"""main_eval.py encode, decode and info: image files to .licq files and back."""
+"""The commands encode, decode and info: image files to .licq files and back."""
 
 import argparse
 import os
@@ -17,44 +17,44 @@ from licq.support.files import atomic_path
 from licq.support.parallel import default_jobs, ordered
 from licq.support.progress import progress
 
-NAMES = ("encode", "decode", "info")
 SUFFIX = ".licq"
 _IMAGE = ".png"
-_EPILOG = "`main_eval.py --help` is about evaluation."
 
 
-def run(argv: Sequence[str]) -> int:
-    """The command line `argv`, whose first word is one of `NAMES`."""
+def build_encode_parser(prog: str = "main_eval.py encode") -> ArgumentParser:
+    """The flags of `encode`."""
+    parser = ArgumentParser(prog=prog, description="Write images as .licq files.", allow_abbrev=False)
+    parser.add_argument("inputs", metavar="IMAGE", nargs="+", help="image files, or folders of them")
+    _add_model_and_output(parser)
+    parser.add_argument(
+        "--quality",
+        metavar="Q",
+        type=float,
+        help="which model of the folder; for a variable-rate codec the rate, a real number from 1",
+    )
+    _add_machine(parser)
+    return parser
+
+
+def build_decode_parser(prog: str = "main_eval.py decode") -> ArgumentParser:
+    """The flags of `decode`."""
     parser = ArgumentParser(
-        prog="main_eval.py",
-        description="Code images with a quantized codec, as real files.",
-        epilog=_EPILOG,
-        allow_abbrev=False,
+        prog=prog, description="Write the images of .licq files as PNG.", allow_abbrev=False
     )
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=ArgumentParser)
-    _add(
-        commands, "encode", "write images as .licq files", "IMAGE", "image files, or folders of them", encode
-    )
-    _add(
-        commands,
-        "decode",
-        "write the images of .licq files as PNG",
-        "FILE",
-        ".licq files, or folders of them",
-        decode,
-    )
-    info_parser = commands.add_parser("info", help="say what .licq files hold", allow_abbrev=False)
-    info_parser.add_argument("inputs", metavar="FILE", nargs="+", help=".licq files, or folders of them")
-    info_parser.set_defaults(function=info)
-    args = parser.parse_args(argv)
-    return args.function(args)
+    parser.add_argument("inputs", metavar="FILE", nargs="+", help=".licq files, or folders of them")
+    _add_model_and_output(parser)
+    _add_machine(parser)
+    return parser
 
 
-def _add(commands, name: str, what: str, metavar: str, inputs: str, function: Callable) -> None:
-    parser = commands.add_parser(
-        name, help=what, description=f"{what[0].upper()}{what[1:]}.", allow_abbrev=False
-    )
-    parser.add_argument("inputs", metavar=metavar, nargs="+", help=inputs)
+def build_info_parser(prog: str = "main_eval.py info") -> ArgumentParser:
+    """The flags of `info`."""
+    parser = ArgumentParser(prog=prog, description="Say what .licq files hold.", allow_abbrev=False)
+    parser.add_argument("inputs", metavar="FILE", nargs="+", help=".licq files, or folders of them")
+    return parser
+
+
+def _add_model_and_output(parser: ArgumentParser) -> None:
     parser.add_argument(
         "-o", "--out", metavar="PATH", help="the file, or for several a folder (default: beside each input)"
     )
@@ -64,26 +64,23 @@ def _add(commands, name: str, what: str, metavar: str, inputs: str, function: Ca
         required=True,
         help="a model.safetensors, or the folder of a main_ptq.py run",
     )
-    if name == "encode":
-        parser.add_argument(
-            "--quality",
-            metavar="Q",
-            type=float,
-            help="which model of the folder; for a variable-rate codec the rate, a real number from 1",
-        )
+
+
+def _add_machine(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--tile",
         metavar="N",
         type=options.count,
         default=TILE,
-        help="compute images of more than N x N pixels in tiles of about that size, with the same result in less memory; "
-        f"0: all in one piece (default: {TILE})",
+        help="compute images of more than N x N pixels in tiles of about that size, with the same result in "
+        f"less memory; 0: all in one piece (default: {TILE})",
     )
     parser.add_argument(
         "--jobs",
         metavar="N",
         type=options.positive,
-        help="images at the same time, each in a process (default: for several images one a processor, at 2 GiB of memory each)",
+        help="images at the same time, each in a process (default: for several images one a processor, at "
+        "2 GiB of memory each)",
     )
     parser.add_argument(
         "--threads",
@@ -92,7 +89,6 @@ def _add(commands, name: str, what: str, metavar: str, inputs: str, function: Ca
         help="CPU threads of each job, 1 to 256 (default: PyTorch's choice, with several jobs 1)",
     )
     parser.add_argument("--quiet", action="store_true", help="no progress")
-    parser.set_defaults(function=function)
 
 
 def models_of(run: str | Path) -> list[Path]:
@@ -109,7 +105,8 @@ def models_of(run: str | Path) -> list[Path]:
     )
     if not found:
         raise InputError(
-            f"no quantized model at {run}; give a model.safetensors or a folder that main_ptq.py has written with --model"
+            f"no quantized model at {run}; give a model.safetensors or a folder that main_ptq.py has "
+            "written with --model"
         )
     return found
 
@@ -206,8 +203,8 @@ def encode(args: argparse.Namespace) -> int:
     if turned:
         others = f" and {len(turned) - 1} more" if turned[1:] else ""
         print(
-            f"{turned[0]}{others}: coded as stored, without the EXIF orientation; to have it applied, turn the pixels first "
-            "(ImageMagick: convert IN -auto-orient OUT.png)",
+            f"{turned[0]}{others}: coded as stored, without the EXIF orientation; to have it applied, turn "
+            "the pixels first (ImageMagick: convert IN -auto-orient OUT.png)",
             file=sys.stderr,
         )
     return 0
@@ -239,7 +236,8 @@ def _model_for(args: argparse.Namespace) -> tuple[Path, float | None]:
     codec = _loaded(files[0], args.threads, args.tile or None)
     if codec.variable and args.quality is None:
         raise InputError(
-            f"{files[0]} has many rates; choose one with --quality, a number from 1 to {codec.model.model.levels}"
+            f"{files[0]} has many rates; choose one with --quality, a number from 1 to "
+            f"{codec.model.model.levels}"
         )
     if not codec.variable and args.quality is not None and files[0].parent.name[1:] != f"{args.quality:g}":
         raise InputError(f"{files[0]} has one rate; leave out --quality")
@@ -262,7 +260,8 @@ def decode(args: argparse.Namespace) -> int:
         if wanted not in models:
             there = ", ".join(digest.hex() for digest in models)
             raise InputError(
-                f"{source} was written by the model {wanted.hex()}, and {args.model} holds {there}; give that one with --model"
+                f"{source} was written by the model {wanted.hex()}, and {args.model} holds {there}; give "
+                "that one with --model"
             )
         given.append((source, target, models[wanted], None))
     for _ in _worked(_decode_one, sorted(given, key=lambda piece: str(piece[2])), args, "decoding"):
@@ -304,9 +303,9 @@ def info(args: argparse.Namespace) -> int:
         payload = sum(map(len, content.streams))
         rate = f", gain {content.gain * GAIN_UNIT:.4f}" if content.gain else ""
         print(
-            f"{source}: {content.width}x{content.height}, model {content.model.hex()}{rate}, {len(content.streams)} stream"
-            f"{'s' if len(content.streams) > 1 else ''} of {payload} bytes, {len(data)} bytes in all, "
-            f"{8 * len(data) / (content.width * content.height):.4f} bits per pixel"
+            f"{source}: {content.width}x{content.height}, model {content.model.hex()}{rate}, "
+            f"{len(content.streams)} stream{'s' if len(content.streams) > 1 else ''} of {payload} bytes, "
+            f"{len(data)} bytes in all, {8 * len(data) / (content.width * content.height):.4f} bits per pixel"
         )
     return 0
 
@@ -331,6 +330,25 @@ def _format(path: Path) -> str:
     formats = {".png": "PNG", ".ppm": "PPM", ".bmp": "BMP", ".tif": "TIFF", ".tiff": "TIFF"}
     if path.suffix.lower() not in formats:
         raise InputError(
-            f"{path}: decoded images are written without loss; choose a name that ends in {', '.join(formats)}"
+            f"{path}: decoded images are written without loss; choose a name that ends in "
+            f"{', '.join(formats)}"
         )
     return formats[path.suffix.lower()]
+
+
+def main_encode(argv: Sequence[str], prog: str = "main_eval.py encode") -> int:
+    """The command line `argv` of `encode`; returns the exit status."""
+    return encode(build_encode_parser(prog).parse_args(argv))
+
+
+def main_decode(argv: Sequence[str], prog: str = "main_eval.py decode") -> int:
+    """The command line `argv` of `decode`; returns the exit status."""
+    return decode(build_decode_parser(prog).parse_args(argv))
+
+
+def main_info(argv: Sequence[str], prog: str = "main_eval.py info") -> int:
+    """The command line `argv` of `info`; returns the exit status."""
+    return info(build_info_parser(prog).parse_args(argv))
+
+
+COMMANDS = {"encode": main_encode, "decode": main_decode, "info": main_info}

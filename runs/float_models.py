@@ -206,8 +206,8 @@ def _identify(path: Path) -> Architecture:
         name = identify(content.state_dict)
     if name is None:
         raise InputError(
-            f"{path} is a checkpoint of no known architecture ({', '.join(list_models())}); give another file, "
-            "or its architecture with --arch to see what differs"
+            f"{path} is a checkpoint of no known architecture ({', '.join(list_models())}); give another "
+            "file, or its architecture with --arch to see what differs"
         )
     return get_architecture(name)
 

@@ -132,8 +132,8 @@ def refuse_other_settings(folder: Path, before: dict, now: dict) -> None:
         shown = ", ".join(f"{key} {_short(old.get(key))}, now {_short(new.get(key))}" for key in changed[:2])
         more = f", and {len(changed) - 2} more" if len(changed) > 2 else ""
         raise InputError(
-            f"{folder} holds a run with other settings ({shown}{more}); repeat them, leave out --resume to start "
-            "anew, or choose another folder with --out"
+            f"{folder} holds a run with other settings ({shown}{more}); repeat them, leave out --resume to "
+            "start anew, or choose another folder with --out"
         )
 
 

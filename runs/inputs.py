@@ -42,8 +42,8 @@ def find_evaluation_set(name_or_folder: str | None) -> tuple[Dataset, str | None
         name_or_folder = "kodak" if is_local("kodak") else FALLBACK
         if name_or_folder == FALLBACK:
             remark = (
-                "evaluated on photos, 3 images that installed packages ship, because kodak was not found; set LICQ_DATA "
-                "to the folder that holds kodak/"
+                "evaluated on photos, 3 images that installed packages ship, because kodak was not found; "
+                "set LICQ_DATA to the folder that holds kodak/"
             )
     return open_dataset(name_or_folder), remark
 
@@ -56,8 +56,8 @@ def check_images(dataset: Dataset, metric: str = "mse", progress: bool = False) 
         side = min(load_pixels(path).shape[:2])
         if metric == "ms-ssim" and side < _MS_SSIM_SIDE:
             raise InputError(
-                f"{path}: {side} pixels are too few for MS-SSIM, which needs {_MS_SSIM_SIDE}; leave it out or use "
-                "--metric mse"
+                f"{path}: {side} pixels are too few for MS-SSIM, which needs {_MS_SSIM_SIDE}; leave it out "
+                "or use --metric mse"
             )
 
 
@@ -84,11 +84,13 @@ def calibration_crops(
     if crop % multiple:
         near = max(multiple, crop // multiple * multiple)
         raise InputError(
-            f"--crop {crop} is no multiple of {multiple}, as the codec's inputs are; choose {near} or another multiple"
+            f"--crop {crop} is no multiple of {multiple}, as the codec's inputs are; choose {near} or "
+            "another multiple"
         )
     if metric == "ms-ssim" and crop < _MS_SSIM_SIDE:
         raise InputError(
-            f"--crop {crop} is too small for MS-SSIM; choose {-(-_MS_SSIM_SIDE // multiple) * multiple} or more"
+            f"--crop {crop} is too small for MS-SSIM; choose {-(-_MS_SSIM_SIDE // multiple) * multiple} or "
+            "more"
         )
     dataset = open_dataset(name_or_folder or CALIBRATION)
     crops = sample_crops(dataset.paths, num, crop, seed, exclude.paths, crops_per_image, reductions)
@@ -107,7 +109,8 @@ def calibration_crops(
     return (
         crops,
         facts,
-        f"{num} calibration images were asked for, and there are {len(dataset)}: they are used again, at other places",
+        f"{num} calibration images were asked for, and there are {len(dataset)}: they are used again, at "
+        "other places",
     )
 
 

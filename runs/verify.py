@@ -81,12 +81,13 @@ def _processor_flags() -> set[str]:
     return set(next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), ()))
 
 
-def build_parser() -> ArgumentParser:
+def build_verify_parser(prog: str = "main_eval.py verify") -> ArgumentParser:
+    """The flags of `verify`."""
     parser = ArgumentParser(
-        prog="main_eval.py verify",
+        prog=prog,
         allow_abbrev=False,
-        description="Encode and decode images under changed conditions, each in "
-        "its own process, and compare hashes of symbols, densities, files and pixels; the same for the float codec.",
+        description="Encode and decode images under changed conditions, each in its own process, and compare "
+        "hashes of symbols, densities, files and pixels; the same for the float codec.",
     )
     parser.add_argument(
         "--model",
@@ -118,9 +119,9 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
-def run(argv: Sequence[str]) -> int:
-    """The command line; 0 where everything is the same in the integer codec, else 1."""
-    args = build_parser().parse_args(argv)
+def main(argv: Sequence[str], prog: str = "main_eval.py verify") -> int:
+    """The command line `argv`; returns 0 where everything is the same in the integer codec, else 1."""
+    args = build_verify_parser(prog).parse_args(argv)
     import torch
 
     from licq.runs.coding import models_of
@@ -161,7 +162,8 @@ def model_at(files: Sequence[Path], quality: int | None) -> tuple[Path, int | No
     if rates:
         if quality is not None and str(quality) not in rates:
             raise InputError(
-                f"{files[0]} was quantized for the rates {', '.join(rates)}; choose one of them with --quality"
+                f"{files[0]} was quantized for the rates {', '.join(rates)}; choose one of them with "
+                "--quality"
             )
         return files[0], int(next(iter(rates))) if quality is None else quality
     found = files if quality is None else [file for file in files if file.parent.name == f"q{quality}"]
@@ -269,7 +271,8 @@ def table(results: list[dict[str, Any]], chosen: list[Condition], model: Path, c
     lines = [
         f"{model}, {count} images; each figure counts images that differ from the first line's",
         "",
-        "| condition | integer: symbols | densities | file | decoded from the first file | float: scale indexes (cannot be decoded) | pixels |",
+        "| condition | integer: symbols | densities | file | decoded from the first file | float: scale "
+        "indexes (cannot be decoded) | pixels |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for condition, ours, theirs in zip(chosen, integer, floats):
