@@ -29,7 +29,7 @@ _OPTIONS = {"avif": {"speed": 6, "max_threads": 1}}
 
 def can_write(codec: str) -> bool:
     """Whether the installed Pillow has that codec."""
-    return features.check("jpg" if codec == "jpeg" else codec)
+    return bool(features.check("jpg" if codec == "jpeg" else codec))
 
 
 def anchor_points(

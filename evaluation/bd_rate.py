@@ -49,9 +49,9 @@ def bd_rate(
     return float((10.0 ** ((area_b - area_a) / (high - low)) - 1.0) * 100.0)
 
 
-def _curve(rate: Sequence[float], psnr: Sequence[float], method: str) -> tuple[np.ndarray, np.ndarray]:
+def _curve(rates: Sequence[float], qualities: Sequence[float], method: str) -> tuple[np.ndarray, np.ndarray]:
     """Quality and log10 rate, sorted by rate, checked."""
-    rate, psnr = np.asarray(rate, dtype=np.float64), np.asarray(psnr, dtype=np.float64)
+    rate, psnr = np.asarray(rates, dtype=np.float64), np.asarray(qualities, dtype=np.float64)
     if rate.shape != psnr.shape or rate.ndim != 1:
         raise InputError(
             f"BD-rate: {rate.size} rates and {psnr.size} qualities do not pair up; give one of each a point"

@@ -4,10 +4,11 @@ import argparse
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from licq.codec.container import TILE
 from licq.support import options
@@ -98,17 +99,17 @@ def models_of(run: str | Path) -> list[Path]:
         InputError: there is none.
     """
     path = Path(os.path.expanduser(run))
-    found = (
+    models = (
         [path]
         if path.is_file()
         else sorted(path.glob("q*/model.safetensors")) or list(path.glob("model.safetensors"))
     )
-    if not found:
+    if not models:
         raise InputError(
             f"no quantized model at {run}; give a model.safetensors or a folder that main_ptq.py has "
             "written with --model"
         )
-    return found
+    return models
 
 
 def files_of(inputs: Sequence[str], suffixes: frozenset[str]) -> list[Path]:
@@ -145,10 +146,10 @@ def jobs(
         InputError: a missing input, an empty folder, two inputs for one output.
     """
     sources = files_of(inputs, suffixes)
-    single = out is not None and len(sources) == 1 and not Path(out).is_dir() and not Path(inputs[0]).is_dir()
-    pairs = [
-        (p, Path(out) if single else (Path(out) if out else p.parent) / (p.stem + suffix)) for p in sources
-    ]
+    if out is not None and len(sources) == 1 and not Path(out).is_dir() and not Path(inputs[0]).is_dir():
+        pairs = [(sources[0], Path(out))]
+    else:
+        pairs = [(path, (Path(out) if out else path.parent) / (path.stem + suffix)) for path in sources]
     targets = Counter(target for _, target in pairs)
     for source, target in pairs:
         if targets[target] > 1:
@@ -189,6 +190,7 @@ def _codec_of(piece: _Piece):
 
 
 def encode(args: argparse.Namespace) -> int:
+    """Write every image as a .licq file; returns the exit status."""
     from licq.data.datasets import SUFFIXES
 
     model, level = _model_for(args)
@@ -226,13 +228,13 @@ def _model_for(args: argparse.Namespace) -> tuple[Path, float | None]:
     """(the model to encode with, the rate of a variable-rate one)."""
     files = models_of(args.model)
     if len(files) > 1:
-        known = {file.parent.name[1:]: file for file in files}
-        wanted = f"{args.quality:g}" if args.quality is not None else None
-        if wanted not in known:
+        by_quality = {file.parent.name[1:]: file for file in files}
+        quality = f"{args.quality:g}" if args.quality is not None else None
+        if quality not in by_quality:
             raise InputError(
-                f"{args.model} holds the qualities {', '.join(known)}; choose one of them with --quality"
+                f"{args.model} holds the qualities {', '.join(by_quality)}; choose one of them with --quality"
             )
-        return known[wanted], None
+        return by_quality[quality], None
     codec = _loaded(files[0], args.threads, args.tile or None)
     if codec.variable and args.quality is None:
         raise InputError(
@@ -247,6 +249,7 @@ def _model_for(args: argparse.Namespace) -> tuple[Path, float | None]:
 
 
 def decode(args: argparse.Namespace) -> int:
+    """Write the image of every .licq file; returns the exit status."""
     from licq.codec.container import MODEL_BYTES, Container
     from licq.support.files import sha256
 
@@ -256,14 +259,14 @@ def decode(args: argparse.Namespace) -> int:
     models = {bytes.fromhex(sha256(file))[:MODEL_BYTES]: file for file in models_of(args.model)}
     given = []
     for source, target in pairs:
-        wanted = _named(source, Container.from_bytes, _read(source)).model
-        if wanted not in models:
-            there = ", ".join(digest.hex() for digest in models)
+        digest = _named(source, Container.from_bytes, _read(source)).model
+        if digest not in models:
+            there = ", ".join(known.hex() for known in models)
             raise InputError(
-                f"{source} was written by the model {wanted.hex()}, and {args.model} holds {there}; give "
+                f"{source} was written by the model {digest.hex()}, and {args.model} holds {there}; give "
                 "that one with --model"
             )
-        given.append((source, target, models[wanted], None))
+        given.append((source, target, models[digest], None))
     for _ in _worked(_decode_one, sorted(given, key=lambda piece: str(piece[2])), args, "decoding"):
         pass
     return 0
@@ -278,13 +281,21 @@ def _decode_one(piece: _Piece) -> None:
         image.save(temporary, format=_format(piece.target))
 
 
-def _worked(function: Callable, pieces: list[tuple], args: argparse.Namespace, what: str) -> Iterator:
+def _worked(
+    function: Callable[[_Piece], Any],
+    pieces: Sequence[tuple[Path, Path, Path, float | None]],
+    args: argparse.Namespace,
+    what: str,
+) -> Iterable[Any]:
     """`function` of each (source, target, model, level), with progress: of images, or of the tiles of a
     single one."""
     count = min(args.jobs or default_jobs(len(pieces), args.threads), len(pieces))
     threads = args.threads if args.threads or count == 1 else 1
     shown = not args.quiet and len(pieces) == 1
-    work = [_Piece(*piece, threads, args.tile or None, shown) for piece in pieces]
+    work = [
+        _Piece(source, target, model, level, threads, args.tile or None, shown)
+        for source, target, model, level in pieces
+    ]
     return progress(
         ordered(function, work, count),
         total=len(work),
@@ -295,6 +306,7 @@ def _worked(function: Callable, pieces: list[tuple], args: argparse.Namespace, w
 
 
 def info(args: argparse.Namespace) -> int:
+    """Print a line on every .licq file; returns the exit status."""
     from licq.codec.container import GAIN_UNIT, Container
 
     for source in files_of(args.inputs, frozenset({SUFFIX})):

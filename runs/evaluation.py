@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 
 from licq.codec.api import Codec
@@ -24,7 +25,7 @@ from licq.quant.model import QuantModel
 from licq.report.build import build_report, make_point, write_report
 from licq.report.crops import make_crops, save_picture
 from licq.report.text import coverage_lines
-from licq.runs.float_models import FloatModel
+from licq.runs.float_models import FloatModel, set_rate
 from licq.runs.inputs import check_images, find_evaluation_set, pick_device
 from licq.runs.saved_models import (
     common_header,
@@ -98,7 +99,7 @@ class EvaluationRun:
         if "level" in point.header:
             for model in (quant and quant.model, network):
                 if model is not None:
-                    model.set_level(point.header["level"])
+                    set_rate(model, point.header["level"])
         return network, quant
 
 
@@ -311,7 +312,9 @@ def _words_of_shards(argv: Sequence[str], engine: Engine) -> list[str]:
 # ------------------------------------------------------------------------------------------------- the report
 
 
-def _report_point(run: EvaluationRun, index: int, parts: Sequence[dict[str, Any]]) -> tuple[dict, dict]:
+def _report_point(
+    run: EvaluationRun, index: int, parts: Sequence[dict[str, Any]]
+) -> tuple[dict, dict[str, Image.Image]]:
     """A point of report.json, and {file: picture} of its crops where both codecs were measured."""
     point = run.points[index]
     quality, header = round(point.quality, 3), point.header
@@ -320,7 +323,8 @@ def _report_point(run: EvaluationRun, index: int, parts: Sequence[dict[str, Any]
         for codec in ("fp32", "quant")
     )
     lmbda = header.get("lambda") or run.float_codecs[quality].lmbda
-    crops, pictures = {}, {}
+    crops: dict[str, Any] = {}
+    pictures: dict[str, Image.Image] = {}
     network, codec = run.codecs(index) if fp32 and quant else (None, None)
     if network is not None and codec is not None and fp32 and quant:
         where, picture = make_crops(

@@ -15,7 +15,7 @@ architectures: {options.ARCHITECTURES[0]}
 of variable rate: {options.ARCHITECTURES[1]}"""
 
 _QUANTIZE_EPILOG = """\
-bpp is estimated from the entropy model's likelihoods; {evaluate} --real counts the bytes of files.
+bpp is estimated from likelihoods; {evaluate} --real counts the bytes of files.
 --help_all shows all flags: bits of single layers, --analyze, --sweep, --set ..."""
 
 _QUANTIZE_DETAILS = f"""\
@@ -30,11 +30,10 @@ the same settings.
 """
 
 _EVALUATE_EPILOG = """\
-bpp is estimated from the entropy model's likelihoods. With --real it is that of files: each image is encoded,
-decoded and compared with what the quantized network says, and the estimate stands beside it.
+bpp is estimated from likelihoods; with --real it is that of files, encoded, decoded and compared.
 
-  {command} encode | decode | info   files of single images or folders; see {command} encode --help
-  {command} verify                   does every machine decode the same? see {command} verify --help
+  {command} encode | decode | info    code single images or folders of them
+  {command} verify                    does every machine decode the same?
 
 --help_all shows all flags: parts of large folders, rates between qualities ..."""
 
@@ -78,20 +77,20 @@ def _add_quantization(parser: ScreenParser) -> None:
         metavar="B",
         type=options.bits,
         default=8,
-        help="bits of the inputs of multiply-accumulate layers, 2 to 16, or 32 for float (default: 8)",
+        help="bits of the layers' inputs, 2 to 16, or 32 for float (default: 8)",
     )
     group.add_argument(
         "--preset",
         metavar="NAME",
         default="licq",
-        help="method: a name from reconstruction/presets/ or the path of a YAML file (default: licq)",
+        help="method: a preset's name, or the path of a YAML file (default: licq)",
     )
     group.add_argument(
         "--loss",
         choices=options.LOSSES,
-        help="what a unit minimizes: error of its output (mse), the same weighted by sensitivity (fisher), "
-        "the squared change of J (rd), J itself (rd_direct), divergence (kl), error of its stage's output "
-        "(stage), of the codec's outputs (output) (default: the preset's; licq: rd)",
+        help="what a unit minimizes: error of its output (mse), weighted by sensitivity (fisher), squared "
+        "change of J (rd), J itself (rd_direct), divergence (kl), error of its stage's (stage) or the "
+        "codec's outputs (output) (default: the preset's; licq: rd)",
     )
     group.add_argument(
         "--iters", metavar="N", type=options.count, help="optimizer steps per unit (default: the preset's)"
@@ -137,8 +136,8 @@ def _add_images(parser: ScreenParser) -> None:
     group.add_argument(
         "--calib",
         metavar="SET",
-        help="calibration images: a folder or a data set's name (default: photos-calib, 3 photos that "
-        "installed packages ship)",
+        help="calibration images: a folder or a data set's name (default: photos-calib, 3 photos of "
+        "installed packages)",
     )
     group.add_argument(
         "--num_calib", metavar="N", type=options.positive, default=10, help="calibration images (default: 10)"
@@ -147,8 +146,8 @@ def _add_images(parser: ScreenParser) -> None:
         "--eval",
         dest="data",
         metavar="SET",
-        help="evaluation images: a folder or a data set's name (default: kodak where it is found through "
-        "LICQ_DATA or the cache, else photos, 3 photos that installed packages ship)",
+        help="evaluation images: a folder or a data set's name (default: kodak if LICQ_DATA or the cache has "
+        "it, else photos, 3 photos of installed packages)",
     )
     group = parser.add_rare_group("calibration crops")
     group.add_argument(
@@ -237,13 +236,12 @@ def _add_run(parser: ScreenParser) -> None:
     group.add_argument(
         "--out",
         metavar="FOLDER",
-        help="results (default: runs/<arch>_w<w_bits>a<a_bits>_<loss>; with a preset other than licq its "
-        "name stands for the loss)",
+        help="results (default: runs/<arch>_w<w_bits>a<a_bits>_<loss, or preset>)",
     )
     group.add_argument(
         "--resume", action="store_true", help="go on where the same command was stopped (default: start anew)"
     )
-    group = parser.add_rare_group("baseline and shared results")
+    group = parser.add_rare_group("baseline and results of other runs")
     group.add_argument(
         "--no-baseline",
         dest="baseline",
@@ -315,14 +313,14 @@ def build_evaluate_parser(prog: str = "main_eval.py") -> ScreenParser:
         metavar="WHAT",
         nargs="+",
         required=True,
-        help="quantized models (model.safetensors), a folder with q*/model.safetensors, or `float`: only the "
-        "float codecs that --arch, --quality and --checkpoint name",
+        help="quantized models or folders of runs, or `float`: only the float codecs that --arch, --quality "
+        "and --checkpoint name",
     )
     group.add_argument(
         "--data",
         metavar="SET",
-        help="images: a folder or a data set's name (default: kodak where it is found through LICQ_DATA or "
-        "the cache, else photos, 3 photos that installed packages ship)",
+        help="images: a folder or a data set's name (default: kodak if LICQ_DATA or the cache has it, else "
+        "photos, 3 photos of installed packages)",
     )
     options.add_float_model(parser, metric=None)
     group = parser.add_rare_group("variable rate")
@@ -339,14 +337,13 @@ def build_evaluate_parser(prog: str = "main_eval.py") -> ScreenParser:
     group.add_argument(
         "--real",
         action="store_true",
-        help="write and decode a file for every image; bpp is what it takes on disk (default: estimated)",
+        help="write and decode files; bpp is what they take on disk (default: estimated)",
     )
     group.add_argument(
         "--no-float",
         dest="with_float",
         action="store_false",
-        help="do not evaluate the float codecs beside the quantized ones; no BD-rate then (default: "
-        "evaluated)",
+        help="leave out the float codecs, and with them the BD-rate (default: evaluated)",
     )
     group.add_argument(
         "--out",

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from torch import nn
 
@@ -17,6 +18,7 @@ from licq.models.checkpoints import (
     rates_of,
     read_checkpoint,
 )
+from licq.models.qvrf import VariableRate
 from licq.models.registry import Architecture, get_architecture, list_models
 from licq.support.errors import InputError
 from licq.support.files import sha256
@@ -51,6 +53,11 @@ class FloatModel:
         return load_checkpoint(self.path, self.arch, self.quality, self.lmbda if self.own_lambda else None)
 
 
+def set_rate(model: nn.Module, level: float) -> None:
+    """Set a variable-rate codec, float or quantized, to a level."""
+    cast(VariableRate, model).set_level(level)
+
+
 def find_float_models(
     arch: str | None = None,
     qualities: Sequence[int] | str | None = None,
@@ -72,7 +79,7 @@ def find_float_models(
     """
     if checkpoint is not None and pretrained:
         raise InputError("--checkpoint and --pretrained exclude each other; give one of them")
-    if qualities == "all":
+    if isinstance(qualities, str):  # "all"
         qualities = None
     if checkpoint is not None:
         architecture, files = _from_files(arch, qualities, checkpoint, metric, lmbdas is not None)
@@ -189,14 +196,14 @@ def _matching(pattern: str) -> dict[int, Path]:
     expression = re.compile(
         re.escape(name).replace(re.escape("{quality}"), "([0-9]+)", 1).replace(re.escape("{quality}"), r"\1")
     )
-    found = {}
+    files = {}
     for path in folder.iterdir() if folder.is_dir() else ():
         match = expression.fullmatch(path.name)
         if match and path.is_file():
-            found[int(match[1])] = path
-    if not found:
+            files[int(match[1])] = path
+    if not files:
         raise InputError(f"no file is named like --checkpoint {pattern}; check the folder and the name")
-    return dict(sorted(found.items()))
+    return dict(sorted(files.items()))
 
 
 def _identify(path: Path) -> Architecture:

@@ -94,7 +94,7 @@ def calibration_crops(
         )
     dataset = open_dataset(name_or_folder or CALIBRATION)
     crops = sample_crops(dataset.paths, num, crop, seed, exclude.paths, crops_per_image, reductions)
-    facts = {
+    description = {
         "dataset": dataset.name,
         "images": min(num, len(dataset)),
         "num_calib": num,
@@ -105,10 +105,10 @@ def calibration_crops(
         "sha256": hashlib.sha256(crops.numpy().tobytes()).hexdigest(),
     }
     if len(dataset) >= num:
-        return crops, facts, None
+        return crops, description, None
     return (
         crops,
-        facts,
+        description,
         f"{num} calibration images were asked for, and there are {len(dataset)}: they are used again, at "
         "other places",
     )

@@ -4,18 +4,19 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
 from licq.evaluation import evaluate as evaluation
 from licq.evaluation.evaluate import Report
+from licq.quant.bits import Bits
 from licq.quant.config import QuantConfig
 from licq.quant.model import QuantModel
 from licq.reconstruction.api import quantize
 from licq.report.build import make_point
 from licq.report.crops import save_crops
-from licq.runs.float_models import FloatModel
+from licq.runs.float_models import FloatModel, set_rate
 from licq.runs.folder import QualityFolder
 from licq.runs.layer_search import described_bits, find_layer_bits, write_layer_bits
 from licq.runs.run import Run
@@ -56,7 +57,7 @@ class Quality:
         return self.source.load()
 
     @property
-    def allocation(self):
+    def allocation(self) -> Bits | None:
         """Bits of single layers, as `QuantModel` takes them."""
         return self.layer_bits and self.layer_bits["layers"]
 
@@ -81,7 +82,7 @@ class Quality:
         """The quantized codec from its file, set to this quality."""
         codec = QuantModel.load(self.folder.model)
         if self.run.is_variable:
-            codec.model.set_level(self.source.quality)
+            set_rate(codec.model, self.source.quality)
         return codec
 
 
@@ -210,7 +211,7 @@ def plain_baseline(quality: Quality) -> QuantModel:
         return _observed_baseline(quality)
     if "plain" not in run.cache:
         run.cache["plain"] = _observed_baseline(quality)
-    run.cache["plain"].model.set_level(quality.source.quality)
+    set_rate(run.cache["plain"].model, quality.source.quality)
     return run.cache["plain"]
 
 
@@ -272,7 +273,7 @@ def _quantized_part(quality: Quality) -> dict[str, Any]:
 
 def _header(quality: Quality, codec: QuantModel) -> dict[str, Any]:
     """What the file of a quantized codec says of itself, beside its tensors; `main_eval.py` reads it."""
-    run, source = quality.run, quality.source
+    run, source, history = quality.run, quality.source, cast(dict[str, Any], codec.history)
     rates = {"rates": {other.quality: other.lmbda for other in run.models}} if run.is_variable else {}
     return {
         **rates,
@@ -289,8 +290,8 @@ def _header(quality: Quality, codec: QuantModel) -> dict[str, Any]:
             "sha256": source.sha256,
             "own_lambda": source.own_lambda,
         },
-        "calibration_seconds": codec.history["seconds"],
-        "peak_memory_mb": codec.history.get("peak_memory_mb"),
+        "calibration_seconds": history["seconds"],
+        "peak_memory_mb": history.get("peak_memory_mb"),
         "coverage": codec.coverage(),
     }
 

@@ -5,13 +5,14 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from licq.data.calibration import draw_levels
 from licq.data.datasets import Dataset
+from licq.models.qvrf import VariableRate
 from licq.models.registry import get_architecture
 from licq.quant.bits import Bits
 from licq.quant.config import FLOAT_BITS
@@ -166,7 +167,7 @@ def _with_rates(network: nn.Module, crops: Tensor, models: list[FloatModel], see
     lambdas = {model.quality: model.lmbda for model in models}
     levels = draw_levels(len(crops), list(lambdas), seed)
     with torch.no_grad():
-        return network.with_planes(
+        return cast(VariableRate, network).with_planes(
             crops, torch.tensor(levels), torch.tensor([lambdas[level] for level in levels])
         )
 

@@ -2,12 +2,14 @@
 they were made from."""
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from licq.models.checkpoints import embedded_checkpoint, load_checkpoint
+from licq.models.qvrf import VariableRate
 from licq.models.registry import get_architecture
 from licq.quant.model import QuantModel
 from licq.quant.serialization import read_quantized
@@ -90,7 +92,7 @@ def models_at_rates(
         qualities = args.quality
     else:
         qualities = [] if args.rate_factor and args.quality is None else sorted(lambdas)
-    codec = QuantModel.load(file).model
+    codec = cast(VariableRate, QuantModel.load(file).model)
     table = get_architecture(header["arch"]).lambdas[header["metric"]]
     for quality in qualities:
         if quality not in lambdas and not 1 <= quality <= codec.levels:
@@ -107,7 +109,7 @@ def models_at_rates(
     return [file] * len(headers), headers
 
 
-def _interpolated(table: dict[int, float], level: float) -> float:
+def _interpolated(table: Mapping[int, float], level: float) -> float:
     """The lambda of a level between two, on the straight line of its logarithm."""
     return float(np.exp(np.interp(level, list(table), np.log(list(table.values())))))
 

@@ -1,4 +1,4 @@
-"""main_eval.py verify: the same images under changed conditions, each in its own process; every hash must be
+"""The command verify: the same images under changed conditions, each in its own process; every hash must be
 the same."""
 
 import json
@@ -37,7 +37,7 @@ class Condition:
 def conditions(python: Sequence[str], cuda: bool) -> list[Condition]:
     """All that this machine can be put in; the first is what the others are compared with."""
     flags = _processor_flags()
-    found = [
+    chosen = [
         Condition("1 thread"),
         Condition("2 threads", threads=2),
         Condition("batch of 4", batch=4),
@@ -46,7 +46,7 @@ def conditions(python: Sequence[str], cuda: bool) -> list[Condition]:
     ]
     for capability, needs in (("default", None), ("avx2", "avx2"), ("avx512", "avx512f")):
         if needs is None or needs in flags:
-            found.append(
+            chosen.append(
                 Condition(
                     f"ATEN_CPU_CAPABILITY={capability}", environment={"ATEN_CPU_CAPABILITY": capability}
                 )
@@ -59,18 +59,18 @@ def conditions(python: Sequence[str], cuda: bool) -> list[Condition]:
         ("AVX512_CORE_VNNI", "avx512_vnni"),
     ):
         if needs is None or needs in flags:
-            found.append(Condition(f"ONEDNN_MAX_CPU_ISA={isa}", environment={"ONEDNN_MAX_CPU_ISA": isa}))
-            found.append(
+            chosen.append(Condition(f"ONEDNN_MAX_CPU_ISA={isa}", environment={"ONEDNN_MAX_CPU_ISA": isa}))
+            chosen.append(
                 Condition(
                     f"ONEDNN_MAX_CPU_ISA={isa}, reference kernels",
                     only_integer=True,
                     environment={"ONEDNN_MAX_CPU_ISA": isa, "LICQ_KERNELS": "reference"},
                 )
             )
-    found += [Condition(f"PyTorch of {path}", python=path) for path in python]
+    chosen += [Condition(f"PyTorch of {path}", python=path) for path in python]
     if cuda:
-        found.append(Condition("CUDA", device="cuda"))
-    return found
+        chosen.append(Condition("CUDA", device="cuda"))
+    return chosen
 
 
 def _processor_flags() -> set[str]:
@@ -134,15 +134,15 @@ def main(argv: Sequence[str], prog: str = "main_eval.py verify") -> int:
             raise InputError(f"--python {path} is no program; give the path of an environment's python")
     images = [str(path) for path in evaluation_set(args.data)[0].paths][: args.images]
     source = float_of(model, level) if args.with_float else None
-    chosen = conditions(args.python, torch.cuda.is_available())
-    results = measure(model, source, images, chosen, level, progress=not args.quiet)
-    text = table(results, chosen, model, len(images))
+    tried = conditions(args.python, torch.cuda.is_available())
+    results = measure(model, source, images, tried, level, progress=not args.quiet)
+    text = table(results, tried, model, len(images))
     print(text)
     if args.out:
         write_text(args.out, text + "\n")
         write_json(
             Path(args.out).with_suffix(".json"),
-            {condition.name: result for condition, result in zip(chosen, results)},
+            {condition.name: result for condition, result in zip(tried, results)},
         )
     return (
         _DIFFERENT
@@ -166,12 +166,12 @@ def model_at(files: Sequence[Path], quality: int | None) -> tuple[Path, int | No
                 "--quality"
             )
         return files[0], int(next(iter(rates))) if quality is None else quality
-    found = files if quality is None else [file for file in files if file.parent.name == f"q{quality}"]
-    if not found:
+    matching = files if quality is None else [file for file in files if file.parent.name == f"q{quality}"]
+    if not matching:
         raise InputError(
             f"no quality {quality} among {', '.join(map(str, files))}; choose another with --quality"
         )
-    return found[0], None
+    return matching[0], None
 
 
 def _extra(file: Path) -> dict[str, Any]:
@@ -193,7 +193,7 @@ def measure(
     model: Path,
     source: list | None,
     images: list[str],
-    chosen: list[Condition],
+    tried: list[Condition],
     level: int | None = None,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
@@ -206,8 +206,8 @@ def measure(
 
     results = []
     with tempfile.TemporaryDirectory() as folder:
-        for place, condition in enumerate(
-            progress_bar(chosen, desc="conditions", unit="process", enabled=progress)
+        for position, condition in enumerate(
+            progress_bar(tried, desc="conditions", unit="process", enabled=progress)
         ):
             job = {
                 "model": str(model.resolve()),
@@ -219,24 +219,32 @@ def measure(
                 "tile": condition.tile,
                 "device": condition.device,
                 "keep": folder,
-                "base": place == 0,
+                "base": position == 0,
             }
-            given, found = Path(folder) / "job.json", Path(folder) / "result.json"
-            given.write_text(json.dumps(job))
-            found.unlink(missing_ok=True)
+            job_file, result_file = Path(folder) / "job.json", Path(folder) / "result.json"
+            job_file.write_text(json.dumps(job))
+            result_file.unlink(missing_ok=True)
             environment = {**os.environ, **condition.environment, "PYTHONPATH": str(_ROOT)}
             process = subprocess.run(
-                [condition.python, "-W", "ignore", "-m", "licq.codec.fingerprint", str(given), str(found)],
+                [
+                    condition.python,
+                    "-W",
+                    "ignore",
+                    "-m",
+                    "licq.codec.fingerprint",
+                    str(job_file),
+                    str(result_file),
+                ],
                 cwd=_ROOT,
                 env=environment,
                 capture_output=True,
                 text=True,
                 check=False,
             )
-            if process.returncode or not found.is_file():
+            if process.returncode or not result_file.is_file():
                 last = (process.stderr.strip().splitlines() or [f"status {process.returncode}"])[-1]
                 raise InputError(f"the process of condition {condition.name!r} failed: {last}")
-            results.append(json.loads(found.read_text()))
+            results.append(json.loads(result_file.read_text()))
     return results
 
 
@@ -253,19 +261,19 @@ def compared(results: list[dict[str, Any]], kind: str) -> list[dict[str, int] | 
         differences.append(
             {
                 name: sum(
-                    found[name] != first[name if name in first else "pixels"]
-                    for found, first in zip(result[kind], base, strict=True)
+                    image[name] != first[name if name in first else "pixels"]
+                    for image, first in zip(result[kind], base, strict=True)
                 )
                 for name in names
             }
         )
-    for found, first in zip(base, base):  # what a file decodes to is what the network says
-        if "decoded" in found and found["decoded"] != first["pixels"]:
+    for image, first in zip(base, base):  # what a file decodes to is what the network says
+        if "decoded" in image and image["decoded"] != first["pixels"]:
             differences[0]["decoded"] += 1
     return differences
 
 
-def table(results: list[dict[str, Any]], chosen: list[Condition], model: Path, count: int) -> str:
+def table(results: list[dict[str, Any]], tried: list[Condition], model: Path, count: int) -> str:
     """Markdown."""
     integer, floats = compared(results, "integer"), compared(results, "float")
     lines = [
@@ -275,7 +283,7 @@ def table(results: list[dict[str, Any]], chosen: list[Condition], model: Path, c
         "indexes (cannot be decoded) | pixels |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for condition, ours, theirs in zip(chosen, integer, floats):
+    for condition, ours, theirs in zip(tried, integer, floats):
         cells = [str(ours.get(name, "-")) if ours else "-" for name in ("symbols", "indexes", "file")]
         cells.append(str(ours.get("decoded", ours["pixels"])) if ours else "-")
         cells += [str(theirs[name]) if theirs else "-" for name in ("indexes", "pixels")]

@@ -69,7 +69,8 @@ class ScreenParser(ArgumentParser):
 
 class _HelpAll(argparse._HelpAction):
     def __call__(self, parser, namespace, values, option_string=None):
-        print(parser.format_help(everything=True), end="")
+        if isinstance(parser, ScreenParser):
+            print(parser.format_help(everything=True), end="")
         parser.exit()
 
 
@@ -100,7 +101,7 @@ def positive(text: str) -> int:
 
 def reductions(text: str) -> list[int]:
     """Integers from 1, separated by commas."""
-    return [_at_least(item, 1) for item in text.split(",")]
+    return [_at_least(part, 1) for part in text.split(",")]
 
 
 def threads(text: str) -> int:
@@ -150,14 +151,14 @@ def share(text: str) -> float:
 
 def _positive_numbers(text: str, example: float) -> list[float]:
     values = []
-    for item in text.split(","):
+    for part in text.split(","):
         try:
-            value = float(item)
+            value = float(part)
         except ValueError:
             value = math.nan
         if not (math.isfinite(value) and value > 0):
             raise argparse.ArgumentTypeError(
-                f"{item.strip() or text!r} is not a positive number; give one such as {example}"
+                f"{part.strip() or text!r} is not a positive number; give one such as {example}"
             )
         values.append(value)
     return values
@@ -190,13 +191,13 @@ def bops_budget(text: str) -> dict[str, float]:
 
 def bits_choices(text: str) -> list[int]:
     """Numbers of bits from 2 to 16, separated by commas."""
-    found = sorted({_integer(item) for item in text.split(",")})
-    for value in found:
+    choices = sorted({_integer(part) for part in text.split(",")})
+    for value in choices:
         if not 2 <= value <= 16:
             raise argparse.ArgumentTypeError(
                 f"{value} is out of range; choose numbers from 2 to 16, such as 4,6,8"
             )
-    return found
+    return choices
 
 
 def positive_number(text: str) -> float:
@@ -208,14 +209,14 @@ def qualities(text: str) -> list[int] | str:
     """`all`, or integers separated by commas."""
     if text == "all":
         return text
-    found = []
-    for item in text.split(","):
-        if not item.strip().isdecimal():
+    numbers = []
+    for part in text.split(","):
+        if not part.strip().isdecimal():
             raise argparse.ArgumentTypeError(
-                f"{item.strip() or text!r} is not a quality; give numbers such as 1,3,5 or `all`"
+                f"{part.strip() or text!r} is not a quality; give numbers such as 1,3,5 or `all`"
             )
-        found.append(int(item))
-    return found
+        numbers.append(int(part))
+    return numbers
 
 
 def merge_qualities(given: list[list[int] | str] | None) -> list[int] | str | None:
@@ -223,7 +224,9 @@ def merge_qualities(given: list[list[int] | str] | None) -> list[int] | str | No
     word."""
     if given is None:
         return None
-    return "all" if "all" in given else sorted({quality for word in given for quality in word})
+    if "all" in given:
+        return "all"
+    return sorted({quality for word in given if not isinstance(word, str) for quality in word})
 
 
 def assignment(text: str) -> tuple[str, str]:
@@ -246,7 +249,7 @@ def convert(name: str, text: str, like: Any) -> Any:
                 text.lower()
             ]
         if isinstance(like, tuple):
-            return tuple(item.strip() for item in text.split(",") if item.strip())
+            return tuple(part.strip() for part in text.split(",") if part.strip())
         value = type(like)(text)
     except (ValueError, KeyError):
         value = None
@@ -275,8 +278,8 @@ def add_float_model(parser: argparse.ArgumentParser, metric: str | None = "mse")
     group.add_argument(
         "--arch",
         metavar="NAME",
-        help="architecture: a name, or the path of a Python file that registers one, as "
-        "examples/bls2017.py does (default: what the file of --checkpoint is, else lu2022)",
+        help="architecture: a name, or a Python file that registers one, as examples/bls2017.py does "
+        "(default: what --checkpoint is, else lu2022)",
     )
     group.add_argument(
         "--quality",
@@ -290,13 +293,13 @@ def add_float_model(parser: argparse.ArgumentParser, metric: str | None = "mse")
         "--checkpoint",
         metavar="FILE",
         type=existing_or_pattern,
-        help="trained weights: .pth.tar, .pt or .safetensors; {quality} in the name stands for the quality "
-        "(default: the checkpoints that come with the project)",
+        help="trained weights, .pth.tar, .pt or .safetensors; {quality} in the name stands for the quality "
+        "(default: those of the project)",
     )
     group.add_argument(
         "--pretrained",
         action="store_true",
-        help="use CompressAI's published weights, downloaded once and checked by their hash (default: no)",
+        help="use CompressAI's published weights, checked by their hash (default: no)",
     )
     group = rare_group(parser, "objective of the float codec")
     group.add_argument(
@@ -364,8 +367,8 @@ def _integer(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r} is not an integer") from None
 
 
-def _at_least(text: str, least: int) -> int:
+def _at_least(text: str, minimum: int) -> int:
     value = _integer(text)
-    if value < least:
-        raise argparse.ArgumentTypeError(f"{text} is out of range; choose {least} or more")
+    if value < minimum:
+        raise argparse.ArgumentTypeError(f"{text} is out of range; choose {minimum} or more")
     return value

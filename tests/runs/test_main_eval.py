@@ -15,8 +15,7 @@ from licq.data.images import load_image, load_pixels
 from licq.data.padding import crop_back, pad_to_multiple
 from licq.models.checkpoints import load_checkpoint, save_checkpoint
 from licq.quant.model import QuantModel
-from licq.runs import coding as commands
-from licq.runs import verify
+from licq.runs import coding, verify
 from licq.support.cli import main_guard
 from licq.support.errors import InputError
 from tests.main_jobs import ARCH, one_line, report_of, run
@@ -368,7 +367,7 @@ def test_many_inputs_and_hidden_ones(tmp_path):
     for name in (*names, ".left.licq"):
         (tmp_path / name).touch()
     start = time.process_time()
-    assert len(commands.jobs([str(tmp_path)], str(tmp_path / "out"), frozenset({".licq"}), ".png")) == len(
+    assert len(coding.jobs([str(tmp_path)], str(tmp_path / "out"), frozenset({".licq"}), ".png")) == len(
         names
     )
     assert time.process_time() - start < 2  # comparing all with all took minutes for some ten thousand

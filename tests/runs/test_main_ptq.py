@@ -146,7 +146,9 @@ def test_script_ends_with_status_and_one_line(tmp_path):
 
 def test_choices_are_those_of_the_library():
     assert (options.LOSSES, options.UNITS, set(options.METRICS)) == (LOSSES, UNITS, set(LAMBDAS))
-    text = "".join(main_ptq.build_parser().format_help().split())  # argparse breaks lines at hyphens
+    text = "".join(
+        main_ptq.build_parser().format_help(everything=True).split()
+    )  # argparse breaks lines at hyphens
     assert all(name in text for name in list_models())
 
 
@@ -181,7 +183,7 @@ def test_knobs_are_converted_to_the_type_of_their_default():
     [
         ({"w_bits": 1}, ["--w_bits", "1 is out of range", "2 to 16"]),
         ({"a_bits": 17}, ["--a_bits", "2 to 16"]),
-        ({"w_bits": "eight"}, ["--w_bits", "whole number"]),
+        ({"w_bits": "eight"}, ["--w_bits", "not an integer"]),
         ({"bias_bits": 16}, ["--bias_bits", "8, 32"]),
         ({"loss": "psnr"}, ["--loss", "rd_direct"]),
         ({"unit": "pixel"}, ["--unit", "block"]),
@@ -208,7 +210,7 @@ def test_knobs_are_converted_to_the_type_of_their_default():
         ({"set": "iters"}, ["name=value"]),
         ({"set": "w_bits=4"}, ["--w_bits"]),
         ({"set": "speed=9"}, ["speed", "known are"]),
-        ({"set": "joint_iters=few"}, ["joint_iters", "whole number"]),
+        ({"set": "joint_iters=few"}, ["joint_iters", "not an integer"]),
         ({"set": "lr_range=nan"}, ["lr_range", "number"]),
         ({"set": "learn=luck"}, ["luck"]),
         ({"sweep": "nowhere"}, ["no sweep nowhere", "table1"]),
@@ -449,7 +451,7 @@ def test_new_run_in_a_used_folder_replaces_results_only_when_it_has_its_own(job,
 
 def test_curves_of_other_codecs_are_measured_once(job, tmp_path, monkeypatch):
     from licq.evaluation import anchors
-    from licq.report import build as report
+    from licq.runs import results
 
     curves, kept = [], tmp_path / "out" / "measured"
     monkeypatch.setattr(
@@ -458,7 +460,7 @@ def test_curves_of_other_codecs_are_measured_once(job, tmp_path, monkeypatch):
         lambda *args, whole=anchors.classical_points: curves.append(1) or whole(*args),
     )
     with monkeypatch.context() as patch:
-        patch.setattr(report, "write_report", _interrupt)
+        patch.setattr(results, "write_report", _interrupt)
         assert run(job) == 130
     assert len(curves) == 1 and len(list(kept.iterdir())) == 2  # the float codec's evaluation, and the curves
     assert run(job, resume=True) == 0

@@ -9,7 +9,6 @@ import random
 import pytest
 import torch
 
-import main_ptq
 from licq.evaluation import anchors
 from licq.quant.bits import read_bits
 from licq.quant.config import QuantConfig
@@ -18,7 +17,7 @@ from licq.reconstruction.api import prepare, quantize
 from licq.reconstruction.config import PtqConfig
 from licq.reconstruction.mixed_precision import Budget, Layer, allocate, falling, measure_layers, totals
 from licq.reconstruction.objective import Objective
-from licq.runs import layers as layer_runs
+from licq.runs import bd_rate_limit, layer_search
 from licq.runs.bit_search import ROUNDS, BdRateSearch, chosen
 from licq.support.errors import InputError
 from licq.support.files import write_json
@@ -167,8 +166,8 @@ def drawn_layers(count: int, seed: int) -> list[Layer]:
 
 def every_allocation(layers: list[Layer]):
     pairs = [[(w, a) for w in layer.w_loss for a in layer.a_loss] for layer in layers]
-    for chosen in itertools.product(*pairs):
-        yield {layer.name: {"w_bits": w, "a_bits": a} for layer, (w, a) in zip(layers, chosen)}
+    for combination in itertools.product(*pairs):
+        yield {layer.name: {"w_bits": w, "a_bits": a} for layer, (w, a) in zip(layers, combination)}
 
 
 @pytest.mark.parametrize(
@@ -431,9 +430,9 @@ def test_the_bd_rate_is_kept_below_its_limit(job, tmp_path, monkeypatch, capsys)
         "classical_points",
         lambda *args, whole=anchors.classical_points: curves.append(1) or whole(*args),
     )
-    monkeypatch.setattr(layer_runs, "measure_layers", lambda model, *_, **__: drawn_for(model))
+    monkeypatch.setattr(layer_search, "measure_layers", lambda model, *_, **__: drawn_for(model))
     monkeypatch.setattr(
-        layer_runs,
+        bd_rate_limit,
         "start_loss",
         lambda model, crops, config, objective, bits, *_: (
             starts.append(objective.lmbda)
@@ -442,22 +441,24 @@ def test_the_bd_rate_is_kept_below_its_limit(job, tmp_path, monkeypatch, capsys)
     )
     write_json(tmp_path / "out" / "round3" / "run.json", {"settings": {"bits": "another run's"}})
     monkeypatch.setattr(
-        main_ptq,
+        bd_rate_limit,
         "summarize",
-        lambda attempt, points, whole=main_ptq.summarize: (
+        lambda attempt, points, whole=bd_rate_limit.summarize: (
             made.append(attempt) or {**whole(attempt, points), "bd_rate_psnr": mean_loss(attempt)}
         ),
     )
     assert run(job, quality="1,3", max_bd_rate=0.5, bits_file=tmp_path / "bits-{quality}.json", **NARROW) == 0
     assert len(curves) == 1 and not (tmp_path / "out" / "measured").exists()
-    rounds = made[:-1]
+    rounds = list(made)
     below = [attempt for attempt in rounds if mean_loss(attempt) <= 0.5]
     assert rounds and below
     report = report_of(job)
     for point in report["points"]:
         quality = point["quality"]
         bits = json.loads((tmp_path / f"bits-{quality}.json").read_text())
-        assert point["bits"]["layers"] == bits and any(attempt.bits[quality] == bits for attempt in below)
+        assert point["bits"]["layers"] == bits and any(
+            attempt.layer_bits[quality] == bits for attempt in below
+        )
         codec = QuantModel.load(tmp_path / "out" / f"q{quality}" / "model.safetensors")
         assert {name: node.config.w_bits for name, node in codec.layers.items()} == {
             name: sides["w_bits"] for name, sides in bits.items()
@@ -480,7 +481,7 @@ def test_the_bd_rate_is_kept_below_its_limit(job, tmp_path, monkeypatch, capsys)
     assert contents(tmp_path / "out") == before and not starts
     # what was measured at another lambda, or of another checkpoint, is not taken over
     with monkeypatch.context() as patch:
-        patch.setattr(layer_runs, "BdRateSearch", stopping)
+        patch.setattr(bd_rate_limit, "BdRateSearch", stopping)
         assert (
             run(
                 job,
@@ -513,7 +514,7 @@ def drawn_for(model) -> list[Layer]:
 def mean_loss(attempt) -> float:
     losses = [
         100 * sum(0.004 * (n % 5) for n, sides in enumerate(bits.values()) if sides["w_bits"] == 4)
-        for bits in attempt.bits.values()
+        for bits in attempt.layer_bits.values()
     ]
     return sum(losses) / len(losses)
 

@@ -14,7 +14,7 @@ from licq.reconstruction.api import quantize
 from licq.reconstruction.config import PtqConfig
 from licq.reconstruction.objective import Objective
 from licq.reconstruction.stress import stressed
-from licq.runs import layers as layer_runs
+from licq.runs import layer_search
 from licq.support.cli import main_guard
 from licq.support.errors import InputError
 from tests.main_jobs import one_line, run
@@ -224,9 +224,11 @@ def test_qualities_and_factors_that_a_codec_lacks_are_refused(variable_job, tmp_
 
 
 def test_bits_are_searched_once_for_all_rates(variable_job, tmp_path, monkeypatch):
-    original, searched = layer_runs.measure_layers, []
+    original, searched = layer_search.measure_layers, []
     monkeypatch.setattr(
-        layer_runs, "measure_layers", lambda *args, **kwargs: searched.append(1) or original(*args, **kwargs)
+        layer_search,
+        "measure_layers",
+        lambda *args, **kwargs: searched.append(1) or original(*args, **kwargs),
     )
     assert (
         run(
