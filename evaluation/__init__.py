@@ -1,1 +1,1 @@
-"""What a codec costs and how good its pixels are: metrics, BD-rate, anchors, reports."""
+"""Measures of a codec: metrics, BD-rate, curves to compare with, one codec on a set of images."""

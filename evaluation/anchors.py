@@ -29,26 +29,7 @@ _OPTIONS = {"avif": {"speed": 6, "max_threads": 1}}
 
 def can_write(codec: str) -> bool:
     """Whether the installed Pillow has that codec."""
-    return features.check("jpg" if codec == "jpeg" else codec)
-
-
-def anchor_curve(
-    paths: Sequence[Path],
-    codec: str = "jpeg",
-    qualities: Sequence[int] | None = None,
-    with_ms_ssim: bool = False,
-    progress: bool = False,
-    **options,
-) -> list[dict]:
-    """R-D points of Pillow's `codec` ("jpeg", "webp" or "avif"), means over the images, one a quality
-    setting; see `anchor_points`.
-
-    Returns:
-        [{"quality", "bpp", "psnr", "ms_ssim"}] by rising quality; ms_ssim is None unless asked for (it takes
-        most of the time).
-    """
-    qualities = sorted(qualities or QUALITIES[codec])
-    return _curve(anchor_points(paths, codec, qualities, with_ms_ssim, progress, **options), qualities)
+    return bool(features.check("jpg" if codec == "jpeg" else codec))
 
 
 def anchor_points(
@@ -59,18 +40,26 @@ def anchor_points(
     progress: bool = False,
     **options,
 ) -> np.ndarray:
-    """bpp, PSNR and MS-SSIM (NaN unless asked for) of Pillow's `codec`: (qualities, images, 3) by rising
-    quality.
+    """Rate and distortion of a classical codec at several quality settings.
 
     Bytes are those of the whole file, headers included, metadata left out. Pillow's defaults otherwise: JPEG
     is baseline 4:2:0 with the standard Huffman tables, AVIF 4:2:0 at speed 6 (slower ones gain up to 0.4 dB);
     `options` (e.g. subsampling="4:4:4", optimize=True) go to Pillow's `save`.
 
+    Args:
+        codec: "jpeg", "webp" or "avif".
+        qualities: Pillow's settings; default `QUALITIES`.
+        with_ms_ssim: MS-SSIM takes most of the time.
+
+    Returns:
+        (qualities, images, 3) by rising quality: bpp, PSNR in dB, and MS-SSIM, NaN where it was not asked for
+        or an image is too small.
+
     Raises:
         InputError: no images, or a Pillow without that codec.
     """
     if codec not in QUALITIES:
-        raise ValueError(f"codec is {codec!r}; choose {', '.join(QUALITIES)}")
+        raise ValueError(f"`codec` is {codec!r}; choose {', '.join(QUALITIES)}")
     if not can_write(codec):
         raise InputError(f"this Pillow has no {codec}; install a Pillow wheel from PyPI")
     if not paths:
@@ -97,6 +86,7 @@ def anchor_points(
 
 
 def _curve(points: np.ndarray, qualities: Sequence[int]) -> list[dict]:
+    """Means over the images: [{"quality", "bpp", "psnr", "ms_ssim"}] by rising quality."""
     return [
         {
             "quality": int(quality),
@@ -113,11 +103,12 @@ _IMAGES = {"kodak": 24}  # of the data sets that the published curves are of
 
 
 def published_curve(arch: str, dataset: Dataset, metric: str = "mse") -> list[dict] | None:
-    """The R-D points that were published for the official models of an architecture, from real bitstreams;
-    None where published.json, which names the source of each, has none for this data set and training metric.
+    """The R-D points that were published for the official models of an architecture, from real bitstreams.
+
+    published.json names the source of each curve.
 
     Returns:
-        [{"bpp", "psnr", "ms_ssim"}] by rising rate.
+        [{"bpp", "psnr", "ms_ssim"}] by rising rate; None without a curve for this data set and metric.
     """
     entry = json.loads(PUBLISHED.read_text(encoding="utf-8")).get(arch)
     if (
@@ -133,7 +124,7 @@ def published_curve(arch: str, dataset: Dataset, metric: str = "mse") -> list[di
 
 
 def classical_points(paths: Sequence[Path], progress: bool = False) -> dict[str, np.ndarray]:
-    """`anchor_points` of JPEG, WebP and AVIF where Pillow has them, which `anchors_of` takes the means of."""
+    """{"jpeg", "webp", "avif": `anchor_points`} of the codecs that Pillow has, with MS-SSIM."""
     return {
         codec: anchor_points(paths, codec, with_ms_ssim=True, progress=progress)
         for codec in QUALITIES
@@ -148,10 +139,14 @@ def anchors_of(
     progress: bool = False,
     points: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, list[dict]]:
-    """The curves of a report, by name: JPEG, WebP and AVIF where Pillow has them, and what was published for
-    the architecture.
+    """The curves that a report compares with.
 
-    `points`: the data set's `classical_points` if they are known.
+    Args:
+        arch: whose published curve is wanted. metric: that its models were trained for.
+        points: `classical_points` of the data set if they are known; default measured here.
+
+    Returns:
+        {name: points by rising rate} of JPEG, WebP and AVIF where Pillow has them, and of what was published.
     """
     points = points or classical_points(dataset.paths, progress)
     curves = {_NAMES[codec]: _curve(values, QUALITIES[codec]) for codec, values in points.items()}

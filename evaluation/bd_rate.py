@@ -27,17 +27,15 @@ def bd_rate(
         rate_a, rate_b: rates of the two curves (bpp or any common unit), in any order.
         psnr_a, psnr_b: their qualities in dB (also MS-SSIM in dB).
         method: "cubic", one third-order polynomial a curve as in VCEG-M33 (least squares beyond four points),
-        or
-            "pchip", the monotone piecewise cubic of VCEG-AE07, which does not swing between points.
+            or "pchip", the monotone piecewise cubic of VCEG-AE07, which does not swing between points.
 
     Raises:
         InputError: fewer points than the method needs (4; 2 for pchip), values that are not finite or
-        positive,
-            quality that does not rise with rate, or curves without a common range of quality.
+            positive, quality that does not rise with rate, or curves without a common range of quality.
         ValueError: an unknown method.
     """
     if method not in MIN_POINTS:
-        raise ValueError(f"method is {method!r}; choose cubic or pchip")
+        raise ValueError(f"`method` is {method!r}; choose cubic or pchip")
     curves = [_curve(rate_a, psnr_a, method), _curve(rate_b, psnr_b, method)]
     low = max(quality[0] for quality, _ in curves)
     high = min(quality[-1] for quality, _ in curves)
@@ -51,9 +49,9 @@ def bd_rate(
     return float((10.0 ** ((area_b - area_a) / (high - low)) - 1.0) * 100.0)
 
 
-def _curve(rate: Sequence[float], psnr: Sequence[float], method: str) -> tuple[np.ndarray, np.ndarray]:
+def _curve(rates: Sequence[float], qualities: Sequence[float], method: str) -> tuple[np.ndarray, np.ndarray]:
     """Quality and log10 rate, sorted by rate, checked."""
-    rate, psnr = np.asarray(rate, dtype=np.float64), np.asarray(psnr, dtype=np.float64)
+    rate, psnr = np.asarray(rates, dtype=np.float64), np.asarray(qualities, dtype=np.float64)
     if rate.shape != psnr.shape or rate.ndim != 1:
         raise InputError(
             f"BD-rate: {rate.size} rates and {psnr.size} qualities do not pair up; give one of each a point"

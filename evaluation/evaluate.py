@@ -1,4 +1,4 @@
-"""A codec on a set of images: rate and distortion of each, and their means."""
+"""One codec on a set of images: rate and distortion of each image, and their means."""
 
 import contextlib
 import math
@@ -11,18 +11,27 @@ import torch
 from torch import Tensor, nn
 
 from licq.codec.api import Codec
+from licq.codec.container import MODEL_BYTES
 from licq.data.datasets import Dataset, open_dataset
 from licq.data.images import load_image
 from licq.data.padding import crop_back, pad_to_multiple
 from licq.evaluation.metrics import bpp_from_likelihoods, ms_ssim, mse, psnr_from_mse, to_pixels
+from licq.quant.model import QuantModel
 from licq.support.errors import InputError
 from licq.support.progress import progress as progress_bar
 
 
 @dataclass(frozen=True)
 class ImageResult:
-    """One image. bpp in bits per pixel, psnr in dB, mse on 0..255, ms_ssim in 0..1 or None where it does not
-    fit."""
+    """One image.
+
+    width, height: in pixels.
+    bpp:           rate in bits per pixel; of a file where one was written, else the estimate.
+    bpp_estimated: from the entropy model's likelihoods.
+    mse:           mean squared error of 8-bit pixels, on 0..255.
+    psnr:          in dB.
+    ms_ssim:       in 0..1, None for images that are too small for it.
+    """
 
     name: str
     width: int
@@ -42,16 +51,21 @@ class ImageResult:
         if metric == "mse":
             return self.bpp + lmbda * self.mse
         if metric != "ms-ssim":
-            raise InputError(f"--metric {metric} is unknown; choose mse or ms-ssim")
+            raise InputError(f"`metric` is {metric!r}; choose mse or ms-ssim")
         if self.ms_ssim is None:
-            raise InputError(f"{self.name} is too small for MS-SSIM; leave it out or use --metric mse")
+            raise InputError(f"{self.name} is too small for MS-SSIM; leave it out, or give `metric` mse")
         return self.bpp + lmbda * (1.0 - self.ms_ssim)
 
 
 @dataclass(frozen=True)
 class Report:
-    """What `evaluate` found. `bpp_source` is "estimate" (likelihoods) or "bitstream" (bytes written and
-    decoded)."""
+    """What `evaluate` has measured.
+
+    name:       of the data set.
+    per_image:  one result an image, in the order of the images.
+    bpp_source: "estimate" (likelihoods) or "bitstream" (bytes that were written and decoded).
+    seconds:    that it took.
+    """
 
     name: str
     per_image: tuple[ImageResult, ...]
@@ -59,9 +73,9 @@ class Report:
     seconds: float
 
     def mean(self) -> dict[str, float | None]:
-        """Means over the images of bpp, bpp_estimated, psnr (of the per-image dB) and ms_ssim.
+        """Means over the images: {"bpp", "bpp_estimated", "psnr" (of the images' dB), "ms_ssim"}.
 
-        ms_ssim is the mean over the images large enough for it, None when there are none.
+        "ms_ssim" is the mean over the images that are large enough for it, None when there are none.
         """
         similar = [image.ms_ssim for image in self.per_image if image.ms_ssim is not None]
         means = {
@@ -71,7 +85,7 @@ class Report:
         return means | {"ms_ssim": sum(similar) / len(similar) if similar else None}
 
     def cost(self, lmbda: float, metric: str = "mse") -> float:
-        """Mean over the images of J = R + lambda * D; see `ImageResult.cost`."""
+        """Mean over the images of the objective J = R + lambda * D, see `ImageResult.cost`."""
         return sum(image.cost(lmbda, metric) for image in self.per_image) / len(self.per_image)
 
     def images_as_dicts(self) -> list[dict]:
@@ -111,64 +125,113 @@ def delta_j_percent(reference: Report, other: Report, lmbda: float, metric: str 
 
 def evaluate(
     model: nn.Module,
-    images: Dataset | str | Path | Sequence[Path | str] | Sequence[Tensor],
+    images: Dataset | str | Path | Tensor | Sequence[Path | str] | Sequence[Tensor],
     *,
     name: str | None = None,
     pad: int = 64,
     device: torch.device | str | None = None,
     codec: Codec | None = None,
+    real: bool | None = None,
     progress: bool = True,
 ) -> Report:
-    """Run `model` on each image by itself and measure it; bpp is the likelihood estimate, or with `codec`
-    that of files.
+    """Measure the rate and the distortion of a codec on each image by itself.
+
+    The rate is that of real files where the codec has them: each image is encoded, decoded, and the decoded
+    pixels are compared with those of the model. Otherwise it is the estimate from the likelihoods.
+    `Report.bpp_source` says which.
 
     Args:
-        model: anything whose call on (1, 3, H, W) in 0..1 returns {"x_hat": the same shape, "likelihoods":
-        {...}}.
-            It is put in evaluation mode for the duration.
-        images: a data set, its name, a folder, image files, or tensors (3, H, W) or (1, 3, H, W) in 0..1.
-        name: the report's; default the data set's, else "images".
-        pad: images are padded with zeros to multiples of this (see `pad_to_multiple`); rate counts per true
-        pixel.
+        model: a float codec or a `QuantModel`: its call on (1, 3, H, W) in 0..1 returns {"x_hat": of the same
+            shape, "likelihoods": {name: tensor}}. It is in evaluation mode for the duration.
+        images: the name of a data set ("kodak", "clic", "photos" ...), a folder, an image file, several image
+            files, a `Dataset`, or tensors in 0..1: (n, 3, H, W), or a list of (3, H, W) or (1, 3, H, W).
+        name: what the report calls the images; default the data set's name, else "images".
+        pad: images are padded with zeros to multiples of this many pixels, see `pad_to_multiple`. The rate
+            counts per pixel of the image without padding.
         device: where to run; default where the model's parameters are. The model is moved there.
-        codec: of the quantized `model`: encodes every image, decodes it, and must give the model's pixels.
+        codec: what writes the files of `model`; default one made here.
+        real: True asks for files, False for the estimate alone; default files of a frozen `QuantModel` whose
+            forward has a bitstream, else the estimate.
+        progress: show a bar with the time left.
+
+    Returns:
+        A `Report`; its `mean()` has the means of bpp, PSNR and MS-SSIM, its `per_image` each image's.
 
     Raises:
-        InputError: no images, an unreadable image, a NaN or Inf in the model's output, or a file that decodes
-        to other pixels, with
-            the image's name.
+        InputError: no images, an image that cannot be read, `real` for a codec without files, NaN or Inf in
+            the model's output, or a file that decodes to other pixels; the message names the image.
+
+    Example:
+        >>> report = licq.evaluate(qmodel, "kodak")
+        >>> report.mean()["bpp"], report.bpp_source
     """
-    if isinstance(images, (str, Path)):
-        images = open_dataset(images)
-    items = list(images.paths if isinstance(images, Dataset) else images)
-    if not items:
-        raise InputError("no images to evaluate on; give a folder of images or a data set with --eval")
-    if name is None:
-        name = images.name if isinstance(images, Dataset) else "images"
+    pictures, found_name = _pictures(images)
+    name = name or found_name
+    if not pictures:
+        raise InputError("no images to evaluate on; give a folder of images or a data set as `images`")
     if device is None:
         parameter = next(model.parameters(), None)
         device = parameter.device if parameter is not None else torch.device("cpu")
     else:
         model.to(device)
+    if codec is None and real is not False:
+        codec = _codec_of(model, pad)
+        if codec is None and real:
+            raise InputError("this codec has no files: give a frozen `QuantModel`, or leave out `real`")
     if codec is not None:
         codec.settle_rate()
     started = time.monotonic()
     with _evaluating(model):
         results = [
-            _evaluate_one(model, item, index, pad, device, codec)
-            for index, item in enumerate(
-                progress_bar(items, desc=f"evaluating on {name}", unit="image", enabled=progress, leave=False)
+            _evaluate_one(model, picture, index, pad, device, codec)
+            for index, picture in enumerate(
+                progress_bar(
+                    pictures, desc=f"evaluating on {name}", unit="image", enabled=progress, leave=False
+                )
             )
         ]
     return Report(name, tuple(results), "bitstream" if codec else "estimate", time.monotonic() - started)
 
 
+def _pictures(
+    images: Dataset | str | Path | Tensor | Sequence[Path | str] | Sequence[Tensor],
+) -> tuple[list[Path | str | Tensor], str]:
+    """The images one by one, and the name of their data set or "images"."""
+    if isinstance(images, (str, Path)) and not Path(images).expanduser().is_file():
+        images = open_dataset(images)
+    if isinstance(images, Dataset):
+        return list(images.paths), images.name
+    if isinstance(images, (str, Path)):
+        return [Path(images).expanduser()], "images"
+    if isinstance(images, Tensor) and images.ndim == 3:
+        return [images], "images"
+    return list(images), "images"
+
+
+def _codec_of(model: nn.Module, multiple: int) -> Codec | None:
+    """What writes files of a model; None where it is not quantized, not frozen, or has no bitstream."""
+    if not isinstance(model, QuantModel) or not model.frozen:
+        return None
+    try:
+        codec = Codec(model, bytes(MODEL_BYTES), multiple=multiple)
+        codec.settle_rate()
+        codec.encode(torch.zeros((3, multiple, multiple), dtype=torch.uint8))
+    except InputError:
+        return None
+    return codec
+
+
 def decoded_pixels(model: nn.Module, path: Path, pad: int, device: torch.device) -> Tensor:
-    """What `model` makes of an image file: 8-bit pixels, float32 (3, H, W) in 0..255 on the CPU, as
-    `evaluate` measures them.
+    """What `model` makes of an image file, as `evaluate` measures it.
+
+    Args:
+        pad: the image is padded with zeros to multiples of this many pixels.
+
+    Returns:
+        8-bit pixels, float32 (3, H, W) in 0..255, on the CPU.
 
     Raises:
-        InputError: as `evaluate`.
+        InputError: an image that cannot be read, or NaN or Inf in the model's output.
     """
     with _evaluating(model.to(device)):
         return to_pixels(_decode(model, load_image(path)[None].to(device), path.name, pad)[0])[0].cpu()
@@ -194,7 +257,7 @@ def _decode(model: nn.Module, x: Tensor, label: str, pad: int) -> tuple[Tensor, 
     if x_hat.shape != padded.shape:
         raise InputError(
             f"{label}: the model turned {tuple(padded.shape)} into {tuple(x_hat.shape)}; "
-            f"evaluate with pad at least its total stride (now {pad})"
+            f"give `pad` a multiple of its total stride (now {pad})"
         )
     if not torch.isfinite(x_hat).all():
         raise InputError(
@@ -211,10 +274,17 @@ def _decode(model: nn.Module, x: Tensor, label: str, pad: int) -> tuple[Tensor, 
 
 
 def _evaluate_one(
-    model: nn.Module, item: Path | str | Tensor, index: int, pad: int, device, codec: Codec | None
+    model: nn.Module,
+    picture: Path | str | Tensor,
+    index: int,
+    pad: int,
+    device: torch.device | str,
+    codec: Codec | None,
 ) -> ImageResult:
-    label = f"image {index}" if isinstance(item, Tensor) else Path(item).name
-    x = (item if isinstance(item, Tensor) else load_image(item)).to(device)
+    label = f"image {index}" if isinstance(picture, Tensor) else Path(picture).name
+    x = (picture if isinstance(picture, Tensor) else load_image(picture)).to(device)
+    if codec is not None and isinstance(picture, Tensor):
+        x = to_pixels(x).div(255.0)  # a file holds 8-bit samples
     x = x.reshape(1, *x.shape[-3:])
     height, width = x.shape[-2:]
     x_hat, rate = _decode(model, x, label, pad)
@@ -224,7 +294,8 @@ def _evaluate_one(
         data = codec.encode(pixels)
         if not torch.equal(codec.decode(data), decoded):
             raise InputError(
-                f"{label}: its file does not decode to the pixels of the quantized network; this is a defect, please report it"
+                f"{label}: its file does not decode to the pixels of the quantized network; this is a "
+                "defect, please report it"
             )
         real = 8 * len(data) / (height * width)
     error = mse(x, x_hat)

@@ -1,6 +1,6 @@
 """report.json: the R-D points of a float and a quantized codec, and the BD-rates between their curves.
 
-Everything a reader may see is in one plain dictionary; `presentation`, `figures` and `html_report` make the
+Everything a reader may see is in one plain dictionary; `text`, `tables`, `figures` and `html` make the
 files from it.
 """
 
@@ -21,7 +21,7 @@ from licq.support.files import atomic_path, write_json, write_text
 
 def make_point(
     *,
-    quality: int,
+    quality: float,
     lmbda: float | None,
     fp32: Report | None,
     quant: Report | None,
@@ -43,12 +43,15 @@ def make_point(
         extra: further keys, written as they are.
     """
     measured = {"fp32": fp32, "quant": quant}
+    last = quant or fp32
+    if last is None:
+        raise ValueError("`fp32` or `quant` is needed")
     point = {
         "quality": quality,
         "lambda": lmbda,
         **{codec: report and report.mean() for codec, report in measured.items()},
         "delta_j_percent": _delta_j(fp32, quant, lmbda, metric),
-        "bpp_source": (quant or fp32).bpp_source,
+        "bpp_source": last.bpp_source,
         "calibration_seconds": calibration_seconds,
         "peak_memory_mb": peak_memory_mb,
         "model_bytes": model_bytes,
@@ -90,7 +93,7 @@ def build_report(
 
     Args:
         points: from `make_point`; sorted by rate here.
-        anchors: curves to compare with, by name, e.g. {"JPEG": anchor_curve(paths)}.
+        anchors: curves to compare with, by name, e.g. from `evaluation.anchors.anchors_of`.
         extra: further keys, written as they are (config, kept_in_float, ...).
     """
     points = sorted(points, key=lambda point: (point["fp32"] or point["quant"])["bpp"])
@@ -164,7 +167,9 @@ def write_report(folder: str | Path, report: dict) -> None:
 
 
 def _delta_j(fp32: Report | None, other: Report | None, lmbda: float | None, metric: str) -> float | None:
-    return None if None in (lmbda, fp32, other) else delta_j_percent(fp32, other, lmbda, metric)
+    if lmbda is None or fp32 is None or other is None:
+        return None
+    return delta_j_percent(fp32, other, lmbda, metric)
 
 
 def _bd_rate(
@@ -178,11 +183,12 @@ def _bd_rate(
 
 
 def _columns(points: Sequence[dict | None], measure: str) -> tuple[list[float], list[float]]:
-    if any(point is None for point in points):
+    known = [point for point in points if point is not None]
+    if len(known) < len(points):
         raise InputError("the float and the quantized codec were not both evaluated")
-    if any(point[measure] is None for point in points):
+    if any(point[measure] is None for point in known):
         raise InputError(
             f"{measure} is not known at every point (images of 160 pixels or less have no MS-SSIM)"
         )
-    quality = [ms_ssim_db(point[measure]) if measure == "ms_ssim" else point[measure] for point in points]
-    return [point["bpp"] for point in points], quality
+    quality = [ms_ssim_db(point[measure]) if measure == "ms_ssim" else point[measure] for point in known]
+    return [point["bpp"] for point in known], quality

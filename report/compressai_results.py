@@ -3,7 +3,7 @@ OUT/compressai/*.json`."""
 
 from pathlib import Path
 
-from licq.report.text import baseline_label, codec_label, is_everywhere
+from licq.report.labels import baseline_label, codec_label, is_everywhere
 from licq.support.files import write_json
 
 _FILES = {"fp32": "float", "quant": "quantized", "baseline": "baseline"}
@@ -34,9 +34,9 @@ def compressai_results(report: dict, codec: str, name: str) -> dict:
         for key, measure in (("bpp", "bpp"), ("psnr-rgb", "psnr"), ("ms-ssim-rgb", "ms_ssim"))
         if all(means[measure] is not None for means in points)
     }
-    files = codec == "quant" and report["bpp_source"] == "bitstream"
+    source = "files" if codec == "quant" and report["bpp_source"] == "bitstream" else "estimates"
     return {
         "name": name,
-        "description": f"licq, {report['dataset']}, {report['images']} images, bpp of {'files' if files else 'estimates'}",
+        "description": f"licq, {report['dataset']}, {report['images']} images, bpp of {source}",
         "results": results,
     }

@@ -20,9 +20,9 @@ _MOST = 64  # amplification
 
 def save_crops(out: Path, quality: float, **what) -> dict:
     """`make_crops`, with the picture written below `out`."""
-    facts, picture = make_crops(quality, **what)
-    save_picture(out / facts["file"], picture)
-    return facts
+    where, picture = make_crops(quality, **what)
+    save_picture(out / where["file"], picture)
+    return where
 
 
 def make_crops(
@@ -44,7 +44,7 @@ def make_crops(
         pad, device: as for `evaluate`; both codecs are run once more, on that image.
 
     Returns:
-        {"file": the picture's place in a run's folder, "index", "image": which of the images, "left", "top",
+        {"file": the picture's path in a run's folder, "index", "image": its name, "left", "top",
         "width", "height": where in it, in pixels, "amplified": the factor of the difference}, and the
         picture.
     """
@@ -56,7 +56,7 @@ def make_crops(
     factor = _amplification(difference[part])
     original = torch.from_numpy(load_pixels(paths[index])).float()
     panels = [original[part], before[part], after[part], (factor * difference[part]).clamp(max=255)]
-    facts = {
+    where = {
         "file": f"q{quality}/crops.png",
         "index": index,
         "image": paths[index].name,
@@ -66,7 +66,7 @@ def make_crops(
         "height": height,
         "amplified": factor,
     }
-    return facts, Image.fromarray(torch.cat(panels, 1).to(torch.uint8).numpy())
+    return where, Image.fromarray(torch.cat(panels, 1).to(torch.uint8).numpy())
 
 
 def save_picture(path: Path, picture: Image.Image) -> None:
@@ -85,7 +85,7 @@ def split_panels(path: Path) -> list[Image.Image]:
 
 
 def busiest_window(energy: Tensor, side: int) -> tuple[int, int, int, int]:
-    """(top, left, height, width) of the square with the largest sum of `energy` (H, W), whole numbers; cut
+    """(top, left, height, width) of the square with the largest sum of `energy` (H, W), integers; cut
     where the image is smaller."""
     height, width = (min(side, length) for length in energy.shape)
     sums = np.pad(energy.numpy().astype(np.int64).cumsum(0).cumsum(1), ((1, 0), (1, 0)))

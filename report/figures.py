@@ -10,7 +10,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from licq.evaluation.metrics import ms_ssim_db
-from licq.report.text import baseline_label, codec_label, image_deltas, is_everywhere, percent
+from licq.report.changes import image_deltas
+from licq.report.labels import baseline_label, codec_label, is_everywhere, percent
 
 # Okabe and Ito's colours, told apart also by colour-blind readers; markers and dashes tell the curves apart
 # in print.
@@ -65,10 +66,10 @@ def scatter_svg(report: dict) -> bytes | None:
     axis = figure.subplots()
     qualities = [point["quality"] for point in report["points"]]
     for index, quality in enumerate(qualities):
-        chosen = [item for item in deltas if item["quality"] == quality]
+        changes = [change for change in deltas if change["quality"] == quality]
         axis.scatter(
-            [item["bpp"] for item in chosen],
-            [item["psnr"] for item in chosen],
+            [change["bpp"] for change in changes],
+            [change["psnr"] for change in changes],
             s=36,
             linewidths=0.4,
             edgecolors="white",
@@ -91,11 +92,11 @@ def rises_svg(rises: dict[str, tuple[float, float]]) -> bytes:
     percent."""
     figure = Figure(figsize=(4.6, 0.8 + 0.2 * len(rises)), layout="constrained")
     axis = figure.subplots()
-    places = range(len(rises))
+    positions = range(len(rises))
     inputs, weights = ([pair[part] for pair in rises.values()] for part in (0, 1))
-    axis.barh(places, inputs, height=0.7, color=BASELINE_STYLE["color"], label="inputs")
-    axis.barh(places, weights, left=inputs, height=0.7, color=QUANT_STYLE["color"], label="weights")
-    axis.set_yticks(places, list(rises), fontsize=8)
+    axis.barh(positions, inputs, height=0.7, color=BASELINE_STYLE["color"], label="inputs")
+    axis.barh(positions, weights, left=inputs, height=0.7, color=QUANT_STYLE["color"], label="weights")
+    axis.set_yticks(positions, list(rises), fontsize=8)
     axis.invert_yaxis()
     axis.set_xlabel("predicted rise of J [%]")
     axis.grid(True, axis="x", linewidth=0.4, alpha=0.5)
@@ -122,13 +123,13 @@ def _draw_curves(axis, report: dict, measure: str) -> None:
         "baseline": _with_bd(baseline_label(report), report.get(f"bd_rate_{measure}_baseline")),
     }
     styles = {"fp32": FLOAT_STYLE, "quant": QUANT_STYLE, "baseline": BASELINE_STYLE}
-    own = []
+    drawn = []
     for codec in _codecs(report):
         rate, quality = _curve([point[codec] for point in report["points"]], measure)
-        own += list(zip(rate, quality))
+        drawn += list(zip(rate, quality))
         axis.plot(rate, quality, label=names[codec], **styles[codec])
-    low, high = _span([quality for _, quality in own])
-    largest = max((rate for rate, _ in own), default=1.0)
+    low, high = _span([quality for _, quality in drawn])
+    largest = max((rate for rate, _ in drawn), default=1.0)
     for style, (name, anchor) in zip(_ANCHORS, (report.get("anchors") or {}).items()):
         rate, quality = _curve(anchor, measure)
         if rate:

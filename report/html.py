@@ -9,10 +9,12 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup, escape
 
-from licq.report import text as presentation
+from licq.report import tables, text
+from licq.report.changes import image_deltas, predicted_rises
 from licq.report.crops import split_panels
 from licq.report.figures import rd_measures, rd_svg, rises_svg, scatter_svg
-from licq.report.text import Table, percent
+from licq.report.labels import percent, title
+from licq.report.tables import Table
 
 _LAYERS_SHOWN = 20
 _IMAGES_SHOWN = 10
@@ -33,27 +35,27 @@ def render_html(report: dict, folder: Path) -> str:
     scatter = scatter_svg(report)
     return (
         environment.get_template("report.html.j2").render(
-            title=presentation.title(report),
-            finding=presentation.finding(report),
+            title=title(report),
+            finding=text.finding(report),
             facts=_facts(report),
             curves=[
                 (_MEASURES[measure], _uri("svg+xml", rd_svg(report, measure)))
                 for measure in rd_measures(report)
             ],
-            bd_table=presentation.bd_table(report),
-            bd_notes=presentation.bd_notes(report),
-            points=presentation.points_table(report),
-            explanation=presentation.explanation(report),
+            bd_table=tables.bd_table(report),
+            bd_notes=text.bd_notes(report),
+            points=tables.points_table(report),
+            explanation=text.explanation(report),
             scatter=scatter and _uri("svg+xml", scatter),
             deltas=_deltas_table(report),
             rises=_rises(report),
-            remaining=presentation.REMAINING,
+            remaining=tables.REMAINING,
             crops=_crops(report, folder),
-            cost=presentation.cost_table(report),
-            bits=presentation.layer_bits(report),
-            left=presentation.left_in_float(report),
+            cost=tables.cost_table(report),
+            bits=tables.layer_bits_tables(report),
+            left=text.left_in_float(report),
             warnings=report["warnings"],
-            settings=presentation.settings_table(report),
+            settings=tables.settings_table(report),
         )
         + "\n"
     )
@@ -90,20 +92,26 @@ def _counted(number: int, word: str) -> str:
 def _deltas_table(report: dict) -> Table:
     """The images that quantization costs most."""
     rows = [
-        [item["quality"], item["image"], percent(item["bpp"]), f"{item['psnr']:+.3f}", percent(item["j"])]
-        for item in presentation.image_deltas(report)[:_IMAGES_SHOWN]
+        [
+            change["quality"],
+            change["image"],
+            percent(change["bpp"]),
+            f"{change['psnr']:+.3f}",
+            percent(change["j"]),
+        ]
+        for change in image_deltas(report)[:_IMAGES_SHOWN]
     ]
     return Table(["quality", "image", "delta bpp", "delta PSNR [dB]", "delta J"], rows, text=(1,))
 
 
 def _rises(report: dict) -> list[tuple[str, str]]:
     """(caption, picture) of the bars of each quality; once where all share a codec."""
-    found: dict[tuple, list] = {}
+    qualities_of: dict[tuple, list] = {}
     for point in report["points"]:
-        if rises := presentation.predicted_rises(point):
-            found.setdefault(tuple(rises.items()), []).append(point["quality"])
+        if rises := predicted_rises(point):
+            qualities_of.setdefault(tuple(rises.items()), []).append(point["quality"])
     pictures = []
-    for rises, qualities in found.items():
+    for rises, qualities in qualities_of.items():
         name = f"quality {', '.join(map(str, qualities))}"
         shown = (
             f"{_LAYERS_SHOWN} of {len(rises)} layers"
@@ -119,8 +127,8 @@ def _rises(report: dict) -> list[tuple[str, str]]:
 def _crops(report: dict, folder: Path) -> list[dict]:
     """For each point with crops: what they are of, what quantization did to that image, and four (caption,
     picture)."""
-    deltas = {(item["quality"], item["index"]): item for item in presentation.image_deltas(report)}
-    found = []
+    deltas = {(change["quality"], change["index"]): change for change in image_deltas(report)}
+    shown = []
     for point in report["points"]:
         crops = point.get("crops")
         if not crops or not (folder / crops["file"]).is_file():
@@ -132,7 +140,7 @@ def _crops(report: dict, folder: Path) -> list[dict]:
             f"Difference \N{MULTIPLICATION SIGN} {crops['amplified']}",
         ]
         pictures = [_png(panel) for panel in split_panels(folder / crops["file"])]
-        found.append(
+        shown.append(
             {
                 "quality": point["quality"],
                 "delta": deltas.get((point["quality"], crops["index"])),
@@ -140,7 +148,7 @@ def _crops(report: dict, folder: Path) -> list[dict]:
                 "pictures": list(zip(captions, pictures)),
             }
         )
-    return found
+    return shown
 
 
 def _png(picture) -> str:
@@ -153,7 +161,7 @@ def _uri(kind: str, data: bytes) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def _marked(text: str) -> Markup:
+def _marked(sentence: str) -> Markup:
     """The bold and the code of report.md's sentences."""
-    text = re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", str(escape(text)))
-    return Markup(re.sub(r"`(.+?)`", r"<code>\1</code>", text))
+    bold = re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", str(escape(sentence)))
+    return Markup(re.sub(r"`(.+?)`", r"<code>\1</code>", bold))

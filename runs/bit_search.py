@@ -18,13 +18,20 @@ ROUNDS = 3  # of quantizing every quality
 STEPS = 6  # of bisecting
 NEAR = 0.8  # of the limit: no more is tried
 _AIM = 0.9  # what a corrected aim is of the one that would meet the limit
-_MOST = 4.0  # times that an aim moves at once
+_MAX_MOVE = 4.0  # factor by which an aim moves at once
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One round. bits: of each quality. bd_rate: percent, None where the curves have none. cost: in `least`'s
-    unit, summed."""
+    """One round of quantizing all qualities.
+
+    number:            of the round, from 1.
+    bits:              of the layers of each quality.
+    bd_rate:           in percent, None where the curves have none.
+    cost:              summed over the qualities, in the unit of `BdRateSearch.minimized`.
+    predicted_percent: predicted loss, in percent of the rate.
+    start_percent:     what the prepared codecs lose before learning, in percent of the rate.
+    """
 
     number: int
     bits: tuple[Bits, ...]
@@ -38,18 +45,26 @@ class Attempt:
 
 
 class BdRateSearch:
-    """Args:
-    layers: of each quality, with measured losses. bpp: of each quality's float codec on the calibration
-    crops.
-    start_loss: (number of the quality, its bits) -> rise of J of the prepared codec, in bits per pixel.
-    quantize: (number of the round, bits of each quality) -> BD-rate in percent on the evaluation images, or
-    None.
-    least: "mean_bits" or "bops", what is to be small.
+    """Rounds of quantizing with ever better predicted bits.
+
+    Args:
+        layers: of each quality, with measured losses.
+        bpp: of each quality's float codec, on the calibration crops.
+        start_loss: (index of the quality, its bits) -> rise of J of the prepared codec, in bits per pixel.
+        quantize: (number of the round, bits of each quality) -> BD-rate in percent on the evaluation images,
+            or None.
+        minimized: "mean_bits" or "bops", what is to be small.
     """
 
-    def __init__(self, layers: Sequence[Sequence[Layer]], bpp: Sequence[float], start_loss: Callable[[int, Bits], float],
-                 quantize: Callable[[int, list[Bits]], float | None], least: str):
-        self.layers, self.bpp, self.least = layers, bpp, least
+    def __init__(
+        self,
+        layers: Sequence[Sequence[Layer]],
+        bpp: Sequence[float],
+        start_loss: Callable[[int, Bits], float],
+        quantize: Callable[[int, list[Bits]], float | None],
+        minimized: str,
+    ):
+        self.layers, self.bpp, self.minimized = layers, bpp, minimized
         self._start_loss, self._quantize = start_loss, quantize
         # predicted loss -> that of the prepared codecs, percent of the rate
         self._known: dict[float, float] = {}
@@ -62,12 +77,18 @@ class BdRateSearch:
             if any(list(attempt.bits) == bits for attempt in attempts):
                 break
             bd_rate = self._quantize(number, bits)
-            cost = sum(getattr(totals(layers, own), self.least) for layers, own in zip(self.layers, bits))
+            cost = sum(
+                getattr(totals(layers, of_codec), self.minimized)
+                for layers, of_codec in zip(self.layers, bits)
+            )
             attempts.append(Attempt(number, tuple(bits), bd_rate, cost, percent, self.start(percent)))
-            if attempts[-1].stays_below(limit) and bd_rate >= NEAR * limit:
+            if attempts[-1].stays_below(limit) and bd_rate is not None and bd_rate >= NEAR * limit:
                 break
-            ratio = _AIM * limit / bd_rate if bd_rate is not None and bd_rate > 0 else (_MOST if bd_rate is not None else 1 / _MOST)
-            percent = self._corrected(percent, min(max(ratio, 1 / _MOST), _MOST))
+            if bd_rate is None:
+                ratio = 1 / _MAX_MOVE
+            else:
+                ratio = _AIM * limit / bd_rate if bd_rate > 0 else _MAX_MOVE
+            percent = self._corrected(percent, min(max(ratio, 1 / _MAX_MOVE), _MAX_MOVE))
         return attempts
 
     def _corrected(self, percent: float, ratio: float) -> float:
@@ -77,26 +98,30 @@ class BdRateSearch:
         Where that leads nowhere, as from a loss that is nothing or below, which few crops measure by chance,
         the prediction itself is multiplied, for it is never below nothing.
         """
-        found = self.loosest(self.start(percent) * ratio)
-        if found > percent if ratio > 1 else found < percent:
-            return found
+        corrected = self.loosest(self.start(percent) * ratio)
+        if corrected > percent if ratio > 1 else corrected < percent:
+            return corrected
         low, high = self._ends()
         return min(max(percent * ratio, low), high)
 
     def at(self, percent: float) -> list[Bits]:
-        """The cheapest allocations with a predicted loss of this many percent of the rate, or the least there
-        is."""
-        every = []
+        """The cheapest allocations with a predicted loss of this many percent of the rate, or the smallest
+        that there is."""
+        allocations = []
         for layers, bpp in zip(self.layers, self.bpp):
             smallest = sum(min(layer.w_loss.values()) + min(layer.a_loss.values()) for layer in layers)
-            every.append(allocate(layers, Budget(loss=max(percent / 100 * bpp, smallest)), self.least))
-        return every
+            budget = Budget(loss=max(percent / 100 * bpp, smallest))
+            allocations.append(allocate(layers, budget, self.minimized))
+        return allocations
 
     def start(self, percent: float) -> float:
         """What the prepared codecs lose with the allocations at this predicted loss, percent of the rate,
         mean over qualities."""
         if percent not in self._known:
-            losses = [100 * self._start_loss(number, bits) / bpp for number, (bits, bpp) in enumerate(zip(self.at(percent), self.bpp))]
+            losses = [
+                100 * self._start_loss(number, bits) / bpp
+                for number, (bits, bpp) in enumerate(zip(self.at(percent), self.bpp))
+            ]
             self._known[percent] = sum(losses) / len(losses)
         return self._known[percent]
 
@@ -115,8 +140,13 @@ class BdRateSearch:
 
     def _ends(self) -> tuple[float, float]:
         """Predicted losses of the most and of the fewest bits everywhere, percent of the rate."""
-        ends = [[100 * sum(pick(layer.w_loss.values()) + pick(layer.a_loss.values()) for layer in layers) / bpp
-                 for layers, bpp in zip(self.layers, self.bpp)] for pick in (min, max)]
+        ends = [
+            [
+                100 * sum(pick(layer.w_loss.values()) + pick(layer.a_loss.values()) for layer in layers) / bpp
+                for layers, bpp in zip(self.layers, self.bpp)
+            ]
+            for pick in (min, max)
+        ]
         return max(min(ends[0]), 1e-4), max(*ends[1], 2e-4)
 
 

@@ -1,13 +1,14 @@
-"""main_eval.py encode, decode and info: image files to .licq files and back."""
+"""The commands encode, decode and info: image files to .licq files and back."""
 
 import argparse
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from licq.codec.container import TILE
 from licq.support import options
@@ -17,42 +18,78 @@ from licq.support.files import atomic_path
 from licq.support.parallel import default_jobs, ordered
 from licq.support.progress import progress
 
-NAMES = ("encode", "decode", "info")
 SUFFIX = ".licq"
 _IMAGE = ".png"
-_EPILOG = "`main_eval.py --help` is about evaluation."
 
 
-def run(argv: Sequence[str]) -> int:
-    """The command line `argv`, whose first word is one of `NAMES`."""
-    parser = ArgumentParser(prog="main_eval.py", description="Code images with a quantized codec, as real files.", epilog=_EPILOG, allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=ArgumentParser)
-    _add(commands, "encode", "write images as .licq files", "IMAGE", "image files, or folders of them", encode)
-    _add(commands, "decode", "write the images of .licq files as PNG", "FILE", ".licq files, or folders of them", decode)
-    info_parser = commands.add_parser("info", help="say what .licq files hold", allow_abbrev=False)
-    info_parser.add_argument("inputs", metavar="FILE", nargs="+", help=".licq files, or folders of them")
-    info_parser.set_defaults(function=info)
-    args = parser.parse_args(argv)
-    return args.function(args)
+def build_encode_parser(prog: str = "main_eval.py encode") -> ArgumentParser:
+    """The flags of `encode`."""
+    parser = ArgumentParser(prog=prog, description="Write images as .licq files.", allow_abbrev=False)
+    parser.add_argument("inputs", metavar="IMAGE", nargs="+", help="image files, or folders of them")
+    _add_model_and_output(parser)
+    parser.add_argument(
+        "--quality",
+        metavar="Q",
+        type=float,
+        help="which model of the folder; for a variable-rate codec the rate, a real number from 1",
+    )
+    _add_machine(parser)
+    return parser
 
 
-def _add(commands, name: str, what: str, metavar: str, inputs: str, function: Callable) -> None:
-    parser = commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.", allow_abbrev=False)
-    parser.add_argument("inputs", metavar=metavar, nargs="+", help=inputs)
-    parser.add_argument("-o", "--out", metavar="PATH", help="the file, or for several a folder (default: beside each input)")
-    parser.add_argument("--model", metavar="RUN", required=True, help="a model.safetensors, or the folder of a main_ptq.py run")
-    if name == "encode":
-        parser.add_argument("--quality", metavar="Q", type=float,
-                            help="which model of the folder; for a variable-rate codec the rate, a real number from 1")
-    parser.add_argument("--tile", metavar="N", type=options.count, default=TILE,
-                        help="compute images of more than N x N pixels in tiles of about that size, with the same result in less memory; "
-                             f"0: all in one piece (default: {TILE})")
-    parser.add_argument("--jobs", metavar="N", type=options.positive,
-                        help="images at the same time, each in a process (default: for several images one a processor, at 2 GiB of memory each)")
-    parser.add_argument("--threads", metavar="N", type=options.threads,
-                        help="CPU threads of each job, 1 to 256 (default: PyTorch's choice, with several jobs 1)")
+def build_decode_parser(prog: str = "main_eval.py decode") -> ArgumentParser:
+    """The flags of `decode`."""
+    parser = ArgumentParser(
+        prog=prog, description="Write the images of .licq files as PNG.", allow_abbrev=False
+    )
+    parser.add_argument("inputs", metavar="FILE", nargs="+", help=".licq files, or folders of them")
+    _add_model_and_output(parser)
+    _add_machine(parser)
+    return parser
+
+
+def build_info_parser(prog: str = "main_eval.py info") -> ArgumentParser:
+    """The flags of `info`."""
+    parser = ArgumentParser(prog=prog, description="Say what .licq files hold.", allow_abbrev=False)
+    parser.add_argument("inputs", metavar="FILE", nargs="+", help=".licq files, or folders of them")
+    return parser
+
+
+def _add_model_and_output(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "-o", "--out", metavar="PATH", help="the file, or for several a folder (default: beside each input)"
+    )
+    parser.add_argument(
+        "--model",
+        metavar="RUN",
+        required=True,
+        help="a model.safetensors, or the folder of a main_ptq.py run",
+    )
+
+
+def _add_machine(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--tile",
+        metavar="N",
+        type=options.count,
+        default=TILE,
+        help="compute images of more than N x N pixels in tiles of about that size, with the same result in "
+        f"less memory; 0: all in one piece (default: {TILE})",
+    )
+    parser.add_argument(
+        "--jobs",
+        metavar="N",
+        type=options.positive,
+        help="images at the same time, each in a process (default: for several images one a processor, at "
+        "2 GiB of memory each)",
+    )
+    parser.add_argument(
+        "--threads",
+        metavar="N",
+        type=options.threads,
+        help="CPU threads of each job, 1 to 256 (default: PyTorch's choice, with several jobs 1)",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress")
-    parser.set_defaults(function=function)
 
 
 def models_of(run: str | Path) -> list[Path]:
@@ -62,10 +99,17 @@ def models_of(run: str | Path) -> list[Path]:
         InputError: there is none.
     """
     path = Path(os.path.expanduser(run))
-    found = [path] if path.is_file() else sorted(path.glob("q*/model.safetensors")) or list(path.glob("model.safetensors"))
-    if not found:
-        raise InputError(f"no quantized model at {run}; give a model.safetensors or a folder that main_ptq.py has written with --model")
-    return found
+    models = (
+        [path]
+        if path.is_file()
+        else sorted(path.glob("q*/model.safetensors")) or list(path.glob("model.safetensors"))
+    )
+    if not models:
+        raise InputError(
+            f"no quantized model at {run}; give a model.safetensors or a folder that main_ptq.py has "
+            "written with --model"
+        )
+    return models
 
 
 def files_of(inputs: Sequence[str], suffixes: frozenset[str]) -> list[Path]:
@@ -78,7 +122,11 @@ def files_of(inputs: Sequence[str], suffixes: frozenset[str]) -> list[Path]:
     for word in inputs:
         path = Path(os.path.expanduser(word))
         if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in suffixes and not p.name.startswith(".") and p.is_file())
+            inside = sorted(
+                p
+                for p in path.iterdir()
+                if p.suffix.lower() in suffixes and not p.name.startswith(".") and p.is_file()
+            )
             if not inside:
                 raise InputError(f"no {' or '.join(sorted(suffixes))} file in {word}; give another folder")
             sources += inside
@@ -89,19 +137,25 @@ def files_of(inputs: Sequence[str], suffixes: frozenset[str]) -> list[Path]:
     return sources
 
 
-def jobs(inputs: Sequence[str], out: str | None, suffixes: frozenset[str], suffix: str) -> list[tuple[Path, Path]]:
+def jobs(
+    inputs: Sequence[str], out: str | None, suffixes: frozenset[str], suffix: str
+) -> list[tuple[Path, Path]]:
     """(input, output) for every file that `inputs` name.
 
     Raises:
         InputError: a missing input, an empty folder, two inputs for one output.
     """
     sources = files_of(inputs, suffixes)
-    single = out is not None and len(sources) == 1 and not Path(out).is_dir() and not Path(inputs[0]).is_dir()
-    pairs = [(p, Path(out) if single else (Path(out) if out else p.parent) / (p.stem + suffix)) for p in sources]
+    if out is not None and len(sources) == 1 and not Path(out).is_dir() and not Path(inputs[0]).is_dir():
+        pairs = [(sources[0], Path(out))]
+    else:
+        pairs = [(path, (Path(out) if out else path.parent) / (path.stem + suffix)) for path in sources]
     targets = Counter(target for _, target in pairs)
     for source, target in pairs:
         if targets[target] > 1:
-            raise InputError(f"two inputs would be written to {target}; rename one, or write them to different folders")
+            raise InputError(
+                f"two inputs would be written to {target}; rename one, or write them to different folders"
+            )
         if target.exists() and target.samefile(source):
             raise InputError(f"{source} would be overwritten by its own output; name another with -o")
     return pairs
@@ -136,19 +190,25 @@ def _codec_of(piece: _Piece):
 
 
 def encode(args: argparse.Namespace) -> int:
+    """Write every image as a .licq file; returns the exit status."""
     from licq.data.datasets import SUFFIXES
 
     model, level = _model_for(args)
     pairs = jobs(args.inputs, args.out, frozenset(SUFFIXES), SUFFIX)
     turned = []
-    for (source, _), (target, size, pixels, is_turned) in zip(pairs, _worked(_encode_one, [(*pair, model, level) for pair in pairs], args, "encoding")):
+    for (source, _), (target, size, pixels, is_turned) in zip(
+        pairs, _worked(_encode_one, [(*pair, model, level) for pair in pairs], args, "encoding")
+    ):
         turned += [source] if is_turned else []
         if not args.quiet:
             print(f"{target}: {size} bytes, {8 * size / pixels:.4f} bits per pixel")
     if turned:
         others = f" and {len(turned) - 1} more" if turned[1:] else ""
-        print(f"{turned[0]}{others}: coded as stored, without the EXIF orientation; to have it applied, turn the pixels first "
-              "(ImageMagick: convert IN -auto-orient OUT.png)", file=sys.stderr)
+        print(
+            f"{turned[0]}{others}: coded as stored, without the EXIF orientation; to have it applied, turn "
+            "the pixels first (ImageMagick: convert IN -auto-orient OUT.png)",
+            file=sys.stderr,
+        )
     return 0
 
 
@@ -168,14 +228,19 @@ def _model_for(args: argparse.Namespace) -> tuple[Path, float | None]:
     """(the model to encode with, the rate of a variable-rate one)."""
     files = models_of(args.model)
     if len(files) > 1:
-        known = {file.parent.name[1:]: file for file in files}
-        wanted = f"{args.quality:g}" if args.quality is not None else None
-        if wanted not in known:
-            raise InputError(f"{args.model} holds the qualities {', '.join(known)}; choose one of them with --quality")
-        return known[wanted], None
+        by_quality = {file.parent.name[1:]: file for file in files}
+        quality = f"{args.quality:g}" if args.quality is not None else None
+        if quality not in by_quality:
+            raise InputError(
+                f"{args.model} holds the qualities {', '.join(by_quality)}; choose one of them with --quality"
+            )
+        return by_quality[quality], None
     codec = _loaded(files[0], args.threads, args.tile or None)
     if codec.variable and args.quality is None:
-        raise InputError(f"{files[0]} has many rates; choose one with --quality, a number from 1 to {codec.model.model.levels}")
+        raise InputError(
+            f"{files[0]} has many rates; choose one with --quality, a number from 1 to "
+            f"{codec.model.model.levels}"
+        )
     if not codec.variable and args.quality is not None and files[0].parent.name[1:] != f"{args.quality:g}":
         raise InputError(f"{files[0]} has one rate; leave out --quality")
     level = args.quality if codec.variable else None
@@ -184,6 +249,7 @@ def _model_for(args: argparse.Namespace) -> tuple[Path, float | None]:
 
 
 def decode(args: argparse.Namespace) -> int:
+    """Write the image of every .licq file; returns the exit status."""
     from licq.codec.container import MODEL_BYTES, Container
     from licq.support.files import sha256
 
@@ -193,11 +259,14 @@ def decode(args: argparse.Namespace) -> int:
     models = {bytes.fromhex(sha256(file))[:MODEL_BYTES]: file for file in models_of(args.model)}
     given = []
     for source, target in pairs:
-        wanted = _named(source, Container.from_bytes, _read(source)).model
-        if wanted not in models:
-            there = ", ".join(digest.hex() for digest in models)
-            raise InputError(f"{source} was written by the model {wanted.hex()}, and {args.model} holds {there}; give that one with --model")
-        given.append((source, target, models[wanted], None))
+        digest = _named(source, Container.from_bytes, _read(source)).model
+        if digest not in models:
+            there = ", ".join(known.hex() for known in models)
+            raise InputError(
+                f"{source} was written by the model {digest.hex()}, and {args.model} holds {there}; give "
+                "that one with --model"
+            )
+        given.append((source, target, models[digest], None))
     for _ in _worked(_decode_one, sorted(given, key=lambda piece: str(piece[2])), args, "decoding"):
         pass
     return 0
@@ -212,17 +281,32 @@ def _decode_one(piece: _Piece) -> None:
         image.save(temporary, format=_format(piece.target))
 
 
-def _worked(function: Callable, pieces: list[tuple], args: argparse.Namespace, what: str) -> Iterator:
+def _worked(
+    function: Callable[[_Piece], Any],
+    pieces: Sequence[tuple[Path, Path, Path, float | None]],
+    args: argparse.Namespace,
+    what: str,
+) -> Iterable[Any]:
     """`function` of each (source, target, model, level), with progress: of images, or of the tiles of a
     single one."""
     count = min(args.jobs or default_jobs(len(pieces), args.threads), len(pieces))
     threads = args.threads if args.threads or count == 1 else 1
     shown = not args.quiet and len(pieces) == 1
-    work = [_Piece(*piece, threads, args.tile or None, shown) for piece in pieces]
-    return progress(ordered(function, work, count), total=len(work), desc=what, unit="image", enabled=not args.quiet and len(work) > 1)
+    work = [
+        _Piece(source, target, model, level, threads, args.tile or None, shown)
+        for source, target, model, level in pieces
+    ]
+    return progress(
+        ordered(function, work, count),
+        total=len(work),
+        desc=what,
+        unit="image",
+        enabled=not args.quiet and len(work) > 1,
+    )
 
 
 def info(args: argparse.Namespace) -> int:
+    """Print a line on every .licq file; returns the exit status."""
     from licq.codec.container import GAIN_UNIT, Container
 
     for source in files_of(args.inputs, frozenset({SUFFIX})):
@@ -230,9 +314,11 @@ def info(args: argparse.Namespace) -> int:
         content = _named(source, Container.from_bytes, data)
         payload = sum(map(len, content.streams))
         rate = f", gain {content.gain * GAIN_UNIT:.4f}" if content.gain else ""
-        print(f"{source}: {content.width}x{content.height}, model {content.model.hex()}{rate}, {len(content.streams)} stream"
-              f"{'s' if len(content.streams) > 1 else ''} of {payload} bytes, {len(data)} bytes in all, "
-              f"{8 * len(data) / (content.width * content.height):.4f} bits per pixel")
+        print(
+            f"{source}: {content.width}x{content.height}, model {content.model.hex()}{rate}, "
+            f"{len(content.streams)} stream{'s' if len(content.streams) > 1 else ''} of {payload} bytes, "
+            f"{len(data)} bytes in all, {8 * len(data) / (content.width * content.height):.4f} bits per pixel"
+        )
     return 0
 
 
@@ -255,5 +341,26 @@ def _format(path: Path) -> str:
     """Only formats that keep every pixel: a decoder that changes them again is none."""
     formats = {".png": "PNG", ".ppm": "PPM", ".bmp": "BMP", ".tif": "TIFF", ".tiff": "TIFF"}
     if path.suffix.lower() not in formats:
-        raise InputError(f"{path}: decoded images are written without loss; choose a name that ends in {', '.join(formats)}")
+        raise InputError(
+            f"{path}: decoded images are written without loss; choose a name that ends in "
+            f"{', '.join(formats)}"
+        )
     return formats[path.suffix.lower()]
+
+
+def main_encode(argv: Sequence[str], prog: str = "main_eval.py encode") -> int:
+    """The command line `argv` of `encode`; returns the exit status."""
+    return encode(build_encode_parser(prog).parse_args(argv))
+
+
+def main_decode(argv: Sequence[str], prog: str = "main_eval.py decode") -> int:
+    """The command line `argv` of `decode`; returns the exit status."""
+    return decode(build_decode_parser(prog).parse_args(argv))
+
+
+def main_info(argv: Sequence[str], prog: str = "main_eval.py info") -> int:
+    """The command line `argv` of `info`; returns the exit status."""
+    return info(build_info_parser(prog).parse_args(argv))
+
+
+COMMANDS = {"encode": main_encode, "decode": main_decode, "info": main_info}

@@ -57,11 +57,16 @@ class RunFolder:
 
         With `shared` there is one quantized codec for all.
         """
-        return QualityFolder(self.path / f"q{quality}", {**self.settings, **_plain(settings)}, self.resume, self.model(quality, shared))
+        return QualityFolder(
+            self.path / f"q{quality}",
+            {**self.settings, **_plain(settings)},
+            self.resume,
+            self.model(quality, shared),
+        )
 
     @property
     def measured(self) -> Path:
-        """Where the run keeps for itself what `evaluation.shared` can keep for several."""
+        """Where the run keeps for itself what `runs.shared` can keep for several."""
         return self.path / "measured"
 
     def forget_measured(self) -> None:
@@ -73,7 +78,12 @@ class RunFolder:
 
     def quality_parts(self, quality: int) -> dict[str, Any]:
         """The finished parts of a quality that this run has finished."""
-        return read_json(self.path / f"q{quality}" / "result.json")["parts"]
+        result = read_json(self.path / f"q{quality}" / "result.json")
+        if result is None:
+            raise InputError(
+                f"{self.path / f'q{quality}'} holds no finished quality; start anew without --resume"
+            )
+        return result["parts"]
 
 
 class QualityFolder:
@@ -126,8 +136,10 @@ def refuse_other_settings(folder: Path, before: dict, now: dict) -> None:
     if changed:
         shown = ", ".join(f"{key} {_short(old.get(key))}, now {_short(new.get(key))}" for key in changed[:2])
         more = f", and {len(changed) - 2} more" if len(changed) > 2 else ""
-        raise InputError(f"{folder} holds a run with other settings ({shown}{more}); repeat them, leave out --resume to start "
-                         "anew, or choose another folder with --out")
+        raise InputError(
+            f"{folder} holds a run with other settings ({shown}{more}); repeat them, leave out --resume to "
+            "start anew, or choose another folder with --out"
+        )
 
 
 def read_json(path: Path) -> dict | None:
@@ -142,8 +154,8 @@ def read_json(path: Path) -> dict | None:
 def _plain(value: Any) -> Any:
     """`value` as it comes back from JSON: tuples are lists, so that settings can be compared."""
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return {str(key): _plain(part) for key, part in value.items()}
+    return [_plain(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
 def _flat(settings: dict, prefix: str = "") -> dict[str, Any]:

@@ -19,7 +19,9 @@ CALIBRATION = "photos-calib"
 _MS_SSIM_SIDE = 161  # pixels, the smallest side that MS-SSIM's five scales fit into
 
 
-def evaluation_set(name_or_folder: str | None, metric: str = "mse", progress: bool = False) -> tuple[Dataset, str | None]:
+def evaluation_set(
+    name_or_folder: str | None, metric: str = "mse", progress: bool = False
+) -> tuple[Dataset, str | None]:
     """The images to evaluate on, each of them readable, and a remark for the user; see `find_evaluation_set`
     and `check_images`."""
     dataset, remark = find_evaluation_set(name_or_folder)
@@ -39,22 +41,37 @@ def find_evaluation_set(name_or_folder: str | None) -> tuple[Dataset, str | None
     if name_or_folder is None:
         name_or_folder = "kodak" if is_local("kodak") else FALLBACK
         if name_or_folder == FALLBACK:
-            remark = ("evaluated on photos, 3 images that installed packages ship, because kodak was not found; set LICQ_DATA "
-                      "to the folder that holds kodak/")
+            remark = (
+                "evaluated on photos, 3 images that installed packages ship, because kodak was not found; "
+                "set LICQ_DATA to the folder that holds kodak/"
+            )
     return open_dataset(name_or_folder), remark
 
 
 def check_images(dataset: Dataset, metric: str = "mse", progress: bool = False) -> None:
     """Raises InputError for an image that is not 8-bit RGB, or too small for the metric."""
-    for path in progress_bar(dataset.paths, desc="reading images", unit="image", enabled=progress, leave=False):
+    for path in progress_bar(
+        dataset.paths, desc="reading images", unit="image", enabled=progress, leave=False
+    ):
         side = min(load_pixels(path).shape[:2])
         if metric == "ms-ssim" and side < _MS_SSIM_SIDE:
-            raise InputError(f"{path}: {side} pixels are too few for MS-SSIM, which needs {_MS_SSIM_SIDE}; leave it out or use "
-                             "--metric mse")
+            raise InputError(
+                f"{path}: {side} pixels are too few for MS-SSIM, which needs {_MS_SSIM_SIDE}; leave it out "
+                "or use --metric mse"
+            )
 
 
-def calibration_crops(name_or_folder: str | None, num: int, crop: int, crops_per_image: int, reductions: Sequence[int], seed: int,
-                      multiple: int, metric: str, exclude: Dataset) -> tuple[Tensor, dict, str | None]:
+def calibration_crops(
+    name_or_folder: str | None,
+    num: int,
+    crop: int,
+    crops_per_image: int,
+    reductions: Sequence[int],
+    seed: int,
+    multiple: int,
+    metric: str,
+    exclude: Dataset,
+) -> tuple[Tensor, dict, str | None]:
     """Crops (num * crops_per_image, 3, crop, crop) in 0..1, what they are as a dictionary, and a remark where
     images repeat.
 
@@ -66,17 +83,35 @@ def calibration_crops(name_or_folder: str | None, num: int, crop: int, crops_per
     """
     if crop % multiple:
         near = max(multiple, crop // multiple * multiple)
-        raise InputError(f"--crop {crop} is no multiple of {multiple}, as the codec's inputs are; choose {near} or another multiple")
+        raise InputError(
+            f"--crop {crop} is no multiple of {multiple}, as the codec's inputs are; choose {near} or "
+            "another multiple"
+        )
     if metric == "ms-ssim" and crop < _MS_SSIM_SIDE:
-        raise InputError(f"--crop {crop} is too small for MS-SSIM; choose {-(-_MS_SSIM_SIDE // multiple) * multiple} or more")
+        raise InputError(
+            f"--crop {crop} is too small for MS-SSIM; choose {-(-_MS_SSIM_SIDE // multiple) * multiple} or "
+            "more"
+        )
     dataset = open_dataset(name_or_folder or CALIBRATION)
     crops = sample_crops(dataset.paths, num, crop, seed, exclude.paths, crops_per_image, reductions)
-    facts = {"dataset": dataset.name, "images": min(num, len(dataset)), "num_calib": num, "crop": crop,
-             "crops_per_image": crops_per_image, "crop_reductions": list(reductions), "seed": seed,
-             "sha256": hashlib.sha256(crops.numpy().tobytes()).hexdigest()}
+    description = {
+        "dataset": dataset.name,
+        "images": min(num, len(dataset)),
+        "num_calib": num,
+        "crop": crop,
+        "crops_per_image": crops_per_image,
+        "crop_reductions": list(reductions),
+        "seed": seed,
+        "sha256": hashlib.sha256(crops.numpy().tobytes()).hexdigest(),
+    }
     if len(dataset) >= num:
-        return crops, facts, None
-    return crops, facts, f"{num} calibration images were asked for, and there are {len(dataset)}: they are used again, at other places"
+        return crops, description, None
+    return (
+        crops,
+        description,
+        f"{num} calibration images were asked for, and there are {len(dataset)}: they are used again, at "
+        "other places",
+    )
 
 
 def images_digest(paths: Sequence[Path], progress: bool = False) -> str:
@@ -97,6 +132,8 @@ def pick_device(name: str | None) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).add_(1).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"--device {name} cannot be used here ({str(error).splitlines()[0][:120]}); choose cpu"
-                         + (" or cuda" if torch.cuda.is_available() else "")) from error
+        raise InputError(
+            f"--device {name} cannot be used here ({str(error).splitlines()[0][:120]}); choose cpu"
+            + (" or cuda" if torch.cuda.is_available() else "")
+        ) from error
     return device

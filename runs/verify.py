@@ -1,4 +1,4 @@
-"""main_eval.py verify: the same images under changed conditions, each in its own process; every hash must be
+"""The command verify: the same images under changed conditions, each in its own process; every hash must be
 the same."""
 
 import json
@@ -37,21 +37,40 @@ class Condition:
 def conditions(python: Sequence[str], cuda: bool) -> list[Condition]:
     """All that this machine can be put in; the first is what the others are compared with."""
     flags = _processor_flags()
-    found = [Condition("1 thread"), Condition("2 threads", threads=2), Condition("batch of 4", batch=4),
-             Condition("in tiles", tile=_TILE, only_integer=True),
-             Condition("reference kernels", environment={"LICQ_KERNELS": "reference"}, only_integer=True)]
+    chosen = [
+        Condition("1 thread"),
+        Condition("2 threads", threads=2),
+        Condition("batch of 4", batch=4),
+        Condition("in tiles", tile=_TILE, only_integer=True),
+        Condition("reference kernels", environment={"LICQ_KERNELS": "reference"}, only_integer=True),
+    ]
     for capability, needs in (("default", None), ("avx2", "avx2"), ("avx512", "avx512f")):
         if needs is None or needs in flags:
-            found.append(Condition(f"ATEN_CPU_CAPABILITY={capability}", environment={"ATEN_CPU_CAPABILITY": capability}))
-    for isa, needs in (("SSE41", None), ("AVX", "avx"), ("AVX2", "avx2"), ("AVX512_CORE", "avx512bw"), ("AVX512_CORE_VNNI", "avx512_vnni")):
+            chosen.append(
+                Condition(
+                    f"ATEN_CPU_CAPABILITY={capability}", environment={"ATEN_CPU_CAPABILITY": capability}
+                )
+            )
+    for isa, needs in (
+        ("SSE41", None),
+        ("AVX", "avx"),
+        ("AVX2", "avx2"),
+        ("AVX512_CORE", "avx512bw"),
+        ("AVX512_CORE_VNNI", "avx512_vnni"),
+    ):
         if needs is None or needs in flags:
-            found.append(Condition(f"ONEDNN_MAX_CPU_ISA={isa}", environment={"ONEDNN_MAX_CPU_ISA": isa}))
-            found.append(Condition(f"ONEDNN_MAX_CPU_ISA={isa}, reference kernels", only_integer=True,
-                                   environment={"ONEDNN_MAX_CPU_ISA": isa, "LICQ_KERNELS": "reference"}))
-    found += [Condition(f"PyTorch of {path}", python=path) for path in python]
+            chosen.append(Condition(f"ONEDNN_MAX_CPU_ISA={isa}", environment={"ONEDNN_MAX_CPU_ISA": isa}))
+            chosen.append(
+                Condition(
+                    f"ONEDNN_MAX_CPU_ISA={isa}, reference kernels",
+                    only_integer=True,
+                    environment={"ONEDNN_MAX_CPU_ISA": isa, "LICQ_KERNELS": "reference"},
+                )
+            )
+    chosen += [Condition(f"PyTorch of {path}", python=path) for path in python]
     if cuda:
-        found.append(Condition("CUDA", device="cuda"))
-    return found
+        chosen.append(Condition("CUDA", device="cuda"))
+    return chosen
 
 
 def _processor_flags() -> set[str]:
@@ -62,24 +81,47 @@ def _processor_flags() -> set[str]:
     return set(next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), ()))
 
 
-def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="main_eval.py verify", allow_abbrev=False, description="Encode and decode images under changed conditions, each in "
-                            "its own process, and compare hashes of symbols, densities, files and pixels; the same for the float codec.")
-    parser.add_argument("--model", metavar="RUN", required=True, help="a model.safetensors, or the folder of a main_ptq.py run")
-    parser.add_argument("--quality", metavar="Q", type=options.positive, help="which model of the folder (default: the first)")
-    parser.add_argument("--data", metavar="SET", help="images: a folder or a data set's name (default: as in evaluation)")
+def build_verify_parser(prog: str = "main_eval.py verify") -> ArgumentParser:
+    """The flags of `verify`."""
+    parser = ArgumentParser(
+        prog=prog,
+        allow_abbrev=False,
+        description="Encode and decode images under changed conditions, each in its own process, and compare "
+        "hashes of symbols, densities, files and pixels; the same for the float codec.",
+    )
+    parser.add_argument(
+        "--model",
+        metavar="RUN",
+        required=True,
+        help="a model.safetensors, or the folder of a main_ptq.py run",
+    )
+    parser.add_argument(
+        "--quality", metavar="Q", type=options.positive, help="which model of the folder (default: the first)"
+    )
+    parser.add_argument(
+        "--data", metavar="SET", help="images: a folder or a data set's name (default: as in evaluation)"
+    )
     parser.add_argument("--images", metavar="N", type=options.positive, help="so many of them (default: all)")
-    parser.add_argument("--python", metavar="PATH", action="append", default=[],
-                        help="another environment's Python, with another PyTorch; repeatable")
-    parser.add_argument("--no-float", dest="with_float", action="store_false", help="leave the float codec out")
-    parser.add_argument("--out", metavar="FILE", help="write the table as Markdown, and all hashes as JSON beside it")
+    parser.add_argument(
+        "--python",
+        metavar="PATH",
+        action="append",
+        default=[],
+        help="another environment's Python, with another PyTorch; repeatable",
+    )
+    parser.add_argument(
+        "--no-float", dest="with_float", action="store_false", help="leave the float codec out"
+    )
+    parser.add_argument(
+        "--out", metavar="FILE", help="write the table as Markdown, and all hashes as JSON beside it"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress")
     return parser
 
 
-def run(argv: Sequence[str]) -> int:
-    """The command line; 0 where everything is the same in the integer codec, else 1."""
-    args = build_parser().parse_args(argv)
+def main(argv: Sequence[str], prog: str = "main_eval.py verify") -> int:
+    """The command line `argv`; returns 0 where everything is the same in the integer codec, else 1."""
+    args = build_verify_parser(prog).parse_args(argv)
     import torch
 
     from licq.runs.coding import models_of
@@ -92,14 +134,21 @@ def run(argv: Sequence[str]) -> int:
             raise InputError(f"--python {path} is no program; give the path of an environment's python")
     images = [str(path) for path in evaluation_set(args.data)[0].paths][: args.images]
     source = float_of(model, level) if args.with_float else None
-    chosen = conditions(args.python, torch.cuda.is_available())
-    results = measure(model, source, images, chosen, level, progress=not args.quiet)
-    text = table(results, chosen, model, len(images))
+    tried = conditions(args.python, torch.cuda.is_available())
+    results = measure(model, source, images, tried, level, progress=not args.quiet)
+    text = table(results, tried, model, len(images))
     print(text)
     if args.out:
         write_text(args.out, text + "\n")
-        write_json(Path(args.out).with_suffix(".json"), {condition.name: result for condition, result in zip(chosen, results)})
-    return _DIFFERENT if any(count for result in compared(results, "integer") if result for count in result.values()) else 0
+        write_json(
+            Path(args.out).with_suffix(".json"),
+            {condition.name: result for condition, result in zip(tried, results)},
+        )
+    return (
+        _DIFFERENT
+        if any(count for result in compared(results, "integer") if result for count in result.values())
+        else 0
+    )
 
 
 def model_at(files: Sequence[Path], quality: int | None) -> tuple[Path, int | None]:
@@ -112,12 +161,17 @@ def model_at(files: Sequence[Path], quality: int | None) -> tuple[Path, int | No
     rates = _extra(files[0]).get("rates")
     if rates:
         if quality is not None and str(quality) not in rates:
-            raise InputError(f"{files[0]} was quantized for the rates {', '.join(rates)}; choose one of them with --quality")
+            raise InputError(
+                f"{files[0]} was quantized for the rates {', '.join(rates)}; choose one of them with "
+                "--quality"
+            )
         return files[0], int(next(iter(rates))) if quality is None else quality
-    found = files if quality is None else [file for file in files if file.parent.name == f"q{quality}"]
-    if not found:
-        raise InputError(f"no quality {quality} among {', '.join(map(str, files))}; choose another with --quality")
-    return found[0], None
+    matching = files if quality is None else [file for file in files if file.parent.name == f"q{quality}"]
+    if not matching:
+        raise InputError(
+            f"no quality {quality} among {', '.join(map(str, files))}; choose another with --quality"
+        )
+    return matching[0], None
 
 
 def _extra(file: Path) -> dict[str, Any]:
@@ -135,8 +189,14 @@ def float_of(file: Path, level: int | None = None) -> list | None:
     return [str(path), extra["arch"], quality] if path.is_file() and isinstance(quality, int) else None
 
 
-def measure(model: Path, source: list | None, images: list[str], chosen: list[Condition],
-            level: int | None = None, progress: bool = True) -> list[dict[str, Any]]:
+def measure(
+    model: Path,
+    source: list | None,
+    images: list[str],
+    tried: list[Condition],
+    level: int | None = None,
+    progress: bool = True,
+) -> list[dict[str, Any]]:
     """What `codec.fingerprint` says under each condition, one process after the other.
 
     Raises:
@@ -146,20 +206,45 @@ def measure(model: Path, source: list | None, images: list[str], chosen: list[Co
 
     results = []
     with tempfile.TemporaryDirectory() as folder:
-        for place, condition in enumerate(progress_bar(chosen, desc="conditions", unit="process", enabled=progress)):
-            job = {"model": str(model.resolve()), "level": level, "float": None if condition.only_integer else source,
-                   "images": [str(Path(image).resolve()) for image in images], "threads": condition.threads, "batch": condition.batch,
-                   "tile": condition.tile, "device": condition.device, "keep": folder, "base": place == 0}
-            given, found = Path(folder) / "job.json", Path(folder) / "result.json"
-            given.write_text(json.dumps(job))
-            found.unlink(missing_ok=True)
+        for position, condition in enumerate(
+            progress_bar(tried, desc="conditions", unit="process", enabled=progress)
+        ):
+            job = {
+                "model": str(model.resolve()),
+                "level": level,
+                "float": None if condition.only_integer else source,
+                "images": [str(Path(image).resolve()) for image in images],
+                "threads": condition.threads,
+                "batch": condition.batch,
+                "tile": condition.tile,
+                "device": condition.device,
+                "keep": folder,
+                "base": position == 0,
+            }
+            job_file, result_file = Path(folder) / "job.json", Path(folder) / "result.json"
+            job_file.write_text(json.dumps(job))
+            result_file.unlink(missing_ok=True)
             environment = {**os.environ, **condition.environment, "PYTHONPATH": str(_ROOT)}
-            process = subprocess.run([condition.python, "-W", "ignore", "-m", "licq.codec.fingerprint", str(given), str(found)], cwd=_ROOT,
-                                     env=environment, capture_output=True, text=True, check=False)
-            if process.returncode or not found.is_file():
+            process = subprocess.run(
+                [
+                    condition.python,
+                    "-W",
+                    "ignore",
+                    "-m",
+                    "licq.codec.fingerprint",
+                    str(job_file),
+                    str(result_file),
+                ],
+                cwd=_ROOT,
+                env=environment,
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            if process.returncode or not result_file.is_file():
                 last = (process.stderr.strip().splitlines() or [f"status {process.returncode}"])[-1]
                 raise InputError(f"the process of condition {condition.name!r} failed: {last}")
-            results.append(json.loads(found.read_text()))
+            results.append(json.loads(result_file.read_text()))
     return results
 
 
@@ -173,21 +258,32 @@ def compared(results: list[dict[str, Any]], kind: str) -> list[dict[str, int] | 
             differences.append(None)
             continue
         names = result[kind][0].keys()
-        differences.append({name: sum(found[name] != first[name if name in first else "pixels"] for found, first in zip(result[kind], base, strict=True))
-                            for name in names})
-    for found, first in zip(base, base):  # what a file decodes to is what the network says
-        if "decoded" in found and found["decoded"] != first["pixels"]:
+        differences.append(
+            {
+                name: sum(
+                    image[name] != first[name if name in first else "pixels"]
+                    for image, first in zip(result[kind], base, strict=True)
+                )
+                for name in names
+            }
+        )
+    for image, first in zip(base, base):  # what a file decodes to is what the network says
+        if "decoded" in image and image["decoded"] != first["pixels"]:
             differences[0]["decoded"] += 1
     return differences
 
 
-def table(results: list[dict[str, Any]], chosen: list[Condition], model: Path, count: int) -> str:
+def table(results: list[dict[str, Any]], tried: list[Condition], model: Path, count: int) -> str:
     """Markdown."""
     integer, floats = compared(results, "integer"), compared(results, "float")
-    lines = [f"{model}, {count} images; each figure counts images that differ from the first line's", "",
-             "| condition | integer: symbols | densities | file | decoded from the first file | float: scale indexes (cannot be decoded) | pixels |",
-             "| --- | --- | --- | --- | --- | --- | --- |"]
-    for condition, ours, theirs in zip(chosen, integer, floats):
+    lines = [
+        f"{model}, {count} images; each figure counts images that differ from the first line's",
+        "",
+        "| condition | integer: symbols | densities | file | decoded from the first file | float: scale "
+        "indexes (cannot be decoded) | pixels |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for condition, ours, theirs in zip(tried, integer, floats):
         cells = [str(ours.get(name, "-")) if ours else "-" for name in ("symbols", "indexes", "file")]
         cells.append(str(ours.get("decoded", ours["pixels"])) if ours else "-")
         cells += [str(theirs[name]) if theirs else "-" for name in ("indexes", "pixels")]

@@ -6,42 +6,107 @@ import math
 from pathlib import Path
 from typing import Any
 
+from licq.support.cli import ArgumentParser
 from licq.support.errors import InputError
 
 # The public interface. reconstruction.config and models.registry have the same lists; a test compares them.
 LOSSES = ("mse", "fisher", "rd", "rd_direct", "kl", "stage", "output")
 UNITS = ("layer", "block", "stage", "network")
 METRICS = ("mse", "ms-ssim")
+ARCHITECTURES = (
+    "lu2022, tic, balle2018, minnen2018, minnen2018-mean, cheng2019, cheng2020, cheng2020-anchor, chen2021",
+    "qvrf-balle2018, qvrf-minnen2018, qvrf-cheng2020, balle2018-vbr, minnen2018-mean-vbr, minnen2018-vbr",
+)  # of one rate a checkpoint, and of variable rate
 
 _MAX_THREADS = 256  # beyond, thread creation fails inside the OpenMP runtime, which ends the process
 
 
+class ScreenParser(ArgumentParser):
+    """A parser whose --help fits a screen.
+
+    The groups of `add_rare_group` are shown by --help_all alone; their flags are accepted like all others.
+
+    Args:
+        prog: what the user types.
+        description, epilog: the first and the last paragraph of both helps.
+        details: more paragraphs at the end of --help_all.
+    """
+
+    def __init__(self, prog: str, description: str, epilog: str = "", details: str = ""):
+        super().__init__(
+            prog=prog,
+            usage="%(prog)s [options]",
+            description=description,
+            epilog=epilog,
+            allow_abbrev=False,
+            add_help=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        self._details = details
+        self._rare_groups: list[argparse._ArgumentGroup] = []
+        group = self.add_argument_group("help")
+        group.add_argument("-h", "--help", action="help", help="show the flags that matter most and exit")
+        group.add_argument("--help_all", action=_HelpAll, help="show all flags and exit")
+
+    def add_rare_group(self, title: str) -> argparse._ArgumentGroup:
+        """A group of flags that --help leaves out."""
+        group = self.add_argument_group(title)
+        self._rare_groups.append(group)
+        return group
+
+    def format_help(self, everything: bool = False) -> str:
+        """The text of --help, or of --help_all."""
+        groups, epilog = self._action_groups, self.epilog
+        if everything:
+            self.epilog = "\n\n".join(filter(None, [epilog, self._details]))
+        else:
+            self._action_groups = [group for group in groups if group not in self._rare_groups]
+        try:
+            return super().format_help()
+        finally:
+            self._action_groups, self.epilog = groups, epilog
+
+
+class _HelpAll(argparse._HelpAction):
+    def __call__(self, parser, namespace, values, option_string=None):
+        if isinstance(parser, ScreenParser):
+            print(parser.format_help(everything=True), end="")
+        parser.exit()
+
+
+def rare_group(parser: argparse.ArgumentParser, title: str) -> argparse._ArgumentGroup:
+    """A group that a `ScreenParser` leaves out of --help; of any other parser an ordinary one."""
+    if isinstance(parser, ScreenParser):
+        return parser.add_rare_group(title)
+    return parser.add_argument_group(title)
+
+
 def bits(text: str) -> int:
     """A number of bits: 2..16, or 32 for float."""
-    value = _whole(text)
+    value = _integer(text)
     if value != 32 and not 2 <= value <= 16:
         raise argparse.ArgumentTypeError(f"{text} is out of range; choose 2 to 16, or 32 for float")
     return value
 
 
 def count(text: str) -> int:
-    """A whole number from 0."""
+    """An integer from 0."""
     return _at_least(text, 0)
 
 
 def positive(text: str) -> int:
-    """A whole number from 1."""
+    """An integer from 1."""
     return _at_least(text, 1)
 
 
 def reductions(text: str) -> list[int]:
-    """Whole numbers from 1, separated by commas."""
-    return [_at_least(item, 1) for item in text.split(",")]
+    """Integers from 1, separated by commas."""
+    return [_at_least(part, 1) for part in text.split(",")]
 
 
 def threads(text: str) -> int:
     """A number of CPU threads, 1..256."""
-    value = _whole(text)
+    value = _integer(text)
     if not 1 <= value <= _MAX_THREADS:
         raise argparse.ArgumentTypeError(f"{text} is out of range; choose 1 to {_MAX_THREADS}")
     return value
@@ -49,7 +114,7 @@ def threads(text: str) -> int:
 
 def seed(text: str) -> int:
     """A seed that every generator takes, 0 .. 2^32 - 1."""
-    value = _whole(text)
+    value = _integer(text)
     if not 0 <= value < 2**32:
         raise argparse.ArgumentTypeError(f"{text} is out of range; choose 0 to 4294967295")
     return value
@@ -86,14 +151,14 @@ def share(text: str) -> float:
 
 def _positive_numbers(text: str, example: float) -> list[float]:
     values = []
-    for item in text.split(","):
+    for part in text.split(","):
         try:
-            value = float(item)
+            value = float(part)
         except ValueError:
             value = math.nan
         if not (math.isfinite(value) and value > 0):
             raise argparse.ArgumentTypeError(
-                f"{item.strip() or text!r} is not a positive number; give one such as {example}"
+                f"{part.strip() or text!r} is not a positive number; give one such as {example}"
             )
         values.append(value)
     return values
@@ -126,13 +191,13 @@ def bops_budget(text: str) -> dict[str, float]:
 
 def bits_choices(text: str) -> list[int]:
     """Numbers of bits from 2 to 16, separated by commas."""
-    found = sorted({_whole(item) for item in text.split(",")})
-    for value in found:
+    choices = sorted({_integer(part) for part in text.split(",")})
+    for value in choices:
         if not 2 <= value <= 16:
             raise argparse.ArgumentTypeError(
                 f"{value} is out of range; choose numbers from 2 to 16, such as 4,6,8"
             )
-    return found
+    return choices
 
 
 def positive_number(text: str) -> float:
@@ -141,17 +206,17 @@ def positive_number(text: str) -> float:
 
 
 def qualities(text: str) -> list[int] | str:
-    """`all`, or whole numbers separated by commas."""
+    """`all`, or integers separated by commas."""
     if text == "all":
         return text
-    found = []
-    for item in text.split(","):
-        if not item.strip().isdecimal():
+    numbers = []
+    for part in text.split(","):
+        if not part.strip().isdecimal():
             raise argparse.ArgumentTypeError(
-                f"{item.strip() or text!r} is not a quality; give numbers such as 1,3,5 or `all`"
+                f"{part.strip() or text!r} is not a quality; give numbers such as 1,3,5 or `all`"
             )
-        found.append(int(item))
-    return found
+        numbers.append(int(part))
+    return numbers
 
 
 def merge_qualities(given: list[list[int] | str] | None) -> list[int] | str | None:
@@ -159,7 +224,9 @@ def merge_qualities(given: list[list[int] | str] | None) -> list[int] | str | No
     word."""
     if given is None:
         return None
-    return "all" if "all" in given else sorted({quality for word in given for quality in word})
+    if "all" in given:
+        return "all"
+    return sorted({quality for word in given if not isinstance(word, str) for quality in word})
 
 
 def assignment(text: str) -> tuple[str, str]:
@@ -182,12 +249,12 @@ def convert(name: str, text: str, like: Any) -> Any:
                 text.lower()
             ]
         if isinstance(like, tuple):
-            return tuple(item.strip() for item in text.split(",") if item.strip())
+            return tuple(part.strip() for part in text.split(",") if part.strip())
         value = type(like)(text)
     except (ValueError, KeyError):
         value = None
     if value is None or isinstance(value, float) and not math.isfinite(value):
-        kind = {bool: "true or false", int: "a whole number", float: "a number"}[type(like)]
+        kind = {bool: "true or false", int: "an integer", float: "a number"}[type(like)]
         raise InputError(f"--set {name}={text}: not {kind}; its default is {like}")
     return value
 
@@ -203,16 +270,16 @@ def existing_or_pattern(text: str) -> str:
 
 
 def add_float_model(parser: argparse.ArgumentParser, metric: str | None = "mse") -> None:
-    """--arch --quality --checkpoint --pretrained --lambda --metric: which float codecs. metric: the default;
-    None: a quantized model's."""
+    """--arch --quality --checkpoint --pretrained --lambda --metric: which float codecs.
+
+    metric: the default of --metric; None: what the quantized models were made for.
+    """
     group = parser.add_argument_group("float codec")
     group.add_argument(
         "--arch",
         metavar="NAME",
-        help="architecture: lu2022, tic, balle2018, minnen2018, minnen2018-mean, cheng2019, "
-        "cheng2020, cheng2020-anchor, chen2021; of variable rate: qvrf-balle2018, qvrf-minnen2018, qvrf-cheng2020, "
-        "balle2018-vbr, minnen2018-mean-vbr, minnen2018-vbr; or the path of a Python file that registers one, as examples/bls2017.py "
-        "does (default: what the file of --checkpoint is, else lu2022)",
+        help="architecture: a name, or a Python file that registers one, as examples/bls2017.py does "
+        "(default: what --checkpoint is, else lu2022)",
     )
     group.add_argument(
         "--quality",
@@ -226,14 +293,15 @@ def add_float_model(parser: argparse.ArgumentParser, metric: str | None = "mse")
         "--checkpoint",
         metavar="FILE",
         type=existing_or_pattern,
-        help="trained weights: .pth.tar, .pt or .safetensors; {quality} in the name stands for the quality "
-        "(default: the checkpoints that come with the project)",
+        help="trained weights, .pth.tar, .pt or .safetensors; {quality} in the name stands for the quality "
+        "(default: those of the project)",
     )
     group.add_argument(
         "--pretrained",
         action="store_true",
-        help="use CompressAI's published weights, downloaded once and checked by their hash (default: no)",
+        help="use CompressAI's published weights, checked by their hash (default: no)",
     )
+    group = rare_group(parser, "objective of the float codec")
     group.add_argument(
         "--lambda",
         dest="lmbda",
@@ -256,6 +324,7 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cuda where there is one, else cpu)"
     )
+    group = rare_group(parser, "threads and progress")
     group.add_argument(
         "--threads", metavar="N", type=threads, help="CPU threads, 1 to 256 (default: PyTorch's choice)"
     )
@@ -272,16 +341,16 @@ def add_engine(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> Non
         "--workers",
         metavar="N",
         type=positive,
-        help="run so many tasks at a time, each in a process of its own, with an equal share of the processors, and on "
-        "one of the GPUs if there are any (default: one after the other in this process)",
+        help="run so many tasks at a time, each in a process of its own, with an equal share of the "
+        "processors, and on one of the GPUs if there are any (default: one after the other in this process)",
     )
     parser.add_argument(
         "--ray",
         metavar="ADDRESS",
         nargs="?",
         const="auto",
-        help="run the tasks on the Ray cluster at this address; without one, on the cluster that this machine belongs "
-        "to, else on this machine (default: no Ray)",
+        help="run the tasks on the Ray cluster at this address; without one, on the cluster that this "
+        "machine belongs to, else on this machine (default: no Ray)",
     )
     parser.add_argument(
         "--gpu_share",
@@ -291,15 +360,15 @@ def add_engine(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> Non
     )
 
 
-def _whole(text: str) -> int:
+def _integer(text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer") from None
 
 
-def _at_least(text: str, least: int) -> int:
-    value = _whole(text)
-    if value < least:
-        raise argparse.ArgumentTypeError(f"{text} is out of range; choose {least} or more")
+def _at_least(text: str, minimum: int) -> int:
+    value = _integer(text)
+    if value < minimum:
+        raise argparse.ArgumentTypeError(f"{text} is out of range; choose {minimum} or more")
     return value

@@ -55,6 +55,7 @@ _OWN = {
     "shared",
     "quiet",
     "help",
+    "help_all",
     SEED,
 }  # the sweep's, not a run's
 

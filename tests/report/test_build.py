@@ -62,6 +62,14 @@ def test_mean_is_of_the_decibels_and_equal_for_every_kind_of_input(make_image, t
     assert reports[1].name == tmp_path.name
 
 
+def test_one_file_and_stacked_tensors_are_images_too(make_image):
+    paths = [make_image("a.png", 64, 64, 1), make_image("b.png", 64, 64, 2)]
+    x = torch.stack([load_image(path) for path in paths])
+    each = [evaluate(Codec(), path, progress=False).mean()["psnr"] for path in (paths[0], str(paths[1]))]
+    assert [evaluate(Codec(), one, progress=False).mean()["psnr"] for one in x] == each
+    assert [image.psnr for image in evaluate(Codec(), x, progress=False).per_image] == each
+
+
 def test_lossless_codec_has_infinite_psnr():
     assert (
         evaluate(Codec(0.0), [torch.rand(3, 64, 64).mul(255).round() / 255], progress=False).mean()["psnr"]

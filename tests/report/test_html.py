@@ -19,9 +19,10 @@ from PIL import Image
 from licq.data.images import load_pixels
 from licq.evaluation.evaluate import ImageResult, Report, evaluate
 from licq.report.build import make_point, write_report
+from licq.report.changes import image_deltas, predicted_rises
 from licq.report.crops import PANELS, busiest_window, save_crops, split_panels
 from licq.report.html import render_html
-from licq.report.text import image_deltas, percent, predicted_rises
+from licq.report.labels import percent
 from tests.report.test_build import CURVE, Codec, points, report_of, result
 
 SECTIONS = {"warnings", "curves", "bd-rate", "images", "layers", "crops", "cost", "float", "settings"}
@@ -84,9 +85,9 @@ def predicted(layers: int) -> dict:
     }
 
 
-def whole_report(folder, history=predicted(30)):
+def whole_report(folder, history=None):
     """A report with every part, and its crops."""
-    everything = points(history=history)
+    everything = points(history=history or predicted(30))
     for number, (point, (rate, quality, similar)) in enumerate(zip(everything, CURVE)):
         point |= {
             "baseline": result(1.2 * rate, quality, similar).mean(),

@@ -5,16 +5,23 @@ import json
 
 import pytest
 import torch
-from tests.main_jobs import one_line, refused, run
 from PIL import Image
 
 from licq.quant.config import QuantConfig
 from licq.quant.model import QuantModel
 from licq.reconstruction import analysis
-from licq.reconstruction.analysis import SIDES, Probe, analyze, measure_channels, measure_landscape, measure_units
+from licq.reconstruction.analysis import (
+    SIDES,
+    Probe,
+    analyze,
+    measure_channels,
+    measure_landscape,
+    measure_units,
+)
 from licq.reconstruction.objective import Objective
 from licq.reconstruction.sensitivity import measure_sensitivities
 from licq.support.errors import InputError
+from tests.main_jobs import refused, run
 from tests.tiny_codecs import images, tiny_codec
 
 OBJECTIVE = Objective(0.01)
@@ -37,9 +44,12 @@ def probed(name: str = "balle2018", **config) -> Probe:
 
 def by_hand(probe: Probe, nodes: list[str], only: str | None = None) -> float:
     """The mean rise of J with these nodes quantized, by whole forwards."""
+
     def cost() -> float:
         with torch.no_grad():
-            return float(torch.cat([OBJECTIVE(probe.qmodel(batch), batch) for batch in probe.batches]).double().mean())
+            return float(
+                torch.cat([OBJECTIVE(probe.qmodel(batch), batch) for batch in probe.batches]).double().mean()
+            )
 
     probe.qmodel.quantize_nodes(False)
     real = cost()
@@ -68,10 +78,19 @@ def test_a_unit_alone_is_what_whole_forwards_measure():
     for unit in probe.units("layer"):  # also after a step back to the first unit
         found = layers[unit.name]
         assert found["both"]["j"] == pytest.approx(by_hand(probe, list(unit.nodes)), rel=1e-4, abs=2e-5)
-        assert found["both"]["j"] == pytest.approx(found["both"]["bpp"] + found["both"]["weighted_distortion"])
-    assert layers["g_s.2"]["weights"]["j"] == pytest.approx(by_hand(probe, ["g_s.2"], "weights"), rel=1e-4, abs=2e-5)
-    assert units["g_s"]["both"]["j"] == pytest.approx(by_hand(probe, [n for n in probe.qmodel.nodes if n.startswith("g_s")]), rel=1e-4, abs=2e-5)
-    assert layers["g_s.6"]["predicted"]["inputs"] > 0 and units["g_s"]["predicted"]["weights"] > layers["g_s.6"]["predicted"]["weights"]
+        assert found["both"]["j"] == pytest.approx(
+            found["both"]["bpp"] + found["both"]["weighted_distortion"]
+        )
+    assert layers["g_s.2"]["weights"]["j"] == pytest.approx(
+        by_hand(probe, ["g_s.2"], "weights"), rel=1e-4, abs=2e-5
+    )
+    assert units["g_s"]["both"]["j"] == pytest.approx(
+        by_hand(probe, [n for n in probe.qmodel.nodes if n.startswith("g_s")]), rel=1e-4, abs=2e-5
+    )
+    assert (
+        layers["g_s.6"]["predicted"]["inputs"] > 0
+        and units["g_s"]["predicted"]["weights"] > layers["g_s.6"]["predicted"]["weights"]
+    )
     every = [node for node in probe.qmodel.nodes]
     assert probe.all_units().j == pytest.approx(by_hand(probe, every), rel=1e-4, abs=2e-5)
 
@@ -92,14 +111,20 @@ def test_channels_are_those_of_the_float_codec():
     for facts, rows in ((found["g_a.2"]["inputs"], x), (found["g_a.2"]["weights"], weight)):
         assert facts["max"] == pytest.approx(rows.abs().amax(1).tolist())
         assert facts["rms"] == pytest.approx(rows.double().square().mean(1).sqrt().tolist(), rel=1e-5)
-        assert facts["p999"] == pytest.approx(torch.quantile(rows.abs().double(), 0.999, dim=1).tolist(), rel=1e-5)
+        assert facts["p999"] == pytest.approx(
+            torch.quantile(rows.abs().double(), 0.999, dim=1).tolist(), rel=1e-5
+        )
 
 
 def test_the_landscape_passes_through_the_ranges_as_they_are_and_leaves_them_so():
     probe = probed()
     before = {name: value.clone() for name, value in probe.qmodel.state_dict().items()}
     found = measure_landscape(probe, "g_a.2", directly, progress=False)
-    assert [point["n"] for point in found["weights"]] == [point["n"] for point in found["inputs"]] == list(FACTORS)
+    assert (
+        [point["n"] for point in found["weights"]]
+        == [point["n"] for point in found["inputs"]]
+        == list(FACTORS)
+    )
     for side in ("weights", "inputs"):
         at = found[side][FACTORS.index(1.0)]
         assert at["j"] == pytest.approx(by_hand(probe, ["g_a.2"], side), rel=1e-4, abs=2e-5)
@@ -127,9 +152,11 @@ def test_what_is_remembered_is_not_measured_again():
     first = analyze(probe, sensitivities, "block", None, remember, progress=False)
     again = analyze(probed(), sensitivities, "block", None, refuse, progress=False)
     assert first == again
-    assert first["landscape"]["layer"] == max((n for n in first["layers"] if ".1" not in n and ".3" not in n and ".5" not in n),
-                                              # the others are GDN and ReLU
-                                              key=lambda n: first["layers"][n]["both"]["j"])
+    assert first["landscape"]["layer"] == max(
+        (n for n in first["layers"] if ".1" not in n and ".3" not in n and ".5" not in n),
+        # the others are GDN and ReLU
+        key=lambda n: first["layers"][n]["both"]["j"],
+    )
     assert all(set(found) == {*SIDES, "predicted"} for found in first["units"].values())
     with pytest.raises(InputError, match="no layer 'g_x'"):
         analyze(probe, sensitivities, "block", "g_x", remember, progress=False)
@@ -157,9 +184,20 @@ def test_analysis_is_written_and_resumed(job, capsys, tmp_path, monkeypatch):
     printed = capsys.readouterr()
     assert printed.err == "" and "analysis.md" in printed.out and "g_a.0" in printed.out
     assert {path.name for path in folder.iterdir()} == {
-        "analysis.json", "analysis.md", "delta_j.png", "ranges.png", "channels.png", "landscape.png", "result.json"}
+        "analysis.json",
+        "analysis.md",
+        "delta_j.png",
+        "ranges.png",
+        "channels.png",
+        "landscape.png",
+        "result.json",
+    }
     found = json.loads((folder / "analysis.json").read_text())
-    assert found["unit"] == "block" and found["float"]["j"] > 0 and "![landscape](landscape.png)" in (folder / "analysis.md").read_text()
+    assert (
+        found["unit"] == "block"
+        and found["float"]["j"] > 0
+        and "![landscape](landscape.png)" in (folder / "analysis.md").read_text()
+    )
     for name in ("delta_j", "ranges", "channels", "landscape"):
         assert min(Image.open(folder / f"{name}.png").size) > 300
     job["--out"] = tmp_path / "other"
@@ -167,8 +205,13 @@ def test_analysis_is_written_and_resumed(job, capsys, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "other" / "q1" / "analysis.json").read_text()) == found
 
 
-@pytest.mark.parametrize("changes, expected", [
-    ({"landscape": "g_a.0"}, ["--landscape belongs to --analyze"]), ({"analyze": True, "landscape": "g_x"}, ["--landscape", "no layer 'g_x'"]),
-    ({"analyze": True, "budget_size": 6}, ["exclude each other"])])
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        ({"landscape": "g_a.0"}, ["--landscape belongs to --analyze"]),
+        ({"analyze": True, "landscape": "g_x"}, ["--landscape", "no layer 'g_x'"]),
+        ({"analyze": True, "budget_size": 6}, ["exclude each other"]),
+    ],
+)
 def test_bad_flags_of_an_analysis_are_one_line(job, capsys, changes, expected):
     refused(capsys, job, *expected, **changes)

@@ -4,12 +4,9 @@ import json
 
 import pytest
 import torch
-from tests.main_jobs import one_line, run
-from tests.tiny_codecs import images, tiny_codec
 
 import main_eval
 from licq.data.calibration import draw_levels
-from licq.runs import layers as layer_runs
 from licq.models.checkpoints import save_checkpoint
 from licq.quant.config import QuantConfig
 from licq.quant.model import QuantModel
@@ -17,8 +14,11 @@ from licq.reconstruction.api import quantize
 from licq.reconstruction.config import PtqConfig
 from licq.reconstruction.objective import Objective
 from licq.reconstruction.stress import stressed
+from licq.runs import layer_search
 from licq.support.cli import main_guard
 from licq.support.errors import InputError
+from tests.main_jobs import one_line, run
+from tests.tiny_codecs import images, tiny_codec
 
 ARCH = "qvrf-balle2018"
 
@@ -35,7 +35,17 @@ def outcome(codec, x):
     return [out["x_hat"], *out["likelihoods"].values()]
 
 
-@pytest.mark.parametrize("name", ["qvrf-balle2018", "qvrf-minnen2018", "qvrf-cheng2020", "balle2018-vbr", "minnen2018-mean-vbr", "minnen2018-vbr"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "qvrf-balle2018",
+        "qvrf-minnen2018",
+        "qvrf-cheng2020",
+        "balle2018-vbr",
+        "minnen2018-mean-vbr",
+        "minnen2018-vbr",
+    ],
+)
 def test_every_rate_of_one_quantized_codec_is_near_the_float_codecs(name):
     model = tiny_codec(name)
     x = images(8)
@@ -72,7 +82,9 @@ def test_images_with_planes_are_coded_at_their_own_rates(name, tmp_path):
     for index, level in enumerate([2, 7, 4, 1]):
         codec.model.set_level(level)
         x_hat, y, z = outcome(codec, x[index : index + 1])
-        assert torch.equal(together[0][index : index + 1], x_hat) and torch.equal(together[1][index : index + 1], y)
+        assert torch.equal(together[0][index : index + 1], x_hat) and torch.equal(
+            together[1][index : index + 1], y
+        )
         # a float estimate of all images at once
         torch.testing.assert_close(together[2][index : index + 1], z)
     codec.save(tmp_path / "model.safetensors")
@@ -88,10 +100,17 @@ def test_j_has_the_lambda_of_each_image_and_harder_crops_keep_their_planes():
     out = {"x_hat": x[:, :3] * 0.9, "likelihoods": {"y": torch.full((2, 1, 4, 4), 0.5)}}
     together = Objective(1.0)(out, x)
     for index, lmbda in enumerate((0.002, 0.064)):
-        alone = {"x_hat": out["x_hat"][index : index + 1], "likelihoods": {"y": out["likelihoods"]["y"][index : index + 1]}}
-        assert float(together[index]) == pytest.approx(float(Objective(lmbda)(alone, x[index : index + 1, :3])), rel=1e-6)
+        alone = {
+            "x_hat": out["x_hat"][index : index + 1],
+            "likelihoods": {"y": out["likelihoods"]["y"][index : index + 1]},
+        }
+        assert float(together[index]) == pytest.approx(
+            float(Objective(lmbda)(alone, x[index : index + 1, :3])), rel=1e-6
+        )
     harder = stressed(x)
-    assert torch.equal(harder[:, :3], stressed(x[:, :3])) and torch.equal(harder[:, 3:], x[:, 3:].repeat(4, 1, 1, 1))
+    assert torch.equal(harder[:, :3], stressed(x[:, :3])) and torch.equal(
+        harder[:, 3:], x[:, 3:].repeat(4, 1, 1, 1)
+    )
 
 
 def test_calibration_learns_on_crops_of_all_rates():
@@ -130,16 +149,38 @@ def test_one_model_for_all_qualities_and_rates_between_them(variable_job, tmp_pa
     report = read(out)
     assert (out / "model.safetensors").is_file() and not list(out.glob("q*/model.safetensors"))
     bits = [point["quant"]["bpp"] for point in report["points"]]
-    assert [point["quality"] for point in report["points"]] == [2, 5, 8] and bits == sorted(bits) and bits[0] < bits[2]
+    assert (
+        [point["quality"] for point in report["points"]] == [2, 5, 8]
+        and bits == sorted(bits)
+        and bits[0] < bits[2]
+    )
     # an untrained codec's curve may fall with the rate, and has no BD-rate then
     curves = [[point[codec]["psnr"] for point in report["points"]] for codec in ("fp32", "quant")]
     assert (report["bd_rate_psnr"] is not None) == all(curve == sorted(curve) for curve in curves)
     assert evaluate("--model", out, "--data", tmp_path / "eval") == 0
     again = read(out / "eval_eval")
     for point, other in zip(again["points"], report["points"], strict=True):
-        assert (point["quant"], point["fp32"], point["lambda"]) == (other["quant"], other["fp32"], other["lambda"])
+        assert (point["quant"], point["fp32"], point["lambda"]) == (
+            other["quant"],
+            other["fp32"],
+            other["lambda"],
+        )
     gain = tiny_codec(ARCH).gain(6.5)
-    assert evaluate("--model", out, "--data", tmp_path / "eval", "--quality", "5,8", "--rate_factor", gain, "--out", tmp_path / "e") == 0
+    assert (
+        evaluate(
+            "--model",
+            out,
+            "--data",
+            tmp_path / "eval",
+            "--quality",
+            "5,8",
+            "--rate_factor",
+            gain,
+            "--out",
+            tmp_path / "e",
+        )
+        == 0
+    )
     points = read(tmp_path / "e")["points"]
     assert [point["quality"] for point in points] == [5, pytest.approx(6.5), 8]
     assert points[0]["lambda"] < points[1]["lambda"] < points[2]["lambda"]
@@ -166,16 +207,38 @@ def test_qualities_and_factors_that_a_codec_lacks_are_refused(variable_job, tmp_
     assert evaluate("--model", tmp_path / "out", "--data", tmp_path / "eval", "--quality", 9) == 2
     one_line(capsys, "has the qualities 1 to 8, not 9")
     for factor in ("0", "x"):
-        assert evaluate("--model", tmp_path / "out", "--data", tmp_path / "eval", "--rate_factor", factor) == 2
+        assert (
+            evaluate("--model", tmp_path / "out", "--data", tmp_path / "eval", "--rate_factor", factor) == 2
+        )
         one_line(capsys, "is not a positive number; give one such as 1.5")
-    words = ("--model", "float", "--checkpoint", zoo / "tiny-q{quality}.safetensors", "--data", tmp_path / "eval")
+    words = (
+        "--model",
+        "float",
+        "--checkpoint",
+        zoo / "tiny-q{quality}.safetensors",
+        "--data",
+        tmp_path / "eval",
+    )
     assert evaluate(*words, "--rate_factor", 2) == 2
     one_line(capsys, "--rate_factor is for quantized variable-rate codecs")
 
 
 def test_bits_are_searched_once_for_all_rates(variable_job, tmp_path, monkeypatch):
-    original, searched = layer_runs.measure_layers, []
-    monkeypatch.setattr(layer_runs, "measure_layers", lambda *args, **kwargs: searched.append(1) or original(*args, **kwargs))
-    assert run(variable_job, quality="2,8", budget_size=6, bits_choices="4,8", **{"set": "balance=0", "no-baseline": True}) == 0
+    original, searched = layer_search.measure_layers, []
+    monkeypatch.setattr(
+        layer_search,
+        "measure_layers",
+        lambda *args, **kwargs: searched.append(1) or original(*args, **kwargs),
+    )
+    assert (
+        run(
+            variable_job,
+            quality="2,8",
+            budget_size=6,
+            bits_choices="4,8",
+            **{"set": "balance=0", "no-baseline": True},
+        )
+        == 0
+    )
     first, second = read(tmp_path / "out")["points"]
     assert first["bits"] == second["bits"] and len(searched) == 1

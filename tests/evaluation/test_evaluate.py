@@ -1,0 +1,44 @@
+"""The rate of a codec that has files is that of its files."""
+
+import pytest
+import torch
+
+import licq
+from licq.evaluation.evaluate import evaluate
+from licq.quant.config import QuantConfig
+from licq.quant.model import QuantModel
+from licq.support.errors import InputError
+from tests.tiny_codecs import images, tiny_codec
+
+
+def quantized(name: str = "balle2018") -> QuantModel:
+    codec = QuantModel(tiny_codec(name), QuantConfig())
+    codec.observe(images(2).split(2))
+    return codec
+
+
+def test_files_are_written_where_the_codec_has_them_and_the_report_says_so():
+    codec = quantized()
+    x = images(2)
+    assert evaluate(codec, x, progress=False).bpp_source == "estimate"  # not frozen
+    codec.freeze()
+    report = licq.evaluate(codec, x, progress=False)
+    assert report.bpp_source == "bitstream"
+    for image in report.per_image:
+        size = image.bpp * image.width * image.height
+        assert size == pytest.approx(8 * round(size / 8)) and image.bpp != image.bpp_estimated
+    estimate = evaluate(codec, x, real=False, progress=False)
+    assert estimate.bpp_source == "estimate"
+    assert [image.bpp for image in estimate.per_image] == [image.bpp_estimated for image in report.per_image]
+
+
+def test_files_that_are_asked_for_and_cannot_be_written_are_refused():
+    with pytest.raises(InputError, match="no files"):
+        evaluate(tiny_codec("balle2018"), images(1), real=True, progress=False)
+    assert evaluate(tiny_codec("balle2018"), images(1), progress=False).bpp_source == "estimate"
+
+
+def test_the_model_is_in_evaluation_mode_only_for_the_duration():
+    model = tiny_codec("balle2018").train()
+    report = evaluate(model, images(1), progress=False)
+    assert model.training and torch.isfinite(torch.tensor(report.mean()["psnr"]))
