@@ -15,12 +15,16 @@ from licq.reconstruction.units import Trace
 class PrefixCache:
     """For each batch, the outputs of every call that is complete before the present unit.
 
+    Whether these are of the float codec or of the quantized prefix is decided by the state that the nodes are
+    in when `advance` is called.
+
     Args:
-        quantized: of the quantized and frozen prefix, or of the float codec.
+        trace: of a forward of `qmodel`.
+        batches: crops, (B, 3, H, W) each.
     """
 
-    def __init__(self, qmodel: QuantModel, trace: Trace, batches: Sequence[Tensor], quantized: bool):
-        self.qmodel, self.trace, self.batches, self.quantized = qmodel, trace, batches, quantized
+    def __init__(self, qmodel: QuantModel, trace: Trace, batches: Sequence[Tensor]):
+        self.qmodel, self.trace, self.batches = qmodel, trace, batches
         self.outputs: list[dict[Call, object]] = [{} for _ in batches]
 
     @torch.no_grad()
@@ -43,11 +47,6 @@ class PrefixCache:
         with self.qmodel.runtime.replaying(self.outputs[index]):
             yield
 
-    def bytes(self) -> int:
-        """Memory held."""
-        return sum(_bytes(output) for outputs in self.outputs for output in outputs.values())
-
-
 def mixed(quantized: object, real: object, share: float, generator: torch.Generator) -> object:
     """Each element from the float codec with probability `share`, else from the quantized one (QDrop, Wei
     2022)."""
@@ -57,13 +56,3 @@ def mixed(quantized: object, real: object, share: float, generator: torch.Genera
     if isinstance(quantized, (list, tuple)):
         return type(quantized)(mixed(q, r, share, generator) for q, r in zip(quantized, real))
     return quantized
-
-
-def _bytes(output: object) -> int:
-    if isinstance(output, QTensor):
-        return output.q.numel() * output.q.element_size()
-    if isinstance(output, Tensor):
-        return output.numel() * output.element_size()
-    if isinstance(output, (list, tuple)):
-        return sum(_bytes(item) for item in output)
-    return 0

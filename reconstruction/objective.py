@@ -8,6 +8,8 @@ from torch import Tensor
 
 from licq.support.errors import InputError
 
+MS_SSIM_SIDE = 161  # pixels: the smallest side that MS-SSIM's five scales fit into
+
 
 def rate(output: dict, x: Tensor) -> Tensor:
     """R: bits per pixel of each image, (B,): -log2 of the likelihoods of every latent, summed."""
@@ -24,14 +26,17 @@ class Objective:
     Args:
         lmbda: weight of the distortion, of images that do not bring their own.
         metric: "mse": D = 255^2 * mse with samples in 0..1; "ms-ssim": D = 1 - MS-SSIM.
+
+    Raises:
+        InputError: a lambda that is not positive, an unknown metric.
     """
 
     def __init__(self, lmbda: float, metric: str = "mse"):
         if metric not in ("mse", "ms-ssim"):
-            raise InputError(f"--metric {metric} is unknown; choose mse or ms-ssim")
+            raise InputError(f"`metric` {metric} is unknown; choose mse or ms-ssim")
         if not lmbda > 0:
             raise InputError(
-                f"--lambda {lmbda} is not positive; give the lambda that the codec was trained with"
+                f"`lmbda` {lmbda} is not positive; give the lambda that the codec was trained with"
             )
         self.lmbda, self.metric = lmbda, metric
 
