@@ -6,58 +6,75 @@ layers also guide Hossain et al. 2025, arXiv 2506.01221). The choice is then a m
 problem, which a MILP solver answers exactly.
 """
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import lil_array
+
+from licq.quant.bits import Bits
+from licq.support.errors import InputError
+
 GAP = 1e-9  # relative, of the solver
-_BELIEF = 0.1
-_SMALLEST = 1e-9  # bits per pixel
 
 
 @dataclass(frozen=True)
 class Layer:
-    """What the search knows of a layer.
-
-    weights:  how many. macs: multiply-accumulate operations for a pixel of the image.
-    w_loss:   rise of J in bits per pixel by each candidate number of bits of the weights. a_loss: of the
-    inputs.
-    a_width:  bits of the multiplied inputs for each candidate: a square in a GDN has twice as many, a latent
-    14 of its own.
-    width_8:  the same for 8 bits.
-    """
+    """What the search knows of a layer."""
 
     name: str
+
     weights: int
+    """How many."""
+
     macs: float
+    """Multiply-accumulate operations for a pixel of the image."""
+
     w_loss: Mapping[int, float]
+    """Rise of J in bits per pixel by each candidate number of bits of the weights."""
+
     a_loss: Mapping[int, float]
+    """The same for the inputs."""
+
     a_width: Mapping[int, int]
+    """Bits of the multiplied inputs for each candidate: a square in a GDN has twice as many, a latent 14."""
+
     width_8: int
+    """`a_width` of 8 bits."""
 
     def bit_operations(self, w_bits: int, a_bits: int) -> float:
         """macs * bits of a weight * bits of an input."""
         return self.macs * w_bits * self.a_width[a_bits]
 
     def loss(self, w_bits: int, a_bits: int) -> float:
+        """Rise of J in bits per pixel."""
         return self.w_loss[w_bits] + self.a_loss[a_bits]
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Upper bounds, each or None.
-
-    mean_bits: of a weight. megabytes: of all weights, 10^6 bytes, packed and not yet compressed.
-    relative_bops: bit operations over
-    those of 8 bits everywhere. bops: bit operations for a pixel. loss: rise of J in bits per pixel.
-    """
+    """Upper bounds, each or None."""
 
     mean_bits: float | None = None
+    """Of a weight."""
+
     megabytes: float | None = None
+    """Of all weights, 10^6 bytes, packed and not yet compressed."""
+
     relative_bops: float | None = None
+    """Bit operations over those of 8 bits everywhere."""
+
     bops: float | None = None
+    """Bit operations for a pixel."""
+
     loss: float | None = None
+    """Predicted rise of J in bits per pixel."""
 
 
 @dataclass(frozen=True)
 class Totals:
-    """Of an allocation: the measures of `Budget`, with `loss` as predicted: the sum of the layers' own."""
+    """What an allocation costs: the measures of `Budget`. `loss` is the sum over layers."""
 
     mean_bits: float
     megabytes: float
@@ -81,17 +98,18 @@ def totals(layers: Sequence[Layer], bits: Bits) -> Totals:
 
 
 def bops_of_8_bits(layers: Sequence[Layer]) -> float:
-    """Bit operations for a pixel with 8 bits everywhere; inputs that have bits of their own keep them."""
+    """Bit operations for a pixel with 8 bits everywhere; inputs whose bits are fixed keep them."""
     return sum(layer.macs * 8 * layer.width_8 for layer in layers)
 
 
-def allocate(layers: Sequence[Layer], budget: Budget, least: str = "loss") -> Bits:
-    """Of all allocations inside the budget the one with the least "loss", "mean_bits" or "bops"; exact.
+def allocate(layers: Sequence[Layer], budget: Budget, minimize: str = "loss") -> Bits:
+    """Of all allocations inside the budget the one with the smallest "loss", "mean_bits" or "bops"; exact.
 
     Raises:
-        InputError: no allocation of the candidates is inside the budget; the message says what the least is.
+        InputError: no allocation of the candidates is inside the budget; the message names the smallest one.
     """
-    for name, bound in _bounds(layers, budget).items():
+    bounds = _bounds(layers, budget)
+    for name, bound in bounds.items():
         smallest = sum(min(_measure(name, layer, w, a) for w, a in _pairs(layer)) for layer in layers)
         if smallest > bound * (1 + GAP):
             raise InputError(_too_small(name, layers, budget, smallest))
@@ -104,13 +122,13 @@ def allocate(layers: Sequence[Layer], budget: Budget, least: str = "loss") -> Bi
     for column, (number, _, _) in enumerate(pairs):
         one_each[number, column] = 1
     constraints = [LinearConstraint(one_each.tocsr(), 1, 1)]
-    for name, bound in _bounds(layers, budget).items():
+    for name, bound in bounds.items():
         scale = bound or 1.0  # the solver's tolerances are absolute
         constraints.append(LinearConstraint(row(name)[None] / scale, -np.inf, bound / scale))
-    aim = row({"loss": "loss", "mean_bits": "size", "bops": "bops"}[least])
+    costs = row({"loss": "loss", "mean_bits": "size", "bops": "bops"}[minimize])
     # the solver is content with 1e-6 of absolute gap: small losses must be more than that
     solved = milp(
-        aim * (1e6 / (aim.max() or 1.0)),
+        costs * (1e6 / (costs.max() or 1.0)),
         integrality=np.ones(len(pairs)),
         bounds=Bounds(0, 1),
         constraints=constraints,
@@ -118,7 +136,8 @@ def allocate(layers: Sequence[Layer], budget: Budget, least: str = "loss") -> Bi
     )
     if solved.x is None:
         raise InputError(
-            f"no allocation of bits is inside the budget ({solved.message.strip()}); give more, or other --bits_choices"
+            f"no allocation of bits is inside the budget ({solved.message.strip()}); "
+            "give more, or other `bits_choices`"
         )
     return {
         layers[number].name: {"w_bits": w, "a_bits": a}
@@ -151,12 +170,17 @@ def _bounds(layers: Sequence[Layer], budget: Budget) -> dict[str, float]:
 def _too_small(name: str, layers: Sequence[Layer], budget: Budget, smallest: float) -> str:
     if name == "size":
         mean = smallest / sum(layer.weights for layer in layers)
-        return f"--budget_size is too small: the least of these --bits_choices is {mean:.4g} bits a weight, {smallest / 8e6:.4g} MB"
-    if name == "bops":
         return (
-            f"--budget_bops is too small: the least of these --bits_choices is {smallest / bops_of_8_bits(layers):.4g} of the "
-            f"operations of 8 bits, {smallest / 1e3:.4g}k for a pixel"
+            f"`budget_size` is too small: the least of these `bits_choices` is {mean:.4g} bits a weight, "
+            f"{smallest / 8e6:.4g} MB"
         )
-    return f"no allocation of these --bits_choices has a predicted loss of {budget.loss:.4g} bpp or less; the least is {smallest:.4g}"
-
-
+    if name == "bops":
+        share = smallest / bops_of_8_bits(layers)
+        return (
+            f"`budget_bops` is too small: the least of these `bits_choices` is {share:.4g} of the operations "
+            f"of 8 bits, {smallest / 1e3:.4g}k for a pixel"
+        )
+    return (
+        f"no allocation of these `bits_choices` has a predicted loss of {budget.loss:.4g} bpp or less; "
+        f"the least is {smallest:.4g}"
+    )

@@ -38,14 +38,15 @@ def quantize(
     """Quantize a learned image codec on calibration images, without training data or labels.
 
     With the preset "rdo-ptq" this is Algorithm 1 of Shi, Lu and Ma, "Rate-Distortion Optimized Post-Training
-    Quantization for Learned Image Compression" (IEEE TCSVT 34(5), 2024; arXiv 2211.02854). The default, "licq",
-    compensates rounding (GPTQ) and then learns ranges, rounding and biases of all layers together on eq. 12.
+    Quantization for Learned Image Compression" (IEEE TCSVT 34(5), 2024; arXiv 2211.02854). The default,
+    "licq", compensates rounding (GPTQ), then learns ranges, rounding and biases of all layers together on
+    eq. 12.
 
     Args:
         model: the float codec, in evaluation mode. Its forward maps (B, 3, H, W) in 0..1 to {"x_hat": (B, 3,
             H, W), "likelihoods": {name: likelihoods of a latent's elements}}. It is not changed.
-        images: a folder of images, a list of files, the name of a data set ("kodak", "photos-calib" ...), or a
-            tensor of crops. Of files, crops are drawn as the command line draws them, seeded by
+        images: a folder of images, a list of files, the name of a data set ("kodak", "photos-calib" ...), or
+            a tensor of crops. Of files, crops are drawn as the command line draws them, seeded by
             `config.reconstruction.seed`. A tensor is taken as it is: float (n, 3, H, W), 8-bit samples in
             0..1. A variable-rate codec needs (n, 5, H, W), with the gain and the lambda of each crop
             (`models.qvrf.VariableRate.with_planes`); crops drawn from files get those of all its levels in
@@ -54,8 +55,8 @@ def quantize(
         lmbda: weight of the distortion in J = R + lambda * D that the codec was trained with; R in bits per
             pixel. Crops of a variable-rate codec have their own.
         metric: "mse" (D = 255^2 * mse) or "ms-ssim" (D = 1 - MS-SSIM).
-        bits: {layer: {"w_bits": b, "a_bits": b}} of single layers, names as in `QuantModel.layers`; the others
-            have those of `config`.
+        bits: {layer: {"w_bits": b, "a_bits": b}} of single layers, with the names of `QuantModel.layers`; the
+            others have those of `config`.
         device: where to run; default where the model is.
         folder: where finished parts are stored for `resume`; default nowhere.
         resume: go on behind the last finished part in `folder`. The result is that of an uninterrupted run.
@@ -63,7 +64,7 @@ def quantize(
         num_images: how many images crops are drawn from. Fewer images are used again, at other positions.
         crop: side of a drawn crop in pixels, a multiple of what the codec's inputs are (mostly 64).
         crops_per_image: crops drawn from each image.
-        crop_reductions: by how much an image is made smaller before its first, second ... crop, over and over.
+        crop_reductions: by how much an image is made smaller before its first, second ... crop, in turn.
 
     Returns:
         A frozen `QuantModel`. Its `history` holds J in bits per pixel, a mean over crops, of the float codec
@@ -87,9 +88,7 @@ def quantize(
     config = config or PtqConfig.from_preset()
     objective = Objective(lmbda, metric)
     seed = config.reconstruction.seed
-    crops = calibration_crops(
-        model, images, metric, seed, num_images, crop, crops_per_image, crop_reductions
-    )
+    crops = calibration_crops(model, images, metric, seed, num_images, crop, crops_per_image, crop_reductions)
     started = time.monotonic()
     settings = [config.to_dict(), lmbda, metric, *([dict(bits)] if bits else [])]
     state = StateFolder(

@@ -47,9 +47,12 @@ class PrefixCache:
         with self.qmodel.runtime.replaying(self.outputs[index]):
             yield
 
+
 def mixed(quantized: object, real: object, share: float, generator: torch.Generator) -> object:
-    """Each element from the float codec with probability `share`, else from the quantized one (QDrop, Wei
-    2022)."""
+    """Each element from the float codec with probability `share`, else from the quantized one.
+
+    QDrop, Wei et al. 2022. `quantized` and `real` are outputs of the same call: a tensor, or several.
+    """
     if isinstance(quantized, QTensor):
         choice = torch.rand(quantized.shape, generator=generator).to(quantized.device) < share
         return quantized.like(torch.where(choice, real.real(), quantized.real()), None)

@@ -106,7 +106,7 @@ class Calibration:
         return len(self.measured_batches)
 
     def observed_model(self, quant: QuantConfig) -> QuantModel:
-        """The codec with these settings, its ranges observed on the crops and, with `stress`, on harder ones."""
+        """The codec with these settings, its ranges observed on the crops, and with `stress` on harder."""
         harder: tuple[Tensor, ...] = ()
         if self.knobs.stress:
             harder = stressed(self.crops[: self.knobs.measured]).split(self.knobs.batch)

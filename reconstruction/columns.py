@@ -1,4 +1,4 @@
-"""Which inputs a layer's weights are multiplied with: a convolution as a matrix product, at chosen positions.
+"""A convolution as a matrix product at chosen output positions: which inputs its weights are multiplied with.
 
 A transposed convolution with a stride is several such products, one for each residue of its output positions.
 """
@@ -15,16 +15,20 @@ from licq.quant.modules import QuantConvTranspose2d, QuantLinear, QuantMAC
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """Taps of a kernel that meet the same output positions: all of them, or with a transposed convolution
-    those of one residue of its stride, so that no two phases have a product in common.
+    """Taps of a kernel that meet the same output positions.
 
-    taps: along each axis of the kernel. first, step: the output positions that they meet on each axis, first
-    + k step.
+    A convolution has one phase with all taps. A transposed convolution has one for each residue of its
+    stride, and no two phases have a product in common.
     """
 
     taps: tuple[Tensor, ...] = ()
+    """Indices along each axis of the kernel."""
+
     first: tuple[int, ...] = ()
+    """The first output position that the taps meet, on each axis."""
+
     step: tuple[int, ...] = ()
+    """From one such position to the next, on each axis."""
 
     def weights(self, node: QuantMAC) -> Tensor:
         """Which columns of the layer's flattened canonical weights these are."""
@@ -44,17 +48,17 @@ def phases(node: QuantMAC) -> list[Phase]:
     taps = tuple(torch.arange(size) for size in m.kernel_size)
     if not isinstance(node, QuantConvTranspose2d):
         return [Phase(taps, (0,) * len(taps), (1,) * len(taps))]
-    found = []
+    result = []
     for residues in itertools.product(*map(range, m.stride)):
-        meet = [t[t * d % s == r] for t, d, s, r in zip(taps, m.dilation, m.stride, residues)]
+        meeting = [t[t * d % s == r] for t, d, s, r in zip(taps, m.dilation, m.stride, residues)]
         first = tuple((r - p) % s for r, p, s in zip(residues, m.padding, m.stride))
-        if all(map(len, meet)):
-            found.append(Phase(tuple(meet), first, tuple(m.stride)))
-    return found
+        if all(map(len, meeting)):
+            result.append(Phase(tuple(meeting), first, tuple(m.stride)))
+    return result
 
 
 def output_size(node: QuantMAC, x: Tensor) -> tuple[int, ...]:
-    """Lengths of a convolution's output along the axes of its kernel."""
+    """Lengths of a convolution's output along the axes of its kernel, for an input x (..., H, W)."""
     m = node.module
     size = []
     for axis, length in enumerate(x.shape[-len(m.kernel_size) :]):
@@ -69,7 +73,7 @@ def output_size(node: QuantMAC, x: Tensor) -> tuple[int, ...]:
 
 
 def _padding(module: nn.Conv2d | nn.Conv3d, axis: int) -> tuple[int, int]:
-    """Zeros before and after the input. "same" has one more behind where their number is odd."""
+    """Zeros before and behind the input. "same" has one more behind where their number is odd."""
     if module.padding == "valid":
         return 0, 0
     if module.padding == "same":
@@ -89,20 +93,17 @@ def columns(node: QuantMAC, x: Tensor, phase: Phase, at: Sequence[Tensor]) -> Te
         (inputs * taps of the phase, n), in the order of `Phase.weights`.
     """
     m = node.module
-    index, inside = (
-        torch.zeros(len(at[0]), dtype=torch.long),
-        torch.ones(len(at[0]), dtype=torch.bool),
-    )  # (taps ..., n)
+    # (taps ..., n)
+    index = torch.zeros(len(at[0]), dtype=torch.long)
+    inside = torch.ones(len(at[0]), dtype=torch.bool)
     for axis, outputs in enumerate(at):
         moved = (phase.taps[axis] * m.dilation[axis])[:, None]
         if isinstance(node, QuantConvTranspose2d):
-            place = (outputs + m.padding[axis] - moved) // m.stride[axis]
+            position = (outputs + m.padding[axis] - moved) // m.stride[axis]
         else:
-            place = outputs * m.stride[axis] - _padding(m, axis)[0] + moved
+            position = outputs * m.stride[axis] - _padding(m, axis)[0] + moved
         length = x.shape[axis + 1]
-        inside = inside[..., None, :] & (place >= 0) & (place < length)
-        index = index[..., None, :] * length + place.clamp(0, length - 1)
-    found = x.flatten(1)[:, index.to(x.device)] * inside.to(x)
-    return found.reshape(-1, len(at[0]))
-
-
+        inside = inside[..., None, :] & (position >= 0) & (position < length)
+        index = index[..., None, :] * length + position.clamp(0, length - 1)
+    values = x.flatten(1)[:, index.to(x.device)] * inside.to(x)
+    return values.reshape(-1, len(at[0]))

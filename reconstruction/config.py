@@ -55,7 +55,7 @@ class ReconstructionConfig:
       activation range shrinks on ten crops and clips other images, so it is not learned by default.
     - "rounding": what `QuantConfig.rounding` learns.
     - "bias": the biases.
-    - "border": the rounding border of each channel, where activations are rounded up (AQuant, Li et al. 2022).
+    - "border": the rounding border of each channel, where activations round up (AQuant, Li et al. 2022).
     - "offset", "weight": "rounding" with the scheme "learned_offset" (eq. 14) or "ste". `PtqConfig` stores
       them as "rounding". "ste" learns the weights themselves, straight-through, in units of their first step.
     """
@@ -120,8 +120,8 @@ class ReconstructionConfig:
     """How many times Powell's method may measure J."""
 
     regularizer: float = 0.01
-    """Weight of AdaRound's regularizer, a sum over weights, beside a loss that is relative to that of rounding
-    to nearest."""
+    """Weight of AdaRound's regularizer, a sum over weights, beside a loss that is relative to that of
+    rounding to nearest."""
 
     warmup: float = 0.2
     """Share of the steps without the regularizer."""
@@ -137,9 +137,9 @@ class ReconstructionConfig:
     leaves it out."""
 
     balance: float = 0.3
-    """Scales of input channels are raised where that lowers the predicted rise of J (`reconstruction.balance`).
-    The number is the share of the noise of weights rounded to nearest that is expected to remain after
-    learning, 1 for all of it. 0 leaves it out."""
+    """Scales of input channels are raised where that lowers the predicted rise of J
+    (`reconstruction.balance`). The number is the share of the noise of weights rounded to nearest that is
+    expected to remain after learning, 1 for all of it. 0 leaves it out."""
 
     round_init: str = "gptq"
     """Where learned rounding starts: "nearest", or "gptq", where each weight's rounding error is compensated

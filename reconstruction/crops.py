@@ -26,7 +26,7 @@ def calibration_crops(
     crops_per_image: int,
     crop_reductions: Sequence[int],
 ) -> Tensor:
-    """Crops (n, 3, H, W) in 0..1, or (n, 5, H, W) of a variable-rate codec; the arguments are `api.quantize`'s.
+    """Crops (n, 3, H, W) in 0..1, or (n, 5, H, W) of a variable-rate codec; the arguments of `quantize`.
 
     Raises:
         InputError: images that are none, or that the codec or the metric cannot take.
@@ -80,8 +80,8 @@ def _check_side(model: nn.Module, crop: int, metric: str) -> None:
     if crop % multiple:
         near = max(multiple, crop // multiple * multiple)
         raise InputError(
-            f"`crop` {crop} is no multiple of {multiple}, as the codec's inputs are; choose {near} or another "
-            "multiple"
+            f"`crop` {crop} is no multiple of {multiple}, as the codec's inputs are; choose {near} or "
+            "another multiple"
         )
     if metric == "ms-ssim" and crop < MS_SSIM_SIDE:
         large_enough = -(-MS_SSIM_SIDE // multiple) * multiple

@@ -92,7 +92,7 @@ def reconstruct_units(engine: Engine) -> list[dict]:
 
 
 def _restored(engine: Engine, unit: Unit, number: int) -> dict | None:
-    """The history's entry of a unit that an earlier process has finished, its parameters restored; or None."""
+    """The history's entry of a unit that an earlier process has finished, parameters restored; or None."""
     stored = engine.state.load(f"{number:03d}")
     if stored is None:
         return None

@@ -30,7 +30,8 @@ class Engine:
 
     Attributes:
         units: in execution order.
-        target_of: for each unit, the unit whose output its local loss compares; with the loss "stage" its stage.
+        target_of: for each unit, the unit whose output its local loss compares: itself, or with the loss
+            "stage" its stage.
         j_float: J_0 of each crop of a batch, (B,), for each batch.
         float_outputs: x_hat and R of the float codec for each batch, with the loss "output".
         settled: names of the nodes that are final.

@@ -1,36 +1,45 @@
-"""Bits for each layer: measured losses of J, and the allocation with the least of them under a budget, by
-integer programming.
+"""Bits for each layer: the rise of J with one layer alone quantized, at every candidate number of bits.
 
-The rise of J is measured with one layer alone quantized, its weights or its inputs, at every candidate number
-of bits, and taken as additive over layers and sides (HAWQ-V3, Yao et al. 2021, arXiv 2011.10680, whose losses
-are predicted from the Hessian; fractional changes of the R-D loss of single layers also guide Hossain et al.
-2025, arXiv 2506.01221). With that the choice is a multiple-choice knapsack problem, which a MILP solver
-answers exactly.
+`reconstruction.allocation` chooses among the candidates.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import lil_array
 from torch import Tensor, nn
 
 from licq.quant.bits import Bits
 from licq.quant.model import QuantModel
 from licq.quant.modules import QuantMAC
 from licq.quant.norms import SQUARED_BITS
-from licq.reconstruction.analysis import Probe, Remember
-from licq.reconstruction.api import Start, prepare
+from licq.reconstruction.allocation import Budget, Layer, allocate, totals
+from licq.reconstruction.api import prepare
+from licq.reconstruction.calibration import Calibration
 from licq.reconstruction.config import PtqConfig
 from licq.reconstruction.objective import Objective
+from licq.reconstruction.probe import Probe, Remember
 from licq.reconstruction.sensitivity import operations
-from licq.support.errors import InputError
 from licq.support.progress import progress as progress_bar
 
-# -------------------------------------------------------------------------------------------------- measuring
+__all__ = [  # with what `allocation` does with the measured layers
+    "Budget",
+    "Layer",
+    "allocate",
+    "describe",
+    "falling",
+    "input_width",
+    "macs_of_a_pixel",
+    "measure_layers",
+    "start_loss",
+    "totals",
+    "with_bits",
+]
+
+_BELIEF = 0.1  # see `falling`
+_SMALLEST = 1e-9  # bits per pixel
 
 
 def measure_layers(
@@ -47,9 +56,14 @@ def measure_layers(
     """The losses of every layer at every candidate.
 
     The codec is prepared as for learning (`reconstruction.api.prepare`: ranges, splitting, balance, GPTQ)
-    with one number of bits of the weights in all layers, and the most of the inputs; each layer's weights
-    alone are then whole numbers, and J is measured with all else in float. Inputs likewise. `falling` says
+    with one number of bits of the weights in all layers, and the most of the inputs. Each layer's weights
+    alone are then integers, and J is measured with all else in float. Inputs likewise. `falling` says
     what is made of them.
+
+    Args:
+        images: crops (n, 3, H, W) in 0..1.
+        w_choices, a_choices: candidates, numbers of bits of weights and of inputs.
+        remember: keeps every measurement, for a process that is repeated.
     """
     top = max(w_choices), max(a_choices)
     latest: dict[tuple[int, int], Probe] = {}
@@ -57,87 +71,82 @@ def measure_layers(
     def probe(w_bits: int, a_bits: int) -> Probe:
         if (w_bits, a_bits) not in latest:
             latest.clear()
-            latest[w_bits, a_bits] = _probe(
-                prepare(
-                    model,
-                    images,
-                    with_bits(config, w_bits, a_bits),
-                    objective,
-                    device=device,
-                    progress=progress,
-                ),
-                objective,
+            prepared = prepare(
+                model, images, with_bits(config, w_bits, a_bits), objective, device=device, progress=progress
             )
+            latest[w_bits, a_bits] = probe_of(prepared)
         return latest[w_bits, a_bits]
 
-    facts = remember("layers", lambda: _facts(probe(*top), a_choices))
+    def rise(name: str, side: str, w_bits: int, a_bits: int) -> float:
+        prepared = probe(w_bits, a_bits)
+        return prepared.change(prepared.layer(name), side).j
+
+    sizes = remember("layers", lambda: _sizes(probe(*top), a_choices))
     states = [
         (side, *pair)
         for side, choices in (("weights", w_choices), ("inputs", a_choices))
         for pair in [(b, top[1]) if side == "weights" else (top[0], b) for b in choices]
     ]
     states.sort(key=lambda state: (state[1:] != top, state))  # what is shared comes first
-    found: dict[str, dict[str, dict[int, float]]] = {name: {"weights": {}, "inputs": {}} for name in facts}
+    losses: dict[str, dict[str, dict[int, float]]] = {name: {"weights": {}, "inputs": {}} for name in sizes}
     jobs = [
         (side, w, a, name)
         for side, w, a in states
-        for name in facts
-        if side == "weights" or a in _own(facts[name])
+        for name in sizes
+        if side == "weights" or a in _input_widths(sizes[name])
     ]
     for side, w, a, name in progress_bar(
         jobs, desc="measuring bits of layers", unit="layer", enabled=progress
     ):
-
-        def rise() -> float:
-            at = probe(w, a)
-            return at.change(at.layer(name), side).j
-
-        found[name][side][w if side == "weights" else a] = remember(
-            f"{side} {w if side == 'weights' else a} {name}", rise
-        )
+        bits = w if side == "weights" else a
+        losses[name][side][bits] = remember(f"{side} {bits} {name}", partial(rise, name, side, w, a))
     return [
         Layer(
             name,
-            own["weights"],
-            own["macs"],
-            falling(found[name]["weights"]),
-            falling(found[name]["inputs"]),
-            _own(own),
-            own["width_8"],
+            size["weights"],
+            size["macs"],
+            falling(losses[name]["weights"]),
+            falling(losses[name]["inputs"]),
+            _input_widths(size),
+            size["width_8"],
         )
-        for name, own in facts.items()
+        for name, size in sizes.items()
     ]
 
 
-def _own(facts: dict) -> dict[int, int]:
-    """Candidates of the inputs and their widths; JSON makes text of keys."""
-    return {int(bits): width for bits, width in facts["a_width"].items()}
-
-
 def with_bits(config: PtqConfig, w_bits: int, a_bits: int) -> PtqConfig:
+    """The same method with other bits."""
     return replace(config, quant=replace(config.quant, w_bits=w_bits, a_bits=a_bits))
 
 
-def _probe(start: Start, objective: Objective) -> Probe:
-    return Probe(start.qmodel, start.batches[: start.measured], objective)
+def probe_of(calibration: Calibration) -> Probe:
+    """A probe of the prepared codec, on the crops that J is measured on."""
+    return Probe(calibration.qmodel, calibration.measured_batches, calibration.objective)
 
 
-def _facts(probe: Probe, a_choices: Sequence[int]) -> dict:
-    """{layer: {"weights", "macs", "a_width", "width_8"}}; where the candidates make no difference the most
-    stands for all."""
-    macs, facts = macs_of_a_pixel(probe.qmodel, probe.batches[0]), {}
-    for name, each in macs.items():
+def _sizes(probe: Probe, a_choices: Sequence[int]) -> dict:
+    """{layer: {"weights", "macs", "a_width", "width_8"}}, the fields of `Layer`.
+
+    Where the candidates of the inputs make no difference, the largest stands for all.
+    """
+    macs, sizes = macs_of_a_pixel(probe.qmodel, probe.batches[0]), {}
+    for name, layer_macs in macs.items():
         node = probe.qmodel.nodes[name]
         widths = {bits: input_width(node, bits) for bits in a_choices}
         if len(set(widths.values())) == 1:
             widths = {max(widths): widths[max(widths)]}
-        facts[name] = {
+        sizes[name] = {
             "weights": node.float_weight().numel(),
-            "macs": each,
+            "macs": layer_macs,
             "a_width": widths,
             "width_8": input_width(node, 8),
         }
-    return facts
+    return sizes
+
+
+def _input_widths(size: dict) -> dict[int, int]:
+    """`Layer.a_width` of an entry of `_sizes`; JSON has made text of its keys."""
+    return {int(bits): width for bits, width in size["a_width"].items()}
 
 
 @torch.no_grad()
@@ -160,8 +169,12 @@ def macs_of_a_pixel(qmodel: QuantModel, batch: Tensor) -> dict[str, float]:
 
 
 def describe(qmodel: QuantModel, batch: Tensor) -> dict:
-    """{"layers": `Bits` of every layer, "mean_bits", "megabytes", "relative_bops", "bops"} of a quantized
-    codec."""
+    """What the layers of a quantized codec have and cost.
+
+    Returns:
+        {"layers": `Bits` of every layer, "mean_bits", "megabytes", "relative_bops", "bops"}; the last four as
+        in `allocation.Budget`.
+    """
     macs = macs_of_a_pixel(qmodel, batch)
     nodes = {name: qmodel.nodes[name] for name in macs}
     bits = {
@@ -179,9 +192,9 @@ def describe(qmodel: QuantModel, batch: Tensor) -> dict:
         )
         for name, node in nodes.items()
     ]
-    facts = asdict(totals(layers, bits))
-    del facts["loss"]
-    return {"layers": bits} | facts
+    costs = asdict(totals(layers, bits))
+    del costs["loss"]
+    return {"layers": bits} | costs
 
 
 def input_width(node: QuantMAC, a_bits: int) -> int:
@@ -193,17 +206,16 @@ def input_width(node: QuantMAC, a_bits: int) -> int:
 def falling(losses: Mapping[int, float]) -> dict[int, float]:
     """Measured losses by number of bits, made to fall with the bits and to stay above zero.
 
-    A loss is at least that of every larger number of bits; and at least a tenth (`_BELIEF`) of what the noise
-    model, 4^-b, makes of
-    the loss at the fewest bits: a rise of J that is lost in the noise of the measurement is small, but more
-    bits still buy something.
+    A loss is at least that of every larger number of bits. It is also at least a tenth (`_BELIEF`) of what
+    the noise model, 4^-b, makes of the loss at the fewest bits: a rise of J that is lost in the noise of the
+    measurement is small, but more bits still buy something.
     """
-    fewest, found, least = min(losses), {}, 0.0
+    fewest, lowered, highest = min(losses), {}, 0.0
     for bits in sorted(losses, reverse=True):
-        found[bits] = least = max(least, losses[bits])
-    worst = max(found[fewest], _SMALLEST)
+        lowered[bits] = highest = max(highest, losses[bits])
+    worst = max(lowered[fewest], _SMALLEST)
     return {
-        bits: max(found[bits], worst * (1.0 if bits == fewest else _BELIEF * 4.0 ** (fewest - bits)))
+        bits: max(lowered[bits], worst * (1.0 if bits == fewest else _BELIEF * 4.0 ** (fewest - bits)))
         for bits in sorted(losses)
     }
 
@@ -217,9 +229,10 @@ def start_loss(
     device: Any = None,
     progress: bool = True,
 ) -> dict[str, float]:
-    """{"bpp": of the float codec, "j": its J, "loss": rise of J of the prepared codec with these bits}, on
-    the measured crops."""
-    probe = _probe(
-        prepare(model, images, config, objective, bits=bits, device=device, progress=progress), objective
-    )
+    """Rate and J before learning, means over the measured crops, in bits per pixel.
+
+    Returns:
+        {"bpp": of the float codec, "j": its J, "loss": rise of J of the prepared codec with these bits}.
+    """
+    probe = probe_of(prepare(model, images, config, objective, bits=bits, device=device, progress=progress))
     return {"bpp": probe.real.bpp, "j": probe.real.j, "loss": probe.all_units().j}

@@ -83,7 +83,7 @@ class StateFolder:
 
 
 def learned(nodes: Mapping[str, QuantModule]) -> dict[str, nn.Parameter]:
-    """Every parameter that nodes may learn, by "node|knob|number": the names of tensors in a `StateFolder`."""
+    """Every parameter that nodes may learn, by "node|knob|number": names of tensors in a `StateFolder`."""
     return {
         f"{name}|{knob}|{number}": parameter
         for name, node in nodes.items()

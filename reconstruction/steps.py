@@ -56,9 +56,7 @@ def split(calibration: Calibration) -> None:
 def balance(calibration: Calibration) -> None:
     """Share rounding noise between a layer's inputs and its weights."""
     if calibration.knobs.balance:
-        balance_scales(
-            calibration.qmodel, calibration.guide, calibration.knobs.balance, calibration.progress
-        )
+        balance_scales(calibration.qmodel, calibration.guide, calibration.knobs.balance, calibration.progress)
 
 
 def search(calibration: Calibration) -> None:

@@ -1,5 +1,4 @@
-"""What the output of a unit is compared with: the float codec's output, and how much J cares about each
-element."""
+"""What the output of a unit is compared with: the float codec's output, weighted by how J depends on it."""
 
 from collections.abc import Sequence
 
@@ -20,7 +19,8 @@ class Targets:
     """Float outputs of units, and their Fisher weights; a group of units at a time, as memory allows.
 
     Args:
-        weighted: also measure the squared gradient of J at the outputs (BRECQ, Li 2021, eq. 10).
+        batches: crops, (B, 3, H, W) each.
+        weighted: also measure the squared gradient of J at the outputs (BRECQ, Li et al. 2021, eq. 10).
         together: all units are one group.
     """
 
@@ -56,8 +56,7 @@ class Targets:
         return [tuple(group) for group in groups]
 
     def prepare(self, unit: Unit) -> None:
-        """Have the targets of this unit at hand. Every node must be in its float state when they are not
-        yet."""
+        """Measure the targets of this unit's group unless they are ready; every node must be in float."""
         if unit in self._ready:
             return
         self._ready = next(group for group in self.groups if unit in group)
@@ -78,6 +77,7 @@ class Targets:
                 )
 
     def is_ready(self, unit: Unit) -> bool:
+        """Whether the targets of this unit are held."""
         return unit in self._ready
 
     def loss(self, kind: str, unit: Unit, index: int, record: dict[Call, object]) -> Tensor:
@@ -96,7 +96,7 @@ class Targets:
 
 
 def fisher(gradient: Tensor | None, like: Tensor) -> Tensor:
-    """Squared gradients with mean 1. Half of the weight is spread evenly: one gradient is a noisy witness."""
+    """Weights of mean 1: half a squared gradient, half even, for one gradient of few crops is noisy."""
     if gradient is None:
         return torch.ones_like(like)
     squared = gradient.square()
@@ -104,8 +104,10 @@ def fisher(gradient: Tensor | None, like: Tensor) -> Tensor:
 
 
 def divergence(ours: Tensor, real: Tensor) -> Tensor:
-    """KL divergence of the softmax over the channels (dimension 1 of four-dimensional outputs, else the
-    last), mean."""
+    """KL divergence of the softmax over the channels, a mean over positions.
+
+    Channels are dimension 1 of four-dimensional outputs, else the last.
+    """
     dim = 1 if real.ndim == 4 else -1
     log_p, log_q = F.log_softmax(real, dim), F.log_softmax(ours, dim)
     return (log_p.exp() * (log_p - log_q)).sum(dim).mean()
