@@ -52,8 +52,8 @@ def analyze(
     layers = measure_units(probe, sensitivities, "layer", remember, progress)
     units = layers if kind == "layer" else measure_units(probe, sensitivities, kind, remember, progress)
     if landscape is None:
-        plain = [name for name in layers if isinstance(probe.qmodel.nodes[name], PLAIN_LAYERS)]
-        landscape = max(plain, key=lambda name: layers[name]["both"]["j"])
+        plain = (name for name in layers if isinstance(probe.qmodel.nodes[name], PLAIN_LAYERS))
+        landscape = str(max(plain, key=lambda name: layers[name]["both"]["j"]))
     return {
         "float": asdict(probe.real),
         "all": every,
@@ -120,7 +120,7 @@ def measure_channels(probe: Probe, progress: bool = True) -> dict:
         are those that the layer multiplies: magnitudes at a GDN, before they are squared.
     """
     qmodel = probe.qmodel
-    layers = {unit.name: qmodel.nodes[unit.name] for unit in probe.layers()}
+    layers = {unit.name: qmodel.layers[unit.name] for unit in probe.layers()}
     watches = {name: _Watch(node, -(-_SAMPLES // len(probe.batches))) for name, node in layers.items()}
     hooks = [node.register_forward_pre_hook(watches[name]) for name, node in layers.items()]
     try:

@@ -34,7 +34,8 @@ def balance_scales(
         sensitivities: of J, or of another loss, for each layer.
         share: of the noise of weights rounded to nearest that their rounding will leave, 0 to 1.
     """
-    layers = {name: qmodel.nodes[name] for name in sensitivities if _can_be_balanced(qmodel.nodes[name])}
+    nodes = qmodel.layers
+    layers = {name: nodes[name] for name in sensitivities if _can_be_balanced(nodes[name])}
     for name, node in progress_bar(
         layers.items(), desc="balancing scales", unit="layer", enabled=progress, leave=False
     ):

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ class PrefixCache:
             yield
 
 
-def mixed(quantized: object, real: object, share: float, generator: torch.Generator) -> object:
+def mixed(quantized: Any, real: Any, share: float, generator: torch.Generator) -> Any:
     """Each element from the float codec with probability `share`, else from the quantized one.
 
     QDrop, Wei et al. 2022. `quantized` and `real` are outputs of the same call: a tensor, or several.

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +58,7 @@ def _files(images: str | Path | Iterable[str | Path]) -> Sequence[Path]:
 
 def _with_rates(model: VariableRate, crops: Tensor, metric: str, seed: int) -> Tensor:
     """The crops, each with the gain and the lambda of one of the codec's levels; all levels in turn."""
-    made = architecture_of(model)
+    made = architecture_of(cast(nn.Module, model))  # every class with these gains is a codec
     if made is None:
         raise InputError(
             "the lambdas of this variable-rate codec are not known; give `images` as a tensor that "

@@ -9,6 +9,7 @@ image are alike, so much of the error can be compensated.
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -49,7 +50,7 @@ def compensate_rounding(
     Raises:
         InputError: the scheme of rounding cannot start there.
     """
-    layers = {
+    layers: dict[str, QuantMAC] = {
         name: node
         for name, node in qmodel.nodes.items()
         if isinstance(node, PLAIN_LAYERS)
@@ -190,7 +191,9 @@ def _start_rounding(node: QuantMAC, moment: _Moment) -> None:
     for weights, total, count in zip(moment.weights, moment.totals, moment.counts):
         if count * _RARE >= len(weights):
             at = weights.to(flat.device)
-            w_int[:, at] = gptq(flat[:, at], total / count, limits, None if mask is None else mask[:, at])
+            w_int[:, at] = gptq(
+                flat[:, at], cast(Tensor, total) / count, limits, None if mask is None else mask[:, at]
+            )
     w_int = w_int.reshape(weight.shape)
     quantizer.rounding.start_at(w_int, real)
 

@@ -4,10 +4,12 @@ import math
 import random
 import time
 from collections.abc import Callable, Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from licq.quant.modules import QuantModule
 from licq.quant.rounding import AdaRound
 from licq.reconstruction.engine import Engine
 from licq.reconstruction.optimizers import CosineSchedule, make_optimizer
@@ -122,7 +124,7 @@ class JointPass:
         restore(parameters, best_values)
         return j_before
 
-    def _factor(self, node: nn.Module) -> float:
+    def _factor(self, node: QuantModule) -> float:
         """On the step sizes of a node: `joint_lr`, tenfold for each four bits of the weights below eight."""
         return self.config.joint_lr * 10 ** (max(8 - node.config.w_bits, 0) / 4)
 
@@ -163,7 +165,7 @@ class JointPass:
             targets = targets_of(index)
             with engine.qmodel.runtime.recording(calls) as record:
                 engine.qmodel(engine.batches[index])
-            return sum(targets.loss(kind, stage, 0, record) for stage in stages)
+            return cast(Tensor, sum(targets.loss(kind, stage, 0, record) for stage in stages))
 
         return loss
 

@@ -35,7 +35,7 @@ def measure_landscape(probe: Probe, layer: str, remember: Remember, progress: bo
     Raises:
         InputError: no such layer.
     """
-    unit, node = probe.layer(layer), probe.qmodel.nodes[layer]
+    unit, node = probe.layer(layer), probe.qmodel.layers[layer]
     weight, reference = node.folded_weight()
     node.weight_quantizer.set_rounding("nearest", weight, node.least_scale(reference))
     sides = ["weights"] + ([] if node.input_grid.exact else ["inputs"])

@@ -130,8 +130,9 @@ def _sizes(probe: Probe, a_choices: Sequence[int]) -> dict:
     Where the candidates of the inputs make no difference, the largest stands for all.
     """
     macs, sizes = macs_of_a_pixel(probe.qmodel, probe.batches[0]), {}
+    nodes = probe.qmodel.layers
     for name, layer_macs in macs.items():
-        node = probe.qmodel.nodes[name]
+        node = nodes[name]
         widths = {bits: input_width(node, bits) for bits in a_choices}
         if len(set(widths.values())) == 1:
             widths = {max(widths): widths[max(widths)]}
@@ -152,17 +153,13 @@ def _input_widths(size: dict) -> dict[int, int]:
 @torch.no_grad()
 def macs_of_a_pixel(qmodel: QuantModel, batch: Tensor) -> dict[str, float]:
     """Multiply-accumulate operations of each layer for a pixel of the image."""
-    calls = [
-        (name, call)
-        for name, node in qmodel.nodes.items()
-        if isinstance(node, QuantMAC)
-        for call in range(node.calls)
-    ]
+    nodes = {name: node for name, node in qmodel.nodes.items() if isinstance(node, QuantMAC)}
+    calls = [(name, call) for name, node in nodes.items() for call in range(node.calls)]
     with qmodel.runtime.recording(calls) as record:
         qmodel(batch)
     macs: dict[str, float] = {}
     for (name, _), output in record.items():
-        macs[name] = macs.get(name, 0.0) + operations(qmodel.nodes[name], output.q) / (
+        macs[name] = macs.get(name, 0.0) + operations(nodes[name], output.q) / (
             batch.shape[-1] * batch.shape[-2]
         )
     return macs
@@ -176,7 +173,7 @@ def describe(qmodel: QuantModel, batch: Tensor) -> dict:
         in `allocation.Budget`.
     """
     macs = macs_of_a_pixel(qmodel, batch)
-    nodes = {name: qmodel.nodes[name] for name in macs}
+    nodes = {name: qmodel.layers[name] for name in macs}
     bits = {
         name: {"w_bits": node.config.w_bits, "a_bits": node.config.a_bits} for name, node in nodes.items()
     }

@@ -1,6 +1,7 @@
 """The codec's own objective, J = R + lambda * D, per image and differentiable."""
 
 from collections.abc import Callable, Iterable
+from typing import cast
 
 import torch
 from pytorch_msssim import ms_ssim
@@ -14,7 +15,8 @@ MS_SSIM_SIDE = 161  # pixels: the smallest side that MS-SSIM's five scales fit i
 def rate(output: dict, x: Tensor) -> Tensor:
     """R: bits per pixel of each image, (B,): -log2 of the likelihoods of every latent, summed."""
     pixels = x.shape[-1] * x.shape[-2]
-    return sum(-torch.log2(p).flatten(1).sum(1) for p in output["likelihoods"].values()) / pixels
+    bits = sum(-torch.log2(p).flatten(1).sum(1) for p in output["likelihoods"].values())
+    return cast(Tensor, bits) / pixels
 
 
 class Objective:

@@ -10,9 +10,10 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from licq.quant.config import FLOAT_BITS
 from licq.quant.model import QuantModel
@@ -181,7 +182,7 @@ def taps(node: QuantMAC) -> float:
     weight = node.float_weight()
     meeting = weight[0, 0].numel() if weight.ndim > 2 else 1
     if isinstance(node, QuantConvTranspose2d):
-        meeting /= math.prod(node.module.stride)
+        meeting /= math.prod(cast(nn.ConvTranspose2d, node.module).stride)
     return meeting
 
 
@@ -229,9 +230,9 @@ def predicted_losses(
     Returns:
         {layer: {"inputs": by rounding its inputs, "weights": by rounding its weights to nearest}}.
     """
-    losses = {}
+    losses, nodes = {}, qmodel.layers
     for name, sensitivity in sensitivities.items():
-        node = qmodel.nodes[name]
+        node = nodes[name]
         config = node.config
         losses[name] = {
             "inputs": 0.0

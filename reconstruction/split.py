@@ -34,22 +34,23 @@ def split_channels(qmodel: QuantModel, sensitivities: dict[str, Sensitivity], sh
         {"extra_macs": share of operations added, "layers": {name: share of the channels split}, "refused":
         [names of layers whose accumulators might pass 32 bits]}.
     """
+    nodes = qmodel.layers
     macs = {name: sensitivity.macs for name, sensitivity in sensitivities.items()}
     total = sum(macs.values())
     noise = {
-        name: input_noise(qmodel.nodes[name], sensitivities[name]).tolist()
+        name: input_noise(nodes[name], sensitivities[name]).tolist()
         for name in macs
-        if _can_be_split(qmodel.nodes[name])
+        if _can_be_split(nodes[name])
     }
     refused: list[str] = []
     while True:
         chosen = _choose(noise, macs, share * total)
-        beyond = [name for name, channels in chosen.items() if not _fits(qmodel.nodes[name], channels)]
+        beyond = [name for name, channels in chosen.items() if not _fits(nodes[name], channels)]
         if not beyond:
             break
         refused += beyond
         for name in chosen:  # choose anew: what the refused layers leave is for the others
-            _split(qmodel.nodes[name], torch.zeros_like(chosen[name]))
+            _split(nodes[name], torch.zeros_like(chosen[name]))
         noise = {name: values for name, values in noise.items() if name not in refused}
     layers = {name: float(channels.float().mean()) for name, channels in chosen.items()}
     return {

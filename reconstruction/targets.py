@@ -1,6 +1,7 @@
 """What the output of a unit is compared with: the float codec's output, weighted by how J depends on it."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -82,7 +83,7 @@ class Targets:
 
     def loss(self, kind: str, unit: Unit, index: int, record: dict[Call, object]) -> Tensor:
         """The local target on batch number `index`: mse, fisher (weighted mse) or kl; a scalar."""
-        total = 0.0
+        total: Tensor | float = 0.0
         for call in unit.outputs:
             real, ours = self.outputs[index][call], tensor_of(record[call])
             if kind == "kl":
@@ -92,7 +93,7 @@ class Targets:
                 if kind == "fisher":
                     error = error * self.weights[index][call]
                 total = total + error.mean() / real.square().mean().clamp(min=1e-12)
-        return total
+        return cast(Tensor, total)  # a unit has an output
 
 
 def fisher(gradient: Tensor | None, like: Tensor) -> Tensor:
@@ -117,4 +118,4 @@ def tensor_of(output: object) -> Tensor:
     """The values of a unit's output; of several outputs, the first one's."""
     if isinstance(output, (list, tuple)):
         return tensor_of(output[0])
-    return output.real() if isinstance(output, QTensor) else output
+    return output.real() if isinstance(output, QTensor) else cast(Tensor, output)

@@ -165,12 +165,11 @@ class UnitPass:
     def _loss(self, index: int, in_tail: bool) -> Tensor:
         """The loss of a step on batch number `index`, each part relative to what it was before learning."""
         config = self.config
-        loss: Tensor | float = 0.0
-        if in_tail:
-            loss = self.engine.global_loss(index, self.prefix.quantized) / self.global_scale
-        if config.blend or not in_tail:
-            local = self._local_loss(index, mix=True)
-            loss = loss + (config.blend if in_tail else 1.0) * local / self.local_scale
+        if not in_tail:
+            return self._local_loss(index, mix=True) / self.local_scale
+        loss = self.engine.global_loss(index, self.prefix.quantized) / self.global_scale
+        if config.blend:
+            loss = loss + config.blend * self._local_loss(index, mix=True) / self.local_scale
         return loss
 
     def _local_loss(self, index: int, mix: bool = False) -> Tensor:
