@@ -79,10 +79,9 @@ def quantize(
             positive; an unknown metric; bits of an unknown layer; a folder of another calibration.
 
     Example:
-        >>> model = licq.create_model("lu2022", **sizes)           # or any codec of your own
-        >>> qmodel = licq.quantize(model, "photos/", lmbda=0.0067)
+        >>> qmodel = licq.quantize(MyCodec().eval(), "my_photos/", lmbda=0.0067)
         >>> config = licq.PtqConfig.from_preset("licq", w_bits=6)
-        >>> qmodel = licq.quantize(model, ["a.png", "b.png"], config, lmbda=0.0067, num_images=2)
+        >>> qmodel = licq.quantize(MyCodec().eval(), ["a.png", "b.png"], config, lmbda=0.0067, num_images=2)
         >>> qmodel.save("model.safetensors")
     """
     config = config or PtqConfig.from_preset()
@@ -123,7 +122,7 @@ def prepare(
         objective: J.
 
     Returns:
-        The calibration, whose `qmodel` is observed and not frozen, with its nodes in float.
+        The calibration; its `qmodel` is observed and not frozen.
     """
     calibration = Calibration(model, crops, config, objective, bits, device, progress=progress)
     run_steps(calibration, PREPARATION)

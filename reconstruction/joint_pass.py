@@ -24,7 +24,7 @@ _PARTS = 6  # the pass compares with the best parameters so far, and stores its 
 class JointPass:
     """The parameters of a settled codec, thawed, while they are learned together.
 
-    rd and rd_direct and output: the loss of the whole codec. The local losses: theirs, summed over the
+    With rd, rd_direct and output the loss is that of the whole codec. With the others it is summed over the
     outputs of the stages. Weights that AdaRound has rounded stay as they are, and so do their ranges.
     """
 

@@ -23,18 +23,19 @@ ACTIVATION_KNOBS = ("range_a", "border")
 
 @dataclass
 class Prefix:
-    """What units are reconstructed from and compared with; it moves on with the units.
-
-    targets: float outputs of the units that `Engine.target_of` names.
-    unit_targets: float outputs of the units themselves, where the loss "stage" is blended with them.
-    quantized: outputs of the quantized prefix.
-    real: outputs of the float prefix, where `input_mix` takes elements from it.
-    """
+    """What units are reconstructed from and compared with; it moves on with the units."""
 
     targets: Targets
+    """Float outputs of the units that `Engine.target_of` names."""
+
     unit_targets: Targets | None
+    """Float outputs of the units themselves, where the loss "stage" is blended with their own error."""
+
     quantized: PrefixCache
+    """Outputs of the quantized prefix."""
+
     real: PrefixCache | None
+    """Outputs of the float prefix, where `input_mix` takes elements from it."""
 
     @classmethod
     def start(cls, engine: Engine) -> "Prefix":
@@ -68,10 +69,11 @@ class Prefix:
 
 
 class UnitPass:
-    """The reconstruction of one unit, behind a prefix that has been advanced to it.
+    """The reconstruction of one unit.
 
     Args:
         number: of the unit; seeds its draws.
+        prefix: advanced to the unit.
     """
 
     def __init__(self, engine: Engine, unit: Unit, number: int, prefix: Prefix):
@@ -92,7 +94,7 @@ class UnitPass:
         self.local_scale = self.global_scale = 1.0  # of the losses, as weights are rounded before learning
 
     def run(self) -> dict:
-        """Learn, and take it back where the loss's own measure has become worse.
+        """Learn, and restore the parameters where the loss has become worse on the measured crops.
 
         Returns:
             {"name", "nodes": how many, "j_before", "j_after", "kept", "seconds"}: what the history says.
