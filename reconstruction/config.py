@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from licq.quant.config import QuantConfig, one_of
+from licq.reconstruction.preset_files import PRESETS, list_presets
 from licq.support import options
 from licq.support.errors import InputError
 
@@ -20,7 +21,6 @@ KNOBS = ("range_w", "range_b", "range_a", "rounding", "bias", "border")
 SCHEMES = {"offset": "learned_offset", "weight": "ste"}
 RANGE_SEARCHES = ("none", "powell")
 ROUND_INITS = ("nearest", "gptq")
-PRESETS = Path(__file__).parent / "presets"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,16 +161,16 @@ class ReconstructionConfig:
         for name in counts:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool):
-                raise InputError(f"`{name}` {value!r} is no integer; give one")
+                raise InputError(f"`{name}={value}` is no integer; give one")
         for name in ("iters", "joint_iters", "blend", "regularizer", "lr_range", "lr_rounding", "lr_bias"):
             if not getattr(self, name) >= 0:
-                raise InputError(f"`{name}` {getattr(self, name)} is negative; choose 0 or more")
+                raise InputError(f"`{name}={getattr(self, name)}` is negative; choose 0 or more")
         for name in ("batch", "measured", "observed", "search_evals"):
             if getattr(self, name) < 1:
-                raise InputError(f"`{name}` {getattr(self, name)} is too small; choose 1 or more")
+                raise InputError(f"`{name}={getattr(self, name)}` is too small; choose 1 or more")
         for name in ("tail_share", "input_mix", "act_drop", "warmup", "split", "balance"):
             if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"`{name}` {getattr(self, name)} is out of range; choose 0 to 1")
+                raise InputError(f"`{name}={getattr(self, name)}` is out of range; choose 0 to 1")
 
     @property
     def knows_j(self) -> bool:
@@ -241,7 +241,7 @@ class PtqConfig:
         for knob, scheme in SCHEMES.items():
             if knob in learn and self.quant.rounding != scheme:
                 raise InputError(
-                    f"`learn` {knob} needs `rounding` {scheme}, not {self.quant.rounding}; choose that"
+                    f"`learn={knob}` needs `rounding={scheme}`, not {self.quant.rounding}; choose that"
                 )
         learn = dict.fromkeys("rounding" if knob in SCHEMES else knob for knob in learn)
         object.__setattr__(
@@ -307,8 +307,3 @@ def _read_preset(path: Path, preset: str) -> dict[str, Any]:
     if not isinstance(knobs, dict):
         raise InputError(f"{path}: not a preset; see reconstruction/presets/licq.yaml")
     return knobs
-
-
-def list_presets() -> list[str]:
-    """The names of the presets that come with the project."""
-    return sorted(path.stem for path in PRESETS.glob("*.yaml"))

@@ -373,7 +373,7 @@ def test_offsets_and_weights_are_learned_by_the_rounding_schemes_that_do_so():
         assert PtqConfig.from_preset("licq", **knobs).reconstruction.learn == ("range_w", "rounding")
         with pytest.raises(
             InputError,
-            match=f"`learn` {knob} needs `rounding` {scheme}, not adaround",
+            match=f"`learn={knob}` needs `rounding={scheme}`, not adaround",
         ):
             PtqConfig.from_preset("licq", **{**knobs, "rounding": "adaround"})
     with pytest.raises(InputError, match="--set split=0.1"):

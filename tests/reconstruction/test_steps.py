@@ -124,5 +124,5 @@ def stored(folder, resume: bool) -> Calibration:
     ],
 )
 def test_a_bad_field_is_named(field, value, words):
-    with pytest.raises(InputError, match=f"`{field}` .*{words}"):
+    with pytest.raises(InputError, match=f"`{field}=.*` is .*{words}"):
         ReconstructionConfig(**{field: value})
