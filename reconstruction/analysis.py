@@ -1,160 +1,68 @@
-"""Where a quantized codec loses: each part quantized alone, ranges of channels, and the landscape of J at one
-layer.
+"""Where a quantized codec loses: each part quantized alone, and the ranges of channels.
 
-Everything is measured by running the codec, on the codec as learning would find it
-(`reconstruction.api.prepare`). What comes before a part is float, so its outputs are computed once for each
-batch (`PrefixCache`) and a measurement runs the rest only.
+Everything is measured by running the codec, prepared as for learning (`reconstruction.api.prepare`).
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from licq.quant.model import QuantModel
 from licq.quant.modules import PLAIN_LAYERS, QuantMAC
 from licq.quant.qtensor import QTensor
-from licq.quant.runtime import Call
-from licq.reconstruction.cache import PrefixCache
-from licq.reconstruction.objective import Objective, rate
+from licq.reconstruction.landscape import measure_landscape
+from licq.reconstruction.probe import SIDES, Probe, Remember
 from licq.reconstruction.sensitivity import Sensitivity, predicted_losses
-from licq.reconstruction.targets import tensor_of
-from licq.reconstruction.units import Trace, Unit, find_units
-from licq.support.errors import InputError
+from licq.reconstruction.units import Unit
 from licq.support.progress import progress as progress_bar
 
-SIDES = ("weights", "inputs", "both")
 PERCENTILE = 0.999
-_SAMPLES = 4096  # values kept of each channel for the percentile
-FACTORS = tuple(n / 50 for n in range(20, 61))  # N of a curve of the landscape: 0.4 to 1.2
-COARSE = tuple(n / 20 for n in range(10, 25))  # N of its plane: 0.5 to 1.2
-
-Remember = Callable[[str, Callable[[], Any]], Any]
-"""(name, compute) -> what compute() gives, or gave in an earlier process:
-`evaluation.run_folder.QualityFolder.part`."""
+_SAMPLES = 4096  # values of each channel for the percentile
 
 
-@dataclass(frozen=True)
-class Cost:
-    """Means over crops. j = bpp + weighted_distortion; weighted_distortion is lambda * D, in bits per pixel
-    like j."""
-
-    j: float
-    bpp: float
-    weighted_distortion: float
-
-    def __sub__(self, other: "Cost") -> "Cost":
-        return Cost(
-            self.j - other.j, self.bpp - other.bpp, self.weighted_distortion - other.weighted_distortion
-        )
-
-
-class Probe:
-    """Measures J, R and D with parts of a codec quantized.
+def analyze(
+    probe: Probe,
+    sensitivities: dict[str, Sensitivity],
+    kind: str,
+    landscape: str | None,
+    remember: Remember,
+    progress: bool = True,
+) -> dict:
+    """All of it.
 
     Args:
-        qmodel: observed, not frozen; its nodes are left in float.
-        batches: crops, (B, 3, H, W) each.
+        probe: of a prepared codec.
+        sensitivities: of J.
+        kind: of units, one of `config.UNITS`.
+        landscape: the layer of `measure_landscape`; None: the plain layer that costs most by itself.
+        remember: keeps every measurement, for a process that is repeated.
+
+    Returns:
+        {"float": Cost, "all": rise with everything quantized, "unit": kind, "layers": `measure_units` of
+        layers, "units": of `kind`, "channels": `measure_channels`, "landscape": `measure_landscape`}.
+
+    Raises:
+        InputError: no such layer.
     """
-
-    def __init__(self, qmodel: QuantModel, batches: Sequence[Tensor], objective: Objective):
-        self.qmodel, self.batches, self.objective = qmodel, batches, objective
-        qmodel.quantize_nodes(False)
-        self.trace = Trace(qmodel, batches[0])
-        self.real = self._cost()
-        self._cache = PrefixCache(qmodel, self.trace, batches, quantized=False)
-        self._start: Call | None = None
-
-    def units(self, kind: str) -> list[Unit]:
-        return find_units(self.qmodel, self.trace, kind)
-
-    def layers(self) -> list[Unit]:
-        """Every multiply-accumulate layer by itself, without the functions that follow it."""
-        names = dict.fromkeys(
-            name for name, _ in self.trace.leaves if isinstance(self.qmodel.nodes[name], QuantMAC)
-        )
-        calls = {name: tuple(call for call in self.trace.leaves if call[0] == name) for name in names}
-        return [Unit(name, (name,), of[0], of) for name, of in calls.items()]
-
-    def layer(self, name: str) -> Unit:
-        """One of `layers`. Raises InputError."""
-        layers = {unit.name: unit for unit in self.layers()}
-        if name not in layers:
-            raise InputError(f"no layer {name!r} to analyze; the layers are {', '.join(layers)}")
-        return layers[name]
-
-    def change(self, unit: Unit, side: str) -> Cost:
-        """By how much the costs rise when only this unit is quantized: its weights, all but its weights, or
-        both."""
-        self._reach(unit.start)
-        with quantized_alone(self.qmodel, unit, side):
-            return self._cost(self._cache) - self.real
-
-    def _reach(self, start: Call) -> None:
-        """Bring the cache to a place; backwards it begins anew, for it has forgotten what comes inside of
-        blocks."""
-        begin = self.trace.begin
-        if self._start is not None and begin[start] < begin[self._start]:
-            self._cache = PrefixCache(self.qmodel, self.trace, self.batches, quantized=False)
-        if start != self._start:
-            self._cache.advance(start)
-            self._start = start
-
-    def all_units(self) -> Cost:
-        """The rise when everything is quantized."""
-        self.qmodel.quantize_nodes(True)
-        try:
-            return self._cost() - self.real
-        finally:
-            self.qmodel.quantize_nodes(False)
-
-    @torch.no_grad()
-    def _cost(self, cache: PrefixCache | None = None) -> Cost:
-        bits, distortions = [], []
-        for index, batch in enumerate(self.batches):
-            if cache is None:
-                output = self.qmodel(batch)
-            else:
-                with cache.replaying(index):
-                    output = self.qmodel(batch)
-            bits.append(rate(output, batch).double())
-            distortions.append(self.objective.distortion(output, batch).double())
-        bpp, distortion = float(torch.cat(bits).mean()), float(torch.cat(distortions).mean())
-        return Cost(bpp + distortion, bpp, distortion)
-
-    @torch.no_grad()
-    def outputs(self, unit: Unit) -> list[Tensor]:
-        """The unit's outputs for each batch, as it is now."""
-        self._reach(unit.start)
-        found = []
-        for index, batch in enumerate(self.batches):
-            with (
-                self._cache.replaying(index),
-                self.qmodel.runtime.recording(unit.outputs, stop_after=unit.end) as record,
-            ):
-                self.qmodel(batch)
-            found.append(torch.cat([tensor_of(record[call]).flatten() for call in unit.outputs]))
-        return found
-
-
-@contextmanager
-def quantized_alone(qmodel: QuantModel, unit: Unit, side: str) -> Iterator[None]:
-    """Only this unit's nodes are quantized: its layers' weights ("weights"), all but those ("inputs"), or
-    "both"."""
-    nodes = {name: qmodel.nodes[name] for name in unit.nodes}
-    macs = {name: node for name, node in nodes.items() if isinstance(node, QuantMAC)}
-    qmodel.quantize_nodes(True, macs if side == "weights" else nodes)
-    try:
-        for node in macs.values():
-            node.only = None if side == "both" else side
-        yield
-    finally:
-        for node in macs.values():
-            node.only = None
-        qmodel.quantize_nodes(False, nodes)
+    if landscape is not None:
+        probe.layer(landscape)
+    channels = measure_channels(probe, progress)
+    every = remember("all", lambda: asdict(probe.all_units()))
+    layers = measure_units(probe, sensitivities, "layer", remember, progress)
+    units = layers if kind == "layer" else measure_units(probe, sensitivities, kind, remember, progress)
+    if landscape is None:
+        plain = (name for name in layers if isinstance(probe.qmodel.nodes[name], PLAIN_LAYERS))
+        landscape = str(max(plain, key=lambda name: layers[name]["both"]["j"]))
+    return {
+        "float": asdict(probe.real),
+        "all": every,
+        "unit": kind,
+        "layers": layers,
+        "units": units,
+        "channels": channels,
+        "landscape": measure_landscape(probe, landscape, remember, progress),
+    }
 
 
 def measure_units(
@@ -166,33 +74,35 @@ def measure_units(
     Returns:
         {unit: {"weights" | "inputs" | "both": {"j", "bpp", "weighted_distortion"}, "predicted": {"weights",
         "inputs"}}}, rises of the means over the crops against the float codec. The prediction knows
-        convolutions and linear layers, as rounded to nearest and without clipping; None where a unit has
-        none.
+        convolutions and linear layers, as rounded to nearest and without clipping; it is None for a unit
+        without such layers.
     """
     predicted = predicted_losses(probe.qmodel, sensitivities)
-    found: dict = {}
+    costs: dict = {}
     for unit in progress_bar(
         probe.units(kind), desc=f"quantizing each {kind} alone", unit=kind, enabled=progress
     ):
-        name = (
-            unit.name if unit.name not in found else f"{unit.name} from {unit.start[0]}"
-        )  # a stage may come in two parts
-        known = [predicted[node] for node in unit.nodes if node in predicted]
-        rises = remember(f"{kind} {name}", lambda: {side: asdict(probe.change(unit, side)) for side in SIDES})
-        found[name] = rises | {
-            "predicted": {side: sum(part[side] for part in known) for side in ("weights", "inputs")}
-            if known
+        # a stage may come in two parts
+        name = unit.name if unit.name not in costs else f"{unit.name} from {unit.start[0]}"
+        noises = [predicted[node] for node in unit.nodes if node in predicted]
+        rises = remember(f"{kind} {name}", partial(_rises, probe, unit))
+        costs[name] = rises | {
+            "predicted": {side: sum(noise[side] for noise in noises) for side in ("weights", "inputs")}
+            if noises
             else None
         }
-    return found
+    return costs
+
+
+def _rises(probe: Probe, unit: Unit) -> dict[str, dict[str, float]]:
+    return {side: asdict(probe.change(unit, side)) for side in SIDES}
 
 
 # ----------------------------------------------------------------------------------------- ranges of channels
 
 
 def channel_facts(values: Tensor) -> dict[str, list[float]]:
-    """Of rows (channels, values): the largest magnitude "max", the 99.9th percentile of magnitudes "p999",
-    "rms"."""
+    """Magnitudes in each row of (channels, values): largest "max", the 99.9th percentile "p999", "rms"."""
     tail = torch.quantile(values.abs().double(), PERCENTILE, dim=1)
     return {
         "max": values.abs().amax(1).tolist(),
@@ -203,14 +113,14 @@ def channel_facts(values: Tensor) -> dict[str, list[float]]:
 
 @torch.no_grad()
 def measure_channels(probe: Probe, progress: bool = True) -> dict:
-    """Of every layer, on the float codec: {layer: {"weights": facts of each output channel, "inputs": of each
-    input channel}}.
+    """Ranges of the channels of every layer, on the float codec.
 
-    Facts: see `channel_facts`. Inputs are those that the layer multiplies: magnitudes at a GDN, before they
-    are squared.
+    Returns:
+        {layer: {"weights": `channel_facts` of the output channels, "inputs": of the input channels}}. Inputs
+        are those that the layer multiplies: magnitudes at a GDN, before they are squared.
     """
     qmodel = probe.qmodel
-    layers = {unit.name: qmodel.nodes[unit.name] for unit in probe.layers()}
+    layers = {unit.name: qmodel.layers[unit.name] for unit in probe.layers()}
     watches = {name: _Watch(node, -(-_SAMPLES // len(probe.batches))) for name, node in layers.items()}
     hooks = [node.register_forward_pre_hook(watches[name]) for name, node in layers.items()]
     try:
@@ -232,7 +142,7 @@ class _Watch:
     distances."""
 
     def __init__(self, node: QuantMAC, samples: int):
-        self.dim, self.most = node.channel_dim, samples
+        self.dim, self.limit = node.channel_dim, samples
         self.largest: Tensor | float = 0.0
         self.squares: Tensor | float = 0.0
         self.count = 0
@@ -244,130 +154,13 @@ class _Watch:
         self.largest = torch.maximum(rows.amax(1), torch.as_tensor(self.largest, device=rows.device))
         self.squares = self.squares + rows.double().square().sum(1)
         self.count += rows.shape[1]
-        self.samples.append(rows[:, :: -(-rows.shape[1] // self.most)].clone())
+        self.samples.append(rows[:, :: -(-rows.shape[1] // self.limit)].clone())
 
     def facts(self) -> dict[str, list[float]]:
+        """As `channel_facts`; the percentile is that of the samples."""
         tail = torch.quantile(torch.cat(self.samples, 1).double(), PERCENTILE, dim=1)
         return {
-            "max": self.largest.tolist(),
+            "max": torch.as_tensor(self.largest).tolist(),
             "p999": tail.tolist(),
-            "rms": (self.squares / self.count).sqrt().tolist(),
+            "rms": torch.as_tensor(self.squares / self.count).sqrt().tolist(),
         }
-
-
-# ---------------------------------------------------------------------------------------------- the landscape
-
-
-@torch.no_grad()
-def measure_landscape(probe: Probe, layer: str, remember: Remember, progress: bool = True) -> dict:
-    """J, R, D and the layer's own error over the factor N of its ranges (eqs. 15 and 16), everything else in
-    float.
-
-    With the error of the weights as abscissa this is the paper's Fig. 2 (arXiv 2211.02854): where the error
-    is least, J need not be. Weights are rounded to nearest here, so that N is all that changes. N = 1 is the
-    range that the method starts from.
-
-    Returns:
-        {"layer", "weights": [point, ...], "inputs": [point, ...] or [], "plane": {"factors": [N, ...], "j":
-        rows over N of the weights, columns over N of the inputs, "output_error": the same} or None}; a point
-        is {"n", "j", "bpp", "weighted_distortion" (rises against float), "output_error": squared error of the
-        layer's output over its mean square, "error": mean magnitude of the error of the weights over that of
-        the weights (of "weights" alone)}.
-
-    Raises:
-        InputError: no such layer.
-    """
-    unit, node = probe.layer(layer), probe.qmodel.nodes[layer]
-    weight, reference = node.folded_weight()
-    node.weight_quantizer.set_rounding("nearest", weight, node.least_scale(reference))
-    sides = ["weights"] + ([] if node.input_grid.exact else ["inputs"])
-    real = probe.outputs(unit)
-
-    def point(side: str) -> dict:
-        with quantized_alone(probe.qmodel, unit, side):
-            ours = probe.outputs(unit)
-        error = sum(float((a - b).double().square().sum()) for a, b in zip(ours, real)) / sum(
-            float(b.double().square().sum()) for b in real
-        )
-        return asdict(probe.change(unit, side)) | {"output_error": error}
-
-    def curve(side: str, n: float) -> dict:
-        with stretched(node, **{side: n}):
-            own = {"error": _weight_error(node)} if side == "weights" else {}
-            return {"n": n} | point(side) | own
-
-    def row(n: float) -> list[dict]:
-        found = []
-        for other in COARSE:
-            with stretched(node, n, other):
-                found.append(point("both"))
-        return found
-
-    total = len(FACTORS) * len(sides) + (len(COARSE) ** 2 if len(sides) == 2 else 0)
-    with progress_bar(total=total, desc=f"landscape of {layer}", unit="point", enabled=progress) as bar:
-
-        def step(name: str, compute: Callable[[], Any]) -> Any:
-            value = remember(f"landscape {layer} {name}", compute)
-            bar.update(len(value) if isinstance(value, list) else 1)
-            return value
-
-        curves = {side: [step(f"{side} {n}", lambda: curve(side, n)) for n in FACTORS] for side in sides}
-        rows = [step(f"plane {n}", lambda: row(n)) for n in COARSE] if len(sides) == 2 else None
-    plane = rows and {
-        "factors": list(COARSE),
-        **{key: [[p[key] for p in line] for line in rows] for key in ("j", "output_error")},
-    }
-    return {"layer": layer, "weights": curves["weights"], "inputs": curves.get("inputs", []), "plane": plane}
-
-
-@contextmanager
-def stretched(node: QuantMAC, weights: float = 1.0, inputs: float = 1.0) -> Iterator[None]:
-    """The ranges of a layer's weights and inputs times these factors."""
-    parameters = [(node.weight_quantizer.log_n, weights), (node.input_grid.log_n, inputs)]
-    before = [parameter.data.clone() for parameter, _ in parameters]
-    try:
-        for parameter, factor in parameters:
-            parameter.data.add_(torch.log(torch.as_tensor(factor, dtype=torch.float64)).to(parameter))
-        yield
-    finally:
-        for (parameter, _), value in zip(parameters, before):
-            parameter.data.copy_(value)
-
-
-def _weight_error(node: QuantMAC) -> float:
-    real = node.float_weight()
-    return float((node.rounded_weight() - real).abs().mean() / real.abs().mean().clamp(min=1e-12))
-
-
-def analyze(
-    probe: Probe,
-    sensitivities: dict[str, Sensitivity],
-    kind: str,
-    landscape: str | None,
-    remember: Remember,
-    progress: bool = True,
-) -> dict:
-    """All of it. `landscape`: the layer; None: the plain layer that costs most by itself.
-
-    Returns:
-        {"float": Cost, "all": rise with everything quantized, "unit": kind, "layers": `measure_units` of
-        layers, "units": of `kind`, "channels": `measure_channels`, "landscape": `measure_landscape`}.
-    """
-    if landscape is not None:
-        probe.layer(landscape)
-    channels = measure_channels(probe, progress)
-    every = remember("all", lambda: asdict(probe.all_units()))
-    layers = measure_units(probe, sensitivities, "layer", remember, progress)
-    units = layers if kind == "layer" else measure_units(probe, sensitivities, kind, remember, progress)
-    if landscape is None:
-        plain = [name for name in layers if isinstance(probe.qmodel.nodes[name], PLAIN_LAYERS)]
-        landscape = max(plain, key=lambda name: layers[name]["both"]["j"])
-    return {
-        "float": asdict(probe.real),
-        "all": every,
-        "unit": kind,
-        "layers": layers,
-        "units": units,
-        "channels": channels,
-        "landscape": measure_landscape(probe, landscape, remember, progress),
-    }

@@ -1,10 +1,10 @@
 """Input scales that share rounding noise between a layer's inputs and its weights where J rises least.
 
 An input channel's scale may be larger than its range asks. Its values are then rounded more coarsely, but the
-weights that take over the scale fill their codes better, and channels that are loud stop setting the step of
-all others' weights (Cross-Layer Equalization, Nagel et al. 2019; SmoothQuant, Xiao et al. 2022; here within
-one layer, so nothing has to be passed on to the layer before). Each channel's scale is found by descent on
-the noise that `reconstruction.sensitivity` predicts.
+weights that take over the scale fill their codes better. Channels with large values stop setting the step of
+all others' weights (Cross-Layer Equalization, Nagel et al. 2019; SmoothQuant, Xiao et al. 2022). Here this
+happens within one layer, so the layer before stays as it is. Each channel's scale is found by descent on the
+noise that `reconstruction.sensitivity` predicts.
 """
 
 import torch
@@ -24,17 +24,18 @@ STEPS = 200
 def balance_scales(
     qmodel: QuantModel, sensitivities: dict[str, Sensitivity], share: float, progress: bool = True
 ) -> None:
-    """Raise the scales of input channels of an observed model where that lowers the predicted rise of J and
-    int32 still holds it.
+    """Raise the scales of input channels of an observed model where that lowers the predicted rise of J.
 
-    None becomes smaller: what `QuantConfig.transform` gave is also a layer's room for images that reach
-    further than the calibration crops. Layers with groups, exact inputs or one scale for all inputs are left
-    alone.
+    The accumulators still fit into int32. No scale becomes smaller: what `QuantConfig.transform` gave is also
+    a layer's room for images that reach further than the calibration crops. Layers with groups, exact inputs
+    or one scale for all inputs are left alone.
 
     Args:
-        share: of the noise of weights rounded to nearest that their rounding will leave.
+        sensitivities: of J, or of another loss, for each layer.
+        share: of the noise of weights rounded to nearest that their rounding will leave, 0 to 1.
     """
-    layers = {name: qmodel.nodes[name] for name in sensitivities if _can_be_balanced(qmodel.nodes[name])}
+    nodes = qmodel.layers
+    layers = {name: nodes[name] for name in sensitivities if _can_be_balanced(nodes[name])}
     for name, node in progress_bar(
         layers.items(), desc="balancing scales", unit="layer", enabled=progress, leave=False
     ):
@@ -62,7 +63,7 @@ def _noise(node: QuantMAC, sensitivity: Sensitivity, share: float) -> float:
 
 
 def _balanced(node: QuantMAC, sensitivity: Sensitivity, share: float) -> Tensor:
-    """(inputs,): ln N of each channel with the least predicted noise, for maximum ranges of weights."""
+    """(inputs,): ln N of each channel with the lowest predicted noise, for maximum ranges of weights."""
     grid, weight, curvature = node.input_grid, node.float_weight(), sensitivity.curvature
     start = grid.log_n.double()
     scale_now = grid.parameters_of_grid()[0]
@@ -71,7 +72,7 @@ def _balanced(node: QuantMAC, sensitivity: Sensitivity, share: float) -> Tensor:
     energy, qmax = grid.energy.double(), int_range(node.config.w_bits)[1]
     meeting = taps(node)
     rise = torch.zeros_like(start)
-    best, least = rise.clone(), torch.inf
+    best, lowest = rise.clone(), torch.inf
     optimizer = torch.optim.Adam([rise.requires_grad_(True)])
     with torch.enable_grad():
         for step in range(STEPS):
@@ -80,8 +81,8 @@ def _balanced(node: QuantMAC, sensitivity: Sensitivity, share: float) -> Tensor:
             steps = (largest * scale).amax(1) / qmax
             weights = meeting * (curvature * steps.square()).sum() * (energy / scale.square()).sum()
             loss = torch.log(inputs + share * weights)
-            if loss.item() < least:
-                best, least = rise.detach().clone(), loss.item()
+            if loss.item() < lowest:
+                best, lowest = rise.detach().clone(), loss.item()
             optimizer.param_groups[0]["lr"] = 0.1 * (1 - step / STEPS) + 1e-3
             optimizer.zero_grad()
             loss.backward()

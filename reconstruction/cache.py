@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,12 +16,16 @@ from licq.reconstruction.units import Trace
 class PrefixCache:
     """For each batch, the outputs of every call that is complete before the present unit.
 
+    Whether these are of the float codec or of the quantized prefix is decided by the state that the nodes are
+    in when `advance` is called.
+
     Args:
-        quantized: of the quantized and frozen prefix, or of the float codec.
+        trace: of a forward of `qmodel`.
+        batches: crops, (B, 3, H, W) each.
     """
 
-    def __init__(self, qmodel: QuantModel, trace: Trace, batches: Sequence[Tensor], quantized: bool):
-        self.qmodel, self.trace, self.batches, self.quantized = qmodel, trace, batches, quantized
+    def __init__(self, qmodel: QuantModel, trace: Trace, batches: Sequence[Tensor]):
+        self.qmodel, self.trace, self.batches = qmodel, trace, batches
         self.outputs: list[dict[Call, object]] = [{} for _ in batches]
 
     @torch.no_grad()
@@ -43,27 +48,15 @@ class PrefixCache:
         with self.qmodel.runtime.replaying(self.outputs[index]):
             yield
 
-    def bytes(self) -> int:
-        """Memory held."""
-        return sum(_bytes(output) for outputs in self.outputs for output in outputs.values())
 
+def mixed(quantized: Any, real: Any, share: float, generator: torch.Generator) -> Any:
+    """Each element from the float codec with probability `share`, else from the quantized one.
 
-def mixed(quantized: object, real: object, share: float, generator: torch.Generator) -> object:
-    """Each element from the float codec with probability `share`, else from the quantized one (QDrop, Wei
-    2022)."""
+    QDrop, Wei et al. 2022. `quantized` and `real` are outputs of the same call: a tensor, or several.
+    """
     if isinstance(quantized, QTensor):
         choice = torch.rand(quantized.shape, generator=generator).to(quantized.device) < share
         return quantized.like(torch.where(choice, real.real(), quantized.real()), None)
     if isinstance(quantized, (list, tuple)):
         return type(quantized)(mixed(q, r, share, generator) for q, r in zip(quantized, real))
     return quantized
-
-
-def _bytes(output: object) -> int:
-    if isinstance(output, QTensor):
-        return output.q.numel() * output.q.element_size()
-    if isinstance(output, Tensor):
-        return output.numel() * output.element_size()
-    if isinstance(output, (list, tuple)):
-        return sum(_bytes(item) for item in output)
-    return 0

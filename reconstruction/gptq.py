@@ -1,27 +1,26 @@
-"""Where learned rounding starts: weights rounded one input at a time, each error made good by those still to
-come.
+"""Where learned rounding starts: weights are rounded one input at a time, and those still to come compensate.
 
-Frantar et al. 2023 (GPTQ, arXiv 2210.17323), after Optimal Brain Surgeon: with H = X X^T of a layer's inputs,
-rounding column j of the weights by an error e costs least when the columns behind it move by -e [H^-1]_jk /
-[H^-1]_jj. Closed form and without steps, so it takes seconds where learned rounding takes minutes. Inputs are
-the layer's own whole numbers; the inputs of neighbouring positions of an image are alike, which leaves much
-that can be made good.
+Frantar et al. 2023 (GPTQ, arXiv 2210.17323), after Optimal Brain Surgeon. With H = X X^T of a layer's inputs,
+rounding column j of the weights by an error e costs least when the columns behind it move by
+-e [H^-1]_jk / [H^-1]_jj. This is a closed form without steps, so it takes seconds where learned rounding
+takes minutes. X holds the integers of the layer's input quantizer. The inputs of neighbouring positions of an
+image are alike, so much of the error can be compensated.
 """
 
-import dataclasses
-import itertools
 import math
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from licq.quant.config import FLOAT_BITS
 from licq.quant.fixedpoint import int_range, round_half_away
 from licq.quant.model import QuantModel
-from licq.quant.modules import PLAIN_LAYERS, QuantConvTranspose2d, QuantLinear, QuantMAC
+from licq.quant.modules import PLAIN_LAYERS, QuantLinear, QuantMAC
 from licq.quant.qtensor import QTensor
 from licq.quant.rounding import ROUNDINGS
+from licq.reconstruction.columns import columns, output_size, phases
 from licq.support.errors import InputError
 from licq.support.progress import progress as progress_bar
 
@@ -38,20 +37,20 @@ _LARGE = 1024  # rows of H from which float32 must do: damped as it is, it is fa
 def compensate_rounding(
     qmodel: QuantModel, batches: Sequence[Tensor], seed: int = 0, progress: bool = True
 ) -> None:
-    """Start the rounding of every convolution and linear layer of an observed model at GPTQ's whole numbers.
+    """Start the rounding of every convolution and linear layer of an observed model at GPTQ's integers.
 
-    Layers with groups keep rounding to nearest, so do those that the images show at much fewer positions than
-    an output has
-    weights: H says too little there. Layers that learn offsets (eq. 14) or weights can start anywhere;
-    AdaRound cannot, for it only chooses between the two neighbours.
+    Layers with groups keep rounding to nearest. So do layers that the images show at much fewer positions
+    than an output has weights: H says too little there. Layers that learn offsets (eq. 14) or weights can
+    start anywhere. AdaRound cannot, for it only chooses between the two neighbours.
 
     Args:
         batches: images (B, 3, H, W) in 0..1, from which the inputs of the layers come; on the float codec.
+        seed: of the positions that are drawn where there are more than enough.
 
     Raises:
         InputError: the scheme of rounding cannot start there.
     """
-    layers = {
+    layers: dict[str, QuantMAC] = {
         name: node
         for name, node in qmodel.nodes.items()
         if isinstance(node, PLAIN_LAYERS)
@@ -61,14 +60,16 @@ def compensate_rounding(
     for node in layers.values():
         if not node.weight_quantizer.rounding.starts_anywhere:
             able = " or ".join(name for name, scheme in ROUNDINGS.items() if scheme.starts_anywhere)
-            raise InputError(f"rounding {node.config.rounding} cannot start at GPTQ's numbers; choose {able}")
+            raise InputError(
+                f"`rounding` {node.config.rounding} cannot start at GPTQ's numbers; choose {able}"
+            )
     qmodel.quantize_nodes(False)
     images = sum(map(len, batches))
-    seen = _positions(qmodel, layers, batches[0][:1])
+    positions = _positions(qmodel, layers, batches[0][:1])
     layers = {
-        n: node
-        for n, node in layers.items()
-        if _RARE * images * seen[n] >= min(len(p.weights(node)) for p in phases(node))
+        name: node
+        for name, node in layers.items()
+        if _RARE * images * positions[name] >= min(len(phase.weights(node)) for phase in phases(node))
     }
     groups = list(_groups(layers))
     bar = progress_bar(
@@ -96,13 +97,15 @@ def compensate_rounding(
 
 
 def turned(batches: Sequence[Tensor]) -> list[Tensor]:
-    """The images, their mirror images, and both turned by a quarter: H of ten crops alone is met too well by
-    the rounding."""
-    every = []
+    """The images, their mirror images, and both turned by a quarter.
+
+    H of ten crops alone is met too well by the rounding.
+    """
+    views = []
     for batch in batches:
         mirrored = batch.flip(-1)
-        every += [batch, mirrored, batch.transpose(-1, -2).flip(-2), mirrored.transpose(-1, -2).flip(-2)]
-    return every
+        views += [batch, mirrored, batch.transpose(-1, -2).flip(-2), mirrored.transpose(-1, -2).flip(-2)]
+    return views
 
 
 def _positions(qmodel: QuantModel, layers: dict[str, QuantMAC], image: Tensor) -> dict[str, int]:
@@ -110,155 +113,70 @@ def _positions(qmodel: QuantModel, layers: dict[str, QuantMAC], image: Tensor) -
     calls = [(name, call) for name, node in layers.items() for call in range(node.calls)]
     with qmodel.runtime.recording(calls) as record:
         qmodel(image)
-    seen = dict.fromkeys(layers, 0)
+    positions = dict.fromkeys(layers, 0)
     for (name, _), output in record.items():
-        seen[name] += output.numel() // layers[name].outputs
-    return seen
+        positions[name] += output.numel() // layers[name].outputs
+    return positions
 
 
 def _groups(layers: dict[str, QuantMAC]) -> Iterator[dict[str, QuantMAC]]:
+    """The layers in groups whose matrices H fit into `MEMORY`."""
     group: dict[str, QuantMAC] = {}
     size = 0
     for name, node in layers.items():
-        own = sum(4 * len(phase.weights(node)) ** 2 for phase in phases(node))
-        if group and size + own > MEMORY:
+        layer_size = sum(4 * len(phase.weights(node)) ** 2 for phase in phases(node))
+        if group and size + layer_size > MEMORY:
             yield group
             group, size = {}, 0
         group[name] = node
-        size += own
+        size += layer_size
     if group:
         yield group
 
 
-@dataclasses.dataclass(frozen=True)
-class Phase:
-    """Taps of a kernel that meet the same output positions: all of them, or with a transposed convolution
-    those of one residue of its stride, so that no two phases have a product in common.
-
-    taps: along each axis of the kernel. first, step: the output positions that they meet on each axis, first
-    + k step.
-    """
-
-    taps: tuple[Tensor, ...] = ()
-    first: tuple[int, ...] = ()
-    step: tuple[int, ...] = ()
-
-    def weights(self, node: QuantMAC) -> Tensor:
-        """Which columns of the layer's flattened canonical weights these are."""
-        if isinstance(node, QuantLinear):
-            return torch.arange(node.module.in_features)
-        weights = torch.arange(node.float_weight().shape[1])
-        for size, taps in zip(node.module.kernel_size, self.taps):
-            weights = weights[..., None] * size + taps
-        return weights.flatten()
-
-
-def phases(node: QuantMAC) -> list[Phase]:
-    """The phases of a layer. A linear layer has one without taps."""
-    m = node.module
-    if isinstance(node, QuantLinear):
-        return [Phase()]
-    taps = tuple(torch.arange(size) for size in m.kernel_size)
-    if not isinstance(node, QuantConvTranspose2d):
-        return [Phase(taps, (0,) * len(taps), (1,) * len(taps))]
-    found = []
-    for residues in itertools.product(*map(range, m.stride)):
-        meet = [t[t * d % s == r] for t, d, s, r in zip(taps, m.dilation, m.stride, residues)]
-        first = tuple((r - p) % s for r, p, s in zip(residues, m.padding, m.stride))
-        if all(map(len, meet)):
-            found.append(Phase(tuple(meet), first, tuple(m.stride)))
-    return found
-
-
 class _Moment:
-    """H = mean of x x^T over the columns x that the weights of each phase meet, in whole numbers of the input
-    grid."""
+    """H = mean of x x^T over the columns x that the weights of each phase meet, in integers of the quantized
+    input.
+
+    Args:
+        images: that will be shown; at each, so many positions are drawn that all together are enough.
+    """
 
     def __init__(self, node: QuantMAC, images: int, generator: torch.Generator):
         self.node, self.generator = node, generator
         self.phases = phases(node)
         self.weights = [phase.weights(node) for phase in self.phases]
-        self.most = [-(-max(POSITIONS, _COLUMNS * len(weights)) // images) for weights in self.weights]
+        # positions of an image, for each phase
+        self.limits = [-(-max(POSITIONS, _COLUMNS * len(weights)) // images) for weights in self.weights]
         self.totals: list[Tensor | float] = [0.0] * len(self.phases)
         self.counts = [0] * len(self.phases)
 
     def watch(self, _, inputs: tuple) -> None:
+        """A forward pre-hook."""
         x = inputs[0]
         values = x.real() if isinstance(x, QTensor) else x
-        whole = self.node.input_grid(QTensor(values, None, self.node.runtime)).q
+        x_int = self.node.input_grid(QTensor(values, None, self.node.runtime)).q
         if isinstance(self.node, QuantLinear):
-            rows = whole.reshape(-1, whole.shape[-1])
-            self._add(0, rows[self._some(len(rows), self.most[0] * len(whole))].T)
+            rows = x_int.reshape(-1, x_int.shape[-1])
+            self._add(0, rows[self._drawn(len(rows), self.limits[0] * len(x_int))].T)
             return
-        size = output_size(self.node, whole)
+        size = output_size(self.node, x_int)
         for number, phase in enumerate(self.phases):
             lengths = [len(range(f, n, s)) for f, n, s in zip(phase.first, size, phase.step)]
-            for image in whole.split(1):
-                chosen = torch.unravel_index(self._some(math.prod(lengths), self.most[number]), lengths)
-                at = [place * s + f for place, s, f in zip(chosen, phase.step, phase.first)]
+            for image in x_int.split(1):
+                drawn = torch.unravel_index(self._drawn(math.prod(lengths), self.limits[number]), lengths)
+                at = [index * s + f for index, s, f in zip(drawn, phase.step, phase.first)]
                 self._add(number, columns(self.node, image[0], phase, at))
 
-    def _some(self, count: int, most: int) -> Tensor:
-        if count <= most:
+    def _drawn(self, count: int, limit: int) -> Tensor:
+        """All of `count` indices, or `limit` of them drawn with replacement."""
+        if count <= limit:
             return torch.arange(count)
-        return torch.randint(count, (most,), generator=self.generator)
+        return torch.randint(count, (limit,), generator=self.generator)
 
-    def _add(self, number: int, found: Tensor) -> None:
-        self.totals[number] = self.totals[number] + found @ found.T
-        self.counts[number] += found.shape[1]
-
-
-def output_size(node: QuantMAC, x: Tensor) -> tuple[int, ...]:
-    """Lengths of a convolution's output along the axes of its kernel."""
-    m = node.module
-    size = []
-    for axis, length in enumerate(x.shape[-len(m.kernel_size) :]):
-        reach = m.dilation[axis] * (m.kernel_size[axis] - 1)
-        if isinstance(node, QuantConvTranspose2d):
-            size.append(
-                (length - 1) * m.stride[axis] - 2 * m.padding[axis] + reach + m.output_padding[axis] + 1
-            )
-        else:
-            size.append((length + sum(_padding(m, axis)) - reach - 1) // m.stride[axis] + 1)
-    return tuple(size)
-
-
-def _padding(module: nn.Conv2d | nn.Conv3d, axis: int) -> tuple[int, int]:
-    """Zeros before and after the input. "same" has one more behind where their number is odd."""
-    if module.padding == "valid":
-        return 0, 0
-    if module.padding == "same":
-        both = module.dilation[axis] * (module.kernel_size[axis] - 1)
-        return both // 2, both - both // 2
-    return module.padding[axis], module.padding[axis]
-
-
-def columns(node: QuantMAC, x: Tensor, phase: Phase, at: Sequence[Tensor]) -> Tensor:
-    """What a phase's weights are multiplied with at n output positions, which must be the phase's.
-
-    Args:
-        x: (inputs, H, W), with as many axes more as the kernel has.
-        at: the positions along each axis, (n,) each.
-
-    Returns:
-        (inputs * taps of the phase, n), in the order of `Phase.weights`.
-    """
-    m = node.module
-    index, inside = (
-        torch.zeros(len(at[0]), dtype=torch.long),
-        torch.ones(len(at[0]), dtype=torch.bool),
-    )  # (taps ..., n)
-    for axis, outputs in enumerate(at):
-        moved = (phase.taps[axis] * m.dilation[axis])[:, None]
-        if isinstance(node, QuantConvTranspose2d):
-            place = (outputs + m.padding[axis] - moved) // m.stride[axis]
-        else:
-            place = outputs * m.stride[axis] - _padding(m, axis)[0] + moved
-        length = x.shape[axis + 1]
-        inside = inside[..., None, :] & (place >= 0) & (place < length)
-        index = index[..., None, :] * length + place.clamp(0, length - 1)
-    found = x.flatten(1)[:, index.to(x.device)] * inside.to(x)
-    return found.reshape(-1, len(at[0]))
+    def _add(self, number: int, x: Tensor) -> None:
+        self.totals[number] = self.totals[number] + x @ x.T
+        self.counts[number] += x.shape[1]
 
 
 def _start_rounding(node: QuantMAC, moment: _Moment) -> None:
@@ -267,43 +185,49 @@ def _start_rounding(node: QuantMAC, moment: _Moment) -> None:
     scale = quantizer.scale(weight, node.least_scale(reference))
     real = (weight / quantizer._view(scale, weight)).float()
     flat = real.flatten(1)
-    kept = None if quantizer.mask is None else (quantizer.mask != 0).expand(weight.shape).flatten(1)
+    mask = None if quantizer.mask is None else (quantizer.mask != 0).expand(weight.shape).flatten(1)
     limits = int_range(quantizer.bits)
-    whole = round_half_away(flat).clamp(*limits)
-    for columns_of, total, count in zip(moment.weights, moment.totals, moment.counts):
-        if count * _RARE >= len(columns_of):
-            at = columns_of.to(flat.device)
-            whole[:, at] = gptq(flat[:, at], total / count, limits, None if kept is None else kept[:, at])
-    whole = whole.reshape(weight.shape)
-    quantizer.rounding.start_at(whole, real)
+    w_int = round_half_away(flat).clamp(*limits)
+    for weights, total, count in zip(moment.weights, moment.totals, moment.counts):
+        if count * _RARE >= len(weights):
+            at = weights.to(flat.device)
+            w_int[:, at] = gptq(
+                flat[:, at], cast(Tensor, total) / count, limits, None if mask is None else mask[:, at]
+            )
+    w_int = w_int.reshape(weight.shape)
+    quantizer.rounding.start_at(w_int, real)
 
 
 def gptq(
     weight: Tensor,
     moment: Tensor,
     limits: tuple[int, int],
-    kept: Tensor | None = None,
+    mask: Tensor | None = None,
     damping: float = DAMPING,
 ) -> Tensor:
-    """Whole numbers (outputs, D) near real weights of that shape, with a small error in (w_int - w) H (w_int
-    - w)^T.
+    """Integers near real weights, with a small error in (w_int - w) H (w_int - w)^T.
 
     Args:
+        weight: w, (outputs, D), in units of the weight's step.
         moment: H, (D, D).
-        limits: smallest and largest whole number.
-        kept: (outputs, D) False where a weight is masked and stays 0.
+        limits: smallest and largest integer.
+        mask: (outputs, D) False where a weight stays 0.
+        damping: added to H's diagonal, as a share of its mean.
+
+    Returns:
+        w_int, (outputs, D).
     """
-    if kept is not None and not kept.any(0).all():
-        free = kept.any(0)
-        whole = torch.zeros_like(weight)
-        whole[:, free] = gptq(weight[:, free], moment[free][:, free], limits, kept[:, free], damping)
-        return whole
+    if mask is not None and not mask.any(0).all():
+        free = mask.any(0)
+        w_int = torch.zeros_like(weight)
+        w_int[:, free] = gptq(weight[:, free], moment[free][:, free], limits, mask[:, free], damping)
+        return w_int
     alive = moment.diagonal() > 0
     h = moment.to(torch.float32, copy=True) if len(moment) > _LARGE else moment.double()
     h.diagonal().add_(damping * h.diagonal()[alive].mean() if alive.any() else 1.0)
     order = h.diagonal().argsort(descending=True, stable=True)
-    # H = R R^T with R upper triangular, from the Cholesky factor in reverse order; then H^-1 = U^T U with U =
-    # R^-1
+    # H = R R^T with R upper triangular, from the Cholesky factor in reverse order.
+    # Then H^-1 = U^T U with U = R^-1.
     backwards = order.flip(0)
     factor = torch.linalg.cholesky(h[backwards][:, backwards]).flip(0, 1)
     upper = torch.linalg.solve_triangular(
@@ -311,20 +235,20 @@ def gptq(
     )
     upper = upper.to(weight.dtype)
     work = weight[:, order].clone()
-    kept = None if kept is None else kept[:, order]
-    whole = torch.empty_like(work)
+    mask = None if mask is None else mask[:, order]
+    w_int = torch.empty_like(work)
     for start in range(0, work.shape[1], _BLOCK):
         stop = min(start + _BLOCK, work.shape[1])
         errors = torch.empty_like(work[:, start:stop])
         for j in range(start, stop):
             column = round_half_away(work[:, j]).clamp(*limits)
-            if kept is not None:
-                column = torch.where(kept[:, j], column, 0.0)
-            whole[:, j] = column
+            if mask is not None:
+                column = torch.where(mask[:, j], column, 0.0)
+            w_int[:, j] = column
             error = (work[:, j] - column) / upper[j, j]
             work[:, j + 1 : stop] -= error[:, None] * upper[j, j + 1 : stop]
             errors[:, j - start] = error
         work[:, stop:] -= errors @ upper[start:stop, stop:]
-    result = torch.empty_like(whole)
-    result[:, order] = whole
+    result = torch.empty_like(w_int)
+    result[:, order] = w_int
     return result

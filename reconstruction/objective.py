@@ -1,6 +1,7 @@
 """The codec's own objective, J = R + lambda * D, per image and differentiable."""
 
 from collections.abc import Callable, Iterable
+from typing import cast
 
 import torch
 from pytorch_msssim import ms_ssim
@@ -8,11 +9,14 @@ from torch import Tensor
 
 from licq.support.errors import InputError
 
+MS_SSIM_SIDE = 161  # pixels: the smallest side that MS-SSIM's five scales fit into
+
 
 def rate(output: dict, x: Tensor) -> Tensor:
     """R: bits per pixel of each image, (B,): -log2 of the likelihoods of every latent, summed."""
     pixels = x.shape[-1] * x.shape[-2]
-    return sum(-torch.log2(p).flatten(1).sum(1) for p in output["likelihoods"].values()) / pixels
+    bits = sum(-torch.log2(p).flatten(1).sum(1) for p in output["likelihoods"].values())
+    return cast(Tensor, bits) / pixels
 
 
 class Objective:
@@ -24,14 +28,17 @@ class Objective:
     Args:
         lmbda: weight of the distortion, of images that do not bring their own.
         metric: "mse": D = 255^2 * mse with samples in 0..1; "ms-ssim": D = 1 - MS-SSIM.
+
+    Raises:
+        InputError: a lambda that is not positive, an unknown metric.
     """
 
     def __init__(self, lmbda: float, metric: str = "mse"):
         if metric not in ("mse", "ms-ssim"):
-            raise InputError(f"--metric {metric} is unknown; choose mse or ms-ssim")
+            raise InputError(f"`metric` {metric} is unknown; choose mse or ms-ssim")
         if not lmbda > 0:
             raise InputError(
-                f"--lambda {lmbda} is not positive; give the lambda that the codec was trained with"
+                f"`lmbda` {lmbda} is not positive; give the lambda that the codec was trained with"
             )
         self.lmbda, self.metric = lmbda, metric
 

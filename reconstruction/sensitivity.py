@@ -1,5 +1,4 @@
-"""How much J cares about noise at the output of each layer, and where the loss of a quantized codec is
-predicted to lie.
+"""How much J rises with noise at the output of each layer, and the predicted loss of a quantized codec.
 
 Rounding noise is small and white, so J rises by half its variance times the diagonal of J's Hessian. Both
 halves of J have one that needs first derivatives only. Distortion: the Gauss-Newton term, c * E[(d v.x_hat /
@@ -11,9 +10,10 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from licq.quant.config import FLOAT_BITS
 from licq.quant.model import QuantModel
@@ -28,19 +28,18 @@ PROBES = 2  # random sign images for each batch
 
 @dataclasses.dataclass(frozen=True)
 class Sensitivity:
-    """Of one multiply-accumulate layer.
-
-    curvature: (outputs,) diagonal of the Hessian of J, or of the layer's relative squared error, summed over
-    an output channel's
-               positions, mean over images.
-    macs:      multiply-accumulate operations of the layer for one image.
-    energy:    (inputs,) mean square of each input channel, for a layer whose inputs stay in float: their grid
-    has seen nothing.
-    """
+    """Of one multiply-accumulate layer."""
 
     curvature: Tensor
+    """(outputs,) diagonal of the Hessian of J, or of the layer's relative squared error: summed over an
+    output channel's positions, mean over images."""
+
     macs: float
+    """Multiply-accumulate operations of the layer for one image."""
+
     energy: Tensor | None = None
+    """(inputs,) mean square of each input channel, for a layer whose inputs stay in float. Other layers'
+    input quantizers have observed it."""
 
 
 def measure_sensitivities(
@@ -55,8 +54,7 @@ def measure_sensitivities(
     Args:
         batches: images (B, 3, H, W) in 0..1, all of one size.
         objective: J; None: each layer has the squared error of its own output, relative to the output's mean
-        square, and all
-            layers count alike.
+            square, and all layers count alike.
         seed: of the random signs.
     """
     qmodel.quantize_nodes(False)
@@ -124,8 +122,10 @@ def _relative_errors(qmodel: QuantModel, batch: Tensor, calls: Sequence[Call]) -
 def _squared_gradients(
     qmodel: QuantModel, batch: Tensor, objective: Objective, calls: Sequence[Call], generator: torch.Generator
 ) -> list[tuple[Call, Tensor]]:
-    """The diagonal of J's Hessian at the outputs of these calls, as far as J depends on them. Frees its graph
-    on return."""
+    """The diagonal of J's Hessian at the outputs of these calls, as far as J depends on them.
+
+    A function of its own, so that its graph is freed on return.
+    """
     with torch.enable_grad(), qmodel.runtime.recording(calls) as record:
         output = qmodel(batch.clone().requires_grad_(True))
         outputs = {call: tensor_of(record[call]) for call in calls if call in record}
@@ -157,8 +157,10 @@ def _add_squares(squares: list[Tensor], scalar: Tensor, tensors: list[Tensor], f
 def _distortion_curvature(
     objective: Objective, x_hat: Tensor, x: Tensor, signs: Tensor, step: float = 4 / 255
 ) -> Tensor:
-    """(B,): the mean second derivative of lambda * D in a sample of x_hat, by a symmetric difference along
-    the signs."""
+    """(B,): the mean second derivative of lambda * D in a sample of x_hat.
+
+    By a symmetric difference along the signs.
+    """
 
     def distortion(sign: float) -> Tensor:
         # not clipped as a decoder does: at a black or white pixel the clipping would count as curvature
@@ -180,7 +182,7 @@ def taps(node: QuantMAC) -> float:
     weight = node.float_weight()
     meeting = weight[0, 0].numel() if weight.ndim > 2 else 1
     if isinstance(node, QuantConvTranspose2d):
-        meeting /= math.prod(node.module.stride)
+        meeting /= math.prod(cast(nn.ConvTranspose2d, node.module).stride)
     return meeting
 
 
@@ -193,8 +195,10 @@ def kernel_power(node: QuantMAC) -> Tensor:
 
 @torch.no_grad()
 def input_noise(node: QuantMAC, sensitivity: Sensitivity) -> Tensor:
-    """(inputs,): the rise of J by rounding each input channel, s_x^2 / 12 through the squared weights; s_x is
-    the channel's own step."""
+    """(inputs,): the rise of J by rounding each input channel.
+
+    s_x^2 / 12 through the squared weights, with the channel's own step s_x.
+    """
     power = sensitivity.curvature[:, None] * kernel_power(node)
     per_input = power.reshape(node.groups, -1, power.shape[1]).sum(1).flatten()
     scale = node.input_grid.parameters_of_grid()[0] / node.input_grid.fine
@@ -203,8 +207,10 @@ def input_noise(node: QuantMAC, sensitivity: Sensitivity) -> Tensor:
 
 @torch.no_grad()
 def weight_noise(node: QuantMAC, sensitivity: Sensitivity) -> Tensor:
-    """(outputs,): the rise of J by rounding the weights to nearest, s_w^2 / 12 through the inputs' mean
-    squares."""
+    """(outputs,): the rise of J by rounding the weights to nearest.
+
+    s_w^2 / 12 through the mean squares of the inputs.
+    """
     weight, reference = node.folded_weight()
     step = node.weight_quantizer.scale(weight, node.least_scale(reference)).expand(node.outputs)
     grid = node.input_grid
@@ -219,11 +225,14 @@ def weight_noise(node: QuantMAC, sensitivity: Sensitivity) -> Tensor:
 def predicted_losses(
     qmodel: QuantModel, sensitivities: dict[str, Sensitivity]
 ) -> dict[str, dict[str, float]]:
-    """For each layer: rise of J by rounding its inputs ("inputs") and its weights ("weights"); clipping is
-    not in it."""
-    losses = {}
+    """The rise of J that rounding noise makes, without clipping.
+
+    Returns:
+        {layer: {"inputs": by rounding its inputs, "weights": by rounding its weights to nearest}}.
+    """
+    losses, nodes = {}, qmodel.layers
     for name, sensitivity in sensitivities.items():
-        node = qmodel.nodes[name]
+        node = nodes[name]
         config = node.config
         losses[name] = {
             "inputs": 0.0

@@ -3,8 +3,8 @@
 Zhao et al. 2019 (Outlier Channel Splitting, arXiv 1901.09504) carry an outlier channel by two channels with
 half its values each, which halves the step. Here the two are a high and a low digit, and their accumulators
 are added with a shift, so that from 6 bits on the same operations make the step sixteen times smaller and the
-range four times larger. Which channels, is decided by the predicted rise of J (`reconstruction.sensitivity`)
-for each operation that is added.
+range four times larger. The predicted rise of J (`reconstruction.sensitivity`) for each operation that is
+added decides which channels are split.
 """
 
 import torch
@@ -15,7 +15,7 @@ from licq.quant.model import QuantModel
 from licq.quant.modules import LARGEST_ACCUMULATOR, QuantMAC
 from licq.reconstruction.sensitivity import Sensitivity, input_noise
 
-MOST_BITS = 8  # inputs of more bits have two digits as it is
+MAX_BITS = 8  # inputs of more bits have two digits already
 
 
 @torch.no_grad()
@@ -23,29 +23,34 @@ def split_channels(qmodel: QuantModel, sensitivities: dict[str, Sensitivity], sh
     """Split input channels of an observed model, best gain for each operation first, until `share` more are
     needed.
 
-    Exact inputs (pixels, whole symbols) and wide ones (latents) are left alone, so are layers with one scale
-    for all inputs, layers whose accumulators might pass 32 bits, and everything under `strict_int8`.
+    Left alone are exact inputs (pixels, integer symbols) and wide ones (latents), layers with one scale for
+    all inputs, layers whose accumulators might pass 32 bits, and everything under `strict_int8`.
+
+    Args:
+        sensitivities: of J, or of another loss, for each layer.
+        share: of multiply-accumulate operations that may be added, 0 to 1.
 
     Returns:
         {"extra_macs": share of operations added, "layers": {name: share of the channels split}, "refused":
         [names of layers whose accumulators might pass 32 bits]}.
     """
+    nodes = qmodel.layers
     macs = {name: sensitivity.macs for name, sensitivity in sensitivities.items()}
     total = sum(macs.values())
     noise = {
-        name: input_noise(qmodel.nodes[name], sensitivities[name]).tolist()
+        name: input_noise(nodes[name], sensitivities[name]).tolist()
         for name in macs
-        if _can_be_split(qmodel.nodes[name])
+        if _can_be_split(nodes[name])
     }
     refused: list[str] = []
     while True:
         chosen = _choose(noise, macs, share * total)
-        beyond = [name for name, channels in chosen.items() if not _fits(qmodel.nodes[name], channels)]
+        beyond = [name for name, channels in chosen.items() if not _fits(nodes[name], channels)]
         if not beyond:
             break
         refused += beyond
         for name in chosen:  # choose anew: what the refused layers leave is for the others
-            _split(qmodel.nodes[name], torch.zeros_like(chosen[name]))
+            _split(nodes[name], torch.zeros_like(chosen[name]))
         noise = {name: values for name, values in noise.items() if name not in refused}
     layers = {name: float(channels.float().mean()) for name, channels in chosen.items()}
     return {
@@ -60,7 +65,7 @@ def _can_be_split(node: QuantMAC) -> bool:
     return not (
         grid.channel_dim is None
         or grid.exact
-        or grid.bits > MOST_BITS
+        or grid.bits > MAX_BITS
         or config.w_bits == FLOAT_BITS
         or config.strict_int8
     )
@@ -89,7 +94,9 @@ def _split(node: QuantMAC, channels: Tensor) -> None:
 
 
 def _fits(node: QuantMAC, channels: Tensor) -> bool:
-    """Split these channels; whether the accumulator stays inside half of 32 bits: what follows changes the
-    weights a little."""
+    """Split these channels; whether the accumulator stays inside half of 32 bits.
+
+    The other half is for what follows: it changes the weights a little.
+    """
     _split(node, channels)
     return bool(node.bound_now() <= LARGEST_ACCUMULATOR / 2)

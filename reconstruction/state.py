@@ -1,8 +1,9 @@
-"""What a unit has learned, in files: a killed calibration goes on behind the last finished unit."""
+"""What a calibration has learned, in files: a killed calibration goes on behind the last finished unit."""
 
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from licq.quant.modules import QuantModule
 from licq.support.errors import InputError
 from licq.support.files import atomic_path
 
@@ -25,7 +27,16 @@ def fingerprint(model: nn.Module, images: Tensor, *settings: object) -> str:
 
 
 class StateFolder:
-    """The files of one calibration. `folder` None keeps nothing."""
+    """The files of one calibration, one of each finished part.
+
+    Args:
+        folder: where they are; None keeps nothing.
+        identity: `fingerprint` of the calibration; it is written into each file.
+        resume: True reads what an earlier process has left, False deletes it.
+
+    Raises:
+        InputError: a file there cannot be read, or belongs to another calibration.
+    """
 
     def __init__(self, folder: Path | None, identity: str, resume: bool):
         self.folder, self.identity = folder, identity
@@ -35,43 +46,44 @@ class StateFolder:
             for path in folder.glob("*.safetensors"):
                 path.unlink()
         for path in sorted(folder.glob("*.safetensors")):
-            if self._open(path)[0].get("identity") != identity:
+            if self._open(path)[0] != identity:
                 raise InputError(
                     f"{path} belongs to a calibration with other settings, images or weights; "
-                    "repeat those, leave --resume out to start anew, or choose another --out"
+                    "repeat those, leave `resume` out to start anew, or choose another `folder`"
                 )
 
     def load(self, name: str) -> tuple[dict, dict[str, Tensor]] | None:
-        """(facts, tensors) stored under a name, or None."""
+        """(record, tensors) stored under a name, or None."""
         path = None if self.folder is None else self.folder / f"{name}.safetensors"
         if path is None or not path.is_file():
             return None
-        return self._open(path)
+        return self._open(path)[1:]
 
-    def save(self, name: str, facts: dict, tensors: dict[str, Tensor]) -> None:
+    def save(self, name: str, record: dict, tensors: Mapping[str, Tensor]) -> None:
+        """Store a record, of what JSON can hold, and tensors under a name."""
         if self.folder is None:
             return
-        metadata = {"identity": self.identity, "facts": json.dumps(facts)}
-        # safetensors takes no tensor that shares memory with another, and none without elements is lost by
-        # this
+        metadata = {"identity": self.identity, "facts": json.dumps(record)}
+        # A copy each: safetensors refuses tensors that share memory.
         contents = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()}
         with atomic_path(self.folder / f"{name}.safetensors") as temporary:
             save_file(contents, os.fspath(temporary), metadata)
 
-    def _open(self, path: Path) -> tuple[dict, dict[str, Tensor]]:
+    def _open(self, path: Path) -> tuple[str | None, dict, dict[str, Tensor]]:
+        """(identity, record, tensors) of a file."""
         try:
             with safe_open(os.fspath(path), "pt") as stored:
                 metadata = stored.metadata() or {}
                 tensors = {key: stored.get_tensor(key) for key in stored.keys()}
         except (OSError, SafetensorError) as error:
             raise InputError(
-                f"{path} cannot be read ({error}); delete it, or leave --resume out to start anew"
+                f"{path} cannot be read ({error}); delete it, or leave `resume` out to start anew"
             ) from error
-        return {"identity": metadata.get("identity"), **json.loads(metadata.get("facts", "{}"))}, tensors
+        return metadata.get("identity"), json.loads(metadata.get("facts", "{}")), tensors
 
 
-def learned(nodes: dict[str, nn.Module]) -> dict[str, nn.Parameter]:
-    """Every parameter that nodes may learn, by the node's name, the knob and a number."""
+def learned(nodes: Mapping[str, QuantModule]) -> dict[str, nn.Parameter]:
+    """Every parameter that nodes may learn, by "node|knob|number": names of tensors in a `StateFolder`."""
     return {
         f"{name}|{knob}|{number}": parameter
         for name, node in nodes.items()
@@ -80,13 +92,23 @@ def learned(nodes: dict[str, nn.Module]) -> dict[str, nn.Parameter]:
     }
 
 
+def node_of(key: str) -> str:
+    """The node's name in a key of `learned`."""
+    return key.split("|")[0]
+
+
+def knob_of(key: str) -> str:
+    """The knob in a key of `learned`, one of `config.KNOBS`."""
+    return key.split("|")[1]
+
+
 @torch.no_grad()
-def restore(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
+def restore(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
     """Write stored values into parameters of the same names."""
     for key, parameter in parameters.items():
         parameter.copy_(values[key].to(parameter))
 
 
-def snapshot(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+def snapshot(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     """A copy of the parameters' values."""
     return {key: parameter.detach().clone() for key, parameter in parameters.items()}

@@ -1,4 +1,4 @@
-"""Calibration crops made harder: what a few photographs do not show, the ranges must hold all the same."""
+"""Calibration crops made harder, for ranges that also hold what a few photographs do not show."""
 
 import torch
 import torch.nn.functional as F
@@ -12,11 +12,12 @@ def stressed(crops: Tensor) -> Tensor:
     """The crops made colourful, these with their channels rotated, and the crops made sharp: (4 n, 3, H, W)
     8-bit samples in 0..1.
 
-    Channels behind the third, of a variable-rate codec's crops, stay as they are.
+    Ten photographs are mostly grey and green, and photographs of many pixels are soft. When ranges come from
+    such crops alone, channels that code colour clip on red parrots (Kodak 23), others on a facade of black
+    and white stripes.
 
-    Ten photographs are mostly grey and green, and photographs of many pixels are soft: channels that speak
-    for colour clip on red parrots (Kodak 23) when their ranges come from such crops alone, others on a facade
-    of black and white stripes.
+    Args:
+        crops: (n, 3, H, W). Channels behind the third, of a variable-rate codec's crops, stay as they are.
     """
     crops, planes = crops[:, :3], crops[:, 3:]
     grey = crops.mean(1, keepdim=True)

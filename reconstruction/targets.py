@@ -1,7 +1,7 @@
-"""What the output of a unit is compared with: the float codec's output, and how much J cares about each
-element."""
+"""What the output of a unit is compared with: the float codec's output, weighted by how J depends on it."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,8 @@ class Targets:
     """Float outputs of units, and their Fisher weights; a group of units at a time, as memory allows.
 
     Args:
-        weighted: also measure the squared gradient of J at the outputs (BRECQ, Li 2021, eq. 10).
+        batches: crops, (B, 3, H, W) each.
+        weighted: also measure the squared gradient of J at the outputs (BRECQ, Li et al. 2021, eq. 10).
         together: all units are one group.
     """
 
@@ -56,8 +57,7 @@ class Targets:
         return [tuple(group) for group in groups]
 
     def prepare(self, unit: Unit) -> None:
-        """Have the targets of this unit at hand. Every node must be in its float state when they are not
-        yet."""
+        """Measure the targets of this unit's group unless they are ready; every node must be in float."""
         if unit in self._ready:
             return
         self._ready = next(group for group in self.groups if unit in group)
@@ -78,11 +78,12 @@ class Targets:
                 )
 
     def is_ready(self, unit: Unit) -> bool:
+        """Whether the targets of this unit are held."""
         return unit in self._ready
 
     def loss(self, kind: str, unit: Unit, index: int, record: dict[Call, object]) -> Tensor:
         """The local target on batch number `index`: mse, fisher (weighted mse) or kl; a scalar."""
-        total = 0.0
+        total: Tensor | float = 0.0
         for call in unit.outputs:
             real, ours = self.outputs[index][call], tensor_of(record[call])
             if kind == "kl":
@@ -92,11 +93,11 @@ class Targets:
                 if kind == "fisher":
                     error = error * self.weights[index][call]
                 total = total + error.mean() / real.square().mean().clamp(min=1e-12)
-        return total
+        return cast(Tensor, total)  # a unit has an output
 
 
 def fisher(gradient: Tensor | None, like: Tensor) -> Tensor:
-    """Squared gradients with mean 1. Half of the weight is spread evenly: one gradient is a noisy witness."""
+    """Weights of mean 1: half a squared gradient, half even, for one gradient of few crops is noisy."""
     if gradient is None:
         return torch.ones_like(like)
     squared = gradient.square()
@@ -104,8 +105,10 @@ def fisher(gradient: Tensor | None, like: Tensor) -> Tensor:
 
 
 def divergence(ours: Tensor, real: Tensor) -> Tensor:
-    """KL divergence of the softmax over the channels (dimension 1 of four-dimensional outputs, else the
-    last), mean."""
+    """KL divergence of the softmax over the channels, a mean over positions.
+
+    Channels are dimension 1 of four-dimensional outputs, else the last.
+    """
     dim = 1 if real.ndim == 4 else -1
     log_p, log_q = F.log_softmax(real, dim), F.log_softmax(ours, dim)
     return (log_p.exp() * (log_p - log_q)).sum(dim).mean()
@@ -115,4 +118,4 @@ def tensor_of(output: object) -> Tensor:
     """The values of a unit's output; of several outputs, the first one's."""
     if isinstance(output, (list, tuple)):
         return tensor_of(output[0])
-    return output.real() if isinstance(output, QTensor) else output
+    return output.real() if isinstance(output, QTensor) else cast(Tensor, output)

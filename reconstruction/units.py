@@ -13,26 +13,33 @@ BOUNDARIES = ("round", "entropy_bottleneck", "gaussian_conditional")
 
 @dataclass(frozen=True)
 class Unit:
-    """Nodes that are reconstructed together.
-
-    name:  of its block, its layer or its stage.
-    nodes: names, in the order of first execution.
-    start: its first call in a forward; everything before it is the prefix.
-    outputs: the calls whose results are the unit's output.
-    """
+    """Nodes that are reconstructed together."""
 
     name: str
+    """Of its block, its layer or its stage."""
+
     nodes: tuple[str, ...]
+    """Names, in the order of first execution."""
+
     start: Call
+    """The unit's first call in a forward; everything before it is the prefix."""
+
     outputs: tuple[Call, ...]
+    """The calls whose results are the unit's output."""
 
     @property
     def end(self) -> Call:
+        """The last of `outputs`."""
         return self.outputs[-1]
 
 
 class Trace:
-    """Which calls one forward of the codec makes, and how they nest."""
+    """Which calls one forward of the codec makes, and how they nest.
+
+    Attributes:
+        begin, end: the time of each call, counted in events.
+        leaves: the calls of nodes, in the order in which they begin.
+    """
 
     def __init__(self, qmodel: QuantModel, image: Tensor):
         with torch.no_grad(), qmodel.runtime.tracing() as events:
@@ -46,16 +53,15 @@ class Trace:
         ]
 
     def prefix(self, start: Call) -> set[Call]:
-        """The calls that are complete before `start` and stand in no other complete call: together, all that
-        it needs."""
+        """All outputs that `start` needs: the calls that are complete before it, outermost ones only."""
         before = [call for call, time in self.end.items() if time < self.begin[start]]
         before.sort(key=lambda call: self.begin[call])
-        kept, reach = set(), -1
+        outermost, reach = set(), -1
         for call in before:
             if self.end[call] > reach:
-                kept.add(call)
+                outermost.add(call)
                 reach = self.end[call]
-        return kept
+        return outermost
 
     def outermost(self, call: Call, names: set[str]) -> Call:
         """The largest block around `call` whose name is in `names` and which ends with it, or the call
@@ -76,11 +82,11 @@ def stage_of(name: str) -> str:
 def find_units(qmodel: QuantModel, trace: Trace, kind: str) -> list[Unit]:
     """The codec cut into units of one kind.
 
-    layer:   a node that learns, with the functions that follow it and learn nothing.
-    block:   a QuantBlock; outside of blocks a layer, which a following GDN joins.
-    stage:   g_a, h_a, h_s, g_s, the context model, the entropy parameters: by the first component of the
-    name.
-    network: everything.
+    - "layer": a node that learns, with the functions that follow it and learn nothing.
+    - "block": a QuantBlock; outside of blocks a layer, which a following GDN joins.
+    - "stage": g_a, h_a, h_s, g_s, the context model, the entropy parameters: by the first component of the
+      name.
+    - "network": everything.
     """
     seen: list[str] = []
     for name, _ in trace.leaves:

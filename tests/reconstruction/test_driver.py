@@ -11,8 +11,9 @@ from licq.models import create_model
 from licq.quant.config import QuantConfig
 from licq.quant.model import QuantModel
 from licq.quant.rounding import ROUNDINGS
-from licq.reconstruction import driver
+from licq.reconstruction import engine as engine_module
 from licq.reconstruction import state as state_module
+from licq.reconstruction import unit_pass
 from licq.reconstruction.api import quantize
 from licq.reconstruction.cache import PrefixCache
 from licq.reconstruction.config import (
@@ -100,13 +101,13 @@ def test_objective_refuses(arguments):
 def test_j_is_measured_on_the_first_crops_and_all_teach(monkeypatch):
     model, crops, objective = codec("balle2018"), images(5), Objective(0.01)
     taught = []
-    loss = driver.Reconstruction.global_loss
+    loss = engine_module.Engine.global_loss
 
     def watched(self, index, cache=None):
         taught.append(self.batches[index])
         return loss(self, index, cache)
 
-    monkeypatch.setattr(driver.Reconstruction, "global_loss", watched)
+    monkeypatch.setattr(engine_module.Engine, "global_loss", watched)
     config = method(iters=0, joint_iters=3, measured=3, loss="rd_direct")
     history = quantize(model, crops, config, lmbda=0.01, progress=False).history
     with torch.no_grad():
@@ -149,14 +150,13 @@ def test_a_forward_behind_the_cached_prefix_is_the_whole_forward(arch, kind):
     trace = Trace(qmodel, batches[0])
     qmodel.quantize_nodes(True)
     whole = [outcome(qmodel, batch) for batch in batches]
-    cache = PrefixCache(qmodel, trace, batches, True)
+    cache = PrefixCache(qmodel, trace, batches)
     for unit in find_units(qmodel, trace, kind):
         cache.advance(unit.start)
         for index, batch in enumerate(batches):
             with cache.replaying(index):
                 for ours, expected in zip(outcome(qmodel, batch), whole[index]):
                     assert torch.equal(ours, expected), unit.name
-    assert cache.bytes() > 0
 
 
 # ---------------------------------------------------------------------------------------------------- targets
@@ -235,10 +235,10 @@ def test_every_loss_and_unit_runs_and_does_not_worsen_its_own_measure(loss, unit
 )
 def test_phases_with_something_to_learn_share_the_steps(monkeypatch, learn, steps):
     taken: list[int] = []
-    learning = driver._UnitRun._learn
+    learning = unit_pass.UnitPass.learn
     monkeypatch.setattr(
-        driver._UnitRun,
-        "_learn",
+        unit_pass.UnitPass,
+        "learn",
         lambda unit, active, count: (taken.append(count), learning(unit, active, count)),
     )
     config = method(iters=5, joint_iters=0, unit="network", learn=learn)
@@ -257,7 +257,7 @@ def test_without_units_the_network_still_learns_jointly():
 
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)
-def test_every_rounding_ends_in_whole_numbers_and_keeps_the_mask(rounding):
+def test_every_rounding_ends_in_integers_and_keeps_the_mask(rounding):
     qmodel = quantize(codec("minnen2018"), images(), method(rounding), lmbda=0.01, progress=False)
     node = qmodel.nodes["context_prediction"]
     mask = node.weight_quantizer.mask.bool().expand(node.weight_int.shape)
@@ -373,7 +373,7 @@ def test_offsets_and_weights_are_learned_by_the_rounding_schemes_that_do_so():
         assert PtqConfig.from_preset("licq", **knobs).reconstruction.learn == ("range_w", "rounding")
         with pytest.raises(
             InputError,
-            match=f"learn {knob} needs rounding {scheme}, not adaround; add --set rounding={scheme}",
+            match=f"`learn={knob}` needs `rounding={scheme}`, not adaround",
         ):
             PtqConfig.from_preset("licq", **{**knobs, "rounding": "adaround"})
     with pytest.raises(InputError, match="--set split=0.1"):

@@ -9,9 +9,11 @@ from torch import nn
 from licq.quant.config import QuantConfig
 from licq.quant.model import QuantModel
 from licq.quant.modules import QuantConv2d, QuantConv3d, QuantConvTranspose2d
-from licq.reconstruction import api
+from licq.reconstruction import steps
+from licq.reconstruction.api import quantize
+from licq.reconstruction.columns import columns, output_size, phases
 from licq.reconstruction.config import PtqConfig
-from licq.reconstruction.gptq import columns, compensate_rounding, gptq, output_size, phases, turned
+from licq.reconstruction.gptq import compensate_rounding, gptq, turned
 from licq.support.errors import InputError
 from tests.tiny_codecs import images, tiny_codec
 
@@ -63,7 +65,7 @@ def test_columns_times_weights_are_the_layer(layer):
 
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
 def test_largest_sum_is_the_product_with_ones(layer):
-    """Of an input of ones, away from the border: what an output position can sum up at most."""
+    """Of an input of ones, away from the padding: what an output position can sum up at most."""
     node = node_of(layer)
     products = torch.rand(node.float_weight().shape, generator=torch.Generator().manual_seed(0)).double()
     ones = torch.ones(1, layer.in_channels, *[24] * len(layer.kernel_size), dtype=torch.float64)
@@ -85,7 +87,7 @@ def correlated(size: int, seed: int, rank: int | None = None) -> torch.Tensor:
 
 @pytest.mark.parametrize("seed", range(6))
 def test_error_is_near_the_least_of_all_and_below_nearest(seed):
-    """Five weights: every combination of the four whole numbers around each is tried."""
+    """Five weights: every combination of the four integers around each is tried."""
     moment = correlated(5, seed)
     weight = torch.randn(1, 5, generator=torch.Generator().manual_seed(100 + seed)) * 4
     around = [[float(w.floor()) + k for k in (-1, 0, 1, 2)] for w in weight[0]]
@@ -104,19 +106,19 @@ def test_uncorrelated_inputs_leave_rounding_to_nearest():
 def test_limits_and_masks_are_kept_and_made_good():
     moment = correlated(300, 1)
     weight = torch.randn(9, 300, generator=torch.Generator().manual_seed(0)) * 5
-    kept = torch.rand(9, 300, generator=torch.Generator().manual_seed(1)) < 0.6
-    weight = weight * kept
-    whole = gptq(weight, moment, (-7, 7), kept)
-    assert whole.abs().max() == 7 and not whole[~kept].any() and torch.equal(whole, whole.round())
-    assert error(whole - weight, moment) < 0.5 * error(weight.round().clamp(-7, 7) - weight, moment)
+    mask = torch.rand(9, 300, generator=torch.Generator().manual_seed(1)) < 0.6
+    weight = weight * mask
+    w_int = gptq(weight, moment, (-7, 7), mask)
+    assert w_int.abs().max() == 7 and not w_int[~mask].any() and torch.equal(w_int, w_int.round())
+    assert error(w_int - weight, moment) < 0.5 * error(weight.round().clamp(-7, 7) - weight, moment)
 
 
 def test_inputs_that_never_spoke_do_no_harm():
     moment = correlated(12, 3, rank=4)
     moment[5], moment[:, 5] = 0, 0
     weight = torch.randn(3, 12, generator=torch.Generator().manual_seed(0)) * 5
-    whole = gptq(weight, moment, (-127, 127))
-    assert torch.isfinite(whole).all() and torch.equal(whole[:, 5], weight[:, 5].round())
+    w_int = gptq(weight, moment, (-127, 127))
+    assert torch.isfinite(w_int).all() and torch.equal(w_int[:, 5], weight[:, 5].round())
     assert torch.equal(gptq(weight, torch.zeros(12, 12), (-127, 127)), weight.round())
 
 
@@ -169,24 +171,22 @@ def test_turned_images_are_the_four_of_a_mirror_and_a_quarter_turn():
 def test_quantize_compensates_on_turned_images_and_balances(monkeypatch):
     seen = {}
     monkeypatch.setattr(
-        api, "compensate_rounding", lambda qmodel, batches, *rest: seen.update(images=len(batches))
+        steps, "compensate_rounding", lambda qmodel, batches, *rest: seen.update(images=len(batches))
     )
     monkeypatch.setattr(
-        api, "balance_scales", lambda qmodel, sensitivities, share, progress: seen.update(share=share)
+        steps, "balance_scales", lambda qmodel, sensitivities, share, progress: seen.update(share=share)
     )
     knobs = {"joint_iters": 0, "batch": 2}
-    api.quantize(
-        tiny_codec("balle2018"), images(4), PtqConfig.from_preset(**knobs), lmbda=0.01, progress=False
-    )
+    quantize(tiny_codec("balle2018"), images(4), PtqConfig.from_preset(**knobs), lmbda=0.01, progress=False)
     assert seen == {"images": 8, "share": 0.3}
     config = PtqConfig.from_preset(observed=3, **knobs)
-    api.quantize(
+    quantize(
         tiny_codec("balle2018"), images(4), config, lmbda=0.01, progress=False
     )  # enough of them: as they are
     assert seen["images"] == 2
     seen.clear()
     config = PtqConfig.from_preset(round_init="nearest", balance=0.0, **knobs)
-    api.quantize(tiny_codec("balle2018"), images(4), config, lmbda=0.01, progress=False)
+    quantize(tiny_codec("balle2018"), images(4), config, lmbda=0.01, progress=False)
     assert seen == {}
 
 

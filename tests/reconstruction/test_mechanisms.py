@@ -1,5 +1,5 @@
-"""Mechanisms that single presets use: learned borders, dropped quantization, losses of stage and output,
-blended losses, searched ranges."""
+"""Mechanisms that single presets use: learned rounding borders, QDrop, losses of stage and output, blended
+losses, searched ranges."""
 
 import dataclasses
 
@@ -12,9 +12,10 @@ from licq.quant.config import QuantConfig
 from licq.quant.model import QuantModel
 from licq.quant.modules import QuantMAC
 from licq.quant.qtensor import QTensor
-from licq.reconstruction import driver, search
+from licq.reconstruction import search, unit_pass
 from licq.reconstruction.api import quantize
 from licq.reconstruction.config import PtqConfig, list_presets
+from licq.reconstruction.engine import Engine
 from licq.reconstruction.objective import Objective
 from licq.reconstruction.search import NORMS, vertex
 from licq.reconstruction.state import StateFolder
@@ -69,7 +70,7 @@ def test_few_bits_know_the_knobs_of_the_preset_below(tmp_path):
 
 
 @pytest.mark.parametrize("granularity", ["channel", "tensor"])
-def test_a_learned_border_is_lowered_and_kept(tmp_path, granularity):
+def test_a_learned_rounding_border_is_lowered_and_kept(tmp_path, granularity):
     quant = {"a_granularity": granularity}
     config = method(loss="mse", unit="layer", learn=("border",), lr_rounding=0.1, joint_iters=0, quant=quant)
     qmodel = quantize(codec("balle2018"), images(), config, lmbda=0.01, progress=False)
@@ -91,7 +92,7 @@ def test_a_learned_border_is_lowered_and_kept(tmp_path, granularity):
         assert torch.equal(found.float() / 255, expected)
 
 
-def test_a_border_moves_where_values_are_rounded_up():
+def test_a_rounding_border_moves_where_values_are_rounded_up():
     model = QuantModel(codec("balle2018"), QuantConfig(a_bits=6))
     model.observe([images(2)])
     grid = next(node.input_grid for name, node in model.nodes.items() if name == "g_a.2")
@@ -147,14 +148,14 @@ def test_a_joint_pass_with_nothing_to_learn_leaves_the_codec_as_it_is():
     )
 
 
-def test_ranges_that_are_learned_after_the_rounding_meet_whole_weights(monkeypatch):
-    learn, seen = driver._UnitRun._learn, []
+def test_ranges_that_are_learned_after_the_rounding_meet_integer_weights(monkeypatch):
+    learn, seen = unit_pass.UnitPass.learn, []
 
     def spy(self, active, steps):
         seen.append((any("rounding" in key for key in active), all(r.hardened for r in self.roundings)))
         learn(self, active, steps)
 
-    monkeypatch.setattr(driver._UnitRun, "_learn", spy)
+    monkeypatch.setattr(unit_pass.UnitPass, "learn", spy)
     quantize(
         codec("balle2018"), images(), PtqConfig.from_preset("brecq", iters=2), lmbda=0.01, progress=False
     )
@@ -162,7 +163,7 @@ def test_ranges_that_are_learned_after_the_rounding_meet_whole_weights(monkeypat
     assert not any(rounding == hardened for rounding, hardened in seen)
 
 
-def test_dropping_changes_what_is_learned_and_ends_with_it():
+def test_act_drop_changes_what_is_learned_and_ends_with_it():
     plain, dropped = (
         method(loss="mse", unit="layer", joint_iters=0, act_drop=share, quant={"w_bits": 4, "a_bits": 4})
         for share in (0.0, 0.5)
@@ -174,9 +175,9 @@ def test_dropping_changes_what_is_learned_and_ends_with_it():
 
 def test_the_output_loss_is_the_distance_from_the_float_codec(monkeypatch):
     seen = []
-    loss = driver.Reconstruction.global_loss
+    loss = Engine.global_loss
     monkeypatch.setattr(
-        driver.Reconstruction,
+        Engine,
         "global_loss",
         lambda self, *a: seen.append((self, a[0], loss(self, *a))) or seen[-1][2],
     )
@@ -203,10 +204,10 @@ def test_a_unit_is_judged_by_its_stage():
     qmodel = QuantModel(codec("balle2018"), config.quant)
     batches = list(images().split(2))
     qmodel.observe(batches)
-    engine = driver.Reconstruction(
+    engine = Engine(
         qmodel, batches, 2, config.reconstruction, Objective(0.01), StateFolder(None, "", False), False
     )
-    ends = {unit.name: aim.end[0] for unit, aim in engine.aims.items()}
+    ends = {unit.name: target.end[0] for unit, target in engine.target_of.items()}
     assert (
         ends["g_a.0"] == ends["g_a.4"] == ends["g_a.6"] == "g_a.6"
         and ends["g_s.0"] == "g_s.6"

@@ -151,7 +151,7 @@ def test_macs_are_counted(transposed):
 
 
 def measured_loss(qmodel: QuantModel, model: nn.Module, data: list[Tensor]) -> float:
-    """The distortion that the layer "second" alone adds, on whole numbers."""
+    """The distortion that the layer "second" alone adds, on integers."""
     qmodel.quantize_nodes(False)
     qmodel.quantize_nodes(True, ["second"])
     x = torch.cat(data)
@@ -248,7 +248,7 @@ def test_two_digits_hold_a_split_channel(bits):
         assert torch.equal(scale, steps) and bool((qmax - qmin < torch.where(own, 4**bits, 2**bits)).all())
         step = torch.where(own, scale / fine, scale)
         inside = x * torch.where(own, reach - 0.1, 0.9).reshape(1, 2, 1)
-        # real numbers, and whole numbers of another scale, as an accumulator has
+        # real numbers, and integers of another scale, as an accumulator has
         other = QTensor(
             torch.round(inside * 2.0**20), torch.tensor([[[2.0**-20]]], dtype=torch.float64), None
         )

@@ -31,8 +31,8 @@ FACTORS, COARSE = (0.4, 0.8, 1.0), (0.8, 1.0)
 
 @pytest.fixture(autouse=True)
 def few_points(monkeypatch):
-    monkeypatch.setattr(analysis, "FACTORS", FACTORS)
-    monkeypatch.setattr(analysis, "COARSE", COARSE)
+    monkeypatch.setattr(f"{analysis.measure_landscape.__module__}.FACTORS", FACTORS)
+    monkeypatch.setattr(f"{analysis.measure_landscape.__module__}.COARSE", COARSE)
 
 
 def probed(name: str = "balle2018", **config) -> Probe:

@@ -1,0 +1,152 @@
+"""A calibration from the float codec to the quantized one: its state, and how its steps are run."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from licq.quant.bits import Bits
+from licq.quant.config import QuantConfig
+from licq.quant.model import QuantModel
+from licq.reconstruction.config import PtqConfig, ReconstructionConfig
+from licq.reconstruction.objective import Objective
+from licq.reconstruction.sensitivity import Sensitivity
+from licq.reconstruction.state import StateFolder
+from licq.reconstruction.stress import stressed
+from licq.support.progress import progress as progress_bar
+
+
+@dataclasses.dataclass
+class Calibration:
+    """What the steps read and write.
+
+    The first eight fields are given; the steps fill in the others, in the order of `steps.STEPS`.
+    """
+
+    model: nn.Module
+    """The float codec; it is not changed."""
+
+    crops: Tensor
+    """(n, 3, H, W) in 0..1; (n, 5, H, W) of a variable-rate codec."""
+
+    config: PtqConfig
+    """The method."""
+
+    objective: Objective
+    """J."""
+
+    bits: Bits | None = None
+    """Of single layers; the others have those of `config`."""
+
+    device: torch.device | str | None = None
+    """Where to run; None: where the model is."""
+
+    state: StateFolder = dataclasses.field(default_factory=lambda: StateFolder(None, "", False))
+    """Where finished parts are stored, and taken from when a killed calibration is repeated."""
+
+    progress: bool = True
+    """Show bars."""
+
+    quant: QuantConfig = dataclasses.field(init=False)
+    """`config.quant`, with the ranges of the best norm where that is searched."""
+
+    qmodel: QuantModel = dataclasses.field(init=False)
+    """The codec that is quantized; observed, not frozen."""
+
+    sensitivities: dict[str, Sensitivity] = dataclasses.field(init=False)
+    """Of J, for each layer."""
+
+    guide: dict[str, Sensitivity] = dataclasses.field(init=False)
+    """What splitting and balancing lower: `sensitivities` where the loss knows J, else those of each layer's
+    own relative squared error."""
+
+    history: dict[str, Any] = dataclasses.field(default_factory=lambda: {"search": None})
+    """What each step has to say: `QuantModel.history`."""
+
+    seconds_by_step: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Of this process, by the names of the steps."""
+
+    resumed_seconds: float = 0.0
+    """That earlier processes have spent on what was taken from `state`."""
+
+    batches: list[Tensor] = dataclasses.field(init=False)
+    """All crops, (config.reconstruction.batch, 3, H, W) each; the first ones are `measured_batches`."""
+
+    measured_batches: list[Tensor] = dataclasses.field(init=False)
+    """Those that J is measured on."""
+
+    observed_batches: list[Tensor] = dataclasses.field(init=False)
+    """Those that set ranges and that rounding is compensated on; the first ones are `measured_batches`."""
+
+    def __post_init__(self):
+        if self.device is None:
+            parameter = next(self.model.parameters(), None)
+            self.device = self.crops.device if parameter is None else parameter.device
+        self.crops = self.crops.to(self.device)
+        self.quant = self.config.quant
+        knobs = self.knobs
+        parts = torch.tensor_split(self.crops, (knobs.measured, max(knobs.observed, knobs.measured)))
+        measured, observed, rest = (list(part.split(knobs.batch)) if len(part) else [] for part in parts)
+        self.measured_batches = measured
+        self.observed_batches = measured + observed
+        self.batches = measured + observed + rest
+
+    @property
+    def knobs(self) -> ReconstructionConfig:
+        """`config.reconstruction`."""
+        return self.config.reconstruction
+
+    @property
+    def measured(self) -> int:
+        """J is measured on the first so many of `batches`."""
+        return len(self.measured_batches)
+
+    def observed_model(self, quant: QuantConfig) -> QuantModel:
+        """The codec with these settings, its ranges observed on the crops, and with `stress` on harder."""
+        harder: tuple[Tensor, ...] = ()
+        if self.knobs.stress:
+            harder = stressed(self.crops[: self.knobs.measured]).split(self.knobs.batch)
+        qmodel = QuantModel(self.model, quant, self.bits).to(self.device)
+        with progress_bar(
+            total=len(self.observed_batches) + len(harder),
+            desc="observing ranges",
+            unit="batch",
+            enabled=self.progress,
+            leave=False,
+        ) as bar:
+            qmodel.observe(_counted(self.observed_batches, bar), _counted(harder, bar))
+        return qmodel
+
+
+def _counted(batches: Iterable[Tensor], bar: tqdm) -> Iterator[Tensor]:
+    for batch in batches:
+        yield batch
+        bar.update()
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One step of a calibration."""
+
+    name: str
+    """Its time is added to this entry of `seconds_by_step`."""
+
+    run: Callable[[Calibration], None]
+    """It changes the calibration in place and writes its own entries of the history."""
+
+    applies: Callable[[ReconstructionConfig], bool] = lambda knobs: True
+    """Whether the knobs ask for it."""
+
+
+def run_steps(calibration: Calibration, steps: Iterable[Step]) -> None:
+    """Run the steps that apply, in their order, and keep their times."""
+    seconds = calibration.seconds_by_step
+    for step in steps:
+        if step.applies(calibration.knobs):
+            started = time.monotonic()
+            step.run(calibration)
+            seconds[step.name] = seconds.get(step.name, 0.0) + time.monotonic() - started
