@@ -40,8 +40,7 @@ class QuantModel(nn.Module):
         model: any module whose forward returns {"x_hat", "likelihoods"}; it is copied, not changed.
         config: see `QuantConfig`.
         bits: of single layers, {layer: {"w_bits": b, "a_bits": b}}; the others have those of `config`.
-        Products of attention,
-            which have no weights, always do.
+            Products of attention, which have no weights, always do.
 
     Raises:
         InputError: `bits` names a layer that the codec does not have, or a layer has a forward hook.
@@ -118,11 +117,11 @@ class QuantModel(nn.Module):
         Args:
             batches: images (B, 3, H, W) in 0..1.
             harder: more of them, for the ranges alone: the mean squares that noise models need are those of
-            `batches`.
+                `batches`.
 
         Raises:
             InputError: the model comes from a file, is not float32, or licq cannot run its forward or runs it
-            wrongly.
+                wrongly.
         """
         if self.loaded:
             raise InputError(
