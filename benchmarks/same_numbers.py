@@ -81,6 +81,8 @@ VOLATILE = {
     "model_bytes",
     "created",
     "model_sha256",
+    "seconds_by_step",
+    "resumed_seconds",
 }
 
 
@@ -104,17 +106,20 @@ def photographs(folder: Path) -> None:
         )
 
 
-def tensors_hash(file: Path) -> str:
-    """Of names, types, shapes and bytes of all tensors of a safetensors file."""
-    data = file.read_bytes()
-    size = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + size])
-    digest = hashlib.sha256()
-    for name in sorted(header.keys() - {"__metadata__"}):
-        first, end = header[name]["data_offsets"]
-        digest.update(repr((name, header[name]["dtype"], header[name]["shape"])).encode())
-        digest.update(data[8 + size + first : 8 + size + end])
-    return digest.hexdigest()
+HASHES = """
+import hashlib, sys
+try:
+    from licq.models.checkpoint_files import read_tensors
+except ImportError:  # before there was one import name
+    from models.checkpoint_files import read_tensors
+digest = hashlib.sha256()
+for name, tensor in sorted(read_tensors(sys.argv[1])[0].items()):
+    tensor = tensor.contiguous()
+    digest.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
+    digest.update(tensor.numpy().tobytes())
+print(digest.hexdigest())
+"""
+"""Prints a hash of the tensors of a model's file, as they are when they are unpacked."""
 
 
 def measure(root: Path, flags: list[str], folder: Path, pictures: Path) -> dict:
@@ -124,18 +129,20 @@ def measure(root: Path, flags: list[str], folder: Path, pictures: Path) -> dict:
         "LICQ_CACHE": str(folder / "cache"),
     }
 
-    def call(*words: str) -> None:
+    def call(*words: str) -> str:
         done = subprocess.run(
             [sys.executable, *words], cwd=root, env=environment, capture_output=True, text=True
         )
         if done.returncode:
             raise SystemExit(f"{' '.join(words)}: status {done.returncode}\n{done.stderr[-2000:]}")
+        return done.stdout
 
     run = folder / "run"
     call("main_ptq.py", *flags, *SMALL, "--threads", "1", "--eval", str(pictures), "--out", str(run))
     report = json.loads((run / "report.json").read_text())
     models = {
-        str(file.relative_to(run)): tensors_hash(file) for file in sorted(run.rglob("model.safetensors"))
+        str(file.relative_to(run)): call("-c", HASHES, str(file)).strip()
+        for file in sorted(run.rglob("model.safetensors"))
     }
     quality = flags[flags.index("--quality") + 1].split(",")[-1]
     image = pictures / "coffee.png"

@@ -1,6 +1,7 @@
 """Where a quantized codec loses: each part quantized alone, and the ranges of channels.
 
-Everything is measured by running the codec, prepared as for learning (`reconstruction.api.prepare`).
+Everything is measured by running the codec, prepared as for learning
+(`reconstruction.api.prepare_calibration`).
 """
 
 from dataclasses import asdict

@@ -104,7 +104,7 @@ def quantize(
     return qmodel
 
 
-def prepare(
+def prepare_calibration(
     model: nn.Module,
     crops: Tensor,
     config: PtqConfig,

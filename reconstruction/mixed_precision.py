@@ -16,7 +16,7 @@ from licq.quant.model import QuantModel
 from licq.quant.modules import QuantMAC
 from licq.quant.norms import SQUARED_BITS
 from licq.reconstruction.allocation import Budget, Layer, allocate, totals
-from licq.reconstruction.api import prepare
+from licq.reconstruction.api import prepare_calibration
 from licq.reconstruction.calibration import Calibration
 from licq.reconstruction.config import PtqConfig
 from licq.reconstruction.objective import Objective
@@ -55,10 +55,10 @@ def measure_layers(
 ) -> list[Layer]:
     """The losses of every layer at every candidate.
 
-    The codec is prepared as for learning (`reconstruction.api.prepare`: ranges, splitting, balance, GPTQ)
-    with one number of bits of the weights in all layers, and the most of the inputs. Each layer's weights
-    alone are then integers, and J is measured with all else in float. Inputs likewise. `falling` says
-    what is made of them.
+    The codec is prepared as for learning (`reconstruction.api.prepare_calibration`: ranges, splitting,
+    balance, GPTQ) with one number of bits of the weights in all layers, and the most of the inputs. Each
+    layer's weights alone are then integers, and J is measured with all else in float. Inputs likewise.
+    `falling` says what is made of them.
 
     Args:
         images: crops (n, 3, H, W) in 0..1.
@@ -71,7 +71,7 @@ def measure_layers(
     def probe(w_bits: int, a_bits: int) -> Probe:
         if (w_bits, a_bits) not in latest:
             latest.clear()
-            prepared = prepare(
+            prepared = prepare_calibration(
                 model, images, with_bits(config, w_bits, a_bits), objective, device=device, progress=progress
             )
             latest[w_bits, a_bits] = probe_of(prepared)
@@ -231,5 +231,7 @@ def start_loss(
     Returns:
         {"bpp": of the float codec, "j": its J, "loss": rise of J of the prepared codec with these bits}.
     """
-    probe = probe_of(prepare(model, images, config, objective, bits=bits, device=device, progress=progress))
+    probe = probe_of(
+        prepare_calibration(model, images, config, objective, bits=bits, device=device, progress=progress)
+    )
     return {"bpp": probe.real.bpp, "j": probe.real.j, "loss": probe.all_units().j}

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from licq.reconstruction.analysis import Probe, analyze
-from licq.reconstruction.api import prepare
+from licq.reconstruction.api import prepare_calibration
 from licq.reconstruction.objective import Objective
 from licq.report.analysis import unit_table, write_analysis
 from licq.runs.float_models import FloatModel
@@ -27,8 +27,10 @@ def _analyze_codec(run: Run, source: FloatModel) -> str:
     args, config = run.args, run.config
     folder = run.folder.quality(source.quality, quality_settings(source))
     objective = Objective(source.lmbda, args.metric)
-    start = prepare(source.load(), run.crops, config, objective, device=run.device, progress=run.progress)
-    batches = start.batches[: start.measured]
+    start = prepare_calibration(
+        source.load(), run.crops, config, objective, device=run.device, progress=run.progress
+    )
+    batches = start.measured_batches
     analysis = analyze(
         Probe(start.qmodel, batches, objective),
         start.sensitivities,

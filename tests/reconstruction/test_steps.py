@@ -5,7 +5,7 @@ import torch
 
 from licq.reconstruction import calibration as calibration_module
 from licq.reconstruction import steps
-from licq.reconstruction.api import prepare, quantize
+from licq.reconstruction.api import prepare_calibration, quantize
 from licq.reconstruction.calibration import Calibration, Step, run_steps
 from licq.reconstruction.config import PtqConfig, ReconstructionConfig
 from licq.reconstruction.objective import Objective
@@ -68,7 +68,7 @@ def test_preparation_is_the_list_up_to_learning():
         *(steps.balance, steps.search, steps.compensate),
     ]
     config = PtqConfig.from_preset(measured=3, observed=4)
-    found = prepare(tiny_codec("balle2018"), images(5), config, Objective(0.01), progress=False)
+    found = prepare_calibration(tiny_codec("balle2018"), images(5), config, Objective(0.01), progress=False)
     assert not found.qmodel.frozen and "learning" not in found.seconds_by_step
     assert set(found.sensitivities) <= set(found.qmodel.layers) and found.guide is found.sensitivities
     assert found.history["splitting"]["extra_macs"] <= config.reconstruction.split

@@ -10,7 +10,7 @@ import torch
 
 from licq.quant.config import QuantConfig
 from licq.quant.model import QuantModel
-from licq.reconstruction.api import prepare
+from licq.reconstruction.api import prepare_calibration
 from licq.reconstruction.config import PtqConfig
 from licq.reconstruction.mixed_precision import Budget, Layer, allocate, falling, measure_layers, totals
 from licq.reconstruction.objective import Objective
@@ -150,7 +150,7 @@ def test_losses_of_layers_are_measured_and_remembered():
         layer.w_loss[8] for layer in layers.values()
     )
     # by hand: the codec prepared with 4 bits of weights, the weights of one layer alone
-    start = prepare(
+    start = prepare_calibration(
         model,
         crops,
         dataclasses.replace(config, quant=dataclasses.replace(config.quant, w_bits=4)),
