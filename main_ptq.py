@@ -42,9 +42,9 @@ bpp is estimated from the entropy model's likelihoods; main_eval.py --real count
 """
 
 
-def build_parser() -> ArgumentParser:
+def build_parser(prog: str = "main_ptq.py") -> ArgumentParser:
     parser = ArgumentParser(
-        prog="main_ptq.py",
+        prog=prog,
         description=__doc__.splitlines()[0],
         epilog=EPILOG,
         allow_abbrev=False,
@@ -237,9 +237,9 @@ def add_layers(parser: ArgumentParser) -> None:
     )
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, prog: str = "main_ptq.py") -> int:
     argv = sys.argv[1:] if argv is None else argv
-    parser = build_parser()
+    parser = build_parser(prog)
     args = parser.parse_args(argv)
     if args.sweep:
         return commands.run(argv, parser, build_config)
