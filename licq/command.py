@@ -3,25 +3,28 @@
 import sys
 from collections.abc import Sequence
 
-from licq.support.cli import ArgumentParser, main_guard
+from licq.support.cli import main_guard
 from licq.support.errors import InputError
 from licq.support.version import __version__
 
 # The work is imported by the command that does it: `licq --help` answers at once.
 
-HELP = """\
+COMMANDS = {
+    "quantize": "quantize trained codecs, measure what that costs, write a report; also sweeps of such runs",
+    "evaluate": "measure quantized codecs beside the float ones they were made from",
+    "encode": "write images as .licq files",
+    "decode": "write the images of .licq files as PNG",
+    "info": "say what .licq files hold",
+    "verify": "does every machine decode the same?",
+    "completion": "print what makes bash, zsh or tcsh complete these commands and their flags",
+}
+HELP = f"""\
 usage: licq COMMAND ...
 
 Post-training quantization of learned image codecs: integer-exact, rate-distortion-optimized.
 
 commands:
-  quantize      quantize trained codecs, measure what that costs, write a report; also sweeps of such runs
-  evaluate      measure quantized codecs beside the float ones they were made from
-  encode        write images as .licq files
-  decode        write the images of .licq files as PNG
-  info          say what .licq files hold
-  verify        does every machine decode the same?
-  completion    print what makes bash, zsh or tcsh complete these commands and their flags
+{chr(10).join(f"  {name:<13} {what}" for name, what in COMMANDS.items())}
 
 options:
   -h, --help    show this help; licq COMMAND --help shows a command's own
@@ -34,8 +37,6 @@ options:
 
 In a checkout that is not installed `python main_ptq.py` is `licq quantize`, `python main_eval.py` the others.
 """
-CODING = ("encode", "decode", "info", "verify")  # subcommands of main_eval.py
-COMMANDS = ("quantize", "evaluate", *CODING, "completion")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,28 +55,17 @@ def _run(words: list[str]) -> int:
         return 0
     if command not in COMMANDS:
         raise InputError(f"licq has no command {command!r}; choose one of {', '.join(COMMANDS)}")
+    if command == "completion":
+        from licq import completion
+
+        print(completion.script(completion.build_parser("licq completion").parse_args(rest).shell, COMMANDS))
+        return 0
     if command == "quantize":
         import main_ptq
 
         return main_ptq.main(rest, prog="licq quantize")
-    if command == "completion":
-        return _complete(rest)
     import main_eval
 
     if command == "evaluate":
         return main_eval.main(rest, prog="licq evaluate")
     return main_eval.main(words, prog="licq")
-
-
-def _complete(words: list[str]) -> int:
-    from licq import completion
-
-    parser = ArgumentParser(
-        prog="licq completion",
-        description="Print what makes a shell complete licq's commands and flags.",
-        epilog=completion.EPILOG,
-        formatter_class=completion.RawText,
-    )
-    parser.add_argument("shell", metavar="SHELL", choices=completion.SHELLS, help="bash, zsh or tcsh")
-    print(completion.script(parser.parse_args(words).shell))
-    return 0
