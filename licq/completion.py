@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Iterator, Mapping
+from typing import Any, cast
 
 import shtab
 
@@ -50,9 +51,11 @@ def _command_parser(commands: Mapping[str, str]) -> ArgumentParser:
     parsers = dict(_parsers())
     root = ArgumentParser(prog="licq", description="Post-training quantization of learned image codecs.")
     root.add_argument("--version", action="store_true", help="show the version")
-    chosen = root.add_subparsers(
-        dest="command", parser_class=lambda prog, **_: parsers[prog.removeprefix("licq ")]
-    )
+
+    def built(prog: str, **_: Any) -> Any:  # stands for the class that argparse would make a parser of
+        return parsers[prog.removeprefix("licq ")]
+
+    chosen = root.add_subparsers(dest="command", parser_class=cast(Any, built))
     for name, what in commands.items():
         chosen.add_parser(name, help=what)
         parsers[name].description = what

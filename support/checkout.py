@@ -10,8 +10,8 @@ def child_environment() -> dict[str, str]:
     """This process's environment for one that is to import this licq.
 
     An installed licq is found as it is. A checkout, which perhaps only this process knows of (`python
-    .../main_ptq.py`), goes to the end of PYTHONPATH: further in front its models/ and data/ would hide a user's
-    packages of these names.
+    .../main_ptq.py`), goes to the end of PYTHONPATH: further in front its models/ and data/ would hide a
+    user's packages of these names.
     """
     if not (_FOLDER / "licq").is_dir():
         return dict(os.environ)

@@ -109,7 +109,7 @@ def test_pages_show_imports_of_licq():
 
 
 def test_bare_imports_are_found():
-    code = "import licq\nfrom models.network import Mine\n  import quant, os\nfrom licq.quant import x\nimport dataset"
+    code = "import licq\nfrom models.network import Mine\n  import quant, os\nfrom licq.quant import x"
     assert [line for line, _ in bare_imports(code)] == [2, 3]
     tree = ast.parse(
         "def f():\n    from support.files import x\n    importlib.import_module('licq.quant.model')"
