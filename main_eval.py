@@ -43,9 +43,9 @@ compared with what the quantized network says, and the estimate stands beside it
 _NO_FLOAT = "the float codec of quality {}, {}, is not there any more or has changed; give it with --checkpoint, or leave it out with --no-float"
 
 
-def build_parser(prog: str = "main_eval.py") -> ArgumentParser:
+def build_parser() -> ArgumentParser:
     parser = ArgumentParser(
-        prog=prog,
+        prog="main_eval.py",
         description=__doc__.split("\n\n")[0],
         epilog=EPILOG,
         allow_abbrev=False,
@@ -112,13 +112,13 @@ def build_parser(prog: str = "main_eval.py") -> ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None, prog: str = "main_eval.py") -> int:
+def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in commands.NAMES:
-        return commands.run(argv, prog)
+        return commands.run(argv)
     if argv and argv[0] == "verify":
-        return verify.run(argv[1:], f"{prog} verify")
-    parser = build_parser(prog)
+        return verify.run(argv[1:])
+    parser = build_parser()
     args = parser.parse_args(argv)
     args.quality = options.merge_qualities(args.quality)
     only_float = args.model == ["float"]

@@ -42,9 +42,9 @@ bpp is estimated from the entropy model's likelihoods; main_eval.py --real count
 """
 
 
-def build_parser(prog: str = "main_ptq.py") -> ArgumentParser:
+def build_parser() -> ArgumentParser:
     parser = ArgumentParser(
-        prog=prog,
+        prog="main_ptq.py",
         description=__doc__.splitlines()[0],
         epilog=EPILOG,
         allow_abbrev=False,
@@ -237,9 +237,9 @@ def add_layers(parser: ArgumentParser) -> None:
     )
 
 
-def main(argv: list[str] | None = None, prog: str = "main_ptq.py") -> int:
+def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    parser = build_parser(prog)
+    parser = build_parser()
     args = parser.parse_args(argv)
     if args.sweep:
         return commands.run(argv, parser, build_config)

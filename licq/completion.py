@@ -71,10 +71,10 @@ def _parsers() -> Iterator[tuple[str, argparse.ArgumentParser]]:
 
     yield "quantize", main_ptq.build_parser("licq quantize")
     yield "evaluate", main_eval.build_parser("licq evaluate")
-    for action in coding.build_parser("licq")._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            yield from action.choices.items()
-    yield "verify", verify.build_parser("licq verify")
+    yield "encode", coding.build_encode_parser("licq encode")
+    yield "decode", coding.build_decode_parser("licq decode")
+    yield "info", coding.build_info_parser("licq info")
+    yield "verify", verify.build_verify_parser("licq verify")
     yield "completion", build_parser("licq completion")
 
 

@@ -23,21 +23,17 @@ _IMAGE = ".png"
 _EPILOG = "`main_eval.py --help` is about evaluation."
 
 
-def run(argv: Sequence[str], prog: str = "main_eval.py") -> int:
+def run(argv: Sequence[str]) -> int:
     """The command line `argv`, whose first word is one of `NAMES`."""
-    args = build_parser(prog).parse_args(argv)
-    return args.function(args)
-
-
-def build_parser(prog: str = "main_eval.py") -> ArgumentParser:
-    parser = ArgumentParser(prog=prog, description="Code images with a quantized codec, as real files.", epilog=_EPILOG, allow_abbrev=False)
+    parser = ArgumentParser(prog="main_eval.py", description="Code images with a quantized codec, as real files.", epilog=_EPILOG, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=ArgumentParser)
     _add(commands, "encode", "write images as .licq files", "IMAGE", "image files, or folders of them", encode)
     _add(commands, "decode", "write the images of .licq files as PNG", "FILE", ".licq files, or folders of them", decode)
     info_parser = commands.add_parser("info", help="say what .licq files hold", allow_abbrev=False)
     info_parser.add_argument("inputs", metavar="FILE", nargs="+", help=".licq files, or folders of them")
     info_parser.set_defaults(function=info)
-    return parser
+    args = parser.parse_args(argv)
+    return args.function(args)
 
 
 def _add(commands, name: str, what: str, metavar: str, inputs: str, function: Callable) -> None:

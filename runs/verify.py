@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from licq.support import options
-from licq.support.checkout import child_environment
 from licq.support.cli import ArgumentParser
 from licq.support.errors import InputError
 
+_ROOT = Path(__file__).resolve().parent.parent
 _DIFFERENT = 1  # exit status
 _TILE = 64  # the smallest: then every image that can be cut is
 
@@ -62,8 +62,8 @@ def _processor_flags() -> set[str]:
     return set(next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), ()))
 
 
-def build_parser(prog: str = "main_eval.py verify") -> ArgumentParser:
-    parser = ArgumentParser(prog=prog, allow_abbrev=False, description="Encode and decode images under changed conditions, each in "
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="main_eval.py verify", allow_abbrev=False, description="Encode and decode images under changed conditions, each in "
                             "its own process, and compare hashes of symbols, densities, files and pixels; the same for the float codec.")
     parser.add_argument("--model", metavar="RUN", required=True, help="a model.safetensors, or the folder of a main_ptq.py run")
     parser.add_argument("--quality", metavar="Q", type=options.positive, help="which model of the folder (default: the first)")
@@ -77,9 +77,9 @@ def build_parser(prog: str = "main_eval.py verify") -> ArgumentParser:
     return parser
 
 
-def run(argv: Sequence[str], prog: str = "main_eval.py verify") -> int:
+def run(argv: Sequence[str]) -> int:
     """The command line; 0 where everything is the same in the integer codec, else 1."""
-    args = build_parser(prog).parse_args(argv)
+    args = build_parser().parse_args(argv)
     import torch
 
     from licq.runs.coding import models_of
@@ -153,8 +153,8 @@ def measure(model: Path, source: list | None, images: list[str], chosen: list[Co
             given, found = Path(folder) / "job.json", Path(folder) / "result.json"
             given.write_text(json.dumps(job))
             found.unlink(missing_ok=True)
-            environment = {**child_environment(), **condition.environment}
-            process = subprocess.run([condition.python, "-W", "ignore", "-m", "licq.codec.fingerprint", str(given), str(found)], cwd=folder,
+            environment = {**os.environ, **condition.environment, "PYTHONPATH": str(_ROOT)}
+            process = subprocess.run([condition.python, "-W", "ignore", "-m", "licq.codec.fingerprint", str(given), str(found)], cwd=_ROOT,
                                      env=environment, capture_output=True, text=True, check=False)
             if process.returncode or not found.is_file():
                 last = (process.stderr.strip().splitlines() or [f"status {process.returncode}"])[-1]

@@ -19,11 +19,11 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from licq.support.checkout import child_environment
 from licq.support.cli import explain
 from licq.support.errors import InputError
 from licq.support.progress import progress, time_left
 
+ROOT = Path(__file__).resolve().parent.parent
 LOG = "log.txt"
 RETRIES = 2  # how often a task is taken up again after its worker has died
 _PULSE = 0.5  # seconds between two looks at what runs
@@ -193,13 +193,14 @@ def _in_workers(tasks: Sequence[Task], workers: int) -> Iterator[Outcome | None]
 
     def attempt(task: Task, resume: bool, slot: int) -> tuple[bool, str | None]:
         """Whether the worker lived to say how the task ended, and its error's line."""
-        environment = child_environment()
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        }
         if devices and "--device" not in task.words:
             environment["CUDA_VISIBLE_DEVICES"] = devices[slot % len(devices)]
         with open(Path(task.folder) / LOG, "a", encoding="utf-8") as log:
             # In a session of its own: an interrupt from the terminal reaches this process alone, which then
-            # ends its workers. In the task's folder: `-m` puts the current folder first on the path, and a
-            # user's may hold a main_ptq.py or a licq/ of its own. The worker goes back from there.
+            # ends its workers.
             process = subprocess.Popen(
                 [sys.executable, "-m", "licq.workers.worker"],
                 stdin=subprocess.PIPE,
@@ -207,13 +208,11 @@ def _in_workers(tasks: Sequence[Task], workers: int) -> Iterator[Outcome | None]
                 stderr=log,
                 text=True,
                 env=environment,
-                cwd=task.folder,
                 start_new_session=True,
             )
         running[slot] = process
         with process, contextlib.suppress(BrokenPipeError):
-            order = {"task": asdict(task), "resume": resume, "folder": os.getcwd(), "path": sys.path}
-            process.stdin.write(json.dumps(order) + "\n")
+            process.stdin.write(json.dumps({"task": asdict(task), "resume": resume}) + "\n")
             process.stdin.flush()
             answer = process.stdout.read()
         del running[slot]

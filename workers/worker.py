@@ -25,8 +25,6 @@ def _watch() -> None:
 
 def main() -> None:
     order = json.loads(sys.stdin.readline())
-    os.chdir(order["folder"])
-    sys.path[:] = order["path"]
     threading.Thread(target=_watch, daemon=True).start()
     task = Task(**order["task"])
     try:
