@@ -8,7 +8,6 @@ from typing import Any
 import yaml
 
 from licq.quant.config import QuantConfig, one_of
-from licq.reconstruction.preset_files import PRESETS, list_presets
 from licq.support import options
 from licq.support.errors import InputError
 
@@ -20,6 +19,7 @@ SCHEMES = {
     "offset": "learned_offset",
     "weight": "ste",
 }  # other names of the knob "rounding", by what these schemes learn
+PRESETS = Path(__file__).parent / "presets"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,3 +244,8 @@ class PtqConfig:
             "quant": self.quant.to_dict(),
             "reconstruction": self.reconstruction.to_dict(),
         }
+
+
+def list_presets() -> list[str]:
+    """The names of the presets that come with the project."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
