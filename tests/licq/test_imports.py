@@ -26,7 +26,7 @@ ROOMS = set(LEVEL) - {"licq", "main_ptq", "main_eval"}
 BESIDE = {"benchmarks", "examples"}  # folders of the checkout that are no part of the package
 
 # (importing module, imported room) -> why it is so. This table shrinks.
-EXCEPTIONS = {("runs.layers", "main_ptq"): "the class Run still lives in the script, for type checkers only"}
+EXCEPTIONS: dict[tuple[str, str], str] = {}
 
 
 def python_files() -> list[Path]:
