@@ -1,3 +1,5 @@
+"""What pyproject.toml cannot say: the version, where packages lie, which files they hold, the C kernels."""
+
 import re
 from pathlib import Path
 
@@ -5,7 +7,6 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).resolve().parent
-README = HERE / "README.md"
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "support" / "version.py").read_text()).group(1)
 PACKAGES = [
     "support",
@@ -40,18 +41,14 @@ class BuildKernels(build_ext):
 
 
 setup(
-    name="licq",
     version=VERSION,
-    description="Post-training quantization of learned image codecs: integer-exact, rate-distortion-optimized",
-    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
-    long_description_content_type="text/markdown",
-    python_requires=">=3.10",
     # One import name: in a wheel the folders lie below licq/; in a checkout licq/__init__.py looks beside
     # itself.
     packages=["licq", *(f"licq.{name}" for name in PACKAGES)],
     package_dir={"licq": "licq", **{f"licq.{name}": name for name in PACKAGES}},
     py_modules=["main_ptq", "main_eval"],
     package_data={
+        "licq": ["py.typed"],
         "licq.integer": ["kernels.h"],
         "licq.models": ["zoo/*.safetensors", "zoo/README.md"],
         "licq.reconstruction": ["presets/*.yaml"],
@@ -73,32 +70,4 @@ setup(
         ),
     ],
     cmdclass={"build_ext": BuildKernels},
-    install_requires=[
-        "torch>=2.4",
-        "torchvision",
-        "compressai>=1.2.8",
-        "timm>=1.0",
-        "numpy",
-        "scipy",
-        "pillow",
-        "safetensors",
-        "tqdm",
-        "pyyaml",
-        "matplotlib",
-        "tabulate",
-        "jinja2",
-        "pytorch_msssim",
-        "scikit-image",  # for its photographs: `--eval photos` works without a download (data/datasets.json)
-    ],
-    extras_require={
-        "ray": ["ray>=2.9"],  # sweeps and evaluations on a cluster; docs/sweeps.md
-        "test": ["pytest", "pytest-xdist", "bjontegaard", "ray>=2.9"],
-        "bench": [
-            "onnx",
-            "onnxscript",
-            "onnxruntime",
-            "openvino",
-            "nncf",
-        ],  # what benchmarks/peers.py compares with
-    },
 )

@@ -1,25 +1,39 @@
 """The architectures by name: `@register_model("name")` above a class or function is the whole plug-in.
 
-A plug-in of the user's own is a Python file with that decorator; its path is taken wherever a name is
-(`--arch examples/bls2017.py`), which runs the file once.
+A user's own codec is a Python file with that decorator, whose path is taken wherever a name is
+(`--arch examples/bls2017.py`), or an installed package that names its module in its metadata:
+
+    [project.entry-points."licq.models"]
+    mine = "my_package.codec"
+
+A module is imported when its architecture is asked for; this file imports no torch.
 
 A codec is any `nn.Module` whose forward maps an image (B, 3, H, W) in 0..1, H and W multiples of
 `Architecture.multiple`, to `{"x_hat": (B, 3, H, W), "likelihoods": {"y": ..., "z": ...}}`.
 """
 
+from __future__ import annotations
+
+import contextlib
+import functools
 import hashlib
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from licq.support.errors import InputError, InputWarning
 
-from licq.support.errors import InputError
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
+    from torch import Tensor, nn
 
 # The weight of the distortion in J = R + lambda * D, per quality, as CompressAI trains (its documentation,
 # "Training"): D = 255^2 * mse on images in 0..1, or D = 1 - MS-SSIM.
@@ -28,16 +42,27 @@ LAMBDAS = {
     "ms-ssim": {1: 2.40, 2: 4.58, 3: 8.73, 4: 16.64, 5: 31.73, 6: 60.50, 7: 115.37, 8: 220.00},
 }
 
-_BUILT_IN = (
-    "licq.models.compressai_models",
-    "licq.models.cheng2019",
-    "licq.models.chen2021",
-    "licq.models.qvrf",
-    "licq.models.vbr",
-    "licq.models.tic",
-    "licq.models.lu2022",
-)
-_REGISTRY: dict[str, "Architecture"] = {}
+ENTRY_POINTS = "licq.models"  # the group in which installed packages name theirs
+
+# By module, so that one of them can be listed and checked without importing torch.
+_BUILT_IN = {
+    "licq.models.compressai_models": (
+        "balle2018",
+        "minnen2018",
+        "minnen2018-mean",
+        "cheng2020",
+        "cheng2020-anchor",
+    ),
+    "licq.models.cheng2019": ("cheng2019",),
+    "licq.models.chen2021": ("chen2021",),
+    "licq.models.qvrf": ("qvrf-balle2018", "qvrf-minnen2018", "qvrf-cheng2020"),
+    "licq.models.vbr": ("balle2018-vbr", "minnen2018-mean-vbr", "minnen2018-vbr"),
+    "licq.models.tic": ("tic",),
+    "licq.models.lu2022": ("lu2022",),
+}
+_MODULE_OF = {name: module for module, names in _BUILT_IN.items() for name in names}
+_CHECKOUT = Path(__file__).resolve().parent.parent
+_REGISTRY: dict[str, Architecture] = {}
 _PLUGINS: dict[Path, str] = {}  # files that have been run, and the name that each registered
 
 
@@ -151,6 +176,7 @@ def register_model(
     """
 
     def register(factory: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+        _import_built_in(name)  # so that its name is taken
         known = _REGISTRY.get(name)
         if known is not None and _identity(known.factory) != _identity(factory):
             raise ValueError(f"the name {name!r} is already taken by {known.factory!r}")
@@ -163,9 +189,16 @@ def register_model(
 
 
 def list_models() -> list[str]:
-    """All names, sorted."""
-    _import_built_in()
-    return sorted(_REGISTRY)
+    """All names, sorted: the project's own, those of installed packages, and those of plug-ins that were run.
+
+    Packages that name models in the entry point group "licq.models" are imported. One that cannot be imported
+    is left out, with a warning that says why.
+    """
+    for entry in _installed():
+        problem = _load_installed(entry)
+        if problem is not None:
+            warnings.warn(problem, InputWarning, stacklevel=2)
+    return sorted({*_MODULE_OF, *_REGISTRY})
 
 
 def get_architecture(name: str) -> Architecture:
@@ -173,13 +206,21 @@ def get_architecture(name: str) -> Architecture:
     once).
 
     Raises:
-        InputError: there is none (the message lists the names), or the file is not a plug-in.
+        InputError: there is none (the message lists the names), the file is not a plug-in, or the installed
+            package of that name cannot be imported.
     """
-    _import_built_in()
     if name.endswith(".py"):
         return _REGISTRY[_run_plugin(name)]
+    _import_built_in(name)
     if name not in _REGISTRY:
-        raise InputError(f"unknown architecture {name!r}; choose --arch from {', '.join(list_models())}")
+        for entry in _installed():
+            problem = _load_installed(entry) if entry.name == name else None
+            if problem is not None:
+                raise InputError(problem)
+    if name not in _REGISTRY:
+        known = list_models()  # imports the other packages, one of which may register it
+        if name not in _REGISTRY:
+            raise InputError(f"unknown architecture {name!r}; choose `arch` from {', '.join(known)}")
     return _REGISTRY[name]
 
 
@@ -226,21 +267,21 @@ def _run_plugin(path: str) -> str:
         return _PLUGINS[file]
     if not file.is_file():
         raise InputError(
-            f"no plug-in at {path}; give an existing file or one of {', '.join(list_models())} with --arch"
+            f"no plug-in at {path}; give an existing file or one of {', '.join(list_models())} as `arch`"
         )
     module_name = f"licq_plugin_{file.stem}_{hashlib.sha256(bytes(file)).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(module_name, file)
+    assert spec is not None and spec.loader is not None  # the name ends in .py
     module = importlib.util.module_from_spec(spec)
     before = dict(_REGISTRY)
     sys.modules[module_name] = module
     try:
-        spec.loader.exec_module(module)
+        with _path_of_a_script(file.parent):
+            spec.loader.exec_module(module)
     except Exception as error:  # whatever somebody else's file raises
         _forget(module_name, before)
-        raise InputError(
-            f"the plug-in {path} fails: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        ) from error
-    names = [name for name, architecture in _REGISTRY.items() if before.get(name) is not architecture]
+        raise InputError(f"the plug-in {path} fails: {_one_line(error)}") from error
+    names = [name for name in _REGISTRY if _is_news(name, before)]
     if len(names) != 1:
         _forget(module_name, before)
         found = f"registers {', '.join(names)}" if names else "registers no architecture"
@@ -249,19 +290,74 @@ def _run_plugin(path: str) -> str:
     return names[0]
 
 
-def _forget(module_name: str, registry: Mapping[str, "Architecture"]) -> None:
+def _is_news(name: str, before: Mapping[str, Architecture]) -> bool:
+    """Whether a plug-in has registered it. It may also have imported modules of the project, which register
+    theirs."""
+    return name not in _MODULE_OF and before.get(name) is not _REGISTRY[name]
+
+
+def _forget(module_name: str, before: Mapping[str, Architecture]) -> None:
     """Undo what a plug-in that is refused has done here."""
     del sys.modules[module_name]
-    _REGISTRY.clear()
-    _REGISTRY.update(registry)
+    for name in [name for name in _REGISTRY if _is_news(name, before)]:
+        del _REGISTRY[name]
+    _REGISTRY.update(before)
 
 
-def _import_built_in() -> None:
-    """Import the project's own architectures, which register themselves; lazily, so that they can import this
-    file."""
-    for module in _BUILT_IN:
-        if importlib.util.find_spec(module) is not None:
-            importlib.import_module(module)
+@contextlib.contextmanager
+def _path_of_a_script(folder: Path) -> Iterator[None]:
+    """Imports see what they would see in a script of that folder.
+
+    The folder stays first on the path. The checkout of licq is off it for the duration (`python
+    .../main_ptq.py` puts it there): its models/ and data/ would hide packages of the same names beside the
+    plug-in.
+    """
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+    complete = list(sys.path)
+    sys.path[:] = [entry for entry in complete if entry == str(folder) or not _is_checkout(entry)]
+    try:
+        yield
+    finally:
+        added = [entry for entry in sys.path if entry not in complete]
+        sys.path[:] = [*added, *complete]
+
+
+def _is_checkout(entry: str) -> bool:
+    return os.path.realpath(entry or os.curdir) == str(_CHECKOUT)
+
+
+@functools.cache
+def _installed() -> tuple[EntryPoint, ...]:
+    from importlib.metadata import entry_points  # here: it takes a third of the time of `import licq`
+
+    return tuple(entry_points(group=ENTRY_POINTS))
+
+
+@functools.cache
+def _load_installed(entry: EntryPoint) -> str | None:
+    """Import what an installed package names, once; the line that says why it cannot be, or None."""
+    try:
+        entry.load()
+    except Exception as error:  # whatever somebody else's package raises
+        package = entry.dist.name if entry.dist is not None else entry.value
+        return (
+            f"the codec {entry.name} of the installed package {package} cannot be imported: "
+            f"{_one_line(error)}; mend or uninstall the package"
+        )
+    return None
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _import_built_in(name: str) -> None:
+    """Import the module of the project that registers the name, where there is one; lazily, so that it can
+    import this file."""
+    module = _MODULE_OF.get(name)
+    if module is not None and module not in sys.modules:
+        importlib.import_module(module)
 
 
 def _identity(factory: Callable[..., nn.Module]) -> tuple[str, str]:

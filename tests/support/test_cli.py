@@ -2,13 +2,14 @@ import argparse
 import errno
 import io
 import sys
+import warnings
 
 import pytest
 import torch
 
-from licq.support.cli import ArgumentParser, main_guard
+from licq.support.cli import ArgumentParser, explain, main_guard
 from licq.support.determinism import seed_everything, set_threads, versions
-from licq.support.errors import InputError
+from licq.support.errors import InputError, InputWarning
 from licq.support.progress import progress
 
 
@@ -116,3 +117,85 @@ def test_seed_repeats_and_bad_numbers_are_refused():
         set_threads(0)
     assert set_threads(None) == torch.get_num_threads()
     assert set(versions()) == {"licq", "python", "torch", "compressai", "timm", "numpy", "pillow"}
+
+
+def parser_of(*flags: tuple) -> ArgumentParser:
+    parser = ArgumentParser(prog="main_ptq.py", allow_abbrev=False)
+    for *options, more in flags:
+        parser.add_argument(*options, **more)
+    return parser
+
+
+MAIN = parser_of(
+    ("--checkpoint", {}),
+    ("--lambda", {"dest": "lmbda"}),
+    ("--eval", {"dest": "data"}),
+    ("--calib", {}),
+    ("--strict_int8", {"action": "store_true"}),
+    ("--set", {"dest": "knobs", "action": "append"}),
+    ("-o", "--out", {}),
+    ("inputs", {"metavar": "IMAGE", "nargs": "*"}),
+)
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("give `checkpoint` an existing file", "give --checkpoint an existing file"),
+        ("`lmbda` 0.0 is not positive", "--lambda 0.0 is not positive"),
+        ("no images in `images`", "no images in --eval"),  # of evaluate
+        ("give other `paths` or `exclude` none of them", "give other --calib or --eval none of them"),
+        ("free some space in `folder`, or `out`", "free some space in --out, or --out"),
+        ("say `lmbda=0.01`", "say --lambda 0.01"),
+        ("pass `strict_int8=True`", "pass --strict_int8"),
+        ("add `rounding=adaround`", "add --set rounding=adaround"),
+        ("name `inputs`", "name IMAGE"),
+        ("`split` 3 is too much", "`split` 3 is too much"),
+        ("models: `float` or `ray start --head`", "models: `float` or `ray start --head`"),
+    ],
+)
+def test_argument_in_a_message_becomes_the_flag(message, expected):
+    assert MAIN.with_flags(message) == expected
+
+
+def test_message_of_the_library_names_the_flags_of_the_command_that_runs(capsys):
+    def command(parser: ArgumentParser, words: list[str]):
+        parser.parse_args(words)
+        raise InputError("no images; give `images`, or `rounding=ste`")
+
+    other = parser_of(("--data", {}))
+    for parser, expected in ((MAIN, "--eval, or --set rounding=ste"), (other, "--data, or `rounding=ste`")):
+        assert main_guard(lambda parser=parser: command(parser, [])) == 2
+        assert capsys.readouterr().err == f"error: no images; give {expected}\n"
+    assert explain(InputError("give `images`")) == "give `images`"  # no command runs any more
+
+
+def test_message_of_a_subcommand_names_its_own_flags(capsys):
+    parser = ArgumentParser(prog="main_eval.py")
+    commands = parser.add_subparsers(parser_class=ArgumentParser)
+    commands.add_parser("encode").add_argument("-o", "--out")
+
+    def command():
+        parser.parse_args(["encode"])
+        raise InputError("choose another `out`")
+
+    assert main_guard(command) == 2
+    assert capsys.readouterr().err == "error: choose another --out\n"
+
+
+def test_out_of_memory_names_only_flags_that_there_are(capsys):
+    def command():
+        parser_of(("--tile", {}), ("--jobs", {})).parse_args([])
+        raise MemoryError
+
+    assert main_guard(command) == 2
+    assert capsys.readouterr().err == "error: out of memory; use fewer --jobs or a smaller --tile\n"
+
+
+def test_warning_for_the_user_is_one_line(capsys):
+    def command():
+        parser_of(("--arch", {})).parse_args([])
+        warnings.warn("the codec of `arch` is left\nout", InputWarning, stacklevel=1)
+
+    assert main_guard(command) == 0
+    assert capsys.readouterr().err == "warning: the codec of --arch is left out\n"
