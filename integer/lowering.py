@@ -16,9 +16,10 @@ from licq.quant import operations as ops
 from licq.quant import primitives
 from licq.quant.model import PIXEL, QuantModel
 from licq.quant.operations import Boundary, Operand, Operation, Range
-from licq.quant.qtensor import QTensor, function_name
+from licq.quant.qtensor import QTensor
 from licq.quant.runtime import Runtime
 from licq.quant.symbols import Symbol, flat
+from licq.quant.torch_functions import function_name
 from licq.support.errors import InputError
 
 LAYOUT = frozenset(

@@ -8,16 +8,15 @@ are estimates in float, for the rate: no symbol and no pixel depends on them.
 from typing import Any
 
 import torch
-from compressai.entropy_models import GaussianConditional
+from compressai.entropy_models import EntropyBottleneck, GaussianConditional, GaussianMixtureConditional
 from torch import Tensor, nn
 
-from licq.models.layers import WholeGaussianConditional
-from licq.models.vbr import OffsetNet
+from licq.models.layers import RoundAboutMeans, WholeGaussianConditional
+from licq.models.vbr import OffsetNet, VariableBottleneck, WholeOffsetNet
 from licq.quant.config import QuantConfig
 from licq.quant.density import DensityTables, density_tables, factorized_table
 from licq.quant.fixedpoint import round_half_away, round_ste
-from licq.quant.grid import Grid
-from licq.quant.modules import QuantModule
+from licq.quant.modules import QuantModule, replaces
 from licq.quant.primitives import (
     add,
     boundary,
@@ -30,14 +29,15 @@ from licq.quant.primitives import (
     table,
 )
 from licq.quant.qtensor import QTensor, to_real
+from licq.quant.quantizer import Quantizer
 from licq.support.errors import InputError
 
 _WIDE = 24  # bits of the boundary grids; the numbers stay exact in float32
 
 
-def boundary_grid(config: QuantConfig) -> Grid:
+def boundary_grid(config: QuantConfig) -> Quantizer:
     """The fixed grid of 2^-f that boundary tensors are put on."""
-    return Grid(_WIDE, config.frac_bits, fixed=2.0**-config.boundary_bits)
+    return Quantizer(_WIDE, config.frac_bits, fixed=2.0**-config.boundary_bits)
 
 
 def to_symbols(x: Tensor, means: Tensor | None, unit: float) -> tuple[Tensor, Tensor]:
@@ -71,6 +71,7 @@ class QuantBoundary(QuantModule):
         return QTensor(values, like.scale, like.runtime, latent=True)
 
 
+@replaces(RoundAboutMeans)
 class QuantRound(QuantBoundary):
     """round(x - means) + means: the values that the decoder will have."""
 
@@ -88,6 +89,7 @@ class QuantRound(QuantBoundary):
         return self.latent(values, x)
 
 
+@replaces(EntropyBottleneck)
 class QuantEntropyBottleneck(QuantBoundary):
     """EntropyBottleneck (Balle 2018): z_hat from integers, its likelihood under the learned factorized
     density."""
@@ -127,6 +129,7 @@ class QuantEntropyBottleneck(QuantBoundary):
         return z_hat, likelihood(values, lambda: self._likelihood_of(z_hat.real()))
 
 
+@replaces(GaussianConditional, WholeGaussianConditional)
 class QuantGaussianConditional(QuantBoundary):
     """GaussianConditional (Balle 2018, Minnen 2018): y_hat and scales from integers, the likelihood of the
     symbols."""
@@ -203,6 +206,7 @@ class QuantGaussianConditional(QuantBoundary):
         return self.latent(values, y), likelihood(values, estimate)
 
 
+@replaces(GaussianMixtureConditional)
 class QuantGaussianMixture(QuantGaussianConditional):
     """GaussianMixtureConditional (Cheng 2020): y_hat, scales, means and weights from integers, the likelihood
     of the symbols."""
@@ -243,6 +247,7 @@ class QuantGaussianMixture(QuantGaussianConditional):
         )
 
 
+@replaces(OffsetNet)
 class QuantOffsets(QuantBoundary):
     """`models.vbr.OffsetNet`: y_hat with offsets from a table over the scale, one for each gain.
 
@@ -254,7 +259,7 @@ class QuantOffsets(QuantBoundary):
 
     def __init__(self, module: OffsetNet, config: QuantConfig):
         super().__init__(module, config)
-        self.scale_grid = Grid(config.table_bits, config.frac_bits, headroom=1.25, symmetry="one_sided")
+        self.scale_grid = Quantizer(config.table_bits, config.frac_bits, headroom=1.25, symmetry="one_sided")
         self._tables: dict[float, Tensor] = {}
 
     def wraps(self, index: int) -> bool:
@@ -321,6 +326,7 @@ class QuantOffsets(QuantBoundary):
         self._tables = {}
 
 
+@replaces(WholeOffsetNet)
 class QuantWholeOffsets(QuantOffsets):
     """`models.vbr.WholeOffsetNet`: the same from symbols that are known already; shares in 2^-12."""
 
@@ -352,6 +358,7 @@ class QuantWholeOffsets(QuantOffsets):
         return self.latent(add(values, mean), symbols)
 
 
+@replaces(VariableBottleneck)
 class QuantVariableBottleneck(QuantEntropyBottleneck):
     """`models.vbr.VariableBottleneck`: z_hat in steps of each image's own size.
 

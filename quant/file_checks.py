@@ -7,7 +7,8 @@ from licq.quant.boundaries import QuantEntropyBottleneck, QuantGaussianCondition
 from licq.quant.config import FLOAT_BITS
 from licq.quant.density import FACTORIZED_BITS, INVERSE_BITS, LARGEST, LEVELS, NORMAL_BITS, REACH, STEP_BITS
 from licq.quant.grid import Grid
-from licq.quant.modules import QuantMAC, QuantModule
+from licq.quant.mac import QuantMAC
+from licq.quant.modules import QuantModule
 from licq.quant.norms import QuantGDN, QuantLayerNorm
 
 _PRECISION = 16  # bits of a stored CDF's total

@@ -138,6 +138,10 @@ def power_of_two_scale(s: Tensor, frac_bits: int = 24) -> Tensor:
     return straight_through(exact, wide)
 
 
+SCALES = {"fixed_point": fixed_point_scale, "power_of_two": power_of_two_scale}
+"""By the name of `QuantConfig.scales`."""
+
+
 def quantize_multiplier(m: Tensor, mantissa_bits: int = MANTISSA_BITS) -> tuple[Tensor, Tensor]:
     """(mantissa, shift), int64 of m's shape, with m ~= mantissa * 2^-shift and 2^(bits-1) <= mantissa <
     2^bits.

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from licq.models.attention import MaskedSoftmax
 from licq.quant.config import FLOAT_BITS, QuantConfig
 from licq.quant.fixedpoint import round_half_away, round_ste
-from licq.quant.grid import Grid
 from licq.quant.integer_functions import (
     LEVEL_UNIT,
     SOFTMAX_STEP,
@@ -18,33 +18,41 @@ from licq.quant.integer_functions import (
     level_table,
     softmax_table,
 )
-from licq.quant.modules import QuantModule
+from licq.quant.modules import QuantModule, replaces
 from licq.quant.primitives import add, constant, leaky, matmul, product, softmax, table
 from licq.quant.qtensor import QTensor
+from licq.quant.quantizer import Quantizer
 from licq.support.errors import InputError
+
+FUNCTIONS: dict[str, type["QuantFunction"]] = {}
+"""The nodes of functions by kind; any other kind is a table."""
 
 
 def make_function(kind: str, options: dict[str, Any], config: QuantConfig) -> "QuantFunction":
     """The node of a function; `options` are its arguments that are not tensors (JSON)."""
-    for cls in (QuantAdd, QuantMul, QuantMatMul, QuantSoftmax, QuantLeakyReLU, QuantCarrier):
-        if cls.kind == kind:
-            return cls(config, **options)
+    if kind in FUNCTIONS:
+        return FUNCTIONS[kind](config, **options)
     return QuantTable(config, kind, **options)
 
 
 class QuantFunction(QuantModule):
-    """A function at one place of the forward."""
+    """A function at one place of the forward. A subclass that states its `kind` is found by it."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.__dict__.get("kind"):
+            FUNCTIONS[cls.kind] = cls
 
     def __init__(self, config: QuantConfig, **options: Any):
         super().__init__(config)
         self.options = options
 
-    def carrier(self) -> Grid:
+    def carrier(self) -> Quantizer:
         """A grid between layers: per tensor, wide, with headroom."""
         bits = self.config.carrier_bits
         # eight bits have no room to spare
         headroom = self.config.headroom if bits > 8 else 1.0
-        return Grid(
+        return Quantizer(
             bits, self.config.frac_bits, headroom=headroom, symmetry="one_sided" if bits <= 8 else "symmetric"
         )
 
@@ -140,7 +148,7 @@ class QuantMatMul(QuantFunction):
         super().__init__(config, heads=heads, depth=depth)
         dim = -3 if heads and config.a_granularity == "channel" else None
         self.grid_a, self.grid_b = (
-            Grid(
+            Quantizer(
                 config.a_bits,
                 config.frac_bits,
                 dim,
@@ -172,7 +180,7 @@ class QuantMatMul(QuantFunction):
         self.grid_b.observe(inputs[1].real())
         self.options["depth"] = max(self.options["depth"], inputs[0].shape[-1])
 
-    def _grids_of_heads(self, inputs: tuple) -> list[tuple[Grid, QTensor]]:
+    def _grids_of_heads(self, inputs: tuple) -> list[tuple[Quantizer, QTensor]]:
         return [
             (grid, x) for grid, x in zip((self.grid_a, self.grid_b), inputs) if grid.channel_dim is not None
         ]
@@ -219,7 +227,7 @@ class QuantSoftmax(QuantFunction):
     def __init__(self, config: QuantConfig, dim: int = -1):
         super().__init__(config, dim=dim)
         self.dim = dim
-        self.grid = Grid(16, config.frac_bits, fixed=SOFTMAX_STEP)
+        self.grid = Quantizer(16, config.frac_bits, fixed=SOFTMAX_STEP)
         self.register_buffer("table", softmax_table())
         on_levels = config.softmax != "linear" and config.a_bits != FLOAT_BITS
         self.register_buffer(
@@ -242,6 +250,11 @@ class QuantSoftmax(QuantFunction):
         p = table(p, self.levels, 0, lambda p: p * (SOFTMAX_UNIT / LEVEL_UNIT))
         unit = torch.as_tensor(LEVEL_UNIT, dtype=torch.float64, device=p.device)
         return QTensor(p, unit, scores.runtime, levels=True)
+
+
+@replaces(MaskedSoftmax)
+def _masked_softmax(module: MaskedSoftmax, config: QuantConfig) -> QuantSoftmax:
+    return QuantSoftmax(config)
 
 
 class QuantLeakyReLU(QuantFunction):
@@ -294,7 +307,7 @@ class QuantTable(QuantFunction):
             raise ValueError(f"no table for the function {kind!r}")
         self.kind = kind
         self.f = partial(_ELEMENTWISE[kind], **options)
-        self.grid_in = Grid(
+        self.grid_in = Quantizer(
             config.table_bits, config.frac_bits, headroom=1.25 if config.table_bits > 8 else 1.0
         )
         self.grid_out = self.carrier()

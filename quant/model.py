@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from licq.quant.bits import SIDES, Bits, check_layers
 from licq.quant.config import FLOAT_BITS, QuantConfig
 from licq.quant.fixedpoint import quantize_multiplier, requantize
-from licq.quant.functions import QuantMatMul
+from licq.quant.functions import QuantMatMul, make_function
 from licq.quant.grid import Grid
-from licq.quant.modules import QuantMAC, QuantModule
+from licq.quant.mac import QuantMAC
+from licq.quant.modules import QuantModule
 from licq.quant.qtensor import QTensor, to_real
 from licq.quant.rewriter import fixed_weights, rewrite
 from licq.quant.runtime import Runtime, StopForward
@@ -49,7 +50,7 @@ class QuantModel(nn.Module):
     def __init__(self, model: nn.Module, config: QuantConfig, bits: Bits | None = None):
         super().__init__()
         self.config = config
-        runtime = Runtime(config)
+        runtime = Runtime(config, make_function)
         object.__setattr__(self, "runtime", runtime)
         self.model = fixed_weights(model)
         for parameter in self.model.parameters():

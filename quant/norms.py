@@ -2,17 +2,18 @@
 
 import torch
 import torch.nn.functional as F
-from compressai.layers import GDN1
+from compressai.layers import GDN, GDN1
 from torch import Tensor, nn
 
 from licq.quant.config import FLOAT_BITS, QuantConfig
 from licq.quant.fixedpoint import multiplier_value, quantize_multiplier, round_half_away, round_ste
-from licq.quant.grid import NO_INTEGERS, Grid
 from licq.quant.integer_functions import LAYER_NORM_FRAC_BITS
-from licq.quant.modules import QuantMAC, QuantModule
+from licq.quant.mac import QuantMAC
+from licq.quant.modules import QuantModule, replaces
 from licq.quant.operations import Conv2d, Range
 from licq.quant.primitives import absolute, gdn, layer_norm, multiply_accumulate, square
 from licq.quant.qtensor import QTensor
+from licq.quant.quantizer import NO_INTEGERS, Quantizer
 from licq.support.errors import InputError
 
 SQUARED_BITS = 12
@@ -20,6 +21,7 @@ SQUARED_BITS = 12
 few codes of int32."""
 
 
+@replaces(GDN, GDN1)
 class QuantGDN(QuantMAC):
     """GDN, IGDN (Balle 2016) and GDN1: x / sqrt(beta + gamma x^2), x * sqrt(...), x / (beta + gamma |x|), x *
     (...).
@@ -36,8 +38,8 @@ class QuantGDN(QuantMAC):
         super().__init__(module, config)
         bits, frac_bits = config.carrier_bits, config.frac_bits
         headroom = config.headroom if bits > 8 else 1.0
-        self.x_grid = Grid(bits, frac_bits, 1, headroom=headroom, symmetry="symmetric")
-        self.out_grid = Grid(bits, frac_bits, 1, headroom=headroom, symmetry="symmetric")
+        self.x_grid = Quantizer(bits, frac_bits, 1, headroom=headroom, symmetry="symmetric")
+        self.out_grid = Quantizer(bits, frac_bits, 1, headroom=headroom, symmetry="symmetric")
         self.register_buffer("mantissa", None)
         self.register_buffer("shift", None)
 
@@ -179,6 +181,7 @@ class QuantGDN(QuantMAC):
         return knobs
 
 
+@replaces(nn.LayerNorm)
 class QuantLayerNorm(QuantModule):
     """LayerNorm over the last dimension: integer mean, variance and root; gain and offset in fixed point."""
 
@@ -191,8 +194,8 @@ class QuantLayerNorm(QuantModule):
         self.module = module
         bits = config.carrier_bits
         headroom = config.headroom if bits > 8 else 1.0
-        self.grid_in = Grid(bits, config.frac_bits, headroom=headroom, symmetry="symmetric")
-        self.grid_out = Grid(bits, config.frac_bits, -1, headroom=headroom, symmetry="symmetric")
+        self.grid_in = Quantizer(bits, config.frac_bits, headroom=headroom, symmetry="symmetric")
+        self.grid_out = Quantizer(bits, config.frac_bits, -1, headroom=headroom, symmetry="symmetric")
         self.register_buffer("gain_mantissa", None)
         self.register_buffer("gain_shift", None)
         self.register_buffer("offset", None)

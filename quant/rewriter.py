@@ -4,61 +4,21 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from compressai.entropy_models import EntropyBottleneck, GaussianConditional, GaussianMixtureConditional
-from compressai.layers import GDN, GDN1, MaskedConv2d
 from torch import Tensor, nn
 from torch.nn.utils import prune, remove_spectral_norm, remove_weight_norm
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from licq.models.attention import MaskedSoftmax
-from licq.models.layers import MaskedConv3d, MultistageMaskedConv2d, RoundAboutMeans, WholeGaussianConditional
-from licq.models.vbr import OffsetNet, RateFunction, VariableBottleneck, WholeOffsetNet
+from licq.models.vbr import RateFunction
+from licq.quant import boundaries, functions, layers, norms
 from licq.quant.blocks import BLOCKS, QuantBlock
-from licq.quant.boundaries import (
-    QuantEntropyBottleneck,
-    QuantGaussianConditional,
-    QuantGaussianMixture,
-    QuantOffsets,
-    QuantRound,
-    QuantVariableBottleneck,
-    QuantWholeOffsets,
-)
 from licq.quant.config import QuantConfig
-from licq.quant.functions import QuantSoftmax
-from licq.quant.modules import QuantConv2d, QuantConv3d, QuantConvTranspose2d, QuantLinear, QuantModule
-from licq.quant.norms import QuantGDN, QuantLayerNorm
+from licq.quant.modules import REPLACEMENTS, QuantModule
 from licq.quant.runtime import Runtime
 from licq.support.errors import InputError
 
-Replacement = Callable[[nn.Module, QuantConfig], QuantModule]
-
-REPLACEMENTS: dict[type[nn.Module], Replacement] = {
-    nn.Conv2d: QuantConv2d,
-    MaskedConv2d: QuantConv2d,
-    MultistageMaskedConv2d: QuantConv2d,
-    nn.Conv3d: QuantConv3d,
-    MaskedConv3d: QuantConv3d,
-    nn.ConvTranspose2d: QuantConvTranspose2d,
-    nn.Linear: QuantLinear,
-    GDN: QuantGDN,
-    GDN1: QuantGDN,
-    nn.LayerNorm: QuantLayerNorm,
-    MaskedSoftmax: lambda module, config: QuantSoftmax(config),
-    EntropyBottleneck: QuantEntropyBottleneck,
-    GaussianConditional: QuantGaussianConditional,
-    WholeGaussianConditional: QuantGaussianConditional,
-    GaussianMixtureConditional: QuantGaussianMixture,
-    RoundAboutMeans: QuantRound,
-    OffsetNet: QuantOffsets,
-    WholeOffsetNet: QuantWholeOffsets,
-    VariableBottleneck: QuantVariableBottleneck,
-}
-
-
-def register_replacement(layer: type[nn.Module], replacement: Replacement) -> None:
-    """Have the rewriter put `replacement(module, config)` where a module of this type stands."""
-    REPLACEMENTS[layer] = replacement
+NODE_MODULES = (boundaries, functions, layers, norms)
+"""Imported for the kinds of layers that they register with `replaces`."""
 
 
 @dataclass
@@ -70,7 +30,7 @@ class Rewrite:
     left_alone: dict[str, str] = field(default_factory=dict)
 
 
-def replacement_for(module: nn.Module) -> Replacement | None:
+def replacement_for(module: nn.Module) -> Callable[[nn.Module, QuantConfig], QuantModule] | None:
     """By exact type, or by a base type whose forward the module has not overridden."""
     for base in type(module).__mro__:
         if base in REPLACEMENTS and type(module).forward is base.forward:

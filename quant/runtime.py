@@ -15,11 +15,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from licq.quant import arithmetic, layout
 from licq.quant.config import QuantConfig
-from licq.quant.qtensor import QTensor, function_name, to_real
+from licq.quant.dispatch import dispatch
+from licq.quant.fixedpoint import fixed_point_scale, round_ste
+from licq.quant.qtensor import QTensor, to_real
+from licq.quant.torch_functions import function_name
 from licq.support.errors import InputError
 
+MakeFunction = Callable[[str, dict[str, Any], QuantConfig], Any]
+"""(kind, options, config) -> the node of a function."""
+
 Call = tuple[str, int]  # a node or block by name, and which of its calls in one forward
+
+
+HANDLER_MODULES = (arithmetic, layout)
+"""Imported for the handlers that they register."""
 
 
 class StopForward(Exception):
@@ -27,10 +38,15 @@ class StopForward(Exception):
 
 
 class Runtime:
-    """The state of the forward passes of one rewritten codec."""
+    """The state of the forward passes of one rewritten codec.
 
-    def __init__(self, config: QuantConfig):
+    Args:
+        make_function: makes the nodes of functions; None: functions are met that have nodes already.
+    """
+
+    def __init__(self, config: QuantConfig, make_function: MakeFunction | None = None):
         self.config = config
+        self.make_function = make_function
         self.nodes: dict[str, nn.Module] = {}  # every leaf node, in the order of first execution
         self.functions = nn.ModuleDict()  # nodes of functions, by name with "/" for "."
         self.kept_in_float: Counter[tuple[str, str]] = (
@@ -161,11 +177,8 @@ class Runtime:
         return self.functions[key](*inputs)
 
     def add_function(self, name: str, kind: str, options: dict[str, Any]) -> None:
-        from licq.quant.functions import (
-            make_function,  # the functions know the runtime only through their inputs
-        )
-
-        node = make_function(kind, options, self.config)
+        assert self.make_function is not None
+        node = self.make_function(kind, options, self.config)
         node.bind(self, name)
         self.functions[name.replace(".", "/")] = node
         self.nodes[name] = node
@@ -187,11 +200,13 @@ class Runtime:
 
     def constant(self, value: Tensor) -> QTensor:
         """A constant tensor on a grid of its own, carrier bits wide."""
-        from licq.quant.fixedpoint import fixed_point_scale, round_ste
-
         qmax = 2 ** (self.config.carrier_bits - 1) - 1
         scale = fixed_point_scale(value.detach().abs().amax().double() / qmax, self.config.frac_bits)
         return QTensor(round_ste((value / scale).float()), scale, self)
+
+    def dispatch(self, function: Callable, args: tuple, kwargs: dict) -> Any:
+        """Run a torch function whose arguments hold quantized tensors."""
+        return dispatch(self, function, args, kwargs)
 
     def in_float(self, function: Callable, args: tuple, kwargs: dict) -> Any:
         """A function with no integer algorithm here: it runs on real numbers, and the report says so."""

@@ -23,7 +23,8 @@ from licq.quant.boundaries import QuantGaussianConditional, QuantVariableBottlen
 from licq.quant.config import QuantConfig
 from licq.quant.file_checks import wrong_numbers
 from licq.quant.grid import Grid
-from licq.quant.modules import QuantMAC, QuantModule
+from licq.quant.mac import QuantMAC
+from licq.quant.modules import QuantModule
 from licq.quant.norms import QuantLayerNorm
 from licq.quant.packing import bits_needed, pack, unpack
 from licq.quant.rounding import AdaRound

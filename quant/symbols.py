@@ -28,7 +28,12 @@ _QUESTIONS = {
 
 
 class Recorder(Protocol):
-    """Writes an integer program; `integer.lowering.Tracer` is one."""
+    """Writes an integer program; `integer.lowering.Tracer` is one.
+
+    node: the layer or function of the codec that runs.
+    """
+
+    node: str
 
     def emit(self, operation: Operation, shape: tuple[int, ...], numbers: Range) -> "Symbol":
         """Append an operation, whose inputs are numbers of values; gives the symbol of its result."""

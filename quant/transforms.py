@@ -5,20 +5,35 @@ w[o, k] s_x[k] / s_ref. So every method that moves difficulty between activation
 a choice of s_x. Each function here gives ln N of the layer's input grid, (inputs,).
 """
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from licq.quant.config import QuantConfig
 from licq.quant.fixedpoint import int_range
-
-if TYPE_CHECKING:
-    from licq.quant.modules import QuantMAC
+from licq.quant.quantizer import Quantizer
 
 FACTORS = 3  # FQ-ViT's K: the least scale is 2^-3 of the largest
 
 
-def equalized(node: "QuantMAC") -> Tensor:
+class FoldedLayer(Protocol):
+    """What a choice of scales asks of a layer; `quant.mac.QuantMAC` is one."""
+
+    config: QuantConfig
+    input_grid: Quantizer
+    groups: int
+
+    def float_weight(self) -> Tensor:
+        """(outputs, inputs / groups, ...)"""
+        ...
+
+    def per_input(self, values: Tensor, weight: Tensor) -> Tensor:
+        """A vector over input channels, shaped to broadcast against a weight."""
+        ...
+
+
+def equalized(node: FoldedLayer) -> Tensor:
     """s_x[k] = s (r_k / r_max)^alpha with the least predicted noise at the output, uniform errors assumed.
 
     The inputs' s_x[k]^2 / 12 through the squared weights, the weights' s_w[o]^2 / 12 through the inputs' mean
@@ -46,7 +61,7 @@ def equalized(node: "QuantMAC") -> Tensor:
     return best
 
 
-def smoothed(node: "QuantMAC") -> Tensor:
+def smoothed(node: FoldedLayer) -> Tensor:
     """SmoothQuant (Xiao et al. 2023, eq. 4): x_k / m_k has one scale, m_k = max|x_k|^alpha / max|w_k|^(1 -
     alpha)."""
     grid, weight, alpha = node.input_grid, node.float_weight(), node.config.smooth_alpha
@@ -61,7 +76,7 @@ def smoothed(node: "QuantMAC") -> Tensor:
     return grid.log_n + torch.log(scale / scale_full).to(grid.log_n)
 
 
-def power_of_two_factors(node: "QuantMAC") -> Tensor:
+def power_of_two_factors(node: FoldedLayer) -> Tensor:
     """FQ-ViT's power-of-two factor (Lin et al. 2022, eq. 9): s_x[k] = s 2^-a_k, a_k from 0 to 3, none below
     the channel's own range."""
     grid = node.input_grid

@@ -10,7 +10,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from licq.quant.modules import PLAIN_LAYERS, QuantMAC
+from licq.quant.layers import PLAIN_LAYERS
+from licq.quant.mac import QuantMAC
 from licq.quant.qtensor import QTensor
 from licq.reconstruction.landscape import measure_landscape
 from licq.reconstruction.probe import SIDES, Probe, Remember

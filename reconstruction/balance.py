@@ -12,8 +12,8 @@ from torch import Tensor
 
 from licq.quant.config import FLOAT_BITS
 from licq.quant.fixedpoint import int_range
+from licq.quant.mac import LARGEST_ACCUMULATOR, QuantMAC
 from licq.quant.model import QuantModel
-from licq.quant.modules import LARGEST_ACCUMULATOR, QuantMAC
 from licq.reconstruction.sensitivity import Sensitivity, input_noise, kernel_power, taps, weight_noise
 from licq.support.progress import progress as progress_bar
 

@@ -11,7 +11,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from licq.quant.modules import QuantConvTranspose2d, QuantLinear, QuantMAC
+from licq.quant.layers import QuantConvTranspose2d, QuantLinear
+from licq.quant.mac import QuantMAC
 
 
 @dataclasses.dataclass(frozen=True)

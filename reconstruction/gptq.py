@@ -16,8 +16,9 @@ from torch import Tensor
 
 from licq.quant.config import FLOAT_BITS
 from licq.quant.fixedpoint import int_range, round_half_away
+from licq.quant.layers import PLAIN_LAYERS, QuantLinear
+from licq.quant.mac import QuantMAC
 from licq.quant.model import QuantModel
-from licq.quant.modules import PLAIN_LAYERS, QuantLinear, QuantMAC
 from licq.quant.qtensor import QTensor
 from licq.quant.rounding import ROUNDINGS
 from licq.reconstruction.columns import columns, output_size, phases

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from licq.quant.modules import QuantMAC
+from licq.quant.mac import QuantMAC
 from licq.reconstruction.probe import Probe, Remember, quantized_alone
 from licq.support.progress import progress as progress_bar
 

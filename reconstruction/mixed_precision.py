@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from licq.quant.bits import Bits
+from licq.quant.mac import QuantMAC
 from licq.quant.model import QuantModel
-from licq.quant.modules import QuantMAC
 from licq.quant.norms import SQUARED_BITS
 from licq.reconstruction.allocation import Budget, Layer, allocate, totals
 from licq.reconstruction.api import prepare_calibration

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from licq.quant.mac import QuantMAC
 from licq.quant.model import QuantModel
-from licq.quant.modules import QuantMAC
 from licq.quant.runtime import Call
 from licq.reconstruction.cache import PrefixCache
 from licq.reconstruction.objective import Objective, rate

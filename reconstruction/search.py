@@ -14,8 +14,8 @@ from scipy.optimize import OptimizeResult, minimize
 from torch import Tensor
 
 from licq.quant.config import QuantConfig
+from licq.quant.mac import QuantMAC
 from licq.quant.model import QuantModel
-from licq.quant.modules import QuantMAC
 from licq.reconstruction.objective import Objective, mean_cost
 from licq.reconstruction.state import StateFolder
 from licq.support.progress import progress as progress_bar

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from licq.quant.config import FLOAT_BITS
+from licq.quant.layers import PLAIN_LAYERS, QuantConvTranspose2d
+from licq.quant.mac import QuantMAC
 from licq.quant.model import QuantModel
-from licq.quant.modules import PLAIN_LAYERS, QuantConvTranspose2d, QuantMAC
 from licq.quant.runtime import Call
 from licq.reconstruction.objective import Objective, rate
 from licq.reconstruction.targets import tensor_of

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from licq.quant.config import FLOAT_BITS
+from licq.quant.mac import LARGEST_ACCUMULATOR, QuantMAC
 from licq.quant.model import QuantModel
-from licq.quant.modules import LARGEST_ACCUMULATOR, QuantMAC
 from licq.reconstruction.sensitivity import Sensitivity, input_noise
 
 MAX_BITS = 8  # inputs of more bits have two digits already

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from licq.quant.config import QuantConfig
+from licq.quant.mac import QuantMAC
 from licq.quant.model import QuantModel
-from licq.quant.modules import QuantMAC
 from tests.tiny_codecs import images, tiny_codec
 
 

@@ -12,8 +12,8 @@ from licq.models import create_model
 from licq.models.vbr import OffsetNet, RateFunction
 from licq.quant.config import QuantConfig
 from licq.quant.functions import QuantMatMul
+from licq.quant.layers import PLAIN_LAYERS
 from licq.quant.model import QuantModel
-from licq.quant.modules import PLAIN_LAYERS
 from licq.quant.qtensor import QTensor
 from licq.support.errors import InputError
 from tests.tiny_codecs import SIZES, images, tiny_codec

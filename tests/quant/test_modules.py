@@ -18,10 +18,11 @@ from licq.models.attention import MaskedSoftmax
 from licq.models.layers import MultistageMaskedConv2d
 from licq.quant.config import QuantConfig
 from licq.quant.functions import make_function
-from licq.quant.grid import Grid
-from licq.quant.modules import QuantConv2d, QuantConvTranspose2d, QuantLinear, QuantModule
+from licq.quant.layers import QuantConv2d, QuantConvTranspose2d, QuantLinear
+from licq.quant.modules import QuantModule
 from licq.quant.norms import QuantGDN, QuantLayerNorm
 from licq.quant.qtensor import QTensor
+from licq.quant.quantizer import Quantizer
 from licq.quant.runtime import Runtime
 
 # ----------------------------------------------------------------------------------------- arithmetic by hand
@@ -149,8 +150,8 @@ def input_codes(node: QuantModule, x: Tensor) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------------ grids
 
 
-def grid_for(x: Tensor, bits: int, freeze: bool = True, **options) -> Grid:
-    grid = Grid(bits, 24, **options)
+def grid_for(x: Tensor, bits: int, freeze: bool = True, **options) -> Quantizer:
+    grid = Quantizer(bits, 24, **options)
     grid.observe(x)
     grid.initialize()
     if freeze:
@@ -191,7 +192,7 @@ def test_estimated_ranges_cut_outliers_on_both_sides(spec, symmetry):
     x[0, 0], x[0, 1] = 12.0, -10.0
     grids = {}
     for name in ("max", spec):
-        grids[name] = Grid(4, 24, 2, name, symmetry=symmetry)
+        grids[name] = Quantizer(4, 24, 2, name, symmetry=symmetry)
         grids[name].observe(x)
         grids[name].initialize()
     inner = QTensor(x[:, 2:], None, None)
@@ -202,7 +203,7 @@ def test_estimated_ranges_cut_outliers_on_both_sides(spec, symmetry):
 
 def test_observing_in_parts_is_observing_at_once():
     x = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    whole, parts = Grid(8, 24, 1), Grid(8, 24, 1)
+    whole, parts = Quantizer(8, 24, 1), Quantizer(8, 24, 1)
     whole.observe(x)
     for part in x.split(2):
         parts.observe(part)
@@ -252,7 +253,7 @@ def test_a_channel_silent_in_calibration_may_speak_later():
 
 
 def test_thirty_two_bits_pass_values_through():
-    grid = Grid(32, 24)
+    grid = Quantizer(32, 24)
     x = draw(5)
     out = grid(QTensor(x, None, Runtime(QuantConfig())))
     assert not out.is_integer and torch.equal(out.q, x)
@@ -261,7 +262,7 @@ def test_thirty_two_bits_pass_values_through():
 def test_an_image_is_on_its_grid_as_it_is_whatever_the_headroom():
     x = torch.arange(256.0).reshape(1, 1, 16, 16) / 255
     for symmetry in ("asymmetric", "one_sided"):
-        grid = Grid(8, 24, 1, headroom=1.1, symmetry=symmetry)
+        grid = Quantizer(8, 24, 1, headroom=1.1, symmetry=symmetry)
         grid.observe(x[..., :100], is_pixels=True)
         grid.initialize()
         assert float((grid(QTensor(x, None, None)).real() - x).abs().max()) < 2**-16
@@ -269,7 +270,7 @@ def test_an_image_is_on_its_grid_as_it_is_whatever_the_headroom():
 
 def test_a_grid_that_saw_nothing_says_so():
     with pytest.raises(RuntimeError, match="no value in calibration"):
-        Grid(8, 24).initialize()
+        Quantizer(8, 24).initialize()
 
 
 @pytest.mark.parametrize("dim", [None, 1])
@@ -288,7 +289,7 @@ def test_requantization_is_the_exact_product_with_a_22_bit_multiplier_rounded_ha
 
 
 def test_requantization_between_powers_of_two_rounds_ties_away_from_zero():
-    grid = Grid(24, 24, fixed=0.25)
+    grid = Quantizer(24, 24, fixed=0.25)
     q = torch.tensor([-6.0, -5, -2, -1, 0, 1, 2, 3, 5, 6, 2**23 - 1])
     out = grid(QTensor(q, torch.tensor(0.0625, dtype=torch.float64), Runtime(QuantConfig())))
     assert out.q.tolist() == [half_away(Fraction(int(v), 4)) for v in q]
@@ -558,7 +559,7 @@ def test_gdn_equals_big_integers_and_is_near_the_float_layer(kind, inverse, bits
     out = node(QTensor(accumulator, scale, node.runtime))
     codes = whole_numbers(out.q)
 
-    def on_grid(grid: Grid, values: Tensor) -> np.ndarray:
+    def on_grid(grid: Quantizer, values: Tensor) -> np.ndarray:
         result = np.zeros(values.shape, dtype=np.int64)
         for place in np.ndindex(values.shape):
             c = place[1] if grid.scale.ndim else ()
@@ -724,7 +725,7 @@ def test_matrix_products_have_a_scale_per_head_and_equal_integers(bits):
     node = function("matmul", QuantConfig(a_bits=bits), a, b)
     out = node(a, b)
 
-    def codes(grid: Grid, x: Tensor) -> np.ndarray:
+    def codes(grid: Quantizer, x: Tensor) -> np.ndarray:
         ratio = (x.double() / grid.scale.reshape(1, -1, 1, 1)).float().double().numpy()
         return np.trunc(ratio + np.copysign(0.5, ratio)).astype(np.int64)
 
@@ -738,7 +739,7 @@ def test_matrix_products_have_a_scale_per_head_and_equal_integers(bits):
 
 def test_merged_channels_are_one_channel_that_saw_it_all():
     first, second = draw(2, 3, 5), draw(2, 4, 5, seed=1)
-    merged, plain = Grid(8, 24, 1, "percentile99"), Grid(8, 24, None, "percentile99")
+    merged, plain = Quantizer(8, 24, 1, "percentile99"), Quantizer(8, 24, None, "percentile99")
     merged.observe(first)
     merged.merge_channels()
     merged.observe(second)
@@ -757,7 +758,7 @@ def test_sixteen_bit_matrix_products_are_exact():
     node = function("matmul", QuantConfig(a_bits=16), a, b)
     out = node(a, b)
 
-    def codes(grid: Grid, x: Tensor) -> np.ndarray:
+    def codes(grid: Quantizer, x: Tensor) -> np.ndarray:
         ratio = (x.double() / grid.scale.reshape(1, -1, 1, 1)).float().double().numpy()
         return np.trunc(ratio + np.copysign(0.5, ratio)).clip(-(2**31), int(grid.qmax.max())).astype(np.int64)
 

@@ -10,11 +10,11 @@ from torch import nn
 
 from licq.quant.config import QuantConfig
 from licq.quant.fixedpoint import power_of_two_scale
-from licq.quant.grid import Grid
 from licq.quant.integer_functions import LEVEL_UNIT, SOFTMAX_UNIT, level_table
+from licq.quant.mac import QuantMAC
 from licq.quant.model import QuantModel
-from licq.quant.modules import QuantMAC
 from licq.quant.qtensor import QTensor
+from licq.quant.quantizer import Quantizer
 from licq.quant.transforms import range_groups
 from licq.support.errors import InputError
 
@@ -154,17 +154,17 @@ def test_ranges_are_estimated_from_values_of_which_a_thousandth_matters():
     """Far values that are rare: an estimator that sees too few of them clips them all, and the error is
     theirs."""
     generator = torch.Generator().manual_seed(2)
-    grid = Grid(8, 24, channel_dim=1, spec="mse", symmetry="symmetric")
+    grid = Quantizer(8, 24, channel_dim=1, spec="mse", symmetry="symmetric")
     model = QuantModel(Codec(), QuantConfig())
     batches = [torch.randn(2, 4, 96, 96, generator=generator) for _ in range(6)]
     for batch in batches:
         batch[torch.rand(batch.shape, generator=generator) < 5e-4] *= 25
     for batch in batches:
         grid.observe(batch)
-    assert sum(part.numel() for part in grid._samples) <= 2**21
+    assert grid.observer.samples().numel() <= 2**21
     grid.initialize()
 
-    def error(grid: Grid) -> float:
+    def error(grid: Quantizer) -> float:
         with torch.no_grad():
             return sum(
                 float((grid(QTensor(batch, None, model.runtime)).real() - batch).square().mean())
@@ -182,7 +182,7 @@ def test_a_range_of_k_sigma_is_that_of_the_values():
     x = 1.5 * torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(3)) + torch.tensor(
         [0.0, 1.0, -2.0]
     ).reshape(1, 3, 1, 1)
-    grid = Grid(8, 24, channel_dim=1, spec="sigma2", symmetry="symmetric")
+    grid = Quantizer(8, 24, channel_dim=1, spec="sigma2", symmetry="symmetric")
     grid.observe(x)
     grid.initialize()
     expected = x.mean((0, 2, 3)).abs() + 2 * x.std((0, 2, 3), correction=0)

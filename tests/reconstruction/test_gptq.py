@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from licq.quant.config import QuantConfig
+from licq.quant.layers import QuantConv2d, QuantConv3d, QuantConvTranspose2d
 from licq.quant.model import QuantModel
-from licq.quant.modules import QuantConv2d, QuantConv3d, QuantConvTranspose2d
 from licq.reconstruction import steps
 from licq.reconstruction.api import quantize
 from licq.reconstruction.columns import columns, output_size, phases

@@ -9,8 +9,8 @@ import torch
 from licq.integer.lowering import lower
 from licq.integer.reference import run
 from licq.quant.config import QuantConfig
+from licq.quant.mac import QuantMAC
 from licq.quant.model import QuantModel
-from licq.quant.modules import QuantMAC
 from licq.quant.qtensor import QTensor
 from licq.reconstruction import search, unit_pass
 from licq.reconstruction.api import quantize

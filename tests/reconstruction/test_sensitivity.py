@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from licq.quant.channel_split import split_shares
 from licq.quant.config import QuantConfig
-from licq.quant.grid import Grid, split_shares
 from licq.quant.model import QuantModel
 from licq.quant.qtensor import QTensor
+from licq.quant.quantizer import Quantizer
 from licq.reconstruction.api import quantize
 from licq.reconstruction.config import PtqConfig
 from licq.reconstruction.objective import Objective
@@ -236,7 +237,7 @@ def test_what_has_two_digits_already_may_have_none_or_would_pass_32_bits_is_left
 def test_two_digits_hold_a_split_channel(bits):
     fine, reach = split_shares(bits)
     assert fine * reach <= 2**bits and fine >= reach
-    grid = Grid(bits, 24, 1, symmetry="one_sided")
+    grid = Quantizer(bits, 24, 1, symmetry="one_sided")
     x = torch.stack([torch.linspace(-1, 1, 1001), torch.linspace(0, 1, 1001)])[None]
     grid.observe(x)
     grid.initialize()

@@ -1,0 +1,139 @@
+"""Convolutions and linear layers on integers."""
+
+import torch
+import torch.nn.functional as F
+from compressai.layers import MaskedConv2d
+from torch import Tensor, nn
+
+from licq.models.layers import MaskedConv3d, MultistageMaskedConv2d
+from licq.quant import operations as ops
+from licq.quant.mac import QuantMAC
+from licq.quant.modules import replaces
+from licq.quant.operations import MultiplyAccumulate
+
+
+@replaces(nn.Conv2d, MaskedConv2d, MultistageMaskedConv2d)
+class QuantConv2d(QuantMAC):
+    """Conv2d, also with a mask (MaskedConv2d, MultistageMaskedConv2d) and with groups."""
+
+    kind = "conv"
+    convolve = staticmethod(F.conv2d)
+    on_integers = ops.Conv2d
+
+    @property
+    def groups(self) -> int:
+        return self.module.groups
+
+    @property
+    def outputs(self) -> int:
+        return self.module.out_channels
+
+    def real(self, x: Tensor) -> Tensor:
+        # the mask is applied to the weight, not written into the parameter as CompressAI's layer does
+        m = self.module
+        return self.convolve(x, self.float_weight(), m.bias, m.stride, m.padding, m.dilation, m.groups)
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        m = self.module
+        return self.convolve(x, weight, None, m.stride, m.padding, m.dilation, m.groups)
+
+    def operation(self, weight: Tensor, bias: Tensor | None, bound: int) -> MultiplyAccumulate:
+        m = self.module
+        return self.on_integers(
+            weight=weight,
+            bias=bias,
+            bound=bound,
+            stride=m.stride,
+            padding=m.padding,
+            dilation=m.dilation,
+            groups=m.groups,
+        )
+
+
+@replaces(nn.Conv3d, MaskedConv3d)
+class QuantConv3d(QuantConv2d):
+    """Conv3d, also with a mask (MaskedConv3d)."""
+
+    kind = "conv3d"
+    convolve = staticmethod(F.conv3d)
+    on_integers = ops.Conv3d
+
+
+@replaces(nn.ConvTranspose2d)
+class QuantConvTranspose2d(QuantMAC):
+    """ConvTranspose2d; its weight is (inputs, outputs / groups, kh, kw)."""
+
+    kind = "deconv"
+
+    @property
+    def groups(self) -> int:
+        return self.module.groups
+
+    @property
+    def outputs(self) -> int:
+        return self.module.out_channels
+
+    def canonical(self, weight: Tensor) -> Tensor:
+        inputs, per_group, *kernel = weight.shape
+        grouped = weight.reshape(self.module.groups, inputs // self.module.groups, per_group, *kernel)
+        return grouped.transpose(1, 2).reshape(-1, inputs // self.module.groups, *kernel)
+
+    def _original(self, weight: Tensor) -> Tensor:
+        outputs, per_group, *kernel = weight.shape
+        grouped = weight.reshape(self.module.groups, outputs // self.module.groups, per_group, *kernel)
+        return grouped.transpose(1, 2).reshape(-1, outputs // self.module.groups, *kernel)
+
+    def largest_sum(self, products: Tensor) -> Tensor:
+        """Taps meet at an output position only where they are of one residue of the stride, on both axes."""
+        sums = products.sum(1)
+        for axis, (size, stride, dilation) in enumerate(
+            zip(self.module.kernel_size, self.module.stride, self.module.dilation), 1
+        ):
+            residues = (torch.arange(size, device=sums.device) * dilation) % stride
+            shape = [*sums.shape[:axis], stride, *sums.shape[axis + 1 :]]
+            sums = sums.new_zeros(shape).index_add_(axis, residues, sums)
+        return sums.flatten(1).amax(1)
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        m = self.module
+        return F.conv_transpose2d(
+            x, self._original(weight), None, m.stride, m.padding, m.output_padding, m.groups, m.dilation
+        )
+
+    def operation(self, weight: Tensor, bias: Tensor | None, bound: int) -> MultiplyAccumulate:
+        m = self.module
+        return ops.ConvTranspose2d(
+            weight=weight,
+            bias=bias,
+            bound=bound,
+            stride=m.stride,
+            padding=m.padding,
+            dilation=m.dilation,
+            groups=m.groups,
+            output_padding=m.output_padding,
+        )
+
+
+@replaces(nn.Linear)
+class QuantLinear(QuantMAC):
+    """Linear on the last dimension."""
+
+    kind = "linear"
+    channel_dim = -1
+
+    @property
+    def outputs(self) -> int:
+        return self.module.out_features
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight)
+
+    def operation(self, weight: Tensor, bias: Tensor | None, bound: int) -> MultiplyAccumulate:
+        return ops.Linear(weight=weight, bias=bias, bound=bound)
+
+
+PLAIN_LAYERS = (
+    QuantConv2d,
+    QuantConvTranspose2d,
+    QuantLinear,
+)  # those with weights of their own; not the products of attention

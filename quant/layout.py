@@ -1,0 +1,192 @@
+"""Functions that move the numbers of quantized tensors and compute none: numbers and scale move alike."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from licq.quant.dispatch import arguments, handles
+from licq.quant.qtensor import QTensor, to_real
+from licq.quant.torch_functions import function_name
+
+
+def collapse(scale: Tensor) -> Tensor:
+    """Undo an expansion: dimensions along which the entries are one and the same shrink to size 1."""
+    for dim, (size, stride) in enumerate(zip(scale.shape, scale.stride())):
+        if size > 1 and stride == 0:
+            scale = scale.narrow(dim, 0, 1)
+    return scale
+
+
+@handles(
+    "permute",
+    "transpose",
+    "t",
+    "unsqueeze",
+    "squeeze",
+    "movedim",
+    "chunk",
+    "split",
+    "narrow",
+    "select",
+    "__getitem__",
+    "expand",
+    "unbind",
+    "flip",
+    "contiguous",
+    "clone",
+)
+def _view(runtime, function, args, kwargs):
+    """Layout functions that are views, or cheap copies, of numbers and scale alike."""
+    x = args[0]
+    q = function(x.q, *args[1:], **kwargs)
+    many = isinstance(q, (list, tuple))
+    parts = q if many else (q,)
+    if x.scale is None or x.scale.ndim == 0 or function_name(function) in ("contiguous", "clone"):
+        scales = [x.scale] * len(parts)
+    else:
+        scale = function(x.scale.expand(x.q.shape), *args[1:], **kwargs)
+        scales = [collapse(part) for part in (scale if many else (scale,))]
+    views = [x.moved(part, scale) for part, scale in zip(parts, scales)]
+    x.share(views)
+    return type(q)(views) if many else views[0]
+
+
+def reshape_scale(scale: Tensor, old: Sequence[int], new: Sequence[int]) -> Tensor:
+    """A scale broadcastable to shape `old`, for the same numbers in shape `new`; only as large as it must be.
+
+    The two shapes are cut into runs of equal size. A run over which the scale is constant stays of size 1.
+    """
+    groups, i, j = [], 0, 0
+    while i < len(old) or j < len(new):
+        left, right = i, j
+        a = b = 1
+        while True:
+            if i < len(old) and (a <= b or j >= len(new)):
+                a *= old[i]
+                i += 1
+            elif j < len(new):
+                b *= new[j]
+                j += 1
+            if a == b and (i > left or i >= len(old)) and (j > right or j >= len(new)):
+                break
+        groups.append((left, i, right, j))
+    middle, target = [], []
+    for left, i, right, j in groups:
+        constant = all(scale.shape[d] == 1 for d in range(left, i))
+        middle += [1] * (i - left) if constant else list(old[left:i])
+        target += [1] * (j - right) if constant else list(new[right:j])
+    return scale.expand(middle).reshape(target)
+
+
+@handles("reshape", "view", "flatten", "unflatten", "reshape_as", "view_as")
+def _reshape(runtime, function, args, kwargs):
+    x = args[0]
+    q = (
+        function(x.q, *[to_real(a) for a in args[1:]], **kwargs)
+        if function_name(function) != "view"
+        else x.q.reshape(*args[1:], **kwargs)
+    )
+    scale = x.scale
+    if scale is not None and scale.ndim:
+        scale = reshape_scale(scale, x.q.shape, q.shape)
+    view = x.moved(q, scale)
+    x.share([view])
+    return view
+
+
+_ARGUMENTS_OF_MOVES = {
+    "roll": ("shifts", "dims"),
+    "index_select": ("dim", "index"),
+    "repeat_interleave": ("repeats", "dim"),
+}
+
+
+@handles(*_ARGUMENTS_OF_MOVES)
+def _along_dims(runtime, function, args, kwargs):
+    """Copies that move positions about: the scale must not vary along the dimension they touch."""
+    x = args[0]
+    given = arguments(args, kwargs, _ARGUMENTS_OF_MOVES[function_name(function)])
+    dims = given.get("dims", given.get("dim"))
+    if dims is None:  # of the tensor as one row
+        return runtime.in_float(function, args, kwargs)
+    x = runtime.one_scale_along(x, [dims] if isinstance(dims, int) else dims)
+    return x.moved(function(x.q, *args[1:], **kwargs), x.scale)
+
+
+@handles("pad")
+def _pad(runtime, function, args, kwargs):
+    x, padding = args[0], args[1] if len(args) > 1 else kwargs["pad"]
+    mode = kwargs.get("mode", args[2] if len(args) > 2 else "constant")
+    value = kwargs.get("value", args[3] if len(args) > 3 else None)
+    touched = [x.ndim - 1 - i for i in range(len(padding) // 2) if padding[2 * i] or padding[2 * i + 1]]
+    if (mode == "constant" and value not in (None, 0, 0.0)) or mode not in (
+        "constant",
+        "replicate",
+        "reflect",
+        "circular",
+    ):
+        return runtime.in_float(function, args, kwargs)
+    x = runtime.one_scale_along(x, touched)
+    return x.moved(F.pad(x.q, list(padding), mode=mode), x.scale)
+
+
+@handles("pixel_shuffle", "pixel_unshuffle")
+def _shuffle(runtime, function, args, kwargs):
+    """The scales move with their numbers: a scale per channel becomes one per channel and position in the
+    cell."""
+    x = args[0]
+    scale = x.scale
+    if scale is not None and scale.ndim:
+        scale = function(scale.expand(1, *x.q.shape[1:]), *args[1:], **kwargs)
+    return x.moved(function(x.q, *args[1:], **kwargs), scale)
+
+
+@handles("unfold", "sum", "mean", "max_pool2d", "avg_pool2d", "upsample_nearest2d")
+def _mixing_channels(runtime, function, args, kwargs):
+    """Functions that bring numbers of different channels together: on one scale for the whole tensor
+    first."""
+    x = args[0]
+    name = function_name(function)
+    if name in ("mean", "avg_pool2d"):
+        return (
+            runtime.in_float(function, args, kwargs)
+            if x.is_integer
+            else x.like(function(x.q, *args[1:], **kwargs), None)
+        )
+    x = runtime.one_scale_along(x, range(x.ndim))
+    return x.like(function(x.q, *args[1:], **kwargs), x.scale)
+
+
+@handles("zeros_like")
+def _zeros_like(runtime, function, args, kwargs):
+    x = args[0]
+    return x.like(torch.zeros_like(x.q), x.scale)
+
+
+@handles("cat", "stack")
+def _cat(runtime, function, args, kwargs):
+    parts = list(args[0])
+    dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
+    first = next(part for part in parts if isinstance(part, QTensor))
+    if not all(isinstance(part, QTensor) and part.latent for part in parts):
+        first = first.like(first.q, first.scale)
+    if any(isinstance(part, QTensor) and not part.is_integer for part in parts):
+        return first.moved(function([to_real(part) for part in parts], dim), None)
+    parts = [part if isinstance(part, QTensor) else runtime.constant(part) for part in parts]
+    q = function([part.q for part in parts], dim)
+    scales = [part.scale for part in parts]
+    if all(scale is scales[0] for scale in scales) and scales[0].ndim == 0:
+        return first.moved(q, scales[0])
+    if function_name(function) == "stack":
+        dim = dim % q.ndim
+        full = [part.full_scale().unsqueeze(dim) for part in parts]
+        sizes = [1] * len(parts)
+    else:
+        dim = dim % q.ndim
+        full = [part.full_scale() for part in parts]
+        sizes = [part.shape[dim] for part in parts]
+    shape = [max(scale.shape[d] for scale in full) for d in range(q.ndim)]
+    expanded = [scale.expand(*shape[:dim], size, *shape[dim + 1 :]) for scale, size in zip(full, sizes)]
+    return first.moved(q, torch.cat(expanded, dim))
