@@ -21,7 +21,8 @@ from licq.support.errors import InputError
 from licq.support.files import writable_folder, write_json
 from licq.support.version import __version__
 from licq.sweeps.grid import Sweep, list_sweeps, load_sweep
-from licq.workers.engine import Engine, Task
+from licq.workers.engine import Engine
+from licq.workers.task import Task
 
 
 def add_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:

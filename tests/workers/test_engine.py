@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+import licq
 from licq.support.errors import InputError
-from licq.workers.engine import Engine, Task
+from licq.workers.engine import Engine
+from licq.workers.task import Task
 
 TESTS = Path(__file__).parents[1]
 
@@ -87,7 +89,7 @@ def test_workers_end_with_their_command(tmp_path, ended):
 
 def a_worker_ends_with_its_command(engine: str, tmp_path: Path, ended: signal.Signals) -> None:
     code = (
-        "import sys; from licq.workers.engine import Engine, Task\n"
+        "from licq.workers.engine import Engine; from licq.workers.task import Task\n"
         f"for _ in {engine}.run([Task('slow', 'sweep_entry', ('slow',), {str(tmp_path / 'slow')!r})], 'test', 'run'): pass"
     )
     # in the background of a shell, where these tests may run, interrupts are ignored, and children inherit
@@ -119,6 +121,26 @@ def alive(pid: int) -> bool:
         return False
 
 
+def test_a_worker_imports_what_its_command_would(tmp_path, monkeypatch):
+    """The same licq, and the models/ of the user's own folder, whatever the folder it is started in."""
+    own = tmp_path / "own"
+    (own / "models").mkdir(parents=True)
+    (own / "models" / "__init__.py").touch()
+    (own / "own_entry.py").write_text(
+        "from pathlib import Path\nimport licq, models\n"
+        "def main(words): Path(words[-1], 'found.txt').write_text(f'{licq.__file__} {models.__file__}')\n"
+    )
+    (tmp_path / "elsewhere" / "licq").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "licq" / "__init__.py").write_text("raise ImportError('of the wrong folder')")
+    monkeypatch.syspath_prepend(own)
+    monkeypatch.delenv("PYTHONPATH")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    (outcome,) = Engine(1).run([Task("one", "own_entry", (), str(tmp_path / "out"))], "test", "run", True)
+    assert outcome.error is None
+    found = (tmp_path / "out" / "found.txt").read_text()
+    assert found == f"{licq.__file__} {own / 'models' / '__init__.py'}"
+
+
 def test_local_workers_share_the_gpus(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
     started = []
@@ -137,6 +159,6 @@ def test_local_workers_share_the_gpus(tmp_path, monkeypatch):
 def test_flags_that_contradict_each_other_are_refused():
     given = Namespace(workers=2, ray=None, gpu_share=None, threads=None)
     assert Engine.from_args(given).threads == max(1, len(os.sched_getaffinity(0)) // 2)
-    for changes, expected in (({"ray": "auto"}, "exclude each other"), ({"gpu_share": 0.5}, "--gpu_share")):
+    for changes, expected in (({"ray": "auto"}, "exclude each other"), ({"gpu_share": 0.5}, "`gpu_share`")):
         with pytest.raises(InputError, match=expected):
             Engine.from_args(Namespace(**{**vars(given), **changes}))
