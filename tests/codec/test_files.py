@@ -85,8 +85,8 @@ def test_a_codec_that_pads_at_some_sizes_only_has_files_at_all():
 def test_rows_made_in_small_pieces_give_the_same_file(name, monkeypatch):
     codec, image = codec_of(name), pixels(64, 128)
     data = codec.encode(image)
-    monkeypatch.setattr("licq.codec.coder._TOGETHER", 7)
-    monkeypatch.setattr("licq.codec.coder._MIXTURES_TOGETHER", 7)
+    monkeypatch.setattr("licq.codec.coder._BLOCK", 7)
+    monkeypatch.setattr("licq.codec.coder._BLOCK_OF_MIXTURES", 7)
     assert codec.encode(image) == data
     assert torch.equal(codec.decode(data), simulated(name, image))
 
