@@ -180,7 +180,7 @@ def test_evaluation_image_under_another_name_is_refused(tmp_path, make_image):
 
 
 def test_impossible_calibration_is_refused(make_image):
-    with pytest.raises(InputError, match="--calib"):
+    with pytest.raises(InputError, match="`files`"):
         sample_crops([], num=1, crop=16)
     with pytest.raises(InputError):
         sample_crops([make_image()], num=0, crop=16)
