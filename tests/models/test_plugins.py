@@ -78,7 +78,7 @@ def test_checkpoint_of_a_plugin_goes_the_ordinary_way(plugin, tmp_path):
     loaded = load_model(path, 2, tmp_path / "m.safetensors")
     for name, tensor in saved.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
-    with pytest.raises(InputError, match="--quality 2"):
+    with pytest.raises(InputError, match="`quality` 2"):
         load_model(path, 1, tmp_path / "m.safetensors")
     with pytest.raises(InputError, match="no embedded checkpoint of mine"):
         load_model(path, 1)
