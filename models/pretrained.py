@@ -108,7 +108,8 @@ def _download(url: str, path: Path) -> None:
         except _NETWORK_ERRORS as error:
             reason = getattr(error, "reason", error)
             raise InputError(
-                f"cannot download {url} ({' '.join(str(reason).split())}); put the file at {path} and run again"
+                f"cannot download {url} ({' '.join(str(reason).split())}); put the file at {path} and run "
+                "again"
             ) from error
         digest = sha256(temporary)
         if not digest.startswith(expected_hash(path.name)):
