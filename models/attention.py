@@ -58,10 +58,10 @@ def _axis_tiles(length: int, kernel: int) -> tuple[Tensor, Tensor, Tensor]:
 class NeighborhoodAttention(nn.Module):
     """Multi-head attention of every position to the `kernel_size` x `kernel_size` positions around it.
 
-    At the edges the window is shifted inside the image, so that every query has exactly kernel_size^2 keys. An
-    image smaller than the window is padded with zeros below and on the right, and the padding is attended to,
-    as NATTEN does. Scores are computed for tiles of TILE^2 queries and (kernel_size + TILE - 1)^2 keys, with
-    a mask.
+    At the edges the window is shifted inside the image, so that every query has kernel_size^2 keys. An image
+    smaller than the window is padded with zeros below and on the right, and the padding is attended to, as
+    NATTEN does. Scores are computed for tiles of TILE^2 queries and (kernel_size + TILE - 1)^2 keys, with a
+    mask.
 
     Parameters are named as in TinyLIC's public code: qkv (Linear, 3 dim), rpb (heads, 2k-1, 2k-1), proj
     (Linear).

@@ -204,7 +204,8 @@ class Decoder(nn.Module):
 class Context(nn.Module):
     """The mixture of each symbol, from the hyperprior and the symbols before it.
 
-    Symbols are in the order channel, row, column. The latent is a volume (1, M, H, W): a masked 11x11x11 convolution over it, and 1x1x1 ones.
+    Symbols are in the order channel, row, column. The latent is a volume (1, M, H, W), on which a masked
+    convolution of 11x11x11 and convolutions of 1x1x1 run.
     """
 
     def __init__(self, M: int):
