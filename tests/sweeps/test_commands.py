@@ -234,6 +234,6 @@ def test_a_part_of_a_sweep_is_run_and_the_rest_added_later(job, file, tmp_path, 
     capsys.readouterr()
     for wrong in ("w_bits=5", "a_bits=8"):
         assert run(job, sweep=file, w_bits=None, only=wrong, out=tmp_path / "other") == 2
-        one_line(capsys, "--only", "is not one of")
+        one_line(capsys, "only", "is not one of")
     assert run(job, only="w_bits=4", out=tmp_path / "other") == 2
     one_line(capsys, "for --sweep")

@@ -138,7 +138,7 @@ def test_bad_file_is_one_line(sweep, content, expected):
 
 
 def test_unknown_sweep_names_those_there_are():
-    with pytest.raises(InputError, match="choose --sweep from bits, fig2, .*table1"):
+    with pytest.raises(InputError, match="choose `sweep` from bits, fig2, .*table1"):
         load_sweep("table9", PARSER)
 
 
