@@ -2,6 +2,6 @@
 
 import warnings
 
-# From packages that compressai imports. No user of licq can mend them, and they would stand above every output.
+# From packages that compressai imports. No user of licq can mend them, and they would stand above all output.
 warnings.filterwarnings("ignore", message=".*torch.jit.script. is deprecated", category=FutureWarning)
 warnings.filterwarnings("ignore", message=".*torch.jit.script. is deprecated", category=DeprecationWarning)

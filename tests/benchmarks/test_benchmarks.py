@@ -15,6 +15,18 @@ from licq.support.cli import main_guard
 ROOT = Path(__file__).resolve().parents[2]
 
 
+SCRIPTS = sorted(path.name for path in (ROOT / "benchmarks").glob("*.py") if path.name != "engines.py")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_benchmark_runs_from_a_checkout(name, tmp_path, monkeypatch):
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    command = [sys.executable, str(ROOT / "benchmarks" / name), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout.startswith("usage:")
+
+
 @pytest.mark.slow
 def test_loss_table_keeps_finished_runs(tmp_path):
     out = tmp_path / "table.json"

@@ -19,8 +19,8 @@ from compressai.entropy_models import EntropyBottleneck
 from torch import nn
 from licq.models.registry import register_model
 
-@register_model("mine", official={1: {"N": 4}, 2: {"N": 4}}, configurations={"reference": {"N": 2}}, multiple=4,
-                lambdas={"mse": {1: 0.01, 2: 0.02}}, LOADER)
+@register_model("mine", official={1: {"N": 4}, 2: {"N": 4}}, configurations={"reference": {"N": 2}},
+                multiple=4, lambdas={"mse": {1: 0.01, 2: 0.02}}, LOADER)
 class Mine(nn.Module):
     def __init__(self, N: int = 4):
         super().__init__()

@@ -35,10 +35,8 @@ def test_a_sweep_stopped_and_resumed_gives_the_runs_of_single_commands(
 
     def stopping(*args, **kwargs):
         calls.append(1)
-        if (
-            len(calls) == 3
-            # float and quantized codec of the first run, then the quantized one of the second: floats are shared
-        ):
+        # the float and the quantized codec of the first run, then the quantized one of the second
+        if len(calls) == 3:
             raise KeyboardInterrupt
         return original(*args, **kwargs)
 

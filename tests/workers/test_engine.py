@@ -90,7 +90,8 @@ def test_workers_end_with_their_command(tmp_path, ended):
 def a_worker_ends_with_its_command(engine: str, tmp_path: Path, ended: signal.Signals) -> None:
     code = (
         "from licq.workers.engine import Engine; from licq.workers.task import Task\n"
-        f"for _ in {engine}.run([Task('slow', 'sweep_entry', ('slow',), {str(tmp_path / 'slow')!r})], 'test', 'run'): pass"
+        f"task = Task('slow', 'sweep_entry', ('slow',), {str(tmp_path / 'slow')!r})\n"
+        f"for _ in {engine}.run([task], 'test', 'run'): pass"
     )
     # in the background of a shell, where these tests may run, interrupts are ignored, and children inherit
     # that
