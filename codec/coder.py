@@ -218,7 +218,7 @@ class _Planes:
     def densities(self, positions: Tensor) -> dict[str, Tensor]:
         """The densities at some positions, (channels, len(positions)) each."""
         plane = self.decoded.reshape(self.latent.shape)
-        results = self.context.run({**self.inputs, **{str(number): plane for number in self.context.own}})
+        results = self.context.run({**self.inputs, **{str(number): plane for number in self.context.decoded}})
         return {name: values.reshape(-1, self.count)[:, positions] for name, values in results.items()}
 
     def add(self, positions: Tensor, decoded: Tensor) -> None:
@@ -312,5 +312,5 @@ class _Columns:
         full = torch.zeros((channels, self.room), dtype=torch.int32)
         full[:, slots] = decoded.to(torch.int32)
         shape = (1, *gathering.room) if self.volume else (1, channels, *gathering.room)
-        plane = gathering.prepare({str(gathering.own): full.reshape(shape)})["plane"]
+        plane = gathering.prepare({str(gathering.decoded): full.reshape(shape)})["plane"]
         return plane.reshape(-1, self.room).T[slots]

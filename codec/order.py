@@ -43,11 +43,11 @@ class Reading:
 
 def dependents(program: Program, seeds: set[int]) -> set[int]:
     """The numbers of the values that are computed from any of `seeds`, and the seeds."""
-    found = set(seeds)
+    numbers = set(seeds)
     for operation in program.operations:
-        if found.intersection(operation.inputs):
-            found.update(operation.outputs)
-    return found
+        if numbers.intersection(operation.inputs):
+            numbers.update(operation.outputs)
+    return numbers
 
 
 def readings(program: Program, own: set[int]) -> list[Reading]:

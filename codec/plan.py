@@ -53,13 +53,13 @@ class Context:
 
     Args:
         run: from values, named by their numbers, to densities by name.
-        own: numbers of the latent's decoded values that it takes.
+        decoded: numbers of the latent's decoded values that it takes.
         inputs: numbers of the other values that it takes.
         gathering: how it runs on single positions; None where it runs on the whole plane.
     """
 
     run: Callable
-    own: tuple[int, ...]
+    decoded: tuple[int, ...]
     inputs: tuple[int, ...]
     gathering: "Gathering | None" = None
 
@@ -73,7 +73,7 @@ class Gathering:
 
     Args:
         prepare: from the decoded values to what the spatial operation takes, position by position.
-        own: the number of the decoded value that `prepare` takes.
+        decoded: the number of the decoded value that `prepare` takes.
         columns: the name of the columns among the inputs.
         taps: (count, dimensions), relative to a position.
         channels: of what the spatial operation takes.
@@ -82,7 +82,7 @@ class Gathering:
     """
 
     prepare: Callable
-    own: int
+    decoded: int
     columns: str
     taps: np.ndarray
     channels: int
@@ -223,13 +223,13 @@ class Plan:
 
     def _readings(self, latent: Latent) -> list[Reading]:
         """What the latent's context model reads; empty where it has none."""
-        own = set(latent.given)
-        if latent.kind == "entropy_bottleneck" or not dependents(self.program, own).intersection(
+        given = set(latent.given)
+        if latent.kind == "entropy_bottleneck" or not dependents(self.program, given).intersection(
             latent.densities.values()
         ):
             return []
         _, part = _context_part(self.program, latent)
-        return readings(part, own)
+        return readings(part, given)
 
     def _step(self, latent: Latent, known: set[int]) -> Step:
         reads = self._readings(latent)
@@ -244,11 +244,11 @@ class Plan:
         frontier, part = _context_part(self.program, latent)
         before = cut(self.program, known, frontier)
         gathering = None
-        own = tuple(number for number in _inputs(part) if number in latent.given)
+        decoded = tuple(number for number in _inputs(part) if number in latent.given)
         inputs = tuple(number for number in _inputs(part) if number not in latent.given)
         if reads[0].is_plain:
             part, gathering = self._gathered(latent, reads[0], positions, order, part)
-        context = Context(self._executable(part), own, inputs, gathering)
+        context = Context(self._executable(part), decoded, inputs, gathering)
         return Step(
             latent, self._executable(before), _inputs(before), tuple(frontier.values()), order, context
         )
@@ -321,14 +321,14 @@ class Plan:
             small.operations = [changed if step is operation else step for step in small.operations]
             by_channel = False
         # inputs keep the names that they have at the image's own size
-        names = {same[own]: str(own) for own in _inputs(part)}
+        names = {same[number]: str(number) for number in _inputs(part)}
         frontier = [number for number in names if number not in there.given]
         part = _renamed(cut(small, {*frontier, columns}, there.densities), {**names, columns: _COLUMNS})
         prepare = _renamed(cut(small, set(there.given), {"plane": source}), names)
         room = small.values[source].shape[2:]
-        own = next(number for number in latent.given if str(number) in prepare.inputs)
+        decoded = next(number for number in latent.given if str(number) in prepare.inputs)
         return part, Gathering(
-            self._executable(prepare), own, _COLUMNS, taps, channels, tuple(room), by_channel
+            self._executable(prepare), decoded, _COLUMNS, taps, channels, tuple(room), by_channel
         )
 
 
@@ -337,11 +337,11 @@ _COLUMNS = "columns"
 
 def _context_part(program: Program, latent: Latent) -> tuple[dict[str, int], Program]:
     """(the values that the context model takes besides the latent's own, its part of the program)."""
-    own = set(latent.given)
-    inside = dependents(program, own)
+    given = set(latent.given)
+    inside = dependents(program, given)
     producers = program.producers()
     frontier = set()
-    for operation in cut(program, _free(program, inside) | own, latent.densities).operations:
+    for operation in cut(program, _free(program, inside) | given, latent.densities).operations:
         frontier.update(
             number
             for number in operation.inputs
@@ -349,7 +349,7 @@ def _context_part(program: Program, latent: Latent) -> tuple[dict[str, int], Pro
         )
     frontier.update(number for number in latent.densities.values() if number not in inside)
     return {str(number): number for number in sorted(frontier)}, cut(
-        program, frontier | own, latent.densities
+        program, frontier | given, latent.densities
     )
 
 

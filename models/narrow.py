@@ -69,10 +69,10 @@ def choose_channels(covariance: Tensor, effect: Tensor, count: int) -> list[int]
     channels = list(range(len(covariance)))
     precision = torch.linalg.inv(_regularized(covariance))
     while len(channels) > count:
-        least = int((effect[channels] / precision.diagonal()).argmin())
-        column = precision[:, least]
-        precision = precision - torch.outer(column, column) / column[least]
-        rest = [index for index in range(len(channels)) if index != least]
+        weakest = int((effect[channels] / precision.diagonal()).argmin())
+        column = precision[:, weakest]
+        precision = precision - torch.outer(column, column) / column[weakest]
+        rest = [index for index in range(len(channels)) if index != weakest]
         precision, channels = precision[rest][:, rest], [channels[index] for index in rest]
     return channels
 

@@ -71,7 +71,7 @@ def _latents(model, x):
 
 def test_without_context_the_autoregressive_codec_equals_compressais():
     """With a context model its forward is serial, and the context is the y_hat it has just made; without
-    means its symbols are whole numbers, as ours."""
+    means its symbols are integers, as ours."""
     theirs = filled(JointAutoregressiveHierarchicalPriorsVbr(N, M))
     theirs.context_prediction.weight.data.zero_()
     last = theirs.entropy_parameters[-1]
