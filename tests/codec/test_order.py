@@ -108,7 +108,7 @@ def test_a_decoder_that_looks_ahead_would_be_seen():
 
     def densities(own):
         return step.context.run(
-            {**inputs, **{str(number): own.to(torch.int32) for number in step.context.own}}
+            {**inputs, **{str(number): own.to(torch.int32) for number in step.context.decoded}}
         )
 
     for earlier, group in enumerate(step.order):
