@@ -231,9 +231,11 @@ def test_length_is_that_of_the_density_of_what_is_coded():
     0.5 % and 16 bytes."""
     model = frozen("minnen2018")
     plan = Plan(lower(model, 256, 256), None, 1)
-    found = plan.encode(pixels(256, 256)[None])
+    latents = plan.encode(pixels(256, 256)[None])
     unit = 2.0**-model.config.boundary_bits
-    symbols, scales, means = (found[1][name].numpy().astype(float) for name in ("symbols", "scales", "means"))
+    symbols, scales, means = (
+        latents[1][name].numpy().astype(float) for name in ("symbols", "scales", "means")
+    )
     scales, means = np.maximum(scales * unit, 0.11), means * unit
     likelihood = norm.cdf((symbols + 0.5 - means) / scales) - norm.cdf((symbols - 0.5 - means) / scales)
     common = np.abs(symbols - means) < 4 * scales + 0.5
@@ -241,13 +243,13 @@ def test_length_is_that_of_the_density_of_what_is_coded():
 
     coder = Coder(model)
     ((_, rows),) = coder._rows(
-        plan.latents[1], {name: found[1][name] for name in ("scales", "means")}, (8, 256)
+        plan.latents[1], {name: latents[1][name] for name in ("scales", "means")}, (8, 256)
     )
     spent = 0.0
     for row, base, symbol, counts in zip(rows.rows, rows.base, symbols.flatten(), common.flatten()):
         if counts:
-            cdf, place = rows.cdfs[row], int(symbol - base - rows.offsets[row])
-            spent -= np.log2((cdf[place + 1] - cdf[place]) / 2**16) / 8
+            cdf, index = rows.cdfs[row], int(symbol - base - rows.offsets[row])
+            spent -= np.log2((cdf[index + 1] - cdf[index]) / 2**16) / 8
     assert abs(spent / exact - 1) < 0.005
     outside = int((~common).sum())
     stream = coder.encode(plan, pixels(256, 256)[None])
@@ -282,10 +284,10 @@ def test_every_shorter_file_and_every_flipped_bit_is_noticed():
     for length in range(len(data)):
         refused(codec, data[:length])
     refused(codec, data + b"\0")
-    for place in range(len(data)):
+    for index in range(len(data)):
         for bit in range(8):
             changed = bytearray(data)
-            changed[place] ^= 1 << bit
+            changed[index] ^= 1 << bit
             refused(codec, bytes(changed))
 
 

@@ -111,13 +111,13 @@ def test_a_network_without_cdf_tables_gets_them_and_can_code(model, image, tmp_p
 
 
 def test_cdf_tables_of_the_file_are_kept(model, tmp_path):
-    own = JointAutoregressiveHierarchicalPriors(8, 12)
-    own.load_state_dict(model.state_dict())
-    own.update(scale_table=torch.tensor([0.5, 1.0, 2.0]))
-    own.entropy_bottleneck._quantized_cdf[0, 1] += 1
-    torch.save(own.state_dict(), tmp_path / "c.pth")
+    codec = JointAutoregressiveHierarchicalPriors(8, 12)
+    codec.load_state_dict(model.state_dict())
+    codec.update(scale_table=torch.tensor([0.5, 1.0, 2.0]))
+    codec.entropy_bottleneck._quantized_cdf[0, 1] += 1
+    torch.save(codec.state_dict(), tmp_path / "c.pth")
     loaded = load_checkpoint(tmp_path / "c.pth")
-    assert torch.equal(loaded.entropy_bottleneck._quantized_cdf, own.entropy_bottleneck._quantized_cdf)
+    assert torch.equal(loaded.entropy_bottleneck._quantized_cdf, codec.entropy_bottleneck._quantized_cdf)
     assert torch.equal(loaded.gaussian_conditional.scale_table, torch.tensor([0.5, 1.0, 2.0]))
 
 
