@@ -101,15 +101,15 @@ def draw_levels(count: int, levels: Sequence[int], seed: int = 0) -> list[int]:
     return drawn[:count]
 
 
-def refuse_overlap(paths: Iterable[str | Path], exclude: Iterable[str | Path]) -> None:
+def refuse_overlap(files: Iterable[str | Path], exclude: Iterable[str | Path]) -> None:
     """Refuse calibration images that are evaluation images too.
 
     Files are compared by content (SHA-256), not by name. A re-encoded or resized copy of an evaluation image
     is another file and is not noticed.
 
     Args:
-        paths: of the calibration images.
-        exclude: of the evaluation images.
+        files: the calibration images.
+        exclude: the evaluation images.
 
     Raises:
         InputError: names the first such pair.
@@ -119,7 +119,7 @@ def refuse_overlap(paths: Iterable[str | Path], exclude: Iterable[str | Path]) -
         evaluated.setdefault(_size(path), []).append(Path(path))
     digests: dict[str, Path] = {}
     hashed_sizes: set[int] = set()
-    for path in paths:
+    for path in files:
         size = _size(path)
         if size not in evaluated:  # no hash is needed: files of different sizes differ
             continue
@@ -129,8 +129,8 @@ def refuse_overlap(paths: Iterable[str | Path], exclude: Iterable[str | Path]) -
         same = digests.get(sha256(path))
         if same is not None:
             raise InputError(
-                f"the calibration image {path} is the evaluation image {same}; calibrate or evaluate "
-                "on other images"
+                f"the calibration image {path} is the evaluation image {same}; calibrate on other images "
+                "(`files`) or evaluate on others (`exclude`)"
             )
 
 
