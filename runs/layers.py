@@ -81,7 +81,7 @@ def named_layers(args: argparse.Namespace, quality: int, network: nn.Module, sev
 def check_written(args: argparse.Namespace, qualities: Sequence[int]) -> None:
     """Raises InputError where --bits_file is to be written for these qualities and cannot be."""
     for path in [_written(args, quality) for quality in qualities if args.bits_file and searches(args)]:
-        writable_folder(path.parent, "bits_file")
+        writable_folder(path.parent, "--bits_file")
         if path.is_dir():
             raise InputError(f"--bits_file {path} is a folder; give a file's name")
 
