@@ -2,16 +2,15 @@
 
     python benchmarks/calibration.py --arch lu2022 --width 1 1.5 2
 
-A whole calibration with the default settings for each width, in a process of its own. Widths multiply the
-channels of the reference configuration; weights and images are random, which neither time nor memory depends
-on.
+For each width, a complete calibration with the default settings runs in a new process. Widths multiply the
+channels of the reference configuration. Weights and images are random; time and memory do not depend on them.
 """
 
 import multiprocessing
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, whatever is installed
 
 import torch
 from tabulate import tabulate
@@ -25,7 +24,7 @@ from licq.support.determinism import seed_everything, set_threads
 
 
 def calibrate(arch: str, width: float, crops: int, crop: int, threads: int, knobs: dict) -> dict:
-    """The history of a calibration, with the codec's parameters and sizes."""
+    """The history of a calibration, the number of the codec's parameters, and its sizes."""
     set_threads(threads)
     seed_everything(0)
     sizes = get_architecture(arch).sizes(None, "reference")
@@ -62,28 +61,26 @@ def main() -> None:
     knobs = parse_knobs(arguments.knobs, {})
     PtqConfig.from_preset(**knobs)
     rows = []
-    with multiprocessing.get_context("spawn").Pool(
-        1, maxtasksperchild=1
-    ) as pool:  # a process's peak of memory is its own
+    # a new process each, because the peak of memory is that of a process
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         for width in arguments.width:
-            found = pool.apply(
+            result = pool.apply(
                 calibrate, (arguments.arch, width, arguments.crops, arguments.crop, arguments.threads, knobs)
             )
-            laps = found["seconds_by_step"]
+            seconds_of_steps = result["seconds_by_step"]
             rows.append(
                 [
-                    ", ".join(f"{name}={size}" for name, size in found["sizes"].items()),
-                    f"{found['parameters'] / 1e6:.2f} M",
-                    *(f"{seconds:.0f} s" for seconds in laps.values()),
-                    f"{found['seconds'] / 60:.1f} min",
-                    f"{found['peak_memory_mb']:.0f} MB",
+                    ", ".join(f"{name}={size}" for name, size in result["sizes"].items()),
+                    f"{result['parameters'] / 1e6:.2f} M",
+                    *(f"{seconds:.0f} s" for seconds in seconds_of_steps.values()),
+                    f"{result['seconds'] / 60:.1f} min",
+                    f"{result['peak_memory_mb']:.0f} MB",
                 ]
             )
             print(f"{rows[-1][0]}: {rows[-1][-2]}, {rows[-1][-1]}", file=sys.stderr, flush=True)
-    header = ["channels", "parameters", *laps, "in all", "peak memory"]
-    print(
-        f"{arguments.arch}, {arguments.crops} crops of {arguments.crop} pixels, {arguments.threads} thread(s)\n"
-    )
+    header = ["channels", "parameters", *seconds_of_steps, "in all", "peak memory"]
+    size = f"{arguments.crops} crops of {arguments.crop} pixels, {arguments.threads} thread(s)"
+    print(f"{arguments.arch}, {size}\n")
     print(tabulate(rows, headers=header, tablefmt="github", disable_numparse=True))
 
 

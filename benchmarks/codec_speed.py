@@ -2,9 +2,9 @@
 
     python benchmarks/codec_speed.py --arch minnen2018 --configuration official --size 768x512 --threads 1
 
-Weights are random and calibration is two crops: neither changes what is computed. Every line is the median of
-several runs, the float and the integer one in turns. compressai: its own compress and decompress, of the
-float codec, where it has them.
+Weights are random and the calibration is two crops; neither changes the time. Every line is the median of
+several runs, the float and the integer one in turns. The column compressai is the float codec's own compress
+and decompress, where it has them.
 """
 
 import statistics
@@ -15,8 +15,9 @@ from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, whatever is installed
 
 import torch
 from tabulate import tabulate
@@ -37,30 +38,27 @@ from licq.support.cli import ArgumentParser, main_guard
 from licq.support.determinism import seed_everything, set_threads
 from licq.support.errors import InputError
 
-_LATENTS_LIKE = 2.0  # standard deviation that random latents are brought to
+_LATENT_STD = 2.0  # standard deviation of the latents of a codec with random weights
 
 
 def random_codec(arch: str, configuration: str | None, quality: int) -> nn.Module:
-    """A codec whose latents have about the spread of a trained one's."""
+    """A codec with random weights, whose latents have about the spread of a trained one's."""
     seed_everything(0)
-    model = create_model(arch, quality, configuration).eval()
-    seen: list[Tensor] = []
-    hook = model.gaussian_conditional.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    model: Any = create_model(arch, quality, configuration).eval()
+    latents: list[Tensor] = []
+    hook = model.gaussian_conditional.register_forward_pre_hook(lambda _, inputs: latents.append(inputs[0]))
     with torch.no_grad():
         model(smooth(256, 256))
-        last = [
-            module
-            for module in (model.g_a.modules() if isinstance(model.g_a, nn.Module) else model.modules())
-            if isinstance(module, nn.Conv2d)
-        ]
         if isinstance(model.g_a, nn.Module):
-            last[-1].weight *= _LATENTS_LIKE / float(torch.cat([part.flatten() for part in seen]).std())
+            last = [module for module in model.g_a.modules() if isinstance(module, nn.Conv2d)][-1]
+            last.weight *= _LATENT_STD / float(torch.cat([part.flatten() for part in latents]).std())
     hook.remove()
     model.update()
     return model
 
 
 def smooth(height: int, width: int, seed: int = 1) -> Tensor:
+    """A smooth random image (1, 3, height, width) of 8-bit samples in 0..1."""
     coarse = torch.rand(1, 3, height // 16, width // 16, generator=torch.Generator().manual_seed(seed))
     return (
         torch.nn.functional.interpolate(coarse, size=(height, width), mode="bicubic").clamp(0, 1) * 255
@@ -68,8 +66,11 @@ def smooth(height: int, width: int, seed: int = 1) -> Tensor:
 
 
 def times(tasks: dict[str, Callable], repeats: int, cpu: bool = False) -> dict[str, float]:
-    """Median seconds of each task, run in turns; once before it counts. cpu: of the process's threads
-    together, not of the clock."""
+    """The median seconds of each task; tasks take turns, and a first turn does not count.
+
+    Args:
+        cpu: seconds of the process's threads together, not of the clock.
+    """
     spent: dict[str, list[float]] = {name: [] for name in tasks}
     clock = time.process_time if cpu else time.perf_counter
     for turn in range(repeats + 1):
@@ -83,12 +84,17 @@ def times(tasks: dict[str, Callable], repeats: int, cpu: bool = False) -> dict[s
 
 @dataclass
 class Pair:
-    """A float codec and its integer program for images of one size, with the image x that both are timed on.
+    """A float codec and its integer program for images of one size.
 
-    lowering: seconds that making the program took.
+    Args:
+        model: the float codec.
+        quantized: the quantized codec.
+        plan: of the integer program.
+        x: the image that both are timed on, (1, 3, H, W) in 0..1.
+        lowering: seconds that making the program took.
     """
 
-    model: nn.Module
+    model: Any
     quantized: QuantModel
     plan: Plan
     x: Tensor
@@ -96,6 +102,7 @@ class Pair:
 
     @property
     def pixels(self) -> Tensor:
+        """The image as uint8."""
         return (self.x * 255).round().to(torch.uint8)
 
 
@@ -103,26 +110,27 @@ class Pair:
 def make_pair(
     arch: str, configuration: str | None, quality: int, size: tuple[int, int], threads: int
 ) -> Pair:
-    """size: width, height."""
+    """A codec with random weights, for images of `size` (width, height)."""
     width, height = size
     quantized = QuantModel(random_codec(arch, configuration, quality), QuantConfig())
     quantized.observe([smooth(256, 256), smooth(128, 256)])
     quantized.freeze()
     started = time.perf_counter()
-    plan = Plan(lower(quantized, height, width), Sizes(lambda *size: lower(quantized, *size)), threads)
+    sizes = Sizes(lambda height, width, batch: lower(quantized, height, width, batch))
+    plan = Plan(lower(quantized, height, width), sizes, threads)
     lowering = time.perf_counter() - started
     return Pair(random_codec(arch, configuration, quality), quantized, plan, smooth(height, width), lowering)
 
 
 @torch.no_grad()
-def inputs_of(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """What each transform is given for an image."""
+def inputs_of(model: Any, x: Tensor) -> dict[str, Tensor]:
+    """The inputs of each transform for an image."""
     y = model.g_a(x)
     return {"g_a": x, "h_a + h_s": y, "g_s": y.round()}
 
 
 def transforms(pair: Pair) -> dict[str, Callable]:
-    """By part and kind, float and integer: a transform alone."""
+    """What computes one transform, by its name and "float" or "integer"."""
     model, plan, pixels = pair.model, pair.plan, pair.pixels
     given, program = inputs_of(model, pair.x), plan.program
     analysis = executable(
@@ -150,10 +158,13 @@ def transforms(pair: Pair) -> dict[str, Callable]:
 
 
 def networks(pair: Pair) -> dict[str, Callable]:
-    """By kind: everything from pixels to pixels but the coding of symbols."""
-    whole = executable(pair.plan.program, pair.plan.threads)
+    """What computes everything from pixels to pixels, without the coding of symbols."""
+    program = executable(pair.plan.program, pair.plan.threads)
     pixels = pair.pixels
-    return {"network float": lambda: pair.model(pair.x), "network integer": lambda: whole({"pixels": pixels})}
+    return {
+        "network float": lambda: pair.model(pair.x),
+        "network integer": lambda: program({"pixels": pixels}),
+    }
 
 
 @torch.no_grad()
@@ -167,7 +178,7 @@ def measure(
     compressai: bool,
     cpu: bool = False,
 ) -> dict:
-    """Seconds by (part, kind), and facts."""
+    """Seconds by part and kind under "seconds", and further measurements."""
     pair = make_pair(arch, configuration, quality, size, threads)
     started = time.perf_counter()
     coder = Coder(pair.quantized)
@@ -181,17 +192,17 @@ def measure(
         "encode integer": lambda: coder.encode(pair.plan, pixels),
         "decode integer": lambda: coder.decode(pair.plan, stream),
     }
-    found = times(tasks, repeats, cpu)
+    seconds = times(tasks, repeats, cpu)
     if compressai and hasattr(model, "compress") and not get_architecture(arch).variable:
         clock = time.process_time if cpu else time.perf_counter
         started = clock()
         coded = model.compress(pair.x)
-        found["encode compressai"] = clock() - started
+        seconds["encode compressai"] = clock() - started
         started = clock()
         model.decompress(coded["strings"], coded["shape"])
-        found["decode compressai"] = clock() - started
+        seconds["decode compressai"] = clock() - started
     return {
-        "seconds": found,
+        "seconds": seconds,
         "prepared": prepared,
         "bits per pixel": 8 * len(stream) / (size[0] * size[1]),
         "share": file_share(pair),
@@ -199,7 +210,7 @@ def measure(
 
 
 def file_share(pair: Pair) -> float:
-    """Bytes of the quantized model's file, of those that the float codec's parameters take."""
+    """The size of the quantized model's file, as a share of the float codec's parameters in float32."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
         pair.quantized.save(path)
@@ -207,7 +218,7 @@ def file_share(pair: Pair) -> float:
 
 
 def hyper(plan: Plan) -> Program:
-    """h_a and h_s: from what the first layers of h_a read to what the last ones of h_s give."""
+    """The part of the program from the inputs of h_a to the outputs of h_s."""
     program = plan.program
     producers = program.producers()
     read = {
@@ -224,13 +235,14 @@ def hyper(plan: Plan) -> Program:
 
 
 def size(text: str) -> tuple[int, int]:
+    """(width, height) of a text such as 768x512."""
     try:
         width, height = (int(part) for part in text.lower().split("x"))
     except ValueError:
         width = height = 0
     if min(width, height) < 64 or width % 64 or height % 64:
         raise InputError(
-            f"--size {text} is not possible; give WIDTHxHEIGHT, multiples of 64, such as 768x512"
+            f"`size` {text} is not possible; give WIDTHxHEIGHT, multiples of 64, such as 768x512"
         )
     return width, height
 
@@ -248,7 +260,8 @@ def add_codec(parser: ArgumentParser, archs: list[str]) -> None:
     parser.add_argument(
         "--cpu_time",
         action="store_true",
-        help="seconds of the processor, not of the clock: for one thread on a machine that is busy with other work",
+        help="seconds of the processor, not of the clock: for one thread on a machine that is busy with "
+        "other work",
     )
 
 
@@ -264,7 +277,10 @@ def codec_of(args: Namespace, arch: str) -> tuple[str, str | None, int, tuple[in
 
 
 def title(args: Namespace, arch: str) -> str:
-    return f"{arch}, {args.configuration} width, {args.size}, {args.threads} thread(s), random weights{', processor time' if args.cpu_time else ''}"
+    """The line above a table."""
+    clock = ", processor time" if args.cpu_time else ""
+    threads = f"{args.threads} thread(s)"
+    return f"{arch}, {args.configuration} width, {args.size}, {threads}, random weights{clock}"
 
 
 def main() -> None:
@@ -276,8 +292,8 @@ def main() -> None:
     args = parser.parse_args()
     set_threads(args.threads)
     for arch in args.arch:
-        found = measure(*codec_of(args, arch), args.repeats, args.compressai, args.cpu_time)
-        seconds = found["seconds"]
+        result = measure(*codec_of(args, arch), args.repeats, args.compressai, args.cpu_time)
+        seconds = result["seconds"]
         parts = dict.fromkeys(name.rpartition(" ")[0] for name in seconds)
         kinds = ("float", "integer", "compressai")
         rows = [
@@ -291,8 +307,9 @@ def main() -> None:
             for part in parts
         ]
         print(
-            f"{title(args, arch)}, {found['bits per pixel']:.2f} bits per pixel; made ready in {found['prepared']:.1f} s; "
-            f"the model's file is {100 * found['share']:.1f} % of the float codec's\n"
+            f"{title(args, arch)}, {result['bits per pixel']:.2f} bits per pixel; "
+            f"made ready in {result['prepared']:.1f} s; "
+            f"the model's file is {100 * result['share']:.1f} % of the float codec's\n"
         )
         print(tabulate(rows, ["part", *kinds], tablefmt="github", disable_numparse=True), "\n")
 

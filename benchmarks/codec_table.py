@@ -1,7 +1,8 @@
 """One line for each run of main_ptq.py: what quantization costs a codec, beside the plain baseline.
 
-for A in balle2018 minnen2018 ...; do python main_ptq.py --arch $A --loss rd --calib clic --eval kodak --out
-runs/table/$A; done
+for A in balle2018 minnen2018 ...; do
+    python main_ptq.py --arch $A --loss rd --calib clic --eval kodak --out runs/table/$A
+done
 python benchmarks/codec_table.py runs/table/*
 """
 
@@ -9,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, whatever is installed
 
 from tabulate import tabulate
 
@@ -37,11 +38,13 @@ def percent(value: float | None) -> str:
 
 
 def between(values: list[float], form: str) -> str:
+    """The smallest and the largest value."""
     low, high = (format(end, form) for end in (min(values), max(values)))
     return low if low == high else f"{low} to {high}"
 
 
 def row(report: dict) -> list[str]:
+    """The line of a run."""
     points = report["points"]
     plain = [point["baseline_delta_j_percent"] for point in points if "baseline" in point]
     float_parts = [str(part) for part in report["kept_in_float"]] + [

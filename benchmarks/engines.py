@@ -1,7 +1,6 @@
-"""Inference engines that run an ONNX file on the CPU with a given number of threads, in float or quantized to
-INT8.
+"""Inference engines that run an ONNX file on the CPU, in float or quantized to INT8.
 
-Each is imported where it is used: a comparison with one of them needs no other.
+Each is imported where it is used, because a comparison with one of them needs no other.
 """
 
 import importlib.util
@@ -9,7 +8,8 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, cast
 
 import numpy as np
 
@@ -18,9 +18,8 @@ from licq.support.errors import InputError
 Inputs = list[np.ndarray]
 Run = Callable[[np.ndarray], np.ndarray]
 
-sys.modules.setdefault(
-    "openvino_telemetry", None
-)  # OpenVINO and NNCF report their import over the network where they find it
+# OpenVINO and NNCF report their import over the network where this package is installed.
+sys.modules.setdefault("openvino_telemetry", cast(ModuleType, None))
 
 
 def _has_attention(path: Path) -> bool:
@@ -36,9 +35,8 @@ def run_onnxruntime(path: Path, _: Inputs, threads: int) -> Run:
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    options.add_session_config_entry(
-        "session.force_spinning_stop", "1"
-    )  # or its idle threads take the next engine's time
+    # its idle threads would take the time of the next engine
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return lambda x: session.run(None, {"x": x})[0]
 
@@ -54,12 +52,12 @@ def run_onnxruntime_int8(path: Path, calibration: Inputs, threads: int) -> Run:
             x = next(self.left, None)
             return None if x is None else {"x": x}
 
-    # Without quant_pre_process: the file has its shapes, and what that folds makes that of lu2022 nine times
-    # larger, not faster.
+    # Without quant_pre_process: the file has its shapes already, and its constant folding makes the file of
+    # lu2022 nine times larger, not faster.
     quantized = path.with_suffix(".int8.onnx")
-    # Unsigned by signed is its fast kernel on x86; without VNNI that saturates, unless weights have seven
-    # bits (reduce_range), at the same speed. Around attention, quantizing all that can be (its default) costs
-    # more than it saves.
+    # Its fast kernel on x86 multiplies unsigned by signed integers. Without VNNI that saturates, unless the
+    # weights have seven bits (reduce_range), which are as fast. Around attention, quantizing every operation
+    # (its default) costs more than it saves.
     operations = ["Conv", "MatMul", "Gemm"] if _has_attention(path) else None
     quantize_static(
         path,
@@ -78,7 +76,7 @@ def run_onnxruntime_int8(path: Path, calibration: Inputs, threads: int) -> Run:
 def _run_openvino(model: Any, threads: int) -> Run:
     import openvino
 
-    # unpinned as the others: a pinned calling thread would keep its core for them too
+    # not pinned: a pinned calling thread would keep its core while other engines run
     settings = {
         "INFERENCE_NUM_THREADS": threads,
         "NUM_STREAMS": 1,
@@ -100,8 +98,8 @@ def run_openvino_int8(path: Path, calibration: Inputs, threads: int) -> Run:
     import nncf
     import openvino
 
-    # Activations of these codecs have signs only here and there (mixed); seven-bit weights where eight would
-    # saturate, see above.
+    # Some activations of these codecs have signs and some do not (MIXED). Weights have seven bits where eight
+    # would saturate, as above.
     quantized = nncf.quantize(
         openvino.Core().read_model(path),
         nncf.Dataset(calibration),
@@ -115,8 +113,13 @@ def run_openvino_int8(path: Path, calibration: Inputs, threads: int) -> Run:
 
 @dataclass(frozen=True)
 class Peer:
-    """An engine: its heading, packages, and what makes a part's ONNX file, given calibration inputs and
-    threads, runnable."""
+    """An engine.
+
+    Args:
+        head: its heading in tables.
+        packages: that it needs.
+        prepare: (ONNX file, calibration inputs, threads) -> what runs the file.
+    """
 
     head: str
     packages: tuple[str, ...]
@@ -132,12 +135,13 @@ PEERS = {
 
 
 def require_packages(peers: list[str]) -> None:
-    """Raises InputError when a package is missing: before minutes of work, not after."""
-    wanted = dict.fromkeys(
+    """Raises InputError where a package is missing: before minutes of work, not after."""
+    packages = dict.fromkeys(
         package for peer in peers for package in ("onnx", "onnxscript", *PEERS[peer].packages)
     )
-    missing = [package for package in wanted if importlib.util.find_spec(package) is None]
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
         raise InputError(
-            f"not installed: {', '.join(missing)}; pip install .[bench] (or --peers without names: PyTorch and licq only)"
+            f"not installed: {', '.join(missing)}; pip install .[bench] (or `peers` without names: PyTorch "
+            "and licq only)"
         )

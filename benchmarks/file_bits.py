@@ -1,17 +1,17 @@
-"""Bits of files beside the likelihood estimate, image by image, and how many of the estimate's bits are in
-improbable symbols.
+"""Bits of files beside the likelihood estimate, image by image, and the part of improbable symbols in it.
 
     python benchmarks/file_bits.py --model runs/tic --quality 5 --data kodak --images 4
 
 A symbol in the tail of its density is estimated at up to 30 bits (CompressAI bounds likelihoods at 1e-9). In
-a file it is an escape of about 16 bits, the least frequency of a table, and the number itself in a few more.
-So an image with many such symbols has a file smaller than its estimate.
+a file it takes about 16 bits, the smallest frequency of a table, and a few more for the symbol itself. So an
+image with many such symbols has a file that is smaller than its estimate.
 """
 
 import sys
 from pathlib import Path
+from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, whatever is installed
 
 import torch
 from tabulate import tabulate
@@ -32,8 +32,11 @@ _IMPROBABLE = 16  # bits
 
 @torch.no_grad()
 def measure(codec: Codec, image: torch.Tensor) -> tuple[int, float, int, float]:
-    """(bits of the file, estimated bits, symbols estimated at more than 16 bits, the estimated bits of these)
-    of an image (3, H, W), uint8."""
+    """Bits of an image, uint8 (3, H, W).
+
+    Returns:
+        (bits of the file, estimated bits, symbols estimated at more than 16 bits, estimated bits of these).
+    """
     file = 8 * len(codec.encode(image))
     padded, _ = pad_to_multiple(image[None].float() / 255, codec.multiple)
     bits = torch.cat(
@@ -64,11 +67,14 @@ def main() -> None:
     path, level = model_at(models_of(args.model), args.quality)
     codec = Codec.load(path, args.threads)
     if level is not None:
-        codec.model.model.set_level(level)
+        network: Any = codec.model.model
+        network.set_level(level)
         codec.settle_rate()
     rows = []
     for file in progress(evaluation_set(args.data)[0].paths[: args.images], desc="images", unit="image"):
-        bits, estimate, count, of_these = measure(codec, torch.from_numpy(load_pixels(file)).permute(2, 0, 1))
+        bits, estimate, count, improbable = measure(
+            codec, torch.from_numpy(load_pixels(file)).permute(2, 0, 1)
+        )
         rows.append(
             [
                 file.name,
@@ -76,7 +82,7 @@ def main() -> None:
                 f"{estimate:.0f}",
                 f"{100 * (bits / estimate - 1):+.3f} %",
                 count,
-                f"{of_these:.0f}",
+                f"{improbable:.0f}",
             ]
         )
     print(

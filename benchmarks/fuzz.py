@@ -1,11 +1,11 @@
-"""Damaged and hostile .licq files against the decoder: how many it refuses, decodes to an image of the stated
-size, or dies of.
+"""Damaged and hostile .licq files: how many the decoder refuses, decodes, or crashes on.
 
     python benchmarks/fuzz.py --model runs/minnen2018_w8a8_rd --quality 5 --inputs 2000
 
-Every cut and every flipped bit of one file, then files whose checksums are right and whose streams are
-random, cut, spliced, repeated. The decoder runs in a process of its own with 8 GiB of memory; a death, a hang
-or any other exception counts as a crash.
+The files are one file cut at every byte, the file with every bit flipped, and files with right checksums
+whose streams are random, cut, spliced or repeated. The decoder runs in a process with 8 GiB of memory. A file
+is decoded when the image has the size that it states. The end of the process, a hang, and any other exception
+than InputError count as a crash.
 """
 
 import json
@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, whatever is installed
 
 from tabulate import tabulate
 
@@ -30,12 +30,11 @@ from licq.support.progress import progress
 
 KINDS = ("cut", "flipped bit", "hostile stream")
 _MEMORY = 8 * 2**30
-_SECONDS = 60  # of one file, which takes a tenth of one
+_SECONDS = 60  # for a file; one takes a tenth of a second
 
 
 def hostile(good: Container, draw: random.Random) -> bytes:
-    """A file of the same model with right checksums: a stream that no encoder has written, and perhaps
-    another size."""
+    """A file of the same model with right checksums, and a stream that no encoder has written."""
     stream = bytearray(good.streams[0])
     kind = draw.randrange(5)
     if kind == 0:
@@ -55,13 +54,13 @@ def hostile(good: Container, draw: random.Random) -> bytes:
 
 
 def inputs(data: bytes, count: int) -> Iterator[tuple[str, bytes]]:
-    """(kind, file) of everything that is tried; the same for the same arguments."""
+    """(kind, file) of all files; the same for the same arguments."""
     for length in range(len(data)):
         yield "cut", data[:length]
-    for place in range(len(data)):
+    for index in range(len(data)):
         for bit in range(8):
             changed = bytearray(data)
-            changed[place] ^= 1 << bit
+            changed[index] ^= 1 << bit
             yield "flipped bit", bytes(changed)
     draw, good = random.Random(0), Container.from_bytes(data)
     for _ in range(count):
@@ -69,64 +68,57 @@ def inputs(data: bytes, count: int) -> Iterator[tuple[str, bytes]]:
 
 
 def work(model: str, file: str, count: int, first: int) -> None:
-    """Decode the inputs from number `first` on; one line for each on standard output: its kind and what
-    became of it."""
+    """Decode the files from number `first` on, and print a line for each: [kind, what became of it]."""
     import resource
 
     from licq.codec.api import Codec
 
     codec = Codec.load(model, 1)
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
-    for place, (kind, data) in enumerate(inputs(Path(file).read_bytes(), count)):
-        if place < first:
+    for index, (kind, data) in enumerate(inputs(Path(file).read_bytes(), count)):
+        if index < first:
             continue
         signal.alarm(_SECONDS)
         try:
             pixels, stated = codec.decode(data), Container.from_bytes(data)
-            found = "decoded" if tuple(pixels.shape) == (3, stated.height, stated.width) else "crash"
+            outcome = "decoded" if tuple(pixels.shape) == (3, stated.height, stated.width) else "crash"
         except InputError as error:
-            found = "crash" if "\n" in str(error) else "refused"
+            outcome = "crash" if "\n" in str(error) else "refused"
         except Exception as error:
-            print(f"input {place}: {type(error).__name__}: {error}", file=sys.stderr)
-            found = "crash"
-        print(json.dumps([kind, found]), flush=True)
+            print(f"input {index}: {type(error).__name__}: {error}", file=sys.stderr)
+            outcome = "crash"
+        print(json.dumps([kind, outcome]), flush=True)
 
 
 def fuzz(model: Path, file: Path, count: int, shown: bool = True) -> Counter:
-    """(kind, what became of it) -> how many."""
-    every, found = [kind for kind, _ in inputs(file.read_bytes(), count)], Counter()
+    """How many files there are of each (kind, what became of it)."""
+    kinds = [kind for kind, _ in inputs(file.read_bytes(), count)]
+    counts: Counter[tuple[str, str]] = Counter()
     done = 0
-    bar = progress(total=len(every), desc="decoding", unit="file", enabled=shown)
-    while done < len(every):
+    bar = progress(total=len(kinds), desc="decoding", unit="file", enabled=shown)
+    while done < len(kinds):
+        numbers = (str(model), str(file), str(count), str(done))
         with subprocess.Popen(
-            [
-                sys.executable,
-                "-W",
-                "ignore",
-                __file__,
-                "--work",
-                str(model),
-                str(file),
-                str(count),
-                str(done),
-            ],
+            [sys.executable, "-W", "ignore", __file__, "--work", *numbers],
             stdout=subprocess.PIPE,
             text=True,
         ) as process:
-            for line in process.stdout:
-                found[tuple(json.loads(line))] += 1
+            for line in process.stdout or ():
+                kind, outcome = json.loads(line)
+                counts[kind, outcome] += 1
                 done += 1
                 bar.update()
-        if done < len(every):  # it died of this one
-            found[every[done], "crash"] += 1
+        if done < len(kinds):  # the decoder's process ended at this file
+            counts[kinds[done], "crash"] += 1
             done += 1
             bar.update()
     bar.close()
-    return found
+    return counts
 
 
-def table(found: Counter) -> str:
-    rows = [[kind, *(found[kind, what] for what in ("refused", "decoded", "crash"))] for kind in KINDS]
+def table(counts: Counter) -> str:
+    """The counts in Markdown."""
+    rows = [[kind, *(counts[kind, outcome] for outcome in ("refused", "decoded", "crash"))] for kind in KINDS]
     return tabulate(rows, ["input", "refused with one line", "decoded", "crashes"], tablefmt="github")
 
 
@@ -169,11 +161,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "good.licq"
         file.write_bytes(codec.encode(pixels, args.quality if codec.variable else None))
-        found = fuzz(model, file, args.inputs, not args.quiet)
-    print(
-        f"{model}, a file of {pixels.shape[2]}x{pixels.shape[1]} pixels, {sum(found.values())} inputs\n\n{table(found)}"
-    )
-    return 1 if any(what == "crash" for _, what in found) else 0
+        counts = fuzz(model, file, args.inputs, not args.quiet)
+    print(f"{model}, a file of {pixels.shape[2]}x{pixels.shape[1]} pixels, {sum(counts.values())} inputs\n")
+    print(table(counts))
+    return 1 if any(outcome == "crash" for _, outcome in counts) else 0
 
 
 if __name__ == "__main__":

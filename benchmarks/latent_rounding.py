@@ -1,21 +1,23 @@
 """Three roundings of the latent of an autoregressive codec: what each costs in bits, and what image it gives.
 
-    python benchmarks/latent_rounding.py --arch minnen2018 --quality 1,5 --data kodak --every 5 --images 4
+python benchmarks/latent_rounding.py --arch minnen2018 --quality 1,5 --data kodak --every 5 --images 4
 
-estimate: CompressAI's, bits of round(y - means) where the image is made of round(y). whole: bits of round(y).
-serial: y_hat is round(y - means) + means with means that depend on the y_hat before, as CompressAI's coder
-has it; found by iterating.
+estimate   CompressAI's: the bits are those of round(y - means), the image is made of round(y)
+whole      the bits are those of round(y), and the image is made of it
+serial     y_hat is round(y - means) + means, where means depend on the y_hat before, as in CompressAI's
+           coder; computed by iteration
 """
 
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, whatever is installed
 
 import torch
 from tabulate import tabulate
-from torch import Tensor, nn
+from torch import Tensor
 
 from licq.data.images import load_image
 from licq.runs.float_models import find_float_models
@@ -26,16 +28,17 @@ from licq.support.determinism import set_threads
 from licq.support.errors import InputError
 from licq.support.progress import progress
 
-_MOST = 200
+_MAX_ITERATIONS = 200
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
+    """In dB, of images in 0..1."""
     return -10 * math.log10(float((a.clamp(0, 1) - b).square().mean()))
 
 
 @torch.no_grad()
-def measure(model: nn.Module, x: Tensor) -> list[float]:
-    """[bits per pixel of y by the estimate, of round(y), serially, PSNR of round(y), of the serial y_hat]."""
+def measure(model: Any, x: Tensor) -> list[float]:
+    """[bits per pixel of y: estimate, whole, serial; PSNR: whole, serial] of an image (1, 3, H, W)."""
     y = model.g_a(x)
     params = model.h_s(model.entropy_bottleneck(model.h_a(y))[0])
     gaussian = model.gaussian_conditional
@@ -50,10 +53,10 @@ def measure(model: nn.Module, x: Tensor) -> list[float]:
         likelihood = gaussian.likelihood_lower_bound(gaussian._likelihood(symbols, scales, means))
         return float(-likelihood.log2().sum()) / (x.shape[2] * x.shape[3])
 
-    whole = y.round()
-    scales, means = parameters(whole)
-    serial = whole
-    for _ in range(_MOST):
+    rounded = y.round()
+    scales, means = parameters(rounded)
+    serial = rounded
+    for _ in range(_MAX_ITERATIONS):
         serial_scales, serial_means = parameters(serial)
         following = (y - serial_means).round() + serial_means
         if torch.equal(following, serial):
@@ -61,9 +64,9 @@ def measure(model: nn.Module, x: Tensor) -> list[float]:
         serial = following
     return [
         bits((y - means).round(), scales),
-        bits(whole, scales, means),
+        bits(rounded, scales, means),
         bits((y - serial_means).round(), serial_scales),
-        psnr(model.g_s(whole), x),
+        psnr(model.g_s(rounded), x),
         psnr(model.g_s(serial), x),
     ]
 
@@ -95,14 +98,15 @@ def main() -> None:
         model = source.load()
         if not hasattr(model, "context_prediction") or hasattr(model, "Gain"):
             raise InputError(
-                f"--arch {args.arch} has no context model of this kind; choose minnen2018, cheng2020 or one like them"
+                f"`arch` {args.arch} has no context model of this kind; choose minnen2018, cheng2020 or one "
+                "like them"
             )
-        found = []
+        measures = []
         for path in progress(paths, desc=f"{args.arch} quality {source.quality}", unit="image"):
             x = load_image(path)[None]
             height, width = (min(side, args.side) // 64 * 64 for side in x.shape[2:])
-            found.append(torch.tensor(measure(model, x[:, :, :height, :width])))
-        estimate, whole, serial, first, second = torch.stack(found).mean(0).tolist()
+            measures.append(torch.tensor(measure(model, x[:, :, :height, :width])))
+        estimate, whole, serial, first, second = torch.stack(measures).mean(0).tolist()
         rows.append(
             [
                 args.arch,

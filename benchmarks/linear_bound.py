@@ -1,16 +1,15 @@
-"""How well a linear transform of image blocks to a few numbers can do: the PSNR that the number of latent
-channels allows.
+"""The best PSNR of a linear transform of image blocks to a few numbers, without any rounding.
 
     python benchmarks/linear_bound.py --data kodak --channels 36,64,80,96
 
-Principal components of the images' own 16x16 blocks, nothing rounded, no rate: a bound for linear block
-transforms, and a yardstick for the latents of small codecs, of which one position stands for such a block.
+The transform is the principal components of the images' own 16x16 blocks. It is a bound for linear block
+transforms, and a measure for small codecs, whose latents have one position for each such block.
 """
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, whatever is installed
 
 import numpy as np
 from tabulate import tabulate
@@ -24,17 +23,17 @@ SIDE = 16
 
 
 def blocks(pixels: np.ndarray) -> np.ndarray:
-    """(count, 768) of an image (H, W, 3); what fills no block is left out."""
+    """The blocks (count, 768) of an image (H, W, 3); pixels that fill no block are left out."""
     rows, columns = (side // SIDE for side in pixels.shape[:2])
     cut = pixels[: rows * SIDE, : columns * SIDE].astype(float)
     return cut.reshape(rows, SIDE, columns, SIDE, 3).swapaxes(1, 2).reshape(rows * columns, -1)
 
 
 def bound(images: list[np.ndarray], channels: int) -> float:
-    """Mean PSNR in dB."""
-    every = np.concatenate(images)
-    mean = every.mean(0)
-    basis = np.linalg.eigh(np.cov((every - mean).T))[1][:, -channels:]
+    """The mean PSNR in dB, from the blocks of each image."""
+    together = np.concatenate(images)
+    mean = together.mean(0)
+    basis = np.linalg.eigh(np.cov((together - mean).T))[1][:, -channels:]
     errors = [((part - mean) - (part - mean) @ basis @ basis.T) for part in images]
     return float(np.mean([10 * np.log10(255**2 / np.square(error).mean()) for error in errors]))
 

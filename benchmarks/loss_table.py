@@ -1,10 +1,10 @@
-"""Compare reconstruction losses at equal budget: bits x losses x seeds, one codec, as a Markdown table.
+"""Reconstruction losses at equal budget, as a Markdown table: bits x losses x seeds of one codec.
 
     LICQ_DATA=... python benchmarks/loss_table.py --arch lu2022 --quality 3 --bits 8,8 6,6 4,8 --losses rd mse
 
-Evaluation is on the middle 256 x 256 pixels of each image, which is much faster than whole images and enough
-to rank losses: rise of J = R + lambda * D against the float codec, in percent of its mean. Finished runs are
-kept in --out and not repeated. Further settings by --set, as in main_ptq.py.
+The measure is the rise of J = R + lambda * D against the float codec, in percent of its mean, on the middle
+256 x 256 pixels of each image: much faster than complete images, and enough to rank losses. Finished runs are
+stored in --out and not repeated. --set changes further settings, as in main_ptq.py.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import statistics
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, whatever is installed
 
 import torch
 from tabulate import tabulate
@@ -128,7 +128,7 @@ def main() -> None:
     rows = []
     for w_bits, a_bits in arguments.bits:
         for loss in arguments.losses:
-            rises, found = [], []
+            rises, results = [], []
             for seed in arguments.seeds:
                 config = PtqConfig.from_preset(
                     "licq", **{**knobs, "w_bits": w_bits, "a_bits": a_bits, "loss": loss, "seed": seed}
@@ -159,21 +159,21 @@ def main() -> None:
                         },
                     }
                     write_json(arguments.out, done)
-                found.append(done[key])
-                rises.append(100 * (found[-1]["j"] / reference["j"] - 1))
+                results.append(done[key])
+                rises.append(100 * (results[-1]["j"] / reference["j"] - 1))
                 print(f"{key.rpartition('| ')[2]}: J {rises[-1]:+.2f}%", flush=True)
             spread = statistics.stdev(rises) if len(rises) > 1 else 0.0
-            rate_change = 100 * (statistics.mean(f["bpp"] for f in found) / reference["bpp"] - 1)
+            rate_change = 100 * (statistics.mean(result["bpp"] for result in results) / reference["bpp"] - 1)
             rows.append(
                 [
                     f"W{w_bits}A{a_bits}",
                     loss,
                     f"{statistics.mean(rises):+.2f} ± {spread:.2f} %",
                     f"{rate_change:+.2f} %",
-                    f"{statistics.mean(f['psnr'] for f in found) - reference['psnr']:+.3f} dB",
-                    f"{100 * statistics.mean(f['calibration']['j_start'] for f in found):+.2f} %",
-                    f"{100 * statistics.mean(f['calibration']['j_end'] for f in found):+.2f} %",
-                    f"{statistics.mean(f['seconds'] for f in found):.0f} s",
+                    f"{statistics.mean(result['psnr'] for result in results) - reference['psnr']:+.3f} dB",
+                    f"{100 * statistics.mean(result['calibration']['j_start'] for result in results):+.2f} %",
+                    f"{100 * statistics.mean(result['calibration']['j_end'] for result in results):+.2f} %",
+                    f"{statistics.mean(result['seconds'] for result in results):.0f} s",
                 ]
             )
     header = [

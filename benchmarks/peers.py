@@ -1,16 +1,15 @@
-"""Time of a codec's transforms in the inference engines that it could run in, beside licq's integer program;
-peak memory.
+"""Time and memory of a codec's transforms in other inference engines, beside licq's integer program.
 
     pip install .[bench]
     python benchmarks/peers.py --arch minnen2018 --size 768x512 --threads 1
     python benchmarks/peers.py --size 2048x1408 --memory
 
-Everything is exported from one float codec of random weights and calibrated on a smooth random image of the
-same size. ONNX Runtime INT8: static, QDQ, a scale for each output channel of weights. OpenVINO INT8: NNCF's
-post-training quantization. Engines take turns, transform
-by transform, and are in memory together: for lu2022 of official width, 4 GB each at 768x512, name some with
---peers. A line under each table says how far their output is from PyTorch's, so that a fast wrong one is
-seen. --memory: what a whole encode, g_a to g_s, adds to a process in which the codec is loaded.
+Every engine gets the same float codec of random weights, calibrated on a smooth random image of that size.
+ONNX Runtime INT8 is static, in QDQ format, with a scale for each output channel of weights. OpenVINO INT8 is
+NNCF's post-training quantization. Engines take turns, transform by transform, and are in memory together;
+each takes 4 GB for lu2022 of official width at 768x512, so choose some with --peers. The line below a table
+is the distance of their outputs from PyTorch's, which shows a fast engine that is wrong. --memory measures
+what an encoding from g_a to g_s adds to a process in which the codec is loaded.
 """
 
 import contextlib
@@ -30,12 +29,14 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, whatever is installed
 
 import numpy as np
 import torch
-from codec_speed import (
+from tabulate import tabulate
+from torch import Tensor, nn
+
+from benchmarks.codec_speed import (
     add_codec,
     codec_of,
     inputs_of,
@@ -47,25 +48,19 @@ from codec_speed import (
     title,
     transforms,
 )
-from engines import PEERS, Inputs, Peer, Run, require_packages
-from tabulate import tabulate
-from torch import Tensor, nn
-
+from benchmarks.engines import PEERS, Inputs, Peer, Run, require_packages
 from licq.support.cli import ArgumentParser, main_guard
 from licq.support.determinism import set_threads
 from licq.support.errors import InputError
 
 PARTS = {"g_a": ("g_a",), "h_a + h_s": ("h_a", "h_s"), "g_s": ("g_s",)}
-_CALIBRATION = (
-    2,
-    # seeds of the calibration images, as large as the timed one: ONNX Runtime holds the features of all at
-    # once
-)
+# Seeds of the calibration images. They are as large as the timed one, and ONNX Runtime has the features of
+# all of them in memory at once.
+_CALIBRATION = (2,)
 
 
 class Part(nn.Module):
-    """Transforms of a codec one after the other, as a module: what exporters take, where lu2022's are
-    methods."""
+    """Transforms of a codec, one after the other, as a module for exporters; those of lu2022 are methods."""
 
     def __init__(self, model: nn.Module, names: tuple[str, ...]):
         super().__init__()
@@ -79,7 +74,7 @@ class Part(nn.Module):
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporters' progress bars and warnings: standard output is the tables'."""
+    """Without the exporters' progress bars and warnings: standard output is for the tables."""
     logging.disable(logging.WARNING)
     try:
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
@@ -90,8 +85,10 @@ def _quiet() -> Iterator[None]:
 
 
 def _attempt(where: str, work: Callable[[], Any]) -> Any:
-    """What `work` gives; None where it fails, and one line on standard error that says why: a dash, not the
-    end of the other engines."""
+    """The result of `work`; None where it fails, with a line on standard error that says why.
+
+    An engine that fails is a dash in the table, and the others go on.
+    """
     try:
         with _quiet():
             return work()
@@ -101,7 +98,7 @@ def _attempt(where: str, work: Callable[[], Any]) -> Any:
 
 
 def _export(module: nn.Module, x: Tensor, path: Path) -> Path:
-    module(x)  # lu2022 keeps the index tables of a size: real ones must be there before it is traced
+    module(x)  # lu2022 caches index tables of a size; they must not be made while it is traced
     torch.onnx.export(module, (x,), path, input_names=["x"], dynamo=True, external_data=False, verbose=False)
     return path
 
@@ -115,8 +112,12 @@ def _started(peer: Peer, path: Path, inputs: Inputs, threads: int) -> Run:
 def peer_runs(
     module: nn.Module, inputs: Inputs, peers: list[Peer], threads: int, where: str
 ) -> dict[str, Run]:
-    """By heading, the engines that can run this module. inputs: the one that it is timed on, then those of
-    calibration."""
+    """The engines that can run a module, by their headings.
+
+    Args:
+        inputs: the one that is timed, then those of the calibration.
+        where: how a message calls the module.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = (
             _attempt(
@@ -126,36 +127,38 @@ def peer_runs(
             if peers
             else None
         )
-        found = {
+        runs = {
             peer.head: _attempt(
                 f"{where}, {peer.head}", lambda peer=peer: _started(peer, path, inputs, threads)
             )
             for peer in peers
             if path
         }
-    return {head: run for head, run in found.items() if run is not None}
+    return {head: run for head, run in runs.items() if run is not None}
 
 
 def limit_memory() -> None:
-    """Lets this process ask for nine tenths of the free memory: an engine that wants more gets an error,
-    where the system would end us all."""
-    free = Path("/proc/meminfo")
-    if free.exists():
-        most = int((_status("VmData") + 0.9 * _number(free, "MemAvailable")) * 2**20)
+    """Limit this process to nine tenths of the free memory.
+
+    So an engine that needs more gets an error, and the system does not end the process.
+    """
+    memory = Path("/proc/meminfo")
+    if memory.exists():
+        limit = int((_status("VmData") + 0.9 * _number(memory, "MemAvailable")) * 2**20)
         hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
         resource.setrlimit(
-            resource.RLIMIT_DATA, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard)
+            resource.RLIMIT_DATA, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard)
         )
 
 
-def _ratio(wanted: np.ndarray, got: np.ndarray) -> float:
-    """Signal over difference in dB."""
-    return 10 * float(np.log10((wanted**2).mean() / max(((wanted - got) ** 2).mean(), 1e-30)))
+def _ratio(reference: np.ndarray, output: np.ndarray) -> float:
+    """The ratio of a signal to the difference from it, in dB."""
+    return 10 * float(np.log10((reference**2).mean() / max(((reference - output) ** 2).mean(), 1e-30)))
 
 
 @torch.no_grad()
 def compare(args: Namespace, arch: str) -> str:
-    """The table of an architecture, and the lines around it."""
+    """The table of an architecture, with a title and the distances from PyTorch."""
     peers = [PEERS[name] for name in args.peers]
     pair = make_pair(*codec_of(args, arch))
     ours = transforms(pair)
@@ -169,44 +172,51 @@ def compare(args: Namespace, arch: str) -> str:
         runs = peer_runs(Part(pair.model, names).eval(), inputs, peers, args.threads, f"{arch}, {part}")
         tasks = {
             "PyTorch": ours[f"{part} float"],
-            **{head: lambda run=run: run(inputs[0]) for head, run in runs.items()},
+            **{head: lambda run=run, x=inputs[0]: run(x) for head, run in runs.items()},
             "licq": ours[f"{part} integer"],
         }
-        found = times(tasks, args.repeats, args.cpu_time)
-        rows.append([part, *(f"{1000 * found[head]:.1f} ms" if head in found else "-" for head in heads)])
-        wanted = tasks["PyTorch"]().numpy()
+        seconds = times(tasks, args.repeats, args.cpu_time)
+        rows.append([part, *(f"{1000 * seconds[head]:.1f} ms" if head in seconds else "-" for head in heads)])
+        reference = tasks["PyTorch"]().numpy()
         for head, values in ratios.items():
-            values.append(f"{_ratio(wanted, runs[head](inputs[0])):.0f}" if head in runs else "-")
-        del runs, tasks  # with the engines' memory: that of all parts together would not fit for large images
+            values.append(f"{_ratio(reference, runs[head](inputs[0])):.0f}" if head in runs else "-")
+        del runs, tasks  # the engines of all parts together would not fit into memory for large images
         gc.collect()
-    told = "\n\nSignal over difference from PyTorch in dB, line by line: " if peers else ""
-    told += "; ".join(f"{head} {', '.join(values)}" for head, values in ratios.items())
-    return f"{title(args, arch)}\n\n{tabulate(rows, ['part', *heads], tablefmt='github', disable_numparse=True)}{told}\n"
+    distances = "\n\nSignal over difference from PyTorch in dB, line by line: " if peers else ""
+    distances += "; ".join(f"{head} {', '.join(values)}" for head, values in ratios.items())
+    return f"{title(args, arch)}\n\n{_table(rows, ['part', *heads])}{distances}\n"
+
+
+def _table(rows: list[list[str]], heads: list[str]) -> str:
+    return tabulate(rows, heads, tablefmt="github", disable_numparse=True)
 
 
 def _number(file: Path, name: str) -> float:
-    """MB in a line of a file of /proc."""
-    return int(re.search(rf"{name}:\s+(\d+)", file.read_text())[1]) / 1024
+    """The MB that a line of a file of /proc states."""
+    line = re.search(rf"{name}:\s+(\d+)", file.read_text())
+    assert line is not None, f"{file} has no {name}"
+    return int(line[1]) / 1024
 
 
 def _status(name: str) -> float:
-    """MB of this process. VmHWM is getrusage's ru_maxrss without what the parent had when it started us."""
+    """MB of this process. Unlike ru_maxrss, VmHWM does not count what the parent process had."""
     return _number(Path("/proc/self/status"), name)
 
 
 @torch.no_grad()
 def encode_memory(codec: tuple, kind: str) -> tuple[float, float]:
-    """(MB with the codec loaded, most MB more in a whole encode); in a process of its own."""
+    """(MB with the codec loaded, MB more at the peak of an encoding); to be called in a new process."""
     set_threads(codec[-1])
     pair = make_pair(*codec)
     task = networks(pair)[f"network {kind}"]
+    del pair.quantized
     if kind == "float":
-        pair.plan = pair.quantized = None
+        del pair.plan
     else:
-        pair.model = pair.quantized = None
+        del pair.model
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # calibration's memory must neither count nor be there to be used again
-    Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to VmRSS: loading has had a peak of its own
+    ctypes.CDLL(None).malloc_trim(0)  # the calibration's memory must neither count nor be used again
+    Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to VmRSS: loading had a peak, too
     before = _status("VmRSS")
     task()
     return before, _status("VmHWM") - before
@@ -218,7 +228,7 @@ def memory_table(args: Namespace, arch: str) -> str:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as one:
             loaded, more = one.submit(encode_memory, codec_of(args, arch), kind).result()
         rows.append([head, f"{loaded:.0f} MB", f"{more:.0f} MB"])
-    return f"{title(args, arch)}\n\n{tabulate(rows, ['codec', 'loaded', 'a whole encode adds'], tablefmt='github', disable_numparse=True)}\n"
+    return f"{title(args, arch)}\n\n{_table(rows, ['codec', 'loaded', 'a whole encode adds'])}\n"
 
 
 def main() -> None:

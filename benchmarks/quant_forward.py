@@ -2,25 +2,27 @@
 
     python benchmarks/quant_forward.py --arch lu2022 --size 512 --mode frozen
 
-Random weights and a random image: the time does not depend on what they hold. Prints milliseconds of
-processor time for one image (the fastest of --repeat runs; with one thread that is elapsed time, less what
-other programs took) and the ratio to float; `learn` is a forward and a backward, on both sides.
+Weights and image are random; the time does not depend on them. Prints milliseconds of processor time for one
+image, the fastest of --repeat runs, and the ratio to float. With one thread that is elapsed time without what
+other programs took. The mode `learn` is a forward and a backward, of both codecs.
 """
 
-import argparse
 import resource
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, whatever is installed
 
 import torch
 
 from licq.models import create_model
 from licq.quant.config import QuantConfig
 from licq.quant.model import QuantModel
+from licq.support import options
+from licq.support.cli import ArgumentParser, main_guard
+from licq.support.determinism import seed_everything, set_threads
 
 
 def best_ms(run: Callable[[], object], repeat: int) -> float:
@@ -50,20 +52,20 @@ def forward_backward(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--arch", default="lu2022")
     parser.add_argument(
         "--configuration", default="reference", help="widths: reference, or official for the paper's"
     )
     parser.add_argument("--size", type=int, default=256, help="side of the square image, a multiple of 64")
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--batch", type=options.positive, default=1)
     parser.add_argument("--mode", choices=("float", "frozen", "learn"), default="frozen")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--threads", type=options.threads, default=1)
+    parser.add_argument("--repeat", type=options.positive, default=3)
     parser.add_argument("--profile", action="store_true", help="print the operators that took longest")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)
+    set_threads(arguments.threads)
+    seed_everything(0)
 
     configuration = None if arguments.configuration == "official" else arguments.configuration
     model = create_model(arguments.arch, configuration=configuration).eval()
@@ -99,11 +101,10 @@ def main() -> None:
             )
         )
     quantized_ms = best_ms(run, arguments.repeat)
-    print(
-        f"{arguments.mode} {quantized_ms / arguments.batch:.0f} ms per image, {quantized_ms / float_ms:.2f} x float"
-    )
+    ratio = quantized_ms / float_ms
+    print(f"{arguments.mode} {quantized_ms / arguments.batch:.0f} ms per image, {ratio:.2f} x float")
     print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main_guard(main))

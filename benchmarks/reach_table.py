@@ -1,4 +1,4 @@
-"""How much a tile of a large image has to see beyond what it keeps, for each codec, as a Markdown table.
+"""How many pixels a tile of a large image needs around those that it computes, as a Markdown table.
 
 python benchmarks/reach_table.py --arch balle2018 minnen2018 lu2022
 """
@@ -6,7 +6,7 @@ python benchmarks/reach_table.py --arch balle2018 minnen2018 lu2022
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, whatever is installed
 
 import torch
 from tabulate import tabulate
@@ -24,6 +24,7 @@ HEADS = ["codec", "analysis: before, after", "synthesis: before, after", "tiles 
 
 
 def row(arch: str, configuration: str | None) -> list[str]:
+    """The line of an architecture."""
     seed_everything(0)
     model = QuantModel(create_model(arch, None, configuration).eval(), QuantConfig())
     model.observe([torch.rand(1, 3, 128, 128)])
@@ -31,13 +32,17 @@ def row(arch: str, configuration: str | None) -> list[str]:
     multiple = get_architecture(arch).multiple
     sizes = Sizes(lambda height, width, batch: lower(model, height, width, batch), multiple)
     plan = Plan(lower(model, multiple, multiple), sizes)
-    found = [sizes.reach("analysis", analysis_part), sizes.reach("synthesis", plan.synthesis_of)]
-    if None in found:
+    analysis, synthesis = (
+        sizes.reach("analysis", analysis_part),
+        sizes.reach("synthesis", plan.synthesis_of),
+    )
+    if analysis is None or synthesis is None:
         return [arch, "the whole image", "the whole image", "-"]
+    reaches = (analysis, synthesis)
     return [
         arch,
-        *(f"{far.rows.before}, {far.rows.after}" for far in found),
-        str(max(far.rows.period for far in found)),
+        *(f"{reach.rows.before}, {reach.rows.after}" for reach in reaches),
+        str(max(reach.rows.period for reach in reaches)),
     ]
 
 

@@ -1,16 +1,16 @@
-"""The tables of models/zoo/README.md: what every embedded checkpoint is, and its rate and distortion as
-main_eval.py measures them.
+"""The tables of models/zoo/README.md: every embedded checkpoint, with its rate and distortion.
 
     python benchmarks/zoo_table.py --data kodak
 
-Reports go to --out, one folder an architecture; those that are there are taken as they are.
+main_eval.py measures them. Its reports go to --out, a folder for each architecture; reports that are there
+are not made again.
 """
 
 import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, whatever is installed
 
 from tabulate import tabulate
 
@@ -22,7 +22,7 @@ from licq.support.cli import ArgumentParser, main_guard
 
 
 def report_of(arch: str, data: str, out: Path, threads: int | None) -> dict:
-    """main_eval.py's report on an architecture's float codecs."""
+    """The report of main_eval.py on the float codecs of an architecture."""
     path = out / arch / "report.json"
     if not path.is_file():
         words = ["--model", "float", "--arch", arch, "--data", data, "--out", str(path.parent)]
@@ -31,7 +31,7 @@ def report_of(arch: str, data: str, out: Path, threads: int | None) -> dict:
 
 
 def point_row(arch: str, point: dict, repeats: bool) -> list:
-    """repeats: the checkpoint has been told on an earlier line."""
+    """The line of a rate point; repeats: an earlier line is about the same checkpoint."""
     known = read_checkpoint(embedded_checkpoint(arch, int(point["quality"]))).metadata
     width = ", ".join(f"{name} {known['kwargs'][name]}" for name in ("N", "M") if name in known["kwargs"])
     trained = (
@@ -51,25 +51,26 @@ def point_row(arch: str, point: dict, repeats: bool) -> list:
 
 
 def curve_row(arch: str, report: dict) -> list:
-    found = {
+    """The BD-rates of an architecture."""
+    bd_rates = {
         "published" if name.startswith("published") else name: value["fp32"]
         for name, value in report["anchor_bd_rate_psnr"].items()
     }
     return [
         arch,
         *(
-            "-" if found.get(name) is None else f"{found[name]:+.1f} %"
+            "-" if bd_rates.get(name) is None else f"{bd_rates[name]:+.1f} %"
             for name in ("JPEG", "WebP", "published")
         ),
     ]
 
 
 def tables(reports: dict[str, dict]) -> str:
-    """Markdown: a line for every checkpoint and rate, then one for every architecture."""
+    """Two tables in Markdown: a line for each rate point, and a line for each architecture."""
     points = [
-        point_row(arch, point, get_architecture(arch).variable and place > 0)
+        point_row(arch, point, get_architecture(arch).variable and index > 0)
         for arch, report in reports.items()
-        for place, point in enumerate(report["points"])
+        for index, point in enumerate(report["points"])
     ]
     heads = ["codec", "width", "quality", "lambda", "start", "steps x batch", "seconds", "bpp", "PSNR [dB]"]
     curves = [curve_row(arch, report) for arch, report in reports.items()]

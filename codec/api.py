@@ -1,5 +1,6 @@
-"""Images to .licq files and back, with a quantized model."""
+"""`licq.Codec`: images to .licq files and back, with a quantized model."""
 
+import tempfile
 from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
@@ -25,22 +26,37 @@ _PLANS = 2  # sizes whose programs are kept
 
 
 class Codec:
-    """A frozen model that writes and reads files.
+    """Writes images to .licq files and reads them, with integer arithmetic alone.
+
+    A file decodes to the same pixels on every machine, and these are the pixels of the quantized model's own
+    forward.
+
+        codec = licq.Codec(qmodel)                     # or licq.Codec.load("m.safetensors")
+        data = codec.encode(pixels)                    # uint8 (3, H, W) -> bytes
+        pixels = codec.decode(data)                    # bytes -> uint8 (3, H, W)
+
+    A file names the model that decodes it by the first bytes of the SHA-256 of the model's own file. For a
+    model that was saved or loaded, that file is known. For any other it is the one that `model.save(path)`
+    writes. So a model that is to be saved with `extra` is saved first, and given to `Codec` then.
 
     Args:
-        model: frozen.
-        digest: what names the model in its files, at least four bytes: the SHA-256 of its own file.
-        threads: of the kernels; None: PyTorch's.
-        multiple: sides of the images that the network takes are multiples of it.
-        tile: images of more than tile x tile pixels are computed in tiles, with the same result; None: all in
-        one piece.
-        progress: show how far the tiles of a large image are.
+        model: a frozen model, as `licq.quantize` returns it.
+        digest: the SHA-256 of the model's file, 32 bytes; None: as above.
+        threads: CPU threads; None: PyTorch's choice. The result does not depend on them.
+        multiple: images are padded to sides that are multiples of it; None: that of the model's
+            architecture, 64 where it has none.
+        tile: images of more than tile x tile pixels are computed in tiles, which takes less memory and does
+            not change the result; None: never.
+        progress: show on standard error how many tiles of a large image are done.
+
+    Raises:
+        InputError: the model is not frozen.
     """
 
     def __init__(
         self,
         model: QuantModel,
-        digest: bytes,
+        digest: bytes | None = None,
         threads: int | None = None,
         multiple: int | None = None,
         tile: int | None = TILE,
@@ -50,46 +66,71 @@ class Codec:
             raise InputError("only a frozen model can write files; call freeze() after calibration")
         known = architecture_of(model.model)
         self.multiple = multiple or (get_architecture(known[0]).multiple if known else 64)
-        self.model, self.digest, self.threads = model, digest[:MODEL_BYTES], threads
+        self.model, self.threads = model, threads
+        self.digest = (_digest_of(model) if digest is None else digest)[:MODEL_BYTES]
         self.variable = hasattr(model.model, "set_level")
+        self._network: Any = model.model
         self._coder = Coder(model)
         self._plans: OrderedDict[tuple[int, int, int], Plan] = OrderedDict()
         self.sizes = Sizes(self._lowered, self.multiple, tile, progress)
 
     @classmethod
     def load(cls, path: str | Path, threads: int | None = None, **options: Any) -> "Codec":
-        """The codec of a file that `QuantModel.save` or main_ptq.py has written; `options` as of the
-        class."""
-        return cls(QuantModel.load(path), bytes.fromhex(sha256(path)), threads, **options)
-
-    def encode(self, pixels: Tensor, level: float | None = None) -> bytes:
-        """The file of one image.
+        """The codec of a model's file, which `QuantModel.save` or main_ptq.py has written.
 
         Args:
-            pixels: (3, H, W), uint8.
-            level: rate of a variable-rate codec, from 1; default: what the model is set to.
+            threads: CPU threads; None: PyTorch's choice.
+            options: `multiple`, `tile` and `progress` of `Codec`.
 
         Raises:
-            InputError: a level for a codec without or out of range, too many pixels, or a codec whose forward
-            has no bitstream.
+            InputError: no such file, a damaged one, or none of a quantized model.
         """
+        return cls(QuantModel.load(path), None, threads, **options)
+
+    def encode(self, pixels: Tensor, level: float | None = None) -> bytes:
+        """Encode an image.
+
+        Args:
+            pixels: uint8 (3, H, W), of any size up to 2^26 pixels.
+            level: the rate of a variable-rate codec, from 1 (smallest files) to the number of its levels,
+                whole or not; None: the rate that the model is set to.
+
+        Returns:
+            The content of a .licq file.
+
+        Raises:
+            InputError: pixels of another type or shape, or too many; a level that the codec does not have; a
+                codec whose forward has no bitstream.
+        """
+        if pixels.dtype != torch.uint8 or pixels.ndim != 3 or pixels.shape[0] != 3 or not pixels.numel():
+            raise InputError(
+                f"an image of type {pixels.dtype} and shape {tuple(pixels.shape)} cannot be encoded; give "
+                "uint8 (3, H, W) as `pixels`"
+            )
         gain = self.gain(level)
         height, width = pixels.shape[-2:]
         self._check_size(height, width)
         padded, _ = pad_to_multiple(pixels[None], self.multiple)
-        plan = self._plan(*padded.shape[-2:], gain)
+        plan = self._plan(padded.shape[-2], padded.shape[-1], gain)
         return Container(self.digest, width, height, gain, (self._coder.encode(plan, padded),)).to_bytes()
 
     def decode(self, data: bytes) -> Tensor:
-        """The image of a file, (3, H, W), uint8.
+        """Decode an image.
+
+        Args:
+            data: the content of a .licq file that was encoded with this model.
+
+        Returns:
+            uint8 (3, H, W), on the CPU.
 
         Raises:
-            InputError: damaged, or of another model.
+            InputError: the file is damaged, or of another model.
         """
         content = Container.from_bytes(data)
         if content.model != self.digest:
             raise InputError(
-                f"the file is of another model ({content.model.hex()}, this one is {self.digest.hex()}); give that with --model"
+                f"the file is of another model ({content.model.hex()}, this one is {self.digest.hex()}); "
+                "give that one as `model`"
             )
         if bool(content.gain) != self.variable or len(content.streams) != 1:
             raise InputError("the file does not fit this model, though it names it; encode the image again")
@@ -97,46 +138,50 @@ class Codec:
         like, unpad = pad_to_multiple(
             torch.empty((1, 1, content.height, content.width), device="meta"), self.multiple
         )
-        plan = self._plan(*like.shape[-2:], content.gain)
+        plan = self._plan(like.shape[-2], like.shape[-1], content.gain)
         return crop_back(self._coder.decode(plan, content.streams[0]), unpad)[0].contiguous()
 
     def inspect(self, pixels: Tensor, batch: int = 1, device: torch.device | str = "cpu") -> dict:
-        """What the integer network computes for an image (3, H, W), uint8, in one pass.
+        """What the integer program computes for an image, without any coding of symbols.
 
         Args:
-            batch: so many images go through at once: this one, and shifted copies of it.
+            pixels: uint8 (3, H, W).
+            batch: images that go through together: this one, and copies of it that are shifted sideways.
+            device: where the program runs.
 
         Returns:
-            {"latents": [{"symbols", "scales" ...}], "pixels": (3, H, W)}, whole numbers.
+            {"latents": for each latent, in the order of coding, {"symbols", and the parameters of their
+            density, as "scales"}, "pixels": uint8 (3, H, W)}, all of them integers.
         """
         padded, unpad = pad_to_multiple(pixels[None], self.multiple)
-        together = torch.cat([padded, *(padded.roll(7 * place, -1) for place in range(1, batch))])
-        self._set(self.gain(None))
-        program = self._lowered(*padded.shape[-2:], batch)
-        latents, outputs = Plan(program, None).outputs()
-        whole = replace(latents, outputs={**outputs, "pixels": latents.outputs["pixels"]})
-        found = executable(whole, self.threads, device)({"pixels": together.to(device)})
-        names: dict[int, dict[str, Tensor]] = {}
-        for name in outputs:
-            place, _, what = name.partition(".")
-            names.setdefault(int(place), {})[what] = found[name][:1].cpu()
+        images = torch.cat([padded, *(padded.roll(7 * copy, -1) for copy in range(1, batch))])
+        self._set_gain(self.gain(None))
+        program, numbers = Plan(self._lowered(padded.shape[-2], padded.shape[-1], batch), None).outputs()
+        complete = replace(program, outputs={**numbers, "pixels": program.outputs["pixels"]})
+        results = executable(complete, self.threads, device)({"pixels": images.to(device)})
+        latents: dict[int, dict[str, Tensor]] = {}
+        for name in numbers:  # "1.scales": of the second latent
+            position, _, what = name.partition(".")
+            latents.setdefault(int(position), {})[what] = results[name][:1].cpu()
         return {
-            "latents": [names[place] for place in sorted(names)],
-            "pixels": crop_back(found["pixels"][:1].cpu(), unpad)[0].contiguous(),
+            "latents": [latents[position] for position in sorted(latents)],
+            "pixels": crop_back(results["pixels"][:1].cpu(), unpad)[0].contiguous(),
         }
 
     def gain(self, level: float | None) -> int:
-        """What a file states for a level, in GAIN_UNITs; 0 for a codec of one rate. level: None: what the
-        model is set to.
+        """The gain that a file states for a level, in units of `GAIN_UNIT`; 0 for a codec of one rate.
+
+        Args:
+            level: from 1; None: the rate that the model is set to.
 
         Raises:
-            InputError: a level for a codec without, or out of range.
+            InputError: a level that the codec does not have.
         """
         if not self.variable:
             if level is not None:
                 raise InputError("this codec has one rate; leave out the level")
             return 0
-        network = self.model.model
+        network = self._network
         try:
             gain = float(network.rate) if level is None else network.gain(level)
         except OverflowError:
@@ -150,22 +195,24 @@ class Codec:
         return max(1, round(gain / GAIN_UNIT))
 
     def settle_rate(self) -> None:
-        """Put the gain that a variable-rate model is set to where files can state it, so that its forward is
-        what they decode to."""
-        self._set(self.gain(None))
+        """Round the gain of a variable-rate model to one that files can state.
+
+        From then on the model's forward gives the pixels that its files decode to.
+        """
+        self._set_gain(self.gain(None))
 
     def _check_size(self, height: int, width: int) -> None:
-        """Raises InputError where the image, padded, is too large."""
+        """Raises InputError where the image has too many pixels with its padding."""
         padded = [-(-side // self.multiple) * self.multiple for side in (height, width)]
         if padded[0] * padded[1] > MAX_PIXELS:
             raise InputError(
-                f"an image of {width}x{height}, with its sides rounded up to multiples of {self.multiple}, is too large for one "
-                f"file; cut it into parts of at most {MAX_PIXELS} pixels"
+                f"an image of {width}x{height}, with its sides rounded up to multiples of {self.multiple}, "
+                f"is too large for one file; cut it into parts of at most {MAX_PIXELS} pixels"
             )
 
     def _plan(self, height: int, width: int, gain: int) -> Plan:
         key = (height, width, gain)
-        self._set(gain)
+        self._set_gain(gain)
         if key not in self._plans:
             self._plans[key] = Plan(self._lowered(height, width), self.sizes, self.threads)
             while len(self._plans) > _PLANS:
@@ -173,9 +220,21 @@ class Codec:
         self._plans.move_to_end(key)
         return self._plans[key]
 
-    def _set(self, gain: int) -> None:
+    def _set_gain(self, gain: int) -> None:
         if gain:
-            self.model.model.set_factor(gain * GAIN_UNIT)
+            self._network.set_factor(gain * GAIN_UNIT)
 
     def _lowered(self, height: int, width: int, batch: int = 1) -> Program:
         return lower(self.model, height, width, batch)
+
+
+def _digest_of(model: QuantModel) -> bytes:
+    """The SHA-256 of the model's file; of a model without one, of the file that `save` would write."""
+    if model.file_sha256 is not None:
+        return bytes.fromhex(model.file_sha256)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.safetensors"
+        model.save(path)
+        digest = bytes.fromhex(sha256(path))
+    model.file_sha256 = None  # that file is gone
+    return digest

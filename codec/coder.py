@@ -1,7 +1,10 @@
-"""Symbols to bytes and back, latent by latent, in the order of the plan; entropy coding is CompressAI's
-rANS."""
+"""Symbols to bytes and back, latent by latent, in the order of the plan.
 
-from collections.abc import Iterator, Mapping
+The entropy coder is CompressAI's rANS.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,17 +12,21 @@ from compressai.ans import BufferedRansEncoder, RansDecoder
 from torch import Tensor
 
 from licq.codec.latents import Latent
-from licq.codec.plan import Gathering, Plan, Step
+from licq.codec.plan import Context, Gathering, Plan, Step
 from licq.codec.tables import GaussianRows, MixtureRows, Rows, SteppedRows, bottleneck_rows
 from licq.quant.boundaries import QuantEntropyBottleneck, QuantGaussianMixture, QuantVariableBottleneck
 from licq.quant.model import QuantModel
 from licq.quant.serialization import make_tables
 from licq.support.errors import InputError
 
-_BEHIND = 16  # a byte of a hostile stream can have the decoder read so many behind it
-_BYTES_A_SYMBOL = 4
-_TOGETHER, _MIXTURES_TOGETHER = 2**18, 2**14  # symbols whose rows are made at a time
+# CompressAI's decoder reads on behind the end of a stream. Bytes that one byte of a hostile stream, and each
+# symbol, can have it read there:
+_BYTES_BEHIND_A_BYTE, _BYTES_BEHIND_A_SYMBOL = 16, 4
+_BLOCK, _BLOCK_OF_MIXTURES = 2**18, 2**14  # symbols whose distributions are in memory at a time
 _DAMAGED = "the stream holds symbols that this model cannot have written; it is damaged or of another model"
+
+
+_Tables = GaussianRows | MixtureRows | SteppedRows | tuple[list[list[int]], list[int]]
 
 
 class Coder:
@@ -28,85 +35,89 @@ class Coder:
     def __init__(self, model: QuantModel):
         make_tables(model)
         self.bits = model.config.boundary_bits
-        self._tables = {}
+        self._tables: dict[str, _Tables] = {}  # of each entropy model, by its name
         for node in model.nodes.values():
             if isinstance(node, QuantVariableBottleneck) and node.cumulative is not None:
                 self._tables[node.name] = SteppedRows(node.cumulative)
             elif isinstance(node, QuantEntropyBottleneck):
-                inner = node.module
+                module: Any = node.module
                 self._tables[node.name] = bottleneck_rows(
-                    inner._quantized_cdf, inner._cdf_length, inner._offset
+                    module._quantized_cdf, module._cdf_length, module._offset
                 )
             elif isinstance(node, QuantGaussianMixture):
-                self._tables[node.name] = MixtureRows(node.density, self.bits, node.module.K)
+                mixture: Any = node.module
+                self._tables[node.name] = MixtureRows(node.density, self.bits, mixture.K)
             elif hasattr(node, "density"):
                 self._tables[node.name] = GaussianRows(node.density, self.bits)
 
     # ------------------------------------------------------------------------------------------------- encode
 
     def encode(self, plan: Plan, pixels: Tensor) -> bytes:
-        """One image (1, 3, H, W), uint8, of the plan's size."""
+        """The stream of one image: uint8 (1, 3, H, W), of the plan's size."""
         encoder = BufferedRansEncoder()
-        for place, (latent, found) in enumerate(zip(plan.latents, plan.encode(pixels), strict=True)):
-            order = plan.order(place)
+        for index, (latent, values) in enumerate(zip(plan.latents, plan.encode(pixels), strict=True)):
+            order = plan.order(index)
             count = sum(len(group) for group in order)
-            symbols = found["symbols"].reshape(-1, count)
-            densities = {name: found[name].reshape(-1, count) for name in latent.densities}
+            symbols = values["symbols"].reshape(-1, count)
+            densities = {name: values[name].reshape(-1, count) for name in latent.densities}
             for group in order:
-                chosen = torch.from_numpy(group)
+                positions = torch.from_numpy(group)
                 self._push(
                     encoder,
                     latent,
-                    symbols[:, chosen],
-                    {name: part[:, chosen] for name, part in densities.items()},
+                    symbols[:, positions],
+                    {name: values[:, positions] for name, values in densities.items()},
                 )
         return encoder.flush()
 
     def _push(
         self, encoder: BufferedRansEncoder, latent: Latent, symbols: Tensor, densities: Mapping[str, Tensor]
     ) -> None:
-        whole = symbols.flatten().numpy()
-        for piece, rows in self._rows(latent, densities, symbols.shape):
-            values = (whole[piece].astype(np.int64) - rows.base).tolist()
-            if (
-                latent.kind == "mixture"
-            ):  # three edges around the symbol are all that the encoder needs of a long row
+        """Encode symbols (channels, positions), with their densities."""
+        flat = symbols.flatten().numpy()
+        for block, rows in self._rows(latent, densities, (symbols.shape[0], symbols.shape[1])):
+            values = (flat[block].astype(np.int64) - rows.base).tolist()
+            if latent.kind == "mixture":
                 rows, values = _shortened(rows, values)
             encoder.encode_with_indexes(values, rows.rows.tolist(), rows.cdfs, rows.sizes, rows.offsets)
 
     def _rows(
-        self, latent: Latent, densities: Mapping[str, Tensor], shape: tuple[int, ...]
+        self, latent: Latent, densities: Mapping[str, Tensor], shape: tuple[int, int]
     ) -> Iterator[tuple[slice, Rows]]:
-        """The distributions of symbols (channels, positions), flat, piece by piece: rows take many times the
-        memory of symbols."""
+        """The distributions of symbols (channels, positions), flat, in blocks.
+
+        In blocks because a distribution takes many times the memory of its symbol.
+        """
         tables, count = self._tables[latent.node], shape[0] * shape[1]
-        components = tables.count if latent.kind == "mixture" else 1
-        flat = {name: part.reshape(components, count) for name, part in densities.items()}
-        together = _TOGETHER if latent.kind != "mixture" else _MIXTURES_TOGETHER
-        for start in range(0, count, together):
-            piece = slice(start, min(start + together, count))
-            parts = {name: part[:, piece] for name, part in flat.items()}
-            if latent.kind == "entropy_bottleneck":
-                cdfs, offsets = tables.of(latent.step) if isinstance(tables, SteppedRows) else tables
-                channels = np.arange(piece.start, piece.stop) // shape[1]
-                rows = Rows(channels, np.zeros(len(channels), dtype=np.int64), cdfs, offsets)
-            elif latent.kind == "mixture":
-                rows = tables.of(parts["scales"], parts["means"], parts["weights"])
+        components, size = (
+            (tables.count, _BLOCK_OF_MIXTURES) if isinstance(tables, MixtureRows) else (1, _BLOCK)
+        )
+        flat = {name: values.reshape(components, count) for name, values in densities.items()}
+        for start in range(0, count, size):
+            block = slice(start, min(start + size, count))
+            of_block = {name: values[:, block] for name, values in flat.items()}
+            if isinstance(tables, MixtureRows):
+                rows = tables.of(of_block["scales"], of_block["means"], of_block["weights"])
+            elif isinstance(tables, GaussianRows):
+                rows = tables.of(of_block["scales"], of_block["means"] if latent.whole else None)
             else:
-                rows = tables.of(parts["scales"], parts["means"] if latent.whole else None)
-            yield piece, rows
+                cdfs, offsets = tables.of(latent.step or 0) if isinstance(tables, SteppedRows) else tables
+                channels = np.arange(block.start, block.stop) // shape[1]
+                rows = Rows(channels, np.zeros(len(channels), dtype=np.int64), cdfs, offsets)
+            yield block, rows
 
     # ------------------------------------------------------------------------------------------------- decode
 
     def decode(self, plan: Plan, stream: bytes) -> Tensor:
-        """The pixels (1, 3, H, W), uint8, of a stream that `encode` made of an image of the plan's size.
+        """The image of a stream: uint8 (1, 3, H, W), of the plan's size.
 
         Raises:
-            InputError: symbols that the model cannot have written.
+            InputError: the stream has symbols that the model cannot have written.
         """
         decoder = RansDecoder()
         count = sum(int(np.prod(latent.shape)) for latent in plan.latents)
-        decoder.set_stream(stream + bytes(_BEHIND * len(stream) + _BYTES_A_SYMBOL * count + 64))
+        padding = _BYTES_BEHIND_A_BYTE * len(stream) + _BYTES_BEHIND_A_SYMBOL * count + 64
+        decoder.set_stream(stream + bytes(padding))
         values: dict[int, Tensor] = {}
         for step in plan.steps:
             values.update(_run(step.before, step.needs, values))
@@ -115,58 +126,59 @@ class Coder:
         return run({name: values[number] for name, number in needs.items()})["pixels"]
 
     def _decode_latent(self, plan: Plan, step: Step, decoder: RansDecoder, values: dict[int, Tensor]) -> None:
+        """Decode one latent, and add its symbols and y_hat (or z_hat) to the values of the program."""
         latent, program = step.latent, plan.program
         count = sum(len(group) for group in step.order)
         channels = int(np.prod(latent.shape)) // count
         symbols = torch.zeros((channels, count), dtype=torch.int64)
-        context = _context(step, values, count)
-        densities = (
-            None
-            if context
-            else {name: values[number].reshape(-1, count) for name, number in latent.densities.items()}
-        )
         means = torch.zeros((channels, count), dtype=torch.int64)
         limits = program.values[latent.symbols[0]].range
+        context = _context_model(step, values, count)
+        known = {}  # densities that do not depend on the latent's own symbols
+        if context is None:
+            known = {name: values[number].reshape(-1, count) for name, number in latent.densities.items()}
         for group in step.order:
-            chosen = torch.from_numpy(group)
-            here = (
-                context.densities(chosen)
-                if context
-                else {name: part[:, chosen] for name, part in densities.items()}
-            )
-            found = self._pull(decoder, latent, here, (channels, len(group)))
-            if int(found.min()) < limits.low or int(found.max()) > limits.high:
+            positions = torch.from_numpy(group)
+            if context is None:
+                densities = {name: values[:, positions] for name, values in known.items()}
+            else:
+                densities = context.densities(positions)
+            decoded = self._pull(decoder, latent, densities, (channels, len(group)))
+            if int(decoded.min()) < limits.low or int(decoded.max()) > limits.high:
                 raise InputError(_DAMAGED)
-            symbols[:, chosen] = found
-            if not latent.whole and "means" in here:
-                means[:, chosen] = here["means"].to(torch.int64)
-            if context:
-                context.add(chosen, (found << self.bits) + means[:, chosen])
-        shape = latent.shape
+            symbols[:, positions] = decoded
+            if not latent.whole and "means" in densities:
+                means[:, positions] = densities["means"].to(torch.int64)
+            if context is not None:
+                context.add(positions, (decoded << self.bits) + means[:, positions])
         for number in latent.symbols:
-            values[number] = symbols.reshape(shape).to(program.values[number].dtype)
-        decoded = ((symbols << self.bits) + means).reshape(shape)
+            values[number] = symbols.reshape(latent.shape).to(program.values[number].dtype)
+        y_hat = ((symbols << self.bits) + means).reshape(latent.shape)
         for number in latent.decoded:
-            values[number] = decoded.to(program.values[number].dtype)
+            values[number] = y_hat.to(program.values[number].dtype)
 
     def _pull(
         self, decoder: RansDecoder, latent: Latent, densities: Mapping[str, Tensor], shape: tuple[int, int]
     ) -> Tensor:
-        found = np.empty(shape[0] * shape[1], dtype=np.int64)
-        for piece, rows in self._rows(latent, densities, shape):
-            found[piece] = decoder.decode_stream(rows.rows.tolist(), rows.cdfs, rows.sizes, rows.offsets)
-            found[piece] += rows.base
-        return torch.from_numpy(found).reshape(shape)
+        """Decode symbols of `shape` (channels, positions), with their densities."""
+        symbols = np.empty(shape[0] * shape[1], dtype=np.int64)
+        for block, rows in self._rows(latent, densities, shape):
+            symbols[block] = decoder.decode_stream(rows.rows.tolist(), rows.cdfs, rows.sizes, rows.offsets)
+            symbols[block] += rows.base
+        return torch.from_numpy(symbols).reshape(shape)
 
 
-def _run(run, needs: tuple[int, ...], values: Mapping[int, Tensor]) -> dict[int, Tensor]:
-    return {
-        int(name): tensor for name, tensor in run({str(number): values[number] for number in needs}).items()
-    }
+def _run(run: Callable, needs: tuple[int, ...], values: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    """The results of a part of the program whose inputs and outputs are named by their numbers."""
+    results = run({str(number): values[number] for number in needs})
+    return {int(name): tensor for name, tensor in results.items()}
 
 
 def _shortened(rows: Rows, values: list[int]) -> tuple[Rows, list[int]]:
-    """The same code from rows of the symbol's own bin, what is below and what is above."""
+    """The same code from distributions of three bins: the symbol's, what is below it and what is above.
+
+    The encoder needs no more of a long distribution.
+    """
     cdfs, short = [], []
     for cdf, value in zip(rows.cdfs, values):
         if 0 <= value < len(cdf) - 2:
@@ -182,67 +194,110 @@ def _shortened(rows: Rows, values: list[int]) -> tuple[Rows, list[int]]:
 # --------------------------------------------------------------------------------------------- context models
 
 
-def _context(step: Step, values: Mapping[int, Tensor], count: int) -> "_Planes | _Columns | None":
+def _context_model(step: Step, values: Mapping[int, Tensor], count: int) -> "_Planes | _Columns | None":
+    """The context model of a latent of `count` positions; None where it has none."""
     if step.context is None:
         return None
-    return (
-        _Planes(step, values, count)
-        if step.context.gathering is None
-        else _Columns(step, step.context.gathering, values, count)
-    )
+    if step.context.gathering is None:
+        return _Planes(step.context, step.latent, values, count)
+    return _Columns(step.context, step.context.gathering, step.latent, values, count)
 
 
 class _Planes:
-    """The context model over the whole plane, once a pass."""
+    """A context model that computes the whole plane once a pass.
 
-    def __init__(self, step: Step, values: Mapping[int, Tensor], count: int):
-        self.context, self.latent, self.count = step.context, step.latent, count
-        self.given = {str(number): values[number] for number in self.context.inputs}
-        self.decoded = torch.zeros((int(np.prod(step.latent.shape)) // count, count), dtype=torch.int32)
+    Args:
+        count: positions of the latent.
+    """
 
-    def densities(self, chosen: Tensor) -> dict[str, Tensor]:
-        own = self.decoded.reshape(self.latent.shape)
-        found = self.context.run({**self.given, **{str(number): own for number in self.context.own}})
-        return {name: part.reshape(-1, self.count)[:, chosen] for name, part in found.items()}
+    def __init__(self, context: Context, latent: Latent, values: Mapping[int, Tensor], count: int):
+        self.context, self.latent, self.count = context, latent, count
+        self.inputs = {str(number): values[number] for number in context.inputs}
+        self.decoded = torch.zeros((int(np.prod(latent.shape)) // count, count), dtype=torch.int32)
 
-    def add(self, chosen: Tensor, decoded: Tensor) -> None:
-        self.decoded[:, chosen] = decoded.to(torch.int32)
+    def densities(self, positions: Tensor) -> dict[str, Tensor]:
+        """The densities at some positions, (channels, len(positions)) each."""
+        plane = self.decoded.reshape(self.latent.shape)
+        results = self.context.run({**self.inputs, **{str(number): plane for number in self.context.decoded}})
+        return {name: values.reshape(-1, self.count)[:, positions] for name, values in results.items()}
+
+    def add(self, positions: Tensor, decoded: Tensor) -> None:
+        """Take over what is decoded at some positions, (channels, len(positions))."""
+        self.decoded[:, positions] = decoded.to(torch.int32)
 
 
 class _Columns:
-    """The context model at the positions of one front, from what lies at its taps around them."""
+    """A context model that computes the positions of one wavefront, from the values at its taps around each.
 
-    def __init__(self, step: Step, gathering: Gathering, values: Mapping[int, Tensor], count: int):
-        self.context, self.gathering = step.context, gathering
+    The positions are laid side by side into a small image, the room, on which the rest of the context model
+    runs. Where the context model convolves over channels too, positions are (channel, row, column), and each
+    is laid into its own channel, because the channels' parameters differ.
+
+    Args:
+        count: positions of the latent.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        gathering: Gathering,
+        latent: Latent,
+        values: Mapping[int, Tensor],
+        count: int,
+    ):
+        self.context, self.gathering = context, gathering
         self.room = int(np.prod(gathering.room))
         self.volume = gathering.taps.shape[1] == 3
-        shape = step.latent.shape[1:] if self.volume else step.latent.shape[2:]
-        self.a_channel = count // shape[0]
+        shape = latent.shape[1:] if self.volume else latent.shape[2:]
+        self.positions_a_channel = count // shape[0]
         margin = np.abs(gathering.taps).max(0)
         padded = np.asarray(shape) + 2 * margin
-        self.plane: Tensor | None = None
+        self.plane: Tensor | None = None  # (positions with a margin, channels), made with the first densities
         self.padded = int(np.prod(padded))
         strides = np.cumprod([1, *padded[:0:-1]])[::-1]
-        grid = np.indices(shape).reshape(len(shape), -1).T + margin
-        self.places = torch.from_numpy(grid @ strides)  # of each position in the padded plane
+        coordinates = np.indices(shape).reshape(len(shape), -1).T + margin
+        self.rows_of_plane = torch.from_numpy(coordinates @ strides)  # of each position
         self.taps = torch.from_numpy(gathering.taps @ strides)
-        self.rows = {}
-        for number in self.context.inputs:
+        self.inputs = {}
+        for number in context.inputs:
             value = values[number]
             if tuple(value.shape[-len(shape) :]) != tuple(shape):
                 raise InputError(
-                    f"{step.latent.node}: its context model takes more than what lies at each position"
+                    f"{latent.node}: its context model takes more than what lies at each position"
                 )
-            self.rows[str(number)] = value.reshape(-1, count).T.contiguous()
+            self.inputs[str(number)] = value.reshape(-1, count).T.contiguous()
 
-    def _slots(self, chosen: Tensor) -> Tensor:
-        """Where each position is laid in the room: in a volume, into its own channel, whose parameters differ
-        from others'."""
+    def densities(self, positions: Tensor) -> dict[str, Tensor]:
+        """The densities at some positions, (channels, len(positions)) each."""
+        gathering, slots = self.gathering, self._slots(positions)
+        inputs = {name: self._laid(values[positions], slots) for name, values in self.inputs.items()}
+        neighbours = self._plane()[self.rows_of_plane[positions][:, None] + self.taps]
+        if gathering.by_channel:  # neighbours: (positions, taps, channels)
+            unfolded = neighbours.new_zeros((self.room, neighbours.shape[1] * neighbours.shape[2]))
+            unfolded[slots] = neighbours.transpose(1, 2).flatten(1)
+            inputs[gathering.columns] = unfolded.T[None]
+        else:
+            inputs[gathering.columns] = self._laid(neighbours.flatten(1), slots)
+        results = self.context.run(inputs)
+        return {name: values.reshape(-1, self.room)[:, slots] for name, values in results.items()}
+
+    def add(self, positions: Tensor, decoded: Tensor) -> None:
+        """Take over what is decoded at some positions, (channels, len(positions))."""
+        self._plane()[self.rows_of_plane[positions]] = self._prepared(decoded, self._slots(positions))
+
+    def _plane(self) -> Tensor:
+        if self.plane is None:
+            one = self._prepared(torch.zeros((1, 1), dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
+            self.plane = one.new_zeros((self.padded, self.gathering.channels))
+        return self.plane
+
+    def _slots(self, positions: Tensor) -> Tensor:
+        """Where each position is laid in the room, (len(positions),)."""
         if not self.volume:
-            return torch.arange(len(chosen))
-        channel = chosen // self.a_channel  # ascending, as positions of one front are
+            return torch.arange(len(positions))
+        channel = positions // self.positions_a_channel  # ascending, as positions of one wavefront are
         first = torch.searchsorted(channel, channel)
-        return channel * (self.room // self.gathering.room[0]) + torch.arange(len(chosen)) - first
+        return channel * (self.room // self.gathering.room[0]) + torch.arange(len(positions)) - first
 
     def _laid(self, rows: Tensor, slots: Tensor) -> Tensor:
         """(positions, channels) as an image of the room, channels last in memory."""
@@ -250,35 +305,12 @@ class _Columns:
         full[slots] = rows
         return full.reshape(1, *self.gathering.room, -1).movedim(-1, 1)
 
-    def densities(self, chosen: Tensor) -> dict[str, Tensor]:
-        gathering, slots = self.gathering, self._slots(chosen)
-        inputs = {name: self._laid(rows[chosen], slots) for name, rows in self.rows.items()}
-        if self.plane is None:
-            self.plane = self._empty()
-        columns = self.plane[self.places[chosen][:, None] + self.taps]  # (positions, taps, channels)
-        if gathering.by_channel:
-            unfolded = columns.new_zeros((self.room, columns.shape[1] * columns.shape[2]))
-            unfolded[slots] = columns.transpose(1, 2).flatten(1)
-            inputs[gathering.columns] = unfolded.T[None]
-        else:
-            inputs[gathering.columns] = self._laid(columns.flatten(1), slots)
-        found = self.context.run(inputs)
-        return {name: part.reshape(-1, self.room)[:, slots] for name, part in found.items()}
-
-    def _empty(self) -> Tensor:
-        return self._prepared(
-            torch.zeros((1, 1), dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
-        ).new_zeros((self.padded, self.gathering.channels))
-
     def _prepared(self, decoded: Tensor, slots: Tensor) -> Tensor:
-        """decoded: (channels, positions); what the spatial operation takes, (positions, channels)."""
+        """Decoded values (channels, positions) as the spatial operation takes them, (positions, channels)."""
         gathering = self.gathering
         channels = 1 if self.volume else gathering.channels
         full = torch.zeros((channels, self.room), dtype=torch.int32)
         full[:, slots] = decoded.to(torch.int32)
         shape = (1, *gathering.room) if self.volume else (1, channels, *gathering.room)
-        plane = gathering.prepare({str(gathering.own): full.reshape(shape)})["plane"]
+        plane = gathering.prepare({str(gathering.decoded): full.reshape(shape)})["plane"]
         return plane.reshape(-1, self.room).T[slots]
-
-    def add(self, chosen: Tensor, decoded: Tensor) -> None:
-        self.plane[self.places[chosen]] = self._prepared(decoded, self._slots(chosen))

@@ -1,17 +1,23 @@
-"""What a codec computes for some images under the conditions of this process, as hashes; `evaluation.verify`
-runs it many times.
+"""Hashes of what a codec computes for some images in this process; `licq verify` runs it in many.
 
-    python -m codec.fingerprint JOB.json RESULT.json
+    python -m licq.codec.fingerprint JOB.json RESULT.json
 
-A job: {"model": a quantized model's file or null, "level": rate of a variable-rate one or null, "float":
-[file, architecture, quality or level] or null, "images": [files], "threads": N, "batch": N, "tile": side or
-null, "device": name, "keep": folder, "base": whether this process makes what the others compare with}.
+A job is a JSON object:
+
+    model    a quantized model's file, or null
+    level    the rate of a variable-rate model, or null
+    float    [file, architecture, quality or level] of a float codec, or null
+    images   files
+    threads, batch, device    numbers and a name
+    tile     side of the tiles of large images, or null
+    keep     a folder in which the first process leaves files and latents for the others
+    base     whether this is the first process
 """
 
 import hashlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,35 +35,42 @@ from licq.support.errors import InputError
 
 
 def digest(*tensors: Tensor) -> str:
-    found = hashlib.sha256()
+    """The first 16 hexadecimal digits of the SHA-256 of the tensors' bytes."""
+    sha256 = hashlib.sha256()
     for tensor in tensors:
-        found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return found.hexdigest()[:16]
+        sha256.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return sha256.hexdigest()[:16]
 
 
 def with_copies(x: Tensor, batch: int) -> Tensor:
-    """x (1, ...) and shifted copies of it, `batch` together."""
-    return torch.cat([x, *(x.roll(7 * place, -1) for place in range(1, batch))])
+    """(batch, ...): x (1, ...) and copies of it that are shifted sideways."""
+    return torch.cat([x, *(x.roll(7 * copy, -1) for copy in range(1, batch))])
 
 
 # ---------------------------------------------------------------------------------------------- integer codec
 
 
 def of_integers(codec: Codec, image: Tensor, stream: Path, job: dict[str, Any]) -> dict[str, str]:
-    """Hashes of symbols, densities, file and pixels, and of the pixels that the first process's file decodes
-    to; without the last two of a codec without files."""
-    found = codec.inspect(image, job["batch"], job["device"])
+    """Hashes of what the integer codec computes for an image, uint8 (3, H, W).
+
+    Args:
+        stream: where the first process writes its file, which all processes decode.
+
+    Returns:
+        "symbols", "indexes" (what the densities follow from), "pixels", and where the codec has files "file"
+        and "decoded": the file, and the pixels that the first process's file decodes to.
+    """
+    computed = codec.inspect(image, job["batch"], job["device"])
+    densities = (
+        tensor.to(torch.int64)
+        for latent in computed["latents"]
+        for name, tensor in latent.items()
+        if name != "symbols"
+    )
     result = {
-        "symbols": digest(*(part["symbols"].to(torch.int64) for part in found["latents"])),
-        "indexes": digest(
-            *(
-                tensor.to(torch.int64)
-                for part in found["latents"]
-                for name, tensor in part.items()
-                if name != "symbols"
-            )
-        ),
-        "pixels": digest(found["pixels"]),
+        "symbols": digest(*(latent["symbols"].to(torch.int64) for latent in computed["latents"])),
+        "indexes": digest(*densities),
+        "pixels": digest(computed["pixels"]),
     }
     if job["batch"] > 1 or job["device"] != "cpu":
         return result
@@ -79,31 +92,34 @@ def of_integers(codec: Codec, image: Tensor, stream: Path, job: dict[str, Any]) 
 
 
 class Tape:
-    """The latents of a float codec: recorded in the first process, handed to the decoder's half of the
-    others."""
+    """The latents of a float codec. The first process records them; in the others the decoder gets these.
 
-    def __init__(self, model: nn.Module, played: list[Tensor] | None):
-        self.model, self.played = model, played
+    Args:
+        recorded: of the first process; None in the first process.
+    """
+
+    def __init__(self, model: nn.Module, recorded: list[Tensor] | None):
+        self.model, self.recorded = model, recorded
         self.latents: list[Tensor] = []
         self.indexes: list[Tensor] = []
 
     def _pass(self, value: Tensor) -> Tensor:
-        if self.played is not None:
-            value = self.played[len(self.latents)].to(value)
+        if self.recorded is not None:
+            value = self.recorded[len(self.latents)].to(value)
         self.latents.append(value.detach())
         return value
 
     @contextmanager
     def running(self) -> Iterator[None]:
+        """While this lasts, the model's forward passes its latents through the tape."""
         hooks = []
         for module in self.model.modules():
             if isinstance(module, (EntropyBottleneck, GaussianConditional)):
                 hooks.append(module.register_forward_hook(self._entropy_model, with_kwargs=True))
             elif isinstance(module, RoundAboutMeans):
-                hooks.append(module.register_forward_hook(lambda module, args, output: self._pass(output)))
+                hooks.append(module.register_forward_hook(self._rounding))
             if isinstance(module, GaussianConditional):
-                plain = module.quantize
-                module.quantize = lambda *args, plain=plain, **kwargs: self._pass(plain(*args, **kwargs))
+                vars(module)["quantize"] = self._through(module.quantize)
         try:
             yield
         finally:
@@ -111,7 +127,13 @@ class Tape:
                 hook.remove()
             for module in self.model.modules():
                 if isinstance(module, GaussianConditional):
-                    del module.quantize
+                    del vars(module)["quantize"]
+
+    def _through(self, quantize: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda *args, **kwargs: self._pass(quantize(*args, **kwargs))
+
+    def _rounding(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        return self._pass(output)
 
     def _entropy_model(self, module: nn.Module, args: tuple, kwargs: dict, output: tuple) -> tuple:
         if isinstance(module, GaussianConditional) and not isinstance(module, GaussianMixtureConditional):
@@ -119,19 +141,23 @@ class Tape:
         return self._pass(output[0]), *output[1:]
 
 
-def of_floats(model: nn.Module, image: Tensor, kept: Path, job: dict[str, Any]) -> dict[str, str]:
-    """Hashes of the scale indexes and pixels that this process's decoder has for the latents of the first
-    process."""
+def of_floats(model: nn.Module, image: Tensor, latents_file: Path, job: dict[str, Any]) -> dict[str, str]:
+    """Hashes of the scale indexes and pixels that this process computes from the first process's latents.
+
+    Args:
+        image: uint8 (3, H, W).
+        latents_file: where the first process leaves its latents.
+    """
     x, _ = pad_to_multiple(image[None].float() / 255)
-    played = None if job["base"] else torch.load(kept, weights_only=True)
+    recorded = None if job["base"] else torch.load(latents_file, weights_only=True)
     batch = with_copies(x, job["batch"]).to(job["device"])
-    if played is not None and job["batch"] > 1:
-        played = [with_copies(part, job["batch"]) if part.shape[0] == 1 else part for part in played]
-    tape = Tape(model, played)
+    if recorded is not None and job["batch"] > 1:
+        recorded = [with_copies(part, job["batch"]) if part.shape[0] == 1 else part for part in recorded]
+    tape = Tape(model, recorded)
     with torch.no_grad(), tape.running():
         x_hat = model(batch)["x_hat"][:1]
     if job["base"]:
-        torch.save([part.cpu() for part in tape.latents], kept)
+        torch.save([part.cpu() for part in tape.latents], latents_file)
     return {
         "indexes": digest(*(part[:1] for part in tape.indexes)),
         "pixels": digest((x_hat.clamp(0, 1) * 255).round().to(torch.uint8)),
@@ -139,26 +165,28 @@ def of_floats(model: nn.Module, image: Tensor, kept: Path, job: dict[str, Any]) 
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
+    """The result of a job: versions, and hashes of each image under "integer" and "float"."""
     torch.set_num_threads(job["threads"])
     folder = Path(job["keep"])
     codec = Codec.load(job["model"], job["threads"], tile=job["tile"]) if job["model"] else None
     if codec and job["level"] is not None:
-        codec.model.model.set_level(job["level"])
+        network: Any = codec.model.model
+        network.set_level(job["level"])
     model = load_checkpoint(*job["float"]).to(job["device"]) if job["float"] else None
-    found: dict[str, Any] = {
+    result: dict[str, Any] = {
         "torch": torch.__version__,
         "capability": torch.backends.cpu.get_cpu_capability(),
         "integer": [],
         "float": [],
     }
-    for place, path in enumerate(job["images"]):
+    for index, path in enumerate(job["images"]):
         image = torch.from_numpy(load_pixels(path)).permute(2, 0, 1)
         if codec:
-            found["integer"].append(of_integers(codec, image, folder / f"{place}.licq", job))
+            result["integer"].append(of_integers(codec, image, folder / f"{index}.licq", job))
         if model is not None:
-            found["float"].append(of_floats(model, image, folder / f"{place}.pt", job))
+            result["float"].append(of_floats(model, image, folder / f"{index}.pt", job))
         print(".", end="", flush=True)
-    return found
+    return result
 
 
 if __name__ == "__main__":

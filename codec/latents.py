@@ -1,5 +1,4 @@
-"""The latents of a codec, found in its program, and parts of the program between what is known and what is
-wanted."""
+"""The latents of a codec, found in its integer program, and the parts of the program between values."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,13 +12,13 @@ from licq.quant.operations import Input
 from licq.support.errors import InputError
 
 NO_FILES = (
-    "this codec's forward computes y_hat from other symbols than those whose rate it estimates, so no bitstream gives its images; "
-    "evaluate it with estimated rates (without --real)"
+    "this codec's forward computes y_hat from other symbols than those whose rate it estimates, so no "
+    "bitstream gives its images; evaluate it with estimated rates (without `real`)"
 )
 
 
 class EncoderOnlyError(InputError):
-    """A decoder would need what only the encoder has. node: its name."""
+    """A decoder would need a value that only the encoder has, from the node of name `node`."""
 
     def __init__(self, node: str):
         super().__init__(f"{node}: the decoder would need what only the encoder has")
@@ -30,10 +29,17 @@ class EncoderOnlyError(InputError):
 class Latent:
     """One latent, by the numbers of its values in the program.
 
-    node: the entropy model's. latent: before it is rounded. symbols: every value that stands for them.
-    decoded: those that stand for what the decoder makes of them, where that is plain (symbols, with the means
-    where they are differences). whole: the symbols are round(latent); else they are differences from the
-    means.
+    Args:
+        node: the name of the entropy model.
+        kind: "entropy_bottleneck", "gaussian" or "mixture".
+        latent: the value before rounding.
+        symbols: all values that are the symbols.
+        decoded: all values that are y_hat, where y_hat is the symbols, plus the means where the symbols are
+            differences from them; empty where y_hat is computed in another way.
+        densities: the values that the density of a symbol follows from: "scales", "means", "weights".
+        whole: the symbols are round(latent); else they are round(latent - means).
+        shape: of the symbols, (1, C, H, W).
+        step: of z in a codec of variable rate, in units of 2^-`STEP_OF_Z_BITS`.
     """
 
     node: str
@@ -44,24 +50,27 @@ class Latent:
     densities: dict[str, int]
     whole: bool
     shape: tuple[int, ...]
-    step: int | None = None  # of z in a codec of variable rate, in 2^-16
+    step: int | None = None
 
     @property
     def given(self) -> tuple[int, ...]:
-        """The values that are known when the symbols are."""
+        """The values that follow from the symbols and their means alone."""
         return (*self.symbols, *self.decoded)
 
     def names(self) -> Iterator[tuple[str, int]]:
-        """Values that a decoder has, by names that are the same for all sizes of images."""
-        yield from ((f"given{place}", number) for place, number in enumerate(self.given))
+        """(name, number) of the values that a decoder has; the names are the same for all sizes of images."""
+        yield from ((f"given{index}", number) for index, number in enumerate(self.given))
         yield from self.densities.items()
 
 
 def find_latents(program: Program) -> list[Latent]:
-    """The latents of a program without duplicates, in the order in which they are coded.
+    """The latents of a program, in the order in which they are coded: z, then y.
+
+    Args:
+        program: with no operation in it twice; see `integer.passes.without_duplicates`.
 
     Raises:
-        InputError: y_hat is not made of the symbols whose rate the codec estimates.
+        InputError: y_hat is not computed from the symbols whose rate the codec estimates.
     """
     read = {number for operation in program.operations for number in operation.inputs} | set(
         program.outputs.values()
@@ -148,8 +157,18 @@ def _same_constant(program: Program, a: int | None, b: int | None) -> bool:
 
 
 def cut(program: Program, known: set[int], outputs: Mapping[str, int]) -> Program:
-    """What computes `outputs` from those of the `known` values that it needs; its inputs are named by their
-    numbers."""
+    """The part of a program that computes `outputs` from `known` values, as far as it needs them.
+
+    Args:
+        known: numbers of values.
+        outputs: name -> number.
+
+    Returns:
+        A program whose inputs are named by their numbers.
+
+    Raises:
+        EncoderOnlyError: the outputs depend on the pixels in another way than through the known values.
+    """
     producers = program.producers()
     used, seen, pending = set(), set(), list(outputs.values())
     while pending:

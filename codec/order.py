@@ -1,7 +1,9 @@
-"""Which symbols of a latent can be decoded together, from what its context model reads.
+"""The groups in which the symbols of a latent with a context model are decoded.
 
-A context model is found in the program: every convolution (or unfolding) over the latent's own decoded
-numbers, with the taps that its weights leave and the 0/1 masks before and after it.
+A context model is found in the integer program: it is the convolutions and unfoldings of the latent's own
+decoded values. What it reads follows from the taps with weights that are not 0, and from the 0/1 masks before
+and after it. A context model with masks works in a few passes (checkerboard, multistage). One without is
+autoregressive; its symbols are decoded in wavefronts.
 """
 
 from dataclasses import dataclass
@@ -15,16 +17,19 @@ from licq.quant import operations as ops
 from licq.quant.operations import Operation
 from licq.support.errors import InputError
 
-_MOST_PASSES = 16
+_MAX_PASSES = 16
 _SPATIAL = (ops.Conv2d, ops.Conv3d)
 
 
 @dataclass(frozen=True)
 class Reading:
-    """One spatial operation on a latent: taps (count, dimensions) relative to a position; what it may read,
-    and whom it serves.
+    """What one spatial operation of a context model reads.
 
-    known, served: 0/1 over the positions, or None for all.
+    Args:
+        operation: a convolution or an unfolding.
+        taps: (count, dimensions), the offsets of what it reads from the position that it computes.
+        known: 0/1 over the positions, those that it reads; None: all.
+        served: 0/1 over the positions, those whose density depends on it; None: all.
     """
 
     operation: Operation
@@ -34,23 +39,28 @@ class Reading:
 
     @property
     def is_plain(self) -> bool:
+        """Whether it reads and serves all positions."""
         return self.known is None and self.served is None
 
 
 def dependents(program: Program, seeds: set[int]) -> set[int]:
-    """The values that are computed from any of `seeds`, and these."""
-    found = set(seeds)
+    """The numbers of the values that are computed from any of `seeds`, and the seeds."""
+    numbers = set(seeds)
     for operation in program.operations:
-        if found.intersection(operation.inputs):
-            found.update(operation.outputs)
-    return found
+        if numbers.intersection(operation.inputs):
+            numbers.update(operation.outputs)
+    return numbers
 
 
 def readings(program: Program, own: set[int]) -> list[Reading]:
-    """The spatial operations of a part of a program on the numbers `own`.
+    """The spatial operations of a context model.
+
+    Args:
+        program: the part of a program that computes the densities.
+        own: numbers of the latent's own decoded values.
 
     Raises:
-        InputError: a context model of another kind.
+        InputError: the context model has an operation for which there is no decoding order.
     """
     masks: dict[int, np.ndarray | None] = dict.fromkeys(
         own
@@ -77,7 +87,8 @@ def readings(program: Program, own: set[int]) -> list[Reading]:
                 masks[out] = known
             else:
                 raise InputError(
-                    f"{operation.node}: this context model ({operation.kind} on decoded symbols) has no decoding order here"
+                    f"{operation.node}: this context model ({operation.kind} on decoded symbols) has no "
+                    "decoding order here"
                 )
         else:
             before = [after[number] for number in operation.inputs if number in after]
@@ -101,7 +112,7 @@ def _plane(mask: Tensor) -> np.ndarray:
 
 
 def _taps(conv: ops.Convolution) -> np.ndarray:
-    """Places of a convolution's weights that are not all zero, relative to the output's."""
+    """(count, dimensions): the taps of a convolution with weights that are not 0, relative to its centre."""
     used = (conv.weight != 0).flatten(0, 1).any(0)
     centre = torch.tensor([size // 2 for size in used.shape])
     same = all(2 * pad == size - 1 for pad, size in zip(conv.padding, used.shape))
@@ -113,15 +124,14 @@ def _taps(conv: ops.Convolution) -> np.ndarray:
 
 
 def window_side(unfold: ops.Layout) -> int | None:
-    """Side of an unfolding's window, None where it is not square."""
+    """The side of an unfolding's window; None where it is not square."""
     side = unfold.argument(1, "kernel_size")
     side = side[0] if isinstance(side, (tuple, list)) and len(set(side)) == 1 else side
     return side if isinstance(side, int) else None
 
 
 def _unfolded_taps(program: Program, unfold: ops.Layout) -> np.ndarray:
-    """Those of the window's places that a mask leaves: what is unfolded goes through layouts to a
-    multiplication with it."""
+    """(count, 2): the positions of an unfolding's window that the mask behind it leaves."""
     options = unfold.options
     side, pad = window_side(unfold), options.get("padding", 0)
     if (
@@ -146,10 +156,14 @@ def _unfolded_taps(program: Program, unfold: ops.Layout) -> np.ndarray:
 
 
 def passes(readings: list[Reading], shape: tuple[int, ...]) -> np.ndarray | None:
-    """The pass in which each position is decoded, where a few are enough; None where they are not. shape: of
-    the positions."""
+    """The pass in which each position is decoded, from 0; None where more than `_MAX_PASSES` are needed.
+
+    Args:
+        readings: all operations of the context model.
+        shape: of the positions.
+    """
     level = np.zeros(shape, dtype=np.int64)
-    for _ in range(_MOST_PASSES + 1):
+    for _ in range(_MAX_PASSES + 1):
         new = np.zeros_like(level)
         for reading in readings:
             known = np.where(reading.known, level, -1) if reading.known is not None else level
@@ -163,7 +177,7 @@ def passes(readings: list[Reading], shape: tuple[int, ...]) -> np.ndarray | None
 
 
 def _shifted(plane: np.ndarray, tap: np.ndarray) -> np.ndarray:
-    """What stands at position + tap, -1 outside."""
+    """The value at position + tap; -1 where that is outside of the plane."""
     out = np.full_like(plane, -1)
     here, there = [], []
     for size, step in zip(plane.shape, tap):
@@ -174,10 +188,17 @@ def _shifted(plane: np.ndarray, tap: np.ndarray) -> np.ndarray:
 
 
 def wavefronts(reading: Reading, shape: tuple[int, ...]) -> np.ndarray:
-    """The front on which each position lies: a linear function of it that is smaller at every tap.
+    """The wavefront on which each position lies.
+
+    It is a linear function of the position that is smaller at every tap. So the positions of one wavefront do
+    not depend on each other.
+
+    Args:
+        reading: the only operation of the context model.
+        shape: of the positions.
 
     Raises:
-        InputError: a tap that raster order has not reached.
+        InputError: a tap reads a position that comes later in raster order.
     """
     taps = reading.taps
     slopes = [1] * len(shape)
@@ -191,4 +212,42 @@ def wavefronts(reading: Reading, shape: tuple[int, ...]) -> np.ndarray:
         if axis + 1 < len(shape):
             reach = later[taps[:, axis] < 0] @ np.asarray(slopes[axis + 1 :])
             slopes[axis] = max(1, int(reach.max(initial=0)) + 1)
-    return sum(slope * grid for slope, grid in zip(slopes, np.indices(shape)))
+    return np.tensordot(np.asarray(slopes), np.indices(shape), 1)
+
+
+def positions_of(shape: tuple[int, ...], context: list[Reading]) -> tuple[int, ...]:
+    """The shape of a latent's positions: (H, W), or (C, H, W) where its context model reads channels too.
+
+    Args:
+        shape: of the latent, (1, C, H, W).
+        context: what its context model reads; empty where it has none.
+    """
+    volume = bool(context) and context[0].taps.shape[1] == 3
+    return tuple(shape[1:] if volume else shape[2:])
+
+
+def groups(context: list[Reading], positions: tuple[int, ...]) -> list[np.ndarray]:
+    """Positions, flat, in the order of decoding, in groups whose symbols do not depend on each other.
+
+    Args:
+        context: what the context model reads; empty where there is none.
+        positions: their shape.
+
+    Raises:
+        InputError: a context model for which there is no order.
+    """
+    if not context:
+        return [np.arange(int(np.prod(positions)))]
+    if len(context) == 1 and context[0].is_plain:
+        time = wavefronts(context[0], positions)
+    else:
+        if any(reading.is_plain for reading in context):
+            raise InputError(
+                "a context model of several convolutions without masks has no decoding order here"
+            )
+        time = passes(context, positions)
+        if time is None:
+            raise InputError("this context model needs more passes than there is an order for")
+    time = time.flatten()
+    order = np.argsort(time, kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(time[order])) + 1)

@@ -1,8 +1,14 @@
-"""A program cut into what an encoder runs, and what a decoder runs between the symbols that it reads.
+"""An integer program cut into the parts that an encoder and a decoder run.
 
-Latents come one after the other: z, then those of y. For each, `before` computes what its densities need from
-what is decoded already; where a context model reads the latent's own symbols, `context` is run again as these
-come in.
+The encoder computes all symbols and their densities at once. The decoder takes the latents one after the
+other, z and then y:
+
+    for step in plan.steps:
+        run step.before             what the densities need, from what is decoded already
+        for group in step.order:
+            run step.context        where there is a context model: densities from the symbols so far
+            decode the symbols of the group
+    run plan.synthesis              the pixels
 """
 
 from collections.abc import Callable
@@ -13,7 +19,7 @@ import torch
 from torch import Tensor
 
 from licq.codec.latents import NO_FILES, EncoderOnlyError, Latent, cut, find_latents
-from licq.codec.order import Reading, dependents, passes, readings, wavefronts, window_side
+from licq.codec.order import Reading, dependents, groups, positions_of, readings, window_side
 from licq.codec.sizes import Sizes, analysis_part, synthesis_part
 from licq.integer.execution import executable
 from licq.integer.passes import without_duplicates
@@ -27,8 +33,11 @@ from licq.support.errors import InputError
 class Step:
     """How one latent is decoded.
 
-    before: from the values `needs` to the values `gives`, by numbers. order: positions, flat, in the groups
-    in which they come.
+    Args:
+        latent: the latent.
+        before: computes the values `gives` from the values `needs`; both are numbers of values.
+        order: positions, flat, in the groups in which they are decoded.
+        context: the context model; None where there is none.
     """
 
     latent: Latent
@@ -41,31 +50,40 @@ class Step:
 
 @dataclass
 class Context:
-    """Densities of some positions of a latent from its symbols before them.
+    """A context model: densities of positions from symbols that are decoded before them.
 
-    run: by names of values to densities by name. own: the latent's decoded values that it takes. inputs: the
-    other values.
-    gathering: positions are taken out and laid into an image of `room` positions, with the numbers at `taps`
-    of each as channels.
+    Args:
+        run: from values, named by their numbers, to densities by name.
+        decoded: numbers of the latent's decoded values that it takes.
+        inputs: numbers of the other values that it takes.
+        gathering: how it runs on single positions; None where it runs on the whole plane.
     """
 
     run: Callable
-    own: tuple[int, ...]
+    decoded: tuple[int, ...]
     inputs: tuple[int, ...]
     gathering: "Gathering | None" = None
 
 
 @dataclass
 class Gathering:
-    """What a context model reads of a plane of decoded numbers.
+    """How a context model runs on single positions: they are laid side by side into a small image.
 
-    prepare: from decoded numbers (the value `own`) to what the spatial operation takes, position by position.
-    taps: (count, dimensions). channels: of the plane. room: the small image that the positions are laid into.
-    by_channel: the columns are channels of taps; else taps of channels.
+    There the spatial operation becomes one of size 1, on columns: the values at the taps around each
+    position.
+
+    Args:
+        prepare: from the decoded values to what the spatial operation takes, position by position.
+        decoded: the number of the decoded value that `prepare` takes.
+        columns: the name of the columns among the inputs.
+        taps: (count, dimensions), relative to a position.
+        channels: of what the spatial operation takes.
+        room: shape of the small image.
+        by_channel: the order of a column's values: for each channel the taps; else for each tap the channels.
     """
 
     prepare: Callable
-    own: int
+    decoded: int
     columns: str
     taps: np.ndarray
     channels: int
@@ -78,24 +96,24 @@ def _inputs(program: Program) -> tuple[int, ...]:
 
 
 class Plan:
-    """Everything that coding images of one size needs.
+    """What coding images of one size needs. Its parts are made when they are first used.
 
     Args:
-        program: of that size.
-        sizes: the codec's programs of other sizes; None where there is no context model and no need for
-        tiles.
-        threads: of the kernels.
+        program: the codec's program for images of that size.
+        sizes: the codec's programs for other sizes; they are needed for tiles, and to decode with an
+            autoregressive context model.
+        threads: CPU threads; None: PyTorch's choice.
     """
 
     def __init__(self, program: Program, sizes: Sizes | None, threads: int | None = None):
         self.program = without_duplicates(program)
         self.threads = threads
         self.latents = find_latents(self.program)
-        wanted = {}
-        for place, latent in enumerate(self.latents):
-            wanted[f"{place}.symbols"] = latent.symbols[0]
-            wanted.update({f"{place}.{name}": number for name, number in latent.densities.items()})
-        self._wanted, self._sizes = wanted, sizes
+        coded = {}  # the symbols and densities of all latents
+        for index, latent in enumerate(self.latents):
+            coded[f"{index}.symbols"] = latent.symbols[0]
+            coded.update({f"{index}.{name}": number for name, number in latent.densities.items()})
+        self._coded, self._sizes = coded, sizes
         self._orders: dict[int, list[np.ndarray]] = {}
         self._encoder: Callable | None = None
         self._steps: list[Step] | None = None
@@ -107,22 +125,31 @@ class Plan:
         return executable(part, self.threads)
 
     def outputs(self) -> tuple[Program, dict[str, int]]:
-        """(the program, the numbers of each latent's symbols and densities as "place.name")."""
-        return self.program, self._wanted
+        """(the program, the numbers of its symbols and densities by name, such as "1.scales")."""
+        return self.program, self._coded
 
     def encode(self, pixels: Tensor) -> list[dict[str, Tensor]]:
-        """For each latent its symbols and densities, whole numbers; pixels: (1, 3, H, W) uint8, padded."""
+        """Symbols and densities of an image, which are integers.
+
+        Args:
+            pixels: uint8 (1, 3, H, W), of the plan's size.
+
+        Returns:
+            For each latent {"symbols", and the names of `Latent.densities`}.
+
+        Raises:
+            InputError: the codec's forward has no bitstream.
+        """
         if self._encoder is None:
             self._encoder = self._make_encoder()
-        found = self._encoder({"pixels": pixels})
+        values = self._encoder({"pixels": pixels})
         return [
-            {name: found[f"{place}.{name}"] for name in ("symbols", *latent.densities)}
-            for place, latent in enumerate(self.latents)
+            {name: values[f"{index}.{name}"] for name in ("symbols", *latent.densities)}
+            for index, latent in enumerate(self.latents)
         ]
 
     def _check(self) -> None:
-        """Raises InputError where a decoder would not have what it needs: no file is written that cannot be
-        read."""
+        """Raises InputError where a decoder would not have what it needs: no unreadable file is written."""
         known: set[int] = set()
         try:
             for latent in self.latents:
@@ -142,9 +169,9 @@ class Plan:
         pixels = self.program.inputs["pixels"]
         tiled = self._tiled("analysis", analysis_part)
         if tiled is None:
-            return self._executable(self.program.part({"pixels": pixels}, self._wanted))
-        latent = self.program.bottleneck(pixels, self._wanted.values())
-        rest = self._executable(self.program.part({"latent": latent}, self._wanted))
+            return self._executable(self.program.part({"pixels": pixels}, self._coded))
+        latent = self.program.bottleneck(pixels, self._coded.values())
+        rest = self._executable(self.program.part({"latent": latent}, self._coded))
         return lambda inputs: rest(tiled(inputs))
 
     def _tiled(self, name: str, part: Callable[[Program], Program]) -> Tiled | None:
@@ -153,6 +180,7 @@ class Plan:
 
     @property
     def steps(self) -> list[Step]:
+        """How the latents are decoded, in their order."""
         if self._steps is None:
             known: set[int] = set()
             steps = []
@@ -165,7 +193,7 @@ class Plan:
 
     @property
     def synthesis(self) -> tuple[Callable, dict[str, int]]:
-        """(from known values by name to {"pixels"}, their numbers by name)."""
+        """(what computes {"pixels": uint8 (1, 3, H, W)} from values by name, the numbers of these values)."""
         if self._synthesis is None:
             part = self.synthesis_of(self.program)
             run = self._tiled("synthesis", self.synthesis_of)
@@ -173,8 +201,10 @@ class Plan:
         return self._synthesis
 
     def synthesis_of(self, program: Program) -> Program:
-        """`synthesis_part` of this program or one of another size, from the symbols, and where there is no
-        context model from the densities."""
+        """`synthesis_part` of this program or of the same codec's for another size of images.
+
+        It starts from the symbols, and from the densities of latents without a context model.
+        """
         latents = find_latents(program)
         without_context = [not self._readings(latent) for latent in self.latents]
         known = {
@@ -184,28 +214,29 @@ class Plan:
         }
         return synthesis_part(program, latents, known)
 
-    def order(self, place: int) -> list[np.ndarray]:
+    def order(self, index: int) -> list[np.ndarray]:
         """Positions of a latent, flat, in the groups in which they are coded."""
-        if place not in self._orders:
-            latent = self.latents[place]
-            found = self._readings(latent)
-            self._orders[place] = _groups(found, _positions(latent, found))
-        return self._orders[place]
+        if index not in self._orders:
+            latent = self.latents[index]
+            context = self._readings(latent)
+            self._orders[index] = groups(context, positions_of(latent.shape, context))
+        return self._orders[index]
 
     def _readings(self, latent: Latent) -> list[Reading]:
-        own = set(latent.given)
-        if latent.kind == "entropy_bottleneck" or not dependents(self.program, own).intersection(
+        """What the latent's context model reads; empty where it has none."""
+        given = set(latent.given)
+        if latent.kind == "entropy_bottleneck" or not dependents(self.program, given).intersection(
             latent.densities.values()
         ):
             return []
-        frontier, part = _context_part(self.program, latent)
-        return readings(part, own)
+        _, part = _context_part(self.program, latent)
+        return readings(part, given)
 
     def _step(self, latent: Latent, known: set[int]) -> Step:
-        found = self._readings(latent)
-        positions = _positions(latent, found)
-        order = _groups(found, positions)
-        if not found:
+        reads = self._readings(latent)
+        positions = positions_of(latent.shape, reads)
+        order = groups(reads, positions)
+        if not reads:
             outputs = {str(number): number for number in latent.densities.values()}
             before = cut(self.program, known, outputs)
             return Step(
@@ -214,11 +245,11 @@ class Plan:
         frontier, part = _context_part(self.program, latent)
         before = cut(self.program, known, frontier)
         gathering = None
-        own = tuple(number for number in _inputs(part) if number in latent.given)
+        decoded = tuple(number for number in _inputs(part) if number in latent.given)
         inputs = tuple(number for number in _inputs(part) if number not in latent.given)
-        if found[0].is_plain:
-            part, gathering = self._gathered(latent, found[0], positions, order, part)
-        context = Context(self._executable(part), own, inputs, gathering)
+        if reads[0].is_plain:
+            part, gathering = self._gathered(latent, reads[0], positions, order, part)
+        context = Context(self._executable(part), decoded, inputs, gathering)
         return Step(
             latent, self._executable(before), _inputs(before), tuple(frontier.values()), order, context
         )
@@ -231,19 +262,27 @@ class Plan:
         order: list[np.ndarray],
         part: Program,
     ) -> tuple[Program, Gathering]:
-        """The context model `part` of an image with room for the positions of a group, which takes columns of
-        numbers in place of neighbours."""
+        """The context model on single positions, and how they are gathered; see `Gathering`.
+
+        Args:
+            reading: its only spatial operation.
+            positions: the shape of the latent's positions.
+            order: these positions in groups.
+            part: the context model on the whole plane.
+        """
         if len(positions) == 2:
             most = max(len(group) for group in order)
         else:  # that many in one channel
             most = max(int(np.bincount(group // int(np.prod(positions[1:]))).max()) for group in order)
+        assert self._sizes is not None  # see the class
         pixels = self.program.values[self.program.inputs["pixels"]].shape[-1] // positions[-1]
         small = self._sizes.with_room(most, pixels)
         there = find_latents(small)[self.latents.index(latent)]
         same = _counterparts(part, _context_part(small, there)[1])
         if same is None:
             raise InputError(
-                f"{latent.node}: this codec computes other steps at other image sizes, so its context model cannot be run by positions"
+                f"{latent.node}: this codec computes other steps at other image sizes, so its context "
+                "model cannot be run by positions"
             )
         source, number = same[reading.operation.inputs[0]], same[reading.operation.outputs[0]]
         operation = small.producers()[number]
@@ -258,7 +297,7 @@ class Plan:
             list(small.boundaries),
         )
         if isinstance(operation, ops.Layout):  # an unfolding: its result is the columns
-            columns, by_channel, taps = number, True, _window(window_side(operation))
+            columns, by_channel, taps = number, True, _window(window_side(operation) or 0)
         else:
             taps = reading.taps
             centre = [size // 2 for size in operation.weight.shape[2:]]
@@ -278,14 +317,14 @@ class Plan:
             small.operations = [changed if step is operation else step for step in small.operations]
             by_channel = False
         # inputs keep the names that they have at the image's own size
-        names = {same[own]: str(own) for own in _inputs(part)}
+        names = {same[number]: str(number) for number in _inputs(part)}
         frontier = [number for number in names if number not in there.given]
         part = _renamed(cut(small, {*frontier, columns}, there.densities), {**names, columns: _COLUMNS})
         prepare = _renamed(cut(small, set(there.given), {"plane": source}), names)
         room = small.values[source].shape[2:]
-        own = next(number for number in latent.given if str(number) in prepare.inputs)
+        decoded = next(number for number in latent.given if str(number) in prepare.inputs)
         return part, Gathering(
-            self._executable(prepare), own, _COLUMNS, taps, channels, tuple(room), by_channel
+            self._executable(prepare), decoded, _COLUMNS, taps, channels, tuple(room), by_channel
         )
 
 
@@ -293,12 +332,12 @@ _COLUMNS = "columns"
 
 
 def _context_part(program: Program, latent: Latent) -> tuple[dict[str, int], Program]:
-    """(what the context takes besides the latent's own decoded values, the part of the program)."""
-    own = set(latent.given)
-    inside = dependents(program, own)
+    """(the values that the context model takes besides the latent's own, its part of the program)."""
+    given = set(latent.given)
+    inside = dependents(program, given)
     producers = program.producers()
     frontier = set()
-    for operation in cut(program, _free(program, inside) | own, latent.densities).operations:
+    for operation in cut(program, _free(program, inside) | given, latent.densities).operations:
         frontier.update(
             number
             for number in operation.inputs
@@ -306,13 +345,15 @@ def _context_part(program: Program, latent: Latent) -> tuple[dict[str, int], Pro
         )
     frontier.update(number for number in latent.densities.values() if number not in inside)
     return {str(number): number for number in sorted(frontier)}, cut(
-        program, frontier | own, latent.densities
+        program, frontier | given, latent.densities
     )
 
 
 def _counterparts(part: Program, other: Program) -> dict[int, int] | None:
-    """For each value of a part that of the same part at another size of images; None where the steps are
-    others."""
+    """For each value of a part the same value of that part at another size of images.
+
+    None where the operations of the two parts differ.
+    """
     steps, others = (
         [op for op in program.operations if not isinstance(op, ops.Input)] for program in (part, other)
     )
@@ -339,7 +380,7 @@ def _renamed(part: Program, names: dict[int, str]) -> Program:
 
 
 def _free(program: Program, inside: set[int]) -> set[int]:
-    """Values outside `inside` that are read from inside, so that a cut stops at them."""
+    """The values outside of `inside` that operations inside read; a cut is to stop at them."""
     producers = program.producers()
     return {
         n
@@ -351,29 +392,5 @@ def _free(program: Program, inside: set[int]) -> set[int]:
 
 
 def _window(side: int) -> np.ndarray:
+    """(side^2, 2): the positions of a square window, relative to its centre."""
     return np.stack(np.meshgrid(*[np.arange(side) - side // 2] * 2, indexing="ij"), -1).reshape(-1, 2)
-
-
-def _positions(latent: Latent, found: list[Reading]) -> tuple[int, ...]:
-    """The shape of the latent's positions: rows and columns, or channels too where the context model runs
-    over them."""
-    volume = bool(found) and found[0].taps.shape[1] == 3
-    return tuple(latent.shape[1:] if volume else latent.shape[2:])
-
-
-def _groups(found: list[Reading], positions: tuple[int, ...]) -> list[np.ndarray]:
-    if not found:
-        return [np.arange(int(np.prod(positions)))]
-    if len(found) == 1 and found[0].is_plain:
-        time = wavefronts(found[0], positions)
-    else:
-        if any(reading.is_plain for reading in found):
-            raise InputError(
-                "a context model of several convolutions without masks has no decoding order here"
-            )
-        time = passes(found, positions)
-        if time is None:
-            raise InputError("this context model needs more passes than there is an order for")
-    time = time.flatten()
-    order = np.argsort(time, kind="stable")
-    return np.split(order, np.flatnonzero(np.diff(time[order])) + 1)

@@ -1,1 +1,1 @@
-"""Images in: loading and refusing, data sets by name, calibration crops."""
+"""Image files, data sets by name, and calibration crops."""

@@ -1,4 +1,4 @@
-"""Calibration crops: seeded, and never from an image that is evaluated."""
+"""Calibration crops: `licq.sample_crops`, drawn from a seed, never from an image that is evaluated."""
 
 import random
 from collections.abc import Iterable, Sequence
@@ -17,35 +17,41 @@ _TRIES = 64  # draws of another position before a repeated crop of the same imag
 
 
 def sample_crops(
-    paths: Sequence[Path],
+    files: Sequence[str | Path],
     num: int = 10,
     crop: int = 256,
     seed: int = 0,
-    exclude: Iterable[Path] = (),
+    exclude: Iterable[str | Path] = (),
     crops_per_image: int = 1,
     reductions: Sequence[int] = (1,),
 ) -> Tensor:
-    """Random crops, float32 (num * crops_per_image, 3, crop, crop) in 0..1, from `num` images drawn without
-    repeat.
+    """Random square crops of image files, to calibrate with.
 
-    First one crop of each image, then another of each, and so on. With fewer images than `num`, images are
-    drawn again, at different positions where there are any. An image smaller than the crop is continued by
-    reflection. The same arguments give the same crops on every machine, and more crops per image begin with
-    the same ones.
+    `num` images are drawn without repetition. The crops come in rounds: one of each image, then another of
+    each, and so on. With fewer files than `num`, images are drawn again, at other positions where there are
+    any. An image that is smaller than the crop is continued by reflection. The same arguments give the same
+    crops on every machine, and more crops per image begin with the same ones.
 
     Args:
-        exclude: the images of the evaluation set; see `refuse_overlap`.
-        reductions: by how much an image is made smaller (means of so many by so many pixels) before its
-        first, second ... crop
-            is taken, over and over. Large photographs are softer, pixel by pixel, than the images codecs are
-            measured on. An image too small for that and the crop stays as it is.
+        files: 8-bit RGB images.
+        num: images to draw.
+        crop: side of a crop, in pixels.
+        seed: of the draws.
+        exclude: the images of the evaluation; see `refuse_overlap`.
+        crops_per_image: rounds.
+        reductions: of the images of the first, second ... round, over and over: a reduction of n replaces n
+            by n pixels by their mean. Large photographs are softer, pixel by pixel, than the images that
+            codecs are measured on. An image that would become smaller than the crop stays as it is.
+
+    Returns:
+        float32 (num * crops_per_image, 3, crop, crop) in 0..1; every value is a multiple of 1 / 255.
 
     Raises:
-        InputError: no images, a bad number, an unreadable image, or one that is in the evaluation set.
+        InputError: no files, a number below 1, an unreadable image, or one that is evaluated.
     """
-    paths = [Path(path) for path in paths]
+    paths = [Path(path) for path in files]
     if not paths:
-        raise InputError("no calibration images; give a folder of images or a data set with --calib")
+        raise InputError("no calibration images; give some as `files`")
     if min(num, crop, crops_per_image) < 1:
         raise InputError(
             f"{crops_per_image} crops of {crop} pixels from each of {num} images make no sense; "
@@ -60,8 +66,8 @@ def sample_crops(
     draw = random.Random(seed)
     order = draw.sample(range(len(paths)), len(paths))
     chosen = [
-        (order[index % len(order)], reductions[again % len(reductions)])
-        for again in range(crops_per_image)
+        (order[index % len(order)], reductions[turn % len(reductions)])
+        for turn in range(crops_per_image)
         for index in range(num)
     ]
     images: dict[int, Tensor] = {}
@@ -84,8 +90,10 @@ def sample_crops(
 
 
 def draw_levels(count: int, levels: Sequence[int], seed: int = 0) -> list[int]:
-    """A level for each of `count` calibration crops of a variable-rate codec: all in turn, each round in
-    another order."""
+    """Levels of a variable-rate codec for `count` calibration crops.
+
+    Each level comes once before any comes again; the order of each round is drawn anew.
+    """
     draw = random.Random(f"{seed} levels")
     drawn: list[int] = []
     while len(drawn) < count:
@@ -93,11 +101,15 @@ def draw_levels(count: int, levels: Sequence[int], seed: int = 0) -> list[int]:
     return drawn[:count]
 
 
-def refuse_overlap(paths: Iterable[Path], exclude: Iterable[Path]) -> None:
-    """Refuse calibration images whose file content (SHA-256) is that of an evaluation image, whatever their
-    names.
+def refuse_overlap(files: Iterable[str | Path], exclude: Iterable[str | Path]) -> None:
+    """Refuse calibration images that are evaluation images too.
 
-    A re-encoded or resized copy of an evaluation image is another file and is not found out.
+    Files are compared by content (SHA-256), not by name. A re-encoded or resized copy of an evaluation image
+    is another file and is not noticed.
+
+    Args:
+        files: the calibration images.
+        exclude: the evaluation images.
 
     Raises:
         InputError: names the first such pair.
@@ -107,9 +119,9 @@ def refuse_overlap(paths: Iterable[Path], exclude: Iterable[Path]) -> None:
         evaluated.setdefault(_size(path), []).append(Path(path))
     digests: dict[str, Path] = {}
     hashed_sizes: set[int] = set()
-    for path in paths:
+    for path in files:
         size = _size(path)
-        if size not in evaluated:  # files of different sizes differ; hashing hundreds of photos takes a while
+        if size not in evaluated:  # no hash is needed: files of different sizes differ
             continue
         if size not in hashed_sizes:
             hashed_sizes.add(size)
@@ -118,7 +130,7 @@ def refuse_overlap(paths: Iterable[Path], exclude: Iterable[Path]) -> None:
         if same is not None:
             raise InputError(
                 f"the calibration image {path} is the evaluation image {same}; calibrate on other images "
-                "(--calib) or evaluate on others (--eval)"
+                "(`files`) or evaluate on others (`exclude`)"
             )
 
 
@@ -130,16 +142,17 @@ def _size(path: str | Path) -> int:
 
 
 def _reduce(image: Tensor, reduction: int, crop: int) -> Tensor:
-    """`image` (3, H, W) with the mean of reduction x reduction pixels, of 8 bits again, for each; not to less
-    than `crop`."""
+    """An image (3, H, W) in which each reduction x reduction pixels are their mean, rounded to 8 bits.
+
+    The image itself where the result would be smaller than `crop`.
+    """
     if reduction == 1 or min(image.shape[1:]) // reduction < crop:
         return image
     return (avg_pool2d(image, reduction) * 255).round() / 255
 
 
 def _at_least(image: Tensor, side: int) -> Tensor:
-    """`image` (3, H, W) continued by reflection to at least `side` pixels each way (numpy reflects
-    repeatedly)."""
+    """An image (3, H, W) continued by reflection, again and again, to at least `side` pixels each way."""
     missing = [max(0, side - length) for length in image.shape[1:]]
     if not any(missing):
         return image

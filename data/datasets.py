@@ -34,16 +34,16 @@ class Dataset:
 
 
 def known_datasets() -> dict[str, dict]:
-    """What `datasets.json` says, by name."""
+    """The entries of `datasets.json`, by name."""
     return json.loads((Path(__file__).parent / "datasets.json").read_text(encoding="utf-8"))
 
 
 def open_dataset(name_or_folder: str | Path) -> Dataset:
-    """The data set of that name, or of the images directly in that folder.
+    """The data set of a name, or the images of a folder (not of its subfolders).
 
-    A known name is looked for in $LICQ_DATA/<name>, then in the cache ($LICQ_CACHE or ~/.cache/licq)/<name>,
-    then downloaded into the cache, each file checked by its SHA-256, where it has a stable public address. A
-    folder with the same name as a data set is reached as ./name.
+    A known name is looked for in $LICQ_DATA/<name>, then in <cache>/<name>; the cache is $LICQ_CACHE or
+    ~/.cache/licq. Where the images have a stable public address they are then downloaded into the cache, and
+    the SHA-256 of each is checked. A folder with the name of a data set is reached as ./name.
 
     Raises:
         InputError: unknown name, missing or empty folder, incomplete data set, no network.
@@ -55,7 +55,7 @@ def open_dataset(name_or_folder: str | Path) -> Dataset:
     entry = known[text]
     if "packaged" in entry:
         return Dataset(text, tuple(_packaged(text, item) for item in entry["packaged"]))
-    folder = _find(text)
+    folder = _local_folder(text)
     if folder is None:
         folder = _download(text, entry)
     paths = images_in(folder)
@@ -70,7 +70,7 @@ def open_dataset(name_or_folder: str | Path) -> Dataset:
 
 def is_local(name: str) -> bool:
     """Whether the data set of that name can be opened without a download."""
-    return "packaged" in known_datasets()[name] or _find(name) is not None
+    return "packaged" in known_datasets()[name] or _local_folder(name) is not None
 
 
 def images_in(folder: str | Path) -> tuple[Path, ...]:
@@ -124,7 +124,8 @@ def _packaged(name: str, item: str) -> Path:
     raise InputError(f"{name}: the package {package} with {inside} is not installed; run make env")
 
 
-def _find(name: str) -> Path | None:
+def _local_folder(name: str) -> Path | None:
+    """Where the images of a known data set lie; None where they do not."""
     roots = [Path(os.environ["LICQ_DATA"])] if os.environ.get("LICQ_DATA") else []
     # A cache folder that a broken download left incomplete is finished by the download, not used.
     for folder in [root / name for root in roots]:
@@ -152,10 +153,7 @@ def _download(name: str, entry: dict) -> Path:
             continue
         try:
             content = _fetch(entry["url"] + file)
-        except (
-            OSError,
-            http.client.HTTPException,
-        ) as error:  # URLError, timeouts and refused connections alike
+        except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
             raise InputError(
                 f"{where}, and {entry['url']} cannot be reached ({error}); set LICQ_DATA to the folder "
                 f"that holds {name}/"

@@ -49,7 +49,10 @@ def load_image(path: str | Path) -> Tensor:
 
 
 def load_pixels(path: str | Path) -> np.ndarray:
-    """As `load_image`, but uint8 (H, W, 3)."""
+    """The pixels of an 8-bit RGB image file, uint8 (H, W, 3).
+
+    Pixels are taken as stored, and other kinds of images are refused, as `load_image` says.
+    """
     path = Path(path)
     if not path.exists():
         raise InputError(f"{path}: no such file; check the path")
@@ -75,16 +78,16 @@ def load_pixels(path: str | Path) -> np.ndarray:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     except InputError:
         raise
-    except (
-        Exception
-    ) as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error, ...
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, zlib.error ...
         raise InputError(f"{path}: is truncated or damaged ({error}); get an intact copy") from error
 
 
 def _refuse_unless_rgb8(path: Path, image: Image.Image) -> None:
-    if getattr(image, "n_frames", 1) > 1:
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1:
         raise InputError(
-            f"{path}: is animated or holds {image.n_frames} pictures; extract one with ImageMagick: convert 'IN[0]' PNG24:OUT.png"
+            f"{path}: is animated or holds {frames} pictures; extract one with ImageMagick: "
+            "convert 'IN[0]' PNG24:OUT.png"
         )
     if _is_16_bit(image):
         raise InputError(f"{path}: has 16 bits per channel; {_TO_RGB}")
@@ -101,10 +104,13 @@ def _refuse_unless_rgb8(path: Path, image: Image.Image) -> None:
 
 
 def _is_16_bit(image: Image.Image) -> bool:
-    """Pillow opens 16-bit RGB as mode RGB and drops the low bytes; only the decoder's arguments tell."""
+    """Whether the image has 16 bits a channel.
+
+    Pillow opens 16-bit RGB as mode RGB and drops the low bytes; only the decoder's arguments tell.
+    """
     if image.mode.startswith("I;16"):
         return True
-    for tile in image.tile:
+    for tile in getattr(image, "tile", ()):
         arguments = tile[3] if isinstance(tile[3], tuple) else (tile[3],)
         if any(isinstance(item, str) and ";16" in item for item in arguments):
             return True
@@ -116,8 +122,10 @@ def _is_16_bit(image: Image.Image) -> bool:
 
 
 def is_turned(path: str | Path) -> bool:
-    """Whether the file asks viewers to turn or mirror its pixels (EXIF orientation); `load_pixels` does
-    not."""
+    """Whether the file asks viewers to turn or mirror its pixels (EXIF orientation).
+
+    `load_pixels` gives such pixels as they are stored.
+    """
     try:
         with Image.open(path) as image:
             return image.getexif().get(_ORIENTATION, 1) not in (0, 1)

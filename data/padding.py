@@ -6,10 +6,14 @@ from torch import Tensor
 
 
 def pad_to_multiple(x: Tensor, multiple: int = 64) -> tuple[Tensor, tuple[int, int, int, int]]:
-    """x (..., H, W) with zeros around it, centred, so that H and W are multiples of `multiple` (a power of
-    two).
+    """Put zeros around images so that their sides are multiples of a number.
 
-    Returns the padded tensor and the argument that `crop_back` takes.
+    Args:
+        x: (..., H, W); it comes to lie in the middle.
+        multiple: a power of two.
+
+    Returns:
+        The padded tensor, and the second argument of `crop_back`.
     """
     height, width = x.shape[-2:]
     pad, unpad = compute_padding(height, width, min_div=multiple)
@@ -17,5 +21,10 @@ def pad_to_multiple(x: Tensor, multiple: int = 64) -> tuple[Tensor, tuple[int, i
 
 
 def crop_back(x: Tensor, unpad: tuple[int, int, int, int]) -> Tensor:
-    """The inverse of `pad_to_multiple`: (left, right, top, bottom), not positive, are cut off."""
+    """The inverse of `pad_to_multiple`.
+
+    Args:
+        x: (..., H, W).
+        unpad: pixels to cut off (left, right, top, bottom), as negative numbers.
+    """
     return F.pad(x, unpad)

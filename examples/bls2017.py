@@ -1,17 +1,18 @@
-"""A codec of your own: Balle, Laparra, Simoncelli 2017 as a plain `nn.Module`, quantized without a line for
-it in licq.
+"""A codec of your own: Balle, Laparra, Simoncelli 2017 as a plain `nn.Module`, for which licq has no line.
 
-    from examples.bls2017 import BLS2017
-    model = QuantModel(BLS2017.load("checkpoints/bls2017", quality=3), QuantConfig(w_bits=8, a_bits=8))
-    model.observe(images)                     # a few batches (B, 3, H, W) in 0..1, H and W multiples of 16
-    model.freeze()                            # from here on: whole numbers only
-    model.save("bls2017_w8a8.safetensors")    # QuantModel.load(path, model=BLS2017()) gives it back
+    import licq
+    from bls2017 import BLS2017
 
-On the command line the file's path takes the place of an architecture's name:
+    codec = BLS2017.load("checkpoints/bls2017", quality=3)
+    qmodel = licq.quantize(codec, "photos", lmbda=0.023)        # a folder of images
+    qmodel.save("bls2017_w8a8.safetensors")                     # integers only
+    qmodel = licq.QuantModel.load("bls2017_w8a8.safetensors", model=BLS2017())
+
+On the command line, the path of this file takes the place of an architecture's name:
 
     python main_ptq.py --arch examples/bls2017.py --checkpoint checkpoints/bls2017/transform.safetensors
 
-The folder holds trained weights that sjtu-tcloud published under the MIT licence, converted:
+checkpoints/bls2017/ has trained weights that sjtu-tcloud published under the MIT licence, converted:
 transform.safetensors, and an entropy model for each of four steps. One transform serves four rates: y is
 divided by a step before it is rounded.
 """
@@ -28,9 +29,8 @@ from licq.support.errors import InputError
 
 STEPS = {1: 8, 2: 4, 3: 2, 4: 1}  # quality -> step of y
 
-# Nothing was trained for one of these: lambda is the slope -dR/dD of the codec's own curve over the steps,
-# with R in bits per pixel and D the mean squared error of samples in 0..255, where the curve passes that
-# step.
+# The codec was not trained for these. Each is the slope -dR/dD of the codec's own R-D curve at a step, with R
+# in bits per pixel and D the mean squared error of samples in 0..255.
 LAMBDAS = {"mse": {1: 0.0035, 2: 0.0070, 3: 0.023, 4: 0.054}}
 
 
@@ -46,10 +46,10 @@ LAMBDAS = {"mse": {1: 0.0035, 2: 0.0070, 3: 0.023, 4: 0.054}}
     loader=lambda path, quality: BLS2017.load(path if path.is_dir() else path.parent, quality),
 )
 class BLS2017(nn.Module):
-    """Three convolutions with GDN1 between them, one way and back, and a factorized prior.
+    """Three convolutions with GDN1 between them in each direction, and a factorized prior.
 
-    x (B, 3, H, W) in 0..1, H and W multiples of 16 -> {"x_hat": same shape, "likelihoods": {"y": (B, N, H/16,
-    W/16)}}.
+    Args:
+        N: channels of every stage and of the latent y.
     """
 
     def __init__(self, N: int = 128):
@@ -71,12 +71,17 @@ class BLS2017(nn.Module):
         )
 
     def forward(self, x: Tensor) -> dict:
+        """x: (B, 3, H, W) in 0..1, H and W multiples of 16.
+
+        Returns:
+            {"x_hat": of the same shape, "likelihoods": {"y": (B, N, H/16, W/16)}}.
+        """
         y = self.g_a(x)
         y_hat, y_likelihoods = self.entropy_bottleneck(y)
         return {"x_hat": self.g_s(y_hat), "likelihoods": {"y": y_likelihoods}}
 
     def update(self) -> None:
-        """Make the tables of the arithmetic coder."""
+        """Make the tables of the entropy coder."""
         self.entropy_bottleneck.update()
 
     @classmethod
@@ -87,12 +92,11 @@ class BLS2017(nn.Module):
             InputError: no such quality, or files that are missing or damaged.
         """
         if quality not in STEPS:
-            raise InputError(f"bls2017 has no quality {quality!r}; choose --quality from 1 to {len(STEPS)}")
+            raise InputError(f"bls2017 has no quality {quality!r}; choose `quality` from 1 to {len(STEPS)}")
         step = STEPS[quality]
         weights = read_state_dict(Path(folder) / "transform.safetensors")
         prior = read_state_dict(Path(folder) / f"entropy_bottleneck_step{step}.safetensors")
-        # y / step is coded and step * y_hat decoded: both are linear, so the layers next to them take the
-        # step over
+        # y / step is coded, and step * y_hat is decoded. Both are linear, so the layers next to them do it.
         weights["g_a.4.weight"] = weights["g_a.4.weight"] / step
         weights["g_s.0.weight"] = weights["g_s.0.weight"] * step
         model = cls(N=weights["g_a.0.weight"].shape[0]).eval()

@@ -1,4 +1,4 @@
-"""Neighborhood attention (NATTEN's border rule) on any device, computed tile by tile.
+"""Neighborhood attention, with NATTEN's rule at the edges of an image, computed tile by tile on any device.
 
 Source: Hassani et al., "Neighborhood Attention Transformer", arXiv 2204.07143; the variant of TinyLIC, arXiv
 2204.11448.
@@ -11,36 +11,35 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 TILE = 4
-"""Side of a tile of queries. With a window of 7, a tile of 4 x 4 computes 100 scores a query, one of 8 x 8
-196, and 49 count."""
+"""Side of a tile of queries. With a window of 7, 49 scores of a query count. A tile of 4 x 4 computes 100 of
+them for each query, one of 8 x 8 would compute 196."""
 
 
 class MaskedSoftmax(nn.Module):
     """Softmax over the last dimension of `scores + bias`; keys whose bias is -inf get probability 0.
 
-    A module of its own so that a quantizer finds it: bias and mask reach the integer softmax as constants.
+    It is a module so that a quantizer recognizes it: bias and mask reach the integer softmax as constants.
     """
 
     def forward(self, scores: Tensor, bias: Tensor, kinds: Tensor | None = None) -> Tensor:
         """scores: (..., queries, keys); bias: broadcastable to scores, -inf where a key is masked.
 
-        With `kinds`, scores are (B, tiles, ...) and bias holds one entry per kind of tile: kinds[t] is tile
-        t's.
+        With `kinds`, scores are (B, tiles, ...) and bias has an entry for each kind of tile; tile t is of the
+        kind kinds[t].
         """
         return F.softmax(scores + (bias if kinds is None else bias.index_select(0, kinds)), dim=-1)
 
 
 @lru_cache(maxsize=64)
 def _axis_tiles(length: int, kernel: int) -> tuple[Tensor, Tensor, Tensor]:
-    """One axis cut into tiles of `TILE` queries, each with the run of keys that covers all its windows.
+    """One axis, cut into tiles of `TILE` queries, each with consecutive keys that cover all its windows.
 
     Returns:
         keys: (tiles, K) positions of the keys of each tile, K = min(length, kernel + TILE - 1).
-        kinds: (tiles,) which row of `offsets` a tile uses; tiles inside the image all share one.
-        offsets: (kinds, TILE, K) relative position key - query + kernel - 1 in 0 .. 2 kernel - 2, or -1 where
-        the key is
-            outside the query's window. The window is shifted inside the image: every query sees `kernel`
-            keys.
+        kinds: (tiles,) the row of `offsets` that a tile uses; all tiles inside the image use the same.
+        offsets: (kinds, TILE, K) the relative position key - query + kernel - 1 in 0 .. 2 kernel - 2, or -1
+            where the key is outside the query's window. The window is shifted inside the image, so that
+            every query has `kernel` keys.
     """
     tiles = -(-length // TILE)
     span = min(length, kernel + TILE - 1)
@@ -59,10 +58,10 @@ def _axis_tiles(length: int, kernel: int) -> tuple[Tensor, Tensor, Tensor]:
 class NeighborhoodAttention(nn.Module):
     """Multi-head attention of every position to the `kernel_size` x `kernel_size` positions around it.
 
-    At the border the window is shifted inside the image, so that every query sees exactly kernel_size^2 keys;
-    an image smaller than the window is padded with zeros below and on the right, and the padding is attended
-    to, as NATTEN does. The product runs over tiles of TILE^2 queries and (kernel_size + TILE - 1)^2 keys with
-    a mask.
+    At the edges the window is shifted inside the image, so that every query has kernel_size^2 keys. An image
+    smaller than the window is padded with zeros below and on the right, and the padding is attended to, as
+    NATTEN does. Scores are computed for tiles of TILE^2 queries and (kernel_size + TILE - 1)^2 keys, with a
+    mask.
 
     Parameters are named as in TinyLIC's public code: qkv (Linear, 3 dim), rpb (heads, 2k-1, 2k-1), proj
     (Linear).
@@ -114,8 +113,10 @@ class NeighborhoodAttention(nn.Module):
             0, 1, 3, 5, 2, 4, 6
         )
         q = q.reshape(batch, tiles_h * tiles_w, self.num_heads, TILE * TILE, self.head_dim)
-        places = (key_rows[:, None, :, None] * full_w + key_columns[None, :, None, :]).flatten().to(x.device)
-        k, v = (self._keys(part, places, tiles_h * tiles_w) for part in (k, v))
+        positions = (
+            (key_rows[:, None, :, None] * full_w + key_columns[None, :, None, :]).flatten().to(x.device)
+        )
+        k, v = (self._keys(part, positions, tiles_h * tiles_w) for part in (k, v))
 
         kinds = (row_kinds[:, None] * row_offsets.shape[0] + column_kinds).flatten().to(x.device)
         attention = self.softmax((q * self.scale) @ k.transpose(-2, -1), self._bias(full_h, full_w), kinds)
@@ -123,7 +124,7 @@ class NeighborhoodAttention(nn.Module):
         out = out.permute(0, 1, 4, 2, 5, 3, 6).reshape(batch, tiles_h * TILE, tiles_w * TILE, dim)
         return self.proj(out[:, :height, :width])
 
-    def _keys(self, x: Tensor, places: Tensor, tiles: int) -> Tensor:
-        """(B, H, W, dim) at the given places of H * W -> (B, tiles, heads, keys of a tile, head_dim)."""
-        x = x.reshape(x.shape[0], -1, x.shape[3]).index_select(1, places)
+    def _keys(self, x: Tensor, positions: Tensor, tiles: int) -> Tensor:
+        """x (B, H, W, dim) at positions of H * W -> (B, tiles, heads, keys of a tile, head_dim)."""
+        x = x.reshape(x.shape[0], -1, x.shape[3]).index_select(1, positions)
         return x.reshape(x.shape[0], tiles, -1, self.num_heads, self.head_dim).permute(0, 1, 3, 2, 4)

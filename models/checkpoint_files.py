@@ -1,5 +1,4 @@
-"""Checkpoint files in and out: from a path to tensors with today's names, and back. No architecture is known
-here."""
+"""Checkpoint files: reading and writing tensors and metadata, whatever the architecture."""
 
 import hashlib
 import json
@@ -25,7 +24,7 @@ CDF_STATE = ("_quantized_cdf", "_offset", "_cdf_length")
 _PACKED = "_cdf_steps"
 _COMPRESSED = "xz"  # the one tensor of a compressed file
 _HEADER = "header"  # inside it, beside the tensors: the metadata
-_RATIO = 64  # no file of ours shrinks to less than a part of so many
+_MAX_RATIO = 64  # of the sizes of a file's content and of its xz: no file of licq reaches it
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "network", "net")
 _LAMBDA_KEYS = ("lambda", "lmbda")
 _OLD_BOTTLENECK = re.compile(
@@ -35,29 +34,24 @@ _OLD_BOTTLENECK = re.compile(
 
 @dataclass(frozen=True)
 class CheckpointFile:
-    """What a checkpoint file holds.
+    """The content of a checkpoint file.
 
-    state_dict:  name -> tensor; floating point as float32, names as the installed CompressAI writes them.
-    metadata:    of those that the file states: arch, kwargs, quality, lambda, metric, and whatever its writer
-    added.
+    Args:
+        state_dict: name -> tensor. Floating point is float32; names are those that the installed CompressAI
+            uses.
+        metadata: what the file states of arch, kwargs, quality, lambda and metric, and what else its writer
+            has added.
     """
 
     state_dict: dict[str, Tensor]
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
-def sha256_file(path: str | Path) -> str:
-    """The SHA-256 of a file's bytes, 64 hexadecimal digits."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def read_file(path: str | Path) -> CheckpointFile:
     """Read a state_dict, bare or wrapped, from a PyTorch file (zip or legacy) or a safetensors file.
 
-    Nothing in the file is executed. Half-precision numbers that are constants of a layer (bounds such as
-    1e-9) are left
-    out: they do not survive float16, and the layer has its own.
+    Nothing in the file is executed. Constants of layers (bounds such as 1e-9) are left out where the file has
+    them in half precision, which they do not survive; every layer has its own.
 
     Raises:
         InputError: the file is missing, empty, damaged, no checkpoint, or needs code to be unpickled.
@@ -68,7 +62,7 @@ def read_file(path: str | Path) -> CheckpointFile:
         tensors, metadata = _read_safetensors(path)
         if metadata.get("format") == QUANTIZED_FORMAT:
             raise InputError(
-                f"{path} is a quantized model, not a checkpoint; main_eval.py takes it with --model"
+                f"{path} is a quantized model, not a checkpoint; main_eval.py takes it as `model`"
             )
     else:
         tensors, metadata = _unwrap(_read_pytorch(path, head), path)
@@ -86,7 +80,7 @@ def write_file(path: str | Path, state_dict: Mapping[str, Tensor], metadata: Map
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors as they are stored (CDF tables unpacked) and metadata of a safetensors file.
+    """Tensors and metadata of a safetensors file. Tensors are as they are stored, CDF tables unpacked.
 
     Raises:
         InputError: the file is missing, empty, damaged or of another format.
@@ -100,13 +94,14 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def write_tensors(
     path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], compress: bool = False
 ) -> None:
-    """Write a safetensors file, whole or not at all, with metadata and a SHA-256 of the tensors as JSON in
-    its header.
+    """Write a safetensors file, complete or not at all.
+
+    Its header has the metadata and a SHA-256 of the tensors, as JSON.
 
     Args:
-        compress: as one tensor, `xz`: the bytes that a safetensors file with the tensors and the metadata
-        would have, in xz's
-            format. The many names and small tensors of a quantized model are otherwise a third of its file.
+        compress: write one tensor, `xz`: the bytes of a safetensors file with the tensors and the metadata,
+            compressed. Without, the many names and small tensors of a quantized model are a third of its
+            file.
 
     Raises:
         InputError: the file cannot be written.
@@ -124,12 +119,11 @@ def write_tensors(
 
 
 def pack_cdfs(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Replace each CDF table by the steps of its rows, 16 bits each: some fifteen times smaller for a
-    Gaussian's table.
+    """Replace each CDF table by the differences within its rows.
 
-    `_quantized_cdf` (rows, longest) int32, of which the first `_cdf_length` entries of a row count, becomes
-    `_cdf_steps` (sum of lengths - rows,) uint16. Rows start at 0; a table that is not of this form is left as
-    it is.
+    `_quantized_cdf`, int32 (rows, longest), of whose rows the first `_cdf_length` entries count, becomes
+    `_cdf_steps`, uint16 (sum of lengths - rows,). A Gaussian's table takes a fifteenth then. A table whose
+    rows do not begin at 0, or that has a difference beyond 16 bits, is left as it is.
     """
     packed = dict(state_dict)
     for name, cdf in state_dict.items():
@@ -165,11 +159,11 @@ def unpack_cdfs(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def rename_key(key: str) -> str:
-    """A tensor's name as the installed CompressAI has it: without wrappers' prefixes, old layer names
-    replaced.
+    """The name that the installed CompressAI gives a tensor.
 
-    `module.` (DataParallel) and `_orig_mod.` (torch.compile) go; `downsample` is `skip`; the entropy
-    bottleneck's `_matrices.0`, `_matrix0` and `matrices.0` are one.
+    The prefixes of DataParallel (`module.`) and torch.compile (`_orig_mod.`) go. Names of older versions are
+    replaced: `downsample` is `skip`, and `_matrices.0`, `_matrix0` and `matrices.0` of the entropy bottleneck
+    are one.
     """
     while key.startswith(("module.", "_orig_mod.")):
         key = key.partition(".")[2]
@@ -189,17 +183,17 @@ def _head(path: Path) -> bytes:
         with open(path, "rb") as stream:
             head = stream.read(512)
     except FileNotFoundError as error:
-        raise InputError(f"no checkpoint at {path}; give an existing file with --checkpoint") from error
+        raise InputError(f"no checkpoint at {path}; give an existing file as `checkpoint`") from error
     except OSError as error:
         raise InputError(
-            f"cannot read {path}: {error.strerror}; give a readable file with --checkpoint"
+            f"cannot read {path}: {error.strerror}; give a readable file as `checkpoint`"
         ) from error
     if not head:
         raise InputError(f"{path} is empty; download or save it again")
     if head.lstrip()[:1] == b"<":
         raise InputError(f"{path} is a web page, not a checkpoint; download the file itself")
     if head.startswith(b"version https://git-lfs"):
-        raise InputError(f"{path} is a Git LFS pointer, not a checkpoint; fetch the file with `git lfs pull`")
+        raise InputError(f"{path} is a Git LFS pointer, not a checkpoint; fetch the file with git lfs pull")
     return head
 
 
@@ -231,7 +225,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def _decompress(path: Path, content: Tensor, size: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     data = content.numpy().tobytes()
-    if not isinstance(size, int) or not 0 < size <= _RATIO * len(data):
+    if not isinstance(size, int) or not 0 < size <= _MAX_RATIO * len(data):
         raise _damaged(path, "it does not state its size")
     try:
         inside = lzma.LZMADecompressor().decompress(data, max_length=size)
@@ -262,9 +256,10 @@ def _read_pytorch(path: Path, head: bytes) -> Any:
         message = str(error)
         if "TorchScript" in message or re.search(r"GLOBAL|Unsupported global|Unsupported class", message):
             culprit = re.search(r"GLOBAL ([\w.]+)", message)
+            what = culprit[1] if culprit else "a pickled object"
             raise InputError(
-                f"{path} needs code to be loaded ({culprit[1] if culprit else 'a pickled object'}), which is refused; "
-                "where you trust it, save its weights alone: torch.save(model.state_dict(), PATH)"
+                f"{path} needs code to be loaded ({what}), which is refused; where you trust it, save its "
+                "weights alone: torch.save(model.state_dict(), PATH)"
             ) from error
         detail = "it ends too early" if isinstance(error, EOFError) else message
         raise _damaged(

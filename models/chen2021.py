@@ -3,9 +3,9 @@ Attention Optimization and Improved Context Modeling" (TIP 2021), arXiv 1910.062
 
 The network of the public code (NJUVISION/NIC), which differs from the paper's in two ways its documentation
 names: the context model is an 11x11x11 masked convolution, and a symbol has a mixture of three Gaussians.
-Parameters carry the names and shapes of that code. It keeps the context model in a file of its own; here it
-is `context.`, and `--checkpoint NAME.pkl` reads `NAMEp.pkl` beside it. Two attention branches that the public
-network holds and never runs are left out.
+Parameters have the names and shapes of that code. It stores the context model in a second file; here it is
+`context.`, and for a checkpoint NAME.pkl the file NAMEp.pkl beside it is read too. Two attention branches
+that the public network has and never runs are left out.
 """
 
 from collections.abc import Mapping
@@ -22,10 +22,10 @@ from licq.models.registry import register_model
 
 _COMPONENTS = 3  # of the mixture
 _FILTERS = (3, 3, 3)  # of the entropy bottleneck
-_LEAST = 1e-6  # scale and likelihood
+_MIN = 1e-6  # of scales and likelihoods
 _SIDE = 11  # of the context model's kernel
-# the public models are named after 100 times the weight of the squared error on 0..1 against 0.01 bits, and
-# of 1 - MS-SSIM
+# The names of the public models say the weight of the distortion: of the squared error on 0..1 against bits
+# per pixel, and of 1 - MS-SSIM.
 _MSE_NAMES = (200, 400, 800, 1600, 3200, 6400, 12800, 25600)
 _MS_SSIM_NAMES = (4, 8, 16, 32, 64, 128, 320, 640)
 
@@ -41,31 +41,30 @@ def infer_sizes(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
 def adapt(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The public code's tensors as `NLAIC` has them.
 
-    What never runs goes: `encoder.mask1`, `decoder.mask2`, and the bottleneck's last layer, which is in the
-    files twice. The
-    public bottleneck has no quantiles: z_hat is round(z), so the median is 0.
+    What never runs is left out: `encoder.mask1`, `decoder.mask2`, and the second copy of the bottleneck's
+    last layer. The public bottleneck has no quantiles; its z_hat is round(z), so the median is 0.
     """
     unused = ("encoder.mask1.", "decoder.mask2.")
     twice = tuple(f"factorized_entropy_func.{name}" for name in ("matrix", "bias", "factor"))
-    kept = {
+    adapted = {
         name: tensor
         for name, tensor in state_dict.items()
         if not name.startswith(unused) and name not in twice
     }
-    first = kept.get("factorized_entropy_func.matrices.0")
-    if first is not None and "factorized_entropy_func.quantiles" not in kept:
+    first = adapted.get("factorized_entropy_func.matrices.0")
+    if first is not None and "factorized_entropy_func.quantiles" not in adapted:
         bottleneck = EntropyBottleneck(first.shape[0], filters=_FILTERS)
-        own = {
+        parameters = {
             name.rpartition("func.")[2]: tensor
-            for name, tensor in kept.items()
+            for name, tensor in adapted.items()
             if name.startswith("factorized_entropy_func.")
         }
-        bottleneck.load_state_dict(own, strict=False)
+        bottleneck.load_state_dict(parameters, strict=False)
         bottleneck._update_quantiles()
         quantiles = bottleneck.quantiles.detach().clone()
         quantiles[:, :, 1] = 0
-        kept["factorized_entropy_func.quantiles"] = quantiles
-    return kept
+        adapted["factorized_entropy_func.quantiles"] = quantiles
+    return adapted
 
 
 class ResBlock(nn.Module):
@@ -81,8 +80,10 @@ class ResBlock(nn.Module):
 
 
 class NonLocalBlock(nn.Module):
-    """Embedded Gaussian attention of every position to all (Wang et al. 2018, arXiv 1711.07971), half the
-    channels inside."""
+    """Attention of every position to all, with embedded Gaussians and half the channels inside.
+
+    Wang et al. 2018, arXiv 1711.07971.
+    """
 
     def __init__(self, channels: int):
         super().__init__()
@@ -92,10 +93,11 @@ class NonLocalBlock(nn.Module):
         self.phi = nn.Conv2d(channels, inner, 1)
         self.W = nn.Conv2d(inner, channels, 1)
         nn.init.zeros_(self.W.weight)
-        nn.init.zeros_(self.W.bias)
+        if self.W.bias is not None:
+            nn.init.zeros_(self.W.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (B, C, H, W); the scores take (H W)^2 numbers an image."""
+        """x: (B, C, H, W) -> the same shape. The scores of an image are (H W)^2 numbers."""
         height, width = x.shape[2:]
         theta = self.theta(x).flatten(2).transpose(1, 2)
         scores = theta @ self.phi(x).flatten(2)
@@ -167,7 +169,7 @@ class HyperDecoder(nn.Module):
 
 
 class Parameters(nn.Module):
-    """What the hyper decoder says, as the context model takes it: M -> 2 M channels."""
+    """From the hyper decoder's M channels to the 2 M that the context model takes."""
 
     def __init__(self, M: int):
         super().__init__()
@@ -200,9 +202,10 @@ class Decoder(nn.Module):
 
 
 class Context(nn.Module):
-    """The symbols' mixtures from those before them, channel by channel, row by row, and from the hyperprior.
+    """The mixture of each symbol, from the hyperprior and the symbols before it.
 
-    The latent is a volume (1, M, H, W): a masked 11x11x11 convolution over it, and 1x1x1 ones.
+    Symbols are in the order channel, row, column. The latent is a volume (1, M, H, W), on which a masked
+    convolution of 11x11x11 and convolutions of 1x1x1 run.
     """
 
     def __init__(self, M: int):
@@ -218,19 +221,21 @@ class Context(nn.Module):
         self.conv3 = nn.Conv2d(2 * M, M, 3, padding=1)
 
     def forward(self, y_hat: Tensor, hyper: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """y_hat: (B, M, H, W), hyper: (B, 2 M, H, W) -> scales, means, weights, (B, 3 M, H, W) each, one
-        component after another."""
-        seen = self.conv1(y_hat.unsqueeze(1))
-        out = self.conv2(
-            torch.cat((seen, self.conv3(hyper).unsqueeze(1)), dim=1)
-        )  # weight, mean, scale of each component
+        """y_hat: (B, M, H, W), hyper: (B, 2 M, H, W) -> scales, means, weights.
+
+        Each is (B, 3 M, H, W), one component after the other.
+        """
+        before = self.conv1(y_hat.unsqueeze(1))
+        out = self.conv2(torch.cat((before, self.conv3(hyper).unsqueeze(1)), dim=1))
+        # channels of out: weight, mean, scale of each component
         weights = F.softmax(out[:, 0::3], dim=1)
         return out[:, 2::3].abs().flatten(1, 2), out[:, 1::3].flatten(1, 2), weights.flatten(1, 2)
 
 
 @register_model(
     "chen2021",
-    title="End-to-End Learnt Image Compression via Non-Local Attention Optimization and Improved Context Modeling",
+    title="End-to-End Learnt Image Compression via Non-Local Attention Optimization and Improved Context "
+    "Modeling",
     paper="arXiv 1910.06244",
     official={
         quality: {"M": 192, "N2": 128} if quality < 7 else {"M": 256, "N2": 192} for quality in range(1, 9)
@@ -255,18 +260,18 @@ class NLAIC(CompressionModel):
     def __init__(self, M: int = 192, N2: int = 128):
         super().__init__()
         self.encoder = Encoder(M, N2)
-        self.factorized_entropy_func = EntropyBottleneck(N2, filters=_FILTERS, likelihood_bound=_LEAST)
+        self.factorized_entropy_func = EntropyBottleneck(N2, filters=_FILTERS, likelihood_bound=_MIN)
         self.hyper_dec = HyperDecoder(M, N2)
         self.p = Parameters(M)
         self.context = Context(M)
         self.gaussian_conditional = GaussianMixtureConditional(
-            _COMPONENTS, scale_bound=_LEAST, likelihood_bound=_LEAST
+            _COMPONENTS, scale_bound=_MIN, likelihood_bound=_MIN
         )
         self.decoder = Decoder(M)
         self.M = M
 
     def forward(self, x: Tensor) -> dict[str, Any]:
-        """x: (B, 3, H, W) in 0..1, sides multiples of 64."""
+        """x: (B, 3, H, W) in 0..1, H and W multiples of 64 -> {"x_hat", "likelihoods": {"y", "z"}}."""
         y, z = self.encoder(x)
         z_hat, z_likelihoods = self.factorized_entropy_func(z)
         hyper = self.p(self.hyper_dec(z_hat))
@@ -275,7 +280,7 @@ class NLAIC(CompressionModel):
         return {"x_hat": self.decoder(y_hat), "likelihoods": {"y": y_likelihoods, "z": z_likelihoods}}
 
     def update(self, scale_table: Any = None, force: bool = False, update_quantiles: bool = False) -> bool:
-        """Make the CDF tables of z; a mixture has none that could be made ahead."""
+        """Make the CDF tables of z. A mixture has none: each symbol has a distribution of its own."""
         return self.factorized_entropy_func.update(force, update_quantiles)
 
     @classmethod

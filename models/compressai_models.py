@@ -1,6 +1,6 @@
-"""The codecs of CompressAI: its own classes with the published sizes (compressai.zoo.image.cfgs).
+"""CompressAI's codecs, with the published sizes (compressai.zoo.image.cfgs).
 
-The autoregressive ones estimate the rate of the y_hat that they use; see
+They are CompressAI's classes. Those with a context model estimate the rate of the y_hat that they use; see
 `models.layers.WholeGaussianConditional`.
 """
 
@@ -37,15 +37,15 @@ def infer_n(state_dict: Mapping[str, Tensor]) -> dict[str, int]:
 
 
 class Minnen2018(WholeLatent, JointAutoregressiveHierarchicalPriors):
-    """Joint autoregressive and hierarchical priors; N, M as CompressAI's."""
+    """Joint autoregressive and hierarchical priors; the arguments N and M are CompressAI's."""
 
 
 class Cheng2020(WholeLatent, Cheng2020Attention):
-    """Residual units with attention; N as CompressAI's."""
+    """Residual units with attention; the argument N is CompressAI's."""
 
 
 class Cheng2020WithoutAttention(WholeLatent, Cheng2020Anchor):
-    """Residual units; N as CompressAI's."""
+    """Residual units without attention; the argument N is CompressAI's."""
 
 
 register_model(
@@ -73,7 +73,8 @@ register_model(
 register_model(
     "minnen2018-mean",
     MeanScaleHyperprior,
-    title="Joint Autoregressive and Hierarchical Priors for Learned Image Compression (without context model)",
+    title="Joint Autoregressive and Hierarchical Priors for Learned Image Compression "
+    "(without context model)",
     paper="arXiv 1809.02736",
     official=_sizes({"N": 128, "M": 192}, {"N": 192, "M": 320}, first_wide=5, last=8),
     configurations={"reference": {"N": 48, "M": 64}},

@@ -9,14 +9,16 @@ from torch import Tensor, nn
 
 
 class MultistageMaskedConv2d(nn.Conv2d):
-    """Convolution that reads only what an earlier pass of a multistage context model has decoded.
+    """A convolution that reads only what an earlier pass of a multistage context model has decoded.
 
     mask_type "A" (3x3) reads the four diagonal neighbours, "B" (5x5) a checkerboard without the centre, "C"
     (5x5) all but the pixels that share the centre's phase. The mask is applied to the weight at each forward;
-    the parameter is left as it is. Names as in TinyLIC's public code: weight, bias, mask.
+    the parameter stays as it is. Names as in TinyLIC's public code: weight, bias, mask.
     """
 
-    def __init__(self, *args, mask_type: str, **kwargs):
+    mask: Tensor
+
+    def __init__(self, *args: Any, mask_type: str, **kwargs: Any):
         super().__init__(*args, **kwargs)
         mask = torch.zeros_like(self.weight)
         if mask_type == "A":
@@ -36,14 +38,17 @@ class MultistageMaskedConv2d(nn.Conv2d):
 
 
 class MaskedConv3d(nn.Conv3d):
-    """Convolution over (channel, row, column) that reads only what comes before a position in that order:
-    PixelCNN's mask A.
+    """A convolution over (channel, row, column) that reads only what precedes a position in that order.
 
-    The mask is applied to the weight at each forward; the parameter is left as it is. Names as in NLAIC's
+    That is PixelCNN's mask A.
+
+    The mask is applied to the weight at each forward; the parameter stays as it is. Names as in NLAIC's
     public code: weight, bias, mask.
     """
 
-    def __init__(self, *args, **kwargs):
+    mask: Tensor
+
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         taps = self.weight[0, 0].numel()
         before = torch.arange(taps).reshape(self.kernel_size) < taps // 2
@@ -54,7 +59,7 @@ class MaskedConv3d(nn.Conv3d):
 
 
 class RoundAboutMeans(nn.Module):
-    """round(x - means) + means with a straight-through gradient: the values that the decoder will have."""
+    """round(x - means) + means, which the decoder will have, with a straight-through gradient."""
 
     def forward(self, x: Tensor, means: Tensor) -> Tensor:
         """x: (B, C, H, W); means: broadcastable to x."""
@@ -63,16 +68,15 @@ class RoundAboutMeans(nn.Module):
 
 
 class WholeGaussianConditional(GaussianConditional):
-    """GaussianConditional (Minnen 2018) of codecs whose y_hat is round(y): in evaluation the likelihood is
-    that of round(y).
+    """The GaussianConditional (Minnen 2018) of codecs whose y_hat is round(y).
 
-    CompressAI's is that of round(y - means), another number, of which no decoder can make this y_hat: it
-    costs 0.6 to 8 % fewer bits. Its own coder makes other y_hat one by one. In training, where y_hat is y
-    with noise, the two are the same.
+    In evaluation the likelihood is that of round(y). CompressAI's is that of round(y - means), another number
+    that costs 0.6 to 8 % fewer bits, and from which no decoder can compute this y_hat (CompressAI's coder
+    computes another y_hat, symbol by symbol). In training, where y_hat is y with noise, the two are the same.
     """
 
     of_residual = False
-    """CompressAI's estimate after all, to compare with it."""
+    """True for CompressAI's estimate, to compare with it."""
 
     def forward(
         self, inputs: Tensor, scales: Tensor, means: Tensor | None = None, training: bool | None = None
@@ -86,8 +90,12 @@ class WholeGaussianConditional(GaussianConditional):
 
 
 class WholeLatent:
-    """Comes before CompressAI's autoregressive classes among the bases: their likelihood is of the y_hat that
-    they use."""
+    """Precedes an autoregressive class of CompressAI among the bases of a class.
+
+    The likelihood is then of the y_hat that the forward uses; see `WholeGaussianConditional`.
+    """
+
+    gaussian_conditional: Any
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)

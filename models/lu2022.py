@@ -23,8 +23,10 @@ STEPS = 4
 
 
 def slice_sizes(channels: int) -> list[int]:
-    """Channels of y decoded at each of the four stages, from the paper's cosine schedule: few first, many
-    last."""
+    """The channels of y that each of the four stages decodes: few first, many last.
+
+    The paper's cosine schedule.
+    """
     left = (
         [channels] + [math.ceil(math.cos(t / STEPS * math.pi / 2) * channels) for t in range(1, STEPS)] + [0]
     )
@@ -89,17 +91,17 @@ def _pointwise_stack(*widths: int) -> nn.Sequential:
 
 
 class PassSum(nn.Module):
-    """What the passes have found, added up; passes to come count as zeros.
+    """The sum of the context of all passes; that of passes to come is zero.
 
-    Every pass adds up all of it in the same way, so that a position has the same numbers after its own pass
-    and after the last one when
-    the sums are quantized too: the decoder sees the first, the rate is estimated from the last.
+    All passes add in the same way. So a position has the same sum after its own pass, which the decoder sees,
+    and after the last one, from which the rate is estimated, even when the sums are quantized.
     """
 
-    def forward(self, *found: Tensor) -> Tensor:
-        total = found[0]
-        for part in found[1:]:
-            total = total + part
+    def forward(self, *contexts: Tensor) -> Tensor:
+        """The sum of tensors of one shape."""
+        total = contexts[0]
+        for context in contexts[1:]:
+            total = total + context
         return total
 
 
@@ -224,7 +226,14 @@ class TinyLIC(CompressionModel):
         return z_hat
 
     def _slice(self, index: int, y: Tensor, params: Tensor, previous: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """One slice of channels: (y_hat, likelihoods), each (B, slices[index], H/16, W/16)."""
+        """(y_hat, likelihoods) of one slice of channels, each (B, slices[index], H/16, W/16).
+
+        Args:
+            index: of the slice.
+            y: the slice.
+            params: from the hyperprior.
+            previous: y_hat of the slices before.
+        """
         cc_params = self.cc_transforms[index](torch.cat([params, *previous], dim=1))
         entropy_parameters = getattr(self, f"entropy_parameters_{index + 1}")
 
@@ -246,12 +255,12 @@ class TinyLIC(CompressionModel):
             3: [],
         }[index]
         none = torch.zeros_like(cc_params)
-        found = [none] * len(passes)
+        contexts = [none] * len(passes)
         scales_hat, means_hat = gaussian(none if passes else None)
-        for place, (known, transform, served) in enumerate(passes):
+        for number, (known, transform, served) in enumerate(passes):
             y_known = self.round_y(y, means_hat) * known
-            found[place] = transform(y_known) * served
-            scales_hat, means_hat = gaussian(self.pass_sums[index](*found))
+            contexts[number] = transform(y_known) * served
+            scales_hat, means_hat = gaussian(self.pass_sums[index](*contexts))
         _, likelihoods = self.gaussian_conditional(y, scales_hat, means=means_hat)
         return self.round_y(y, means_hat), likelihoods
 
@@ -276,21 +285,23 @@ class TinyLIC(CompressionModel):
 
 
 def phase_masks(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """0/1 masks (height, width) of the four pixels of each 2x2: (even row, even column), odd-odd, even-odd,
-    odd-even."""
+    """0/1 masks (height, width) of the four pixels of each 2x2.
+
+    Returns:
+        Those of (even row, even column), (odd, odd), (even, odd) and (odd, even).
+    """
     even_row = (torch.arange(height, device=device) % 2 == 0)[:, None]
     even_column = (torch.arange(width, device=device) % 2 == 0)[None, :]
-    phases = (
-        even_row & even_column,
-        ~even_row & ~even_column,
-        even_row & ~even_column,
-        ~even_row & even_column,
+    return (
+        (even_row & even_column).float(),
+        (~even_row & ~even_column).float(),
+        (even_row & ~even_column).float(),
+        (~even_row & even_column).float(),
     )
-    return tuple(mask.float() for mask in phases)
 
 
 def infer_sizes(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Widths, depths and heads read off the tensors of a checkpoint."""
+    """The arguments of `TinyLIC` for a state_dict, read off its shapes."""
     depths, heads = [], []
     for name in ("g_a1", "g_a3", "g_a5", "g_a7", "h_a1", "h_a3"):
         prefix = f"{name}.residual_group.blocks."

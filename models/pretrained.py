@@ -1,7 +1,7 @@
-"""CompressAI's pretrained models: downloaded once, and never used without their hash being checked.
+"""CompressAI's pretrained models: downloaded once, and never used without a check of their hash.
 
-The tables of addresses are `compressai.zoo.image.model_urls` and `image_vbr.model_urls`; the last eight
-characters of a file's name are the first of its SHA-256, by PyTorch Hub's convention.
+CompressAI lists their addresses in `compressai.zoo.image.model_urls` and `image_vbr.model_urls`. The last
+eight characters of a file's name are the first of its SHA-256, by PyTorch Hub's convention.
 """
 
 import http.client
@@ -18,10 +18,9 @@ import torch
 from compressai.zoo import image as zoo_image
 from compressai.zoo import image_vbr as zoo_image_vbr
 
-from licq.models.checkpoint_files import sha256_file
 from licq.models.registry import get_architecture, list_models
 from licq.support.errors import InputError
-from licq.support.files import atomic_path
+from licq.support.files import atomic_path, sha256
 
 TIMEOUT_S = 30
 _NETWORK_ERRORS = (
@@ -34,27 +33,26 @@ _NETWORK_ERRORS = (
 
 
 def cache_dir() -> Path:
-    """`$LICQ_CACHE/checkpoints`, or else the folder that PyTorch Hub and so CompressAI itself download
-    into."""
-    own = os.environ.get("LICQ_CACHE")
-    return (Path(own) if own else Path(torch.hub.get_dir())) / "checkpoints"
+    """$LICQ_CACHE/checkpoints, or else the folder of PyTorch Hub, into which CompressAI downloads too."""
+    cache = os.environ.get("LICQ_CACHE")
+    return (Path(cache) if cache else Path(torch.hub.get_dir())) / "checkpoints"
 
 
 def pretrained_url(arch: str, quality: int, metric: str = "mse") -> str:
-    """Where CompressAI publishes the model.
+    """The address at which CompressAI publishes a model.
 
     Raises:
         InputError: it publishes none for this architecture, metric or quality.
     """
     architecture = get_architecture(arch)
-    table = zoo_image.model_urls.get(architecture.zoo, {})
+    table = zoo_image.model_urls.get(architecture.zoo or "", {})
     if architecture.variable and architecture.zoo:  # one file for all qualities
-        published = zoo_image_vbr.model_urls[architecture.zoo]
-        table = {metric: dict.fromkeys(architecture.official, url) for metric, url in published.items()}
+        urls = zoo_image_vbr.model_urls[architecture.zoo]
+        table = {metric: dict.fromkeys(architecture.official, url) for metric, url in urls.items()}
     if not table:
-        have = [name for name in list_models() if get_architecture(name).zoo]
+        published = [name for name in list_models() if get_architecture(name).zoo]
         raise InputError(
-            f"there is no pretrained {arch}, only {', '.join(have)}; give a file with --checkpoint"
+            f"there is no pretrained {arch}, only {', '.join(published)}; give a file as `checkpoint`"
         )
     if metric not in table:
         raise InputError(
@@ -63,14 +61,13 @@ def pretrained_url(arch: str, quality: int, metric: str = "mse") -> str:
     if quality not in table[metric]:
         known = ", ".join(map(str, table[metric]))
         raise InputError(
-            f"there is no pretrained {arch} of quality {quality!r}; choose --quality from {known}"
+            f"there is no pretrained {arch} of quality {quality!r}; choose `quality` from {known}"
         )
     return table[metric][quality]
 
 
 def pretrained_checkpoint(arch: str, quality: int, metric: str = "mse") -> Path:
-    """The file of a pretrained model, from the cache or else from the network; its hash is checked either
-    way.
+    """The file of a pretrained model, from the cache or else downloaded. Its hash is checked in both cases.
 
     Raises:
         InputError: no such model, no network, or a file whose SHA-256 is not the one in its name.
@@ -78,10 +75,10 @@ def pretrained_checkpoint(arch: str, quality: int, metric: str = "mse") -> Path:
     url = pretrained_url(arch, quality, metric)
     path = cache_dir() / url.rpartition("/")[2]
     if path.is_file():
-        found = sha256_file(path)
-        if not found.startswith(expected_hash(path.name)):
+        digest = sha256(path)
+        if not digest.startswith(expected_hash(path.name)):
             raise InputError(
-                f"{path} is damaged: its SHA-256 begins with {found[:8]}, not {expected_hash(path.name)}; "
+                f"{path} is damaged: its SHA-256 begins with {digest[:8]}, not {expected_hash(path.name)}; "
                 "delete it and run again"
             )
         return path
@@ -102,7 +99,7 @@ def expected_hash(name: str) -> str:
 
 
 def _download(url: str, path: Path) -> None:
-    """Fetch `url` to `path`, which appears only when its hash is right."""
+    """Download a file. It appears at `path` only when its hash is right."""
     print(f"downloading {url}", file=sys.stderr)
     with atomic_path(path) as temporary:
         try:
@@ -111,11 +108,12 @@ def _download(url: str, path: Path) -> None:
         except _NETWORK_ERRORS as error:
             reason = getattr(error, "reason", error)
             raise InputError(
-                f"cannot download {url} ({' '.join(str(reason).split())}); put the file at {path} and run again"
+                f"cannot download {url} ({' '.join(str(reason).split())}); put the file at {path} and run "
+                "again"
             ) from error
-        found = sha256_file(temporary)
-        if not found.startswith(expected_hash(path.name)):
+        digest = sha256(temporary)
+        if not digest.startswith(expected_hash(path.name)):
             raise InputError(
-                f"the download of {url} has a SHA-256 that begins with {found[:8]}, not {expected_hash(path.name)}; "
-                f"try again or put the right file at {path}"
+                f"the download of {url} has a SHA-256 that begins with {digest[:8]}, not "
+                f"{expected_hash(path.name)}; try again or put the right file at {path}"
             )

@@ -1,14 +1,14 @@
 """QVRF: Tong, Wu, Xu, Wang, Ding, "QVRF: A Quantization-error-aware Variable Rate Framework for Learned Image
 Compression" (ICIP 2023), arXiv 2303.05744.
 
-One network and a gain a: the latent is y * a where it is rounded and coded, and y_hat is the result over a,
-so that 1 / a is the width of a quantization step. A list of gains, learned or not, belongs to as many
-lambdas; every positive number in between is a rate too. Parameters carry the names of the public code
-(bytedance/QRAF): those of CompressAI's class, and `Gain`.
+One network and a gain a: y * a is rounded and coded, and y_hat is the result divided by a. So 1 / a is the
+width of a quantization step. The network has a list of gains for as many lambdas; every positive number
+between them is a rate too. Parameters have the names of the public code (bytedance/QRAF): those of
+CompressAI's class, and `Gain`.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,12 +24,16 @@ LEVEL_LAMBDAS = (*LAMBDAS["mse"].values(), 0.36, 0.72, 1.44)
 
 
 class VariableRate:
-    """The gains of a variable-rate codec; comes before CompressAI's class among the bases.
+    """The gains of a variable-rate codec; this class precedes CompressAI's among the bases.
 
-    A level is a number from 1; `rate` is the gain a of the next forward, (1, 1, 1, 1). An image may bring its
-    own: a tensor (B, 5, H, W) has the gain of each image in its fourth channel and the lambda of its J in its
-    fifth, both constant planes.
+    A level is a number from 1. `rate` is the gain a of the next forward, (1, 1, 1, 1). Images may have gains
+    of their own: an input (B, 5, H, W) has the gain of each image in its fourth channel and the lambda of its
+    J in its fifth, both as constant planes.
     """
+
+    Gain: nn.Parameter
+    levels: int
+    rate: Tensor
 
     def _init_rate(self, levels: int) -> None:
         lambdas = torch.tensor(LEVEL_LAMBDAS[:levels], dtype=torch.float64)
@@ -38,7 +42,7 @@ class VariableRate:
         self.rate = torch.ones(1, 1, 1, 1)
 
     def gain(self, level: float) -> float:
-        """The gain of a level; between two levels on the straight line of its logarithm."""
+        """The gain of a level; between two levels its logarithm is interpolated linearly."""
         gains = [math.log(value) for value in self.Gain.detach().abs().double().tolist()]
         return math.exp(_interpolate(level, range(1, len(gains) + 1), gains))
 
@@ -56,19 +60,24 @@ class VariableRate:
         self.rate = torch.full((1, 1, 1, 1), factor)
 
     def with_planes(self, x: Tensor, levels: Tensor, lambdas: Tensor) -> Tensor:
-        """Images (B, 3, H, W) with the gain of their levels, (B,) whole numbers, and their lambdas; gradients
-        reach `Gain`."""
-        facts = torch.stack((self.Gain.abs()[levels - 1], lambdas.to(x)), 1)
-        return torch.cat((x, facts[:, :, None, None].expand(-1, -1, *x.shape[2:])), 1)
+        """Images with planes of their gains and lambdas, (B, 5, H, W); gradients reach `Gain`.
+
+        Args:
+            x: (B, 3, H, W).
+            levels: integers (B,), from 1.
+            lambdas: (B,).
+        """
+        values = torch.stack((self.Gain.abs()[levels - 1], lambdas.to(x)), 1)
+        return torch.cat((x, values[:, :, None, None].expand(-1, -1, *x.shape[2:])), 1)
 
     def compress(self, *_: Any, **__: Any) -> Any:
-        """CompressAI's own would code at another gain than this class's forward.
+        """Not there: CompressAI's method would code at another gain than this class's forward.
 
         Raises:
-            NotImplementedError: always; so does `decompress`.
+            NotImplementedError: always, as `decompress` does. Quantized, the codec has files (`licq.Codec`).
         """
         raise NotImplementedError(
-            "no bitstreams of variable-rate codecs yet; rates are estimated from likelihoods"
+            "the float codec of variable rate has no bitstreams; its rate is estimated from likelihoods"
         )
 
     decompress = compress
@@ -80,7 +89,7 @@ class VariableRate:
 
 
 def _interpolate(at: float, xs: Sequence[float], ys: Sequence[float]) -> float:
-    """On straight lines through the points, the outer ones continued; xs rise."""
+    """The value at `at` on the straight lines through points; xs rise, and the outer lines go on."""
     if len(xs) == 1:
         return ys[0]
     after = min(max(sum(x <= at for x in xs), 1), len(xs) - 1)
@@ -89,6 +98,17 @@ def _interpolate(at: float, xs: Sequence[float], ys: Sequence[float]) -> float:
 
 
 class _AutoregressiveQVRF(WholeLatent, VariableRate):
+    """The forward of the codecs with a context model; this class precedes CompressAI's among the bases."""
+
+    training: bool
+    g_a: Any
+    g_s: Any
+    h_a: Any
+    h_s: Any
+    context_prediction: Any
+    entropy_parameters: Any
+    entropy_bottleneck: Any
+
     def forward(self, x: Tensor) -> dict[str, Any]:
         """x: (B, 3, H, W) in 0..1, or (B, 5, H, W); see `VariableRate`."""
         x, gain = self._image_and_gain(x)
@@ -105,14 +125,18 @@ class _AutoregressiveQVRF(WholeLatent, VariableRate):
         return {"x_hat": self.g_s(y_hat), "likelihoods": {"y": y_likelihoods, "z": z_likelihoods}}
 
 
-def _infer(sizes):
+def _infer(
+    sizes: Callable[[Mapping[str, Tensor]], dict[str, int]],
+) -> Callable[[Mapping[str, Tensor]], dict[str, Any]]:
+    """`infer` of an architecture: the sizes of the codec of fixed rate, and the number of gains."""
+
     def infer(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
         return {**sizes(state_dict), "levels": state_dict["Gain"].shape[0]}
 
     return infer
 
 
-_FACTS = {
+_FIELDS = {
     "lambdas": {"mse": dict(enumerate(LEVEL_LAMBDAS, 1))},
     "title": "QVRF: A Quantization-error-aware Variable Rate Framework for Learned Image Compression",
     "paper": "arXiv 2303.05744",
@@ -126,10 +150,10 @@ _LEVELS = range(1, len(LEVEL_LAMBDAS) + 1)
     official={level: {"N": 192, "M": 320} for level in _LEVELS},
     configurations={"reference": {"N": 56, "M": 80}},
     infer=_infer(infer_n_m),
-    **_FACTS,
+    **_FIELDS,
 )
 class QVRFBalle2018(VariableRate, ScaleHyperprior):
-    """Scale hyperprior of variable rate.
+    """The scale hyperprior of Balle et al. 2018 with a variable rate.
 
     Args:
         N, M: as CompressAI's.
@@ -157,10 +181,15 @@ class QVRFBalle2018(VariableRate, ScaleHyperprior):
     official={level: {"N": 192, "M": 320} for level in _LEVELS},
     configurations={"reference": {"N": 48, "M": 64}},
     infer=_infer(infer_n_m),
-    **_FACTS,
+    **_FIELDS,
 )
 class QVRFMinnen2018(_AutoregressiveQVRF, JointAutoregressiveHierarchicalPriors):
-    """Joint autoregressive and hierarchical priors of variable rate; arguments as `QVRFBalle2018`'s."""
+    """The joint autoregressive and hierarchical priors of Minnen et al. 2018 with a variable rate.
+
+    Args:
+        N, M: as CompressAI's.
+        levels: gains, at most 11.
+    """
 
     def __init__(self, N: int = 192, M: int = 320, levels: int = 8):
         super().__init__(N, M)
@@ -172,10 +201,15 @@ class QVRFMinnen2018(_AutoregressiveQVRF, JointAutoregressiveHierarchicalPriors)
     official={level: {"N": 192} for level in _LEVELS},
     configurations={"reference": {"N": 36}},
     infer=_infer(infer_n),
-    **_FACTS,
+    **_FIELDS,
 )
 class QVRFCheng2020(_AutoregressiveQVRF, Cheng2020Attention):
-    """Cheng2020 with attention of variable rate; arguments as `QVRFBalle2018`'s."""
+    """The codec of Cheng et al. 2020, with attention and a variable rate.
+
+    Args:
+        N: as CompressAI's.
+        levels: gains, at most 11.
+    """
 
     def __init__(self, N: int = 192, levels: int = 8):
         super().__init__(N)

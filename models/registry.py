@@ -70,29 +70,26 @@ _PLUGINS: dict[Path, str] = {}  # files that have been run, and the name that ea
 class Architecture:
     """What the project knows about one network family.
 
-    name:            what `--arch` takes.
-    factory:         called with widths (and depths) as keyword arguments, gives the network.
-    official:        quality -> keyword arguments of the published model of that quality; {} means the
-    factory's defaults.
-    configurations:  name -> keyword arguments of a small size; every architecture has "reference".
-    title, paper:    of the publication.
-    multiple:        the sides of an input image are multiples of this.
-    lambdas:         metric ("mse", "ms-ssim") -> quality -> lambda.
-    infer:           state_dict -> keyword arguments, from tensor shapes; it may raise KeyError when tensors
-    are absent.
-                     None: the sizes are looked for among `official` and `configurations`.
-    adapt:           state_dict of the publication's files -> the factory's, where names or contents differ; a
-    state_dict that is
-                     the factory's stays as it is.
-    companions:      prefix -> name of a second file with the tensors under it, beside one that lacks them;
-    {stem} and
-                     {suffix} are the first file's.
-    variable:        one network has every quality, as its `set_level(quality)` says
-    (`models.qvrf.VariableRate`).
-    zoo:             the name of the model in `compressai.zoo`, where it has one.
-    loader:          for codecs whose weights are not a state_dict of their own: (path of --checkpoint,
-    quality) -> the
-                     network; one path serves every quality. It raises InputError.
+    Args:
+        name: what `arch` is everywhere.
+        factory: makes the network; called with widths (and depths) as keyword arguments.
+        official: quality -> the factory's arguments for the published model of that quality; {} for its
+            defaults.
+        configurations: name -> the factory's arguments for a small size; every architecture has "reference".
+        title, paper: of the publication.
+        multiple: the sides of an input image are multiples of it.
+        lambdas: metric ("mse", "ms-ssim") -> quality -> lambda.
+        infer: state_dict -> the factory's arguments, from the shapes of tensors; it may raise KeyError where
+            tensors are absent. None: the arguments are searched for among `official` and `configurations`.
+        adapt: a state_dict of the publication's files -> the factory's, where names or contents differ. It
+            leaves a state_dict of the factory's as it is.
+        companions: prefix -> name of a second file that holds the tensors with this prefix, beside a file
+            without them; {stem} and {suffix} stand for those of the first file.
+        variable: one network has all qualities; its method `set_level(quality)` chooses one
+            (`models.qvrf.VariableRate`).
+        zoo: the model's name in `compressai.zoo`, where it has one.
+        loader: for codecs whose weights are not one state_dict: (path of the checkpoint, quality) -> the
+            network. One path serves all qualities. It raises InputError.
     """
 
     name: str
@@ -111,8 +108,11 @@ class Architecture:
     loader: Callable[[Path, int | None], nn.Module] | None = None
 
     def sizes(self, quality: int | None = None, configuration: str | None = None) -> dict[str, Any]:
-        """The complete keyword arguments of a configuration or, without one, of a quality (default: the
-        lowest).
+        """The factory's arguments, complete.
+
+        Args:
+            quality: whose; None: the lowest.
+            configuration: instead of a quality, the name of a small size.
 
         Raises:
             InputError: there is no such quality or configuration.
@@ -127,8 +127,7 @@ class Architecture:
         return self.complete(self.official[min(self.official) if quality is None else quality])
 
     def complete(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """`kwargs` with the factory's own defaults added, sequences as tuples: two of these can be
-        compared."""
+        """The factory's arguments with its defaults, and lists as tuples, so that two can be compared."""
         defaults = {
             name: parameter.default
             for name, parameter in inspect.signature(self.factory).parameters.items()
@@ -138,14 +137,18 @@ class Architecture:
         return {name: tuple(value) if isinstance(value, list) else value for name, value in merged.items()}
 
     def check_quality(self, quality: int) -> None:
-        """Raises InputError when the architecture has no such quality."""
+        """Raises InputError where the architecture has no such quality."""
         if quality not in self.official:
+            first, last = min(self.official), max(self.official)
             raise InputError(
-                f"{self.name} has no quality {quality!r}; choose --quality from {min(self.official)} to {max(self.official)}"
+                f"{self.name} has no quality {quality!r}; choose `quality` from {first} to {last}"
             )
 
     def lambda_for(self, quality: int, metric: str = "mse") -> float:
-        """The lambda that the quality is trained with.
+        """The lambda of J = R + lambda * D that models of a quality are trained with.
+
+        Args:
+            metric: "mse" (D is the squared error on 0..255) or "ms-ssim" (D is 1 - MS-SSIM).
 
         Raises:
             InputError: there is no such quality or metric.
@@ -162,14 +165,24 @@ def register_model(
     *,
     official: Mapping[int, Mapping[str, Any]],
     configurations: Mapping[str, Mapping[str, Any]],
-    **facts: Any,
+    **fields: Any,
 ) -> Callable[..., Any]:
-    """Make `factory`, or the class or function below when used as a decorator, known as `name`.
+    """Make a codec known to licq by a name, as the decorator of its class or of a function that makes it.
 
-    `facts` are the other fields of `Architecture`.
+        @licq.register_model("mine", official={1: {"N": 128}}, configurations={"reference": {"N": 48}})
+        class Mine(nn.Module):
+            def __init__(self, N: int = 128): ...
+            def forward(self, x): ...    # (B, 3, H, W) in 0..1 -> {"x_hat", "likelihoods": {"y", "z"}}
 
-        @register_model("mine", official={1: {"N": 128}}, configurations={"reference": {"N": 48}})
-        class Mine(nn.Module): ...
+    The file with these lines is a plug-in: its path is taken wherever the name of an architecture is.
+
+    Args:
+        name: for `arch`.
+        factory: makes the network; left out where this is used as a decorator.
+        official: quality -> the factory's arguments for the published model of that quality.
+        configurations: name -> the factory's arguments for a small size; every architecture has "reference".
+        fields: other fields of `Architecture`, such as `multiple` (of the sides of an image, 64 by default),
+            `lambdas`, or `infer` (arguments from a checkpoint's tensors).
 
     Raises:
         ValueError: another factory already has this name.
@@ -181,7 +194,7 @@ def register_model(
         if known is not None and _identity(known.factory) != _identity(factory):
             raise ValueError(f"the name {name!r} is already taken by {known.factory!r}")
         _REGISTRY[name] = Architecture(
-            name=name, factory=factory, official=official, configurations=configurations, **facts
+            name=name, factory=factory, official=official, configurations=configurations, **fields
         )
         return factory
 
@@ -227,8 +240,13 @@ def get_architecture(name: str) -> Architecture:
 def create_model(
     name: str, quality: int | None = None, configuration: str | None = None, **overrides: Any
 ) -> nn.Module:
-    """A network with fresh weights: the sizes of `configuration`, or else of `quality`, changed by
-    `overrides`.
+    """A network with initial weights.
+
+    Args:
+        name: of an architecture, or the path of a plug-in.
+        quality: whose published sizes it has; None: the lowest.
+        configuration: instead of a quality, the name of a small size, such as "reference".
+        overrides: arguments of the factory that are to be others.
 
     Raises:
         InputError: unknown name, quality, configuration or size argument.
@@ -243,20 +261,20 @@ def create_model(
 
 
 def create_network(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
-    """A network with fresh weights from the factory's own arguments; `architecture_of` will know it."""
+    """A network with initial weights from the factory's own arguments; `architecture_of` will know it."""
     architecture = get_architecture(name)
     model = architecture.factory(**architecture.complete(kwargs))
     return mark_architecture(model, architecture, kwargs)
 
 
 def mark_architecture(model: nn.Module, architecture: Architecture, kwargs: Mapping[str, Any]) -> nn.Module:
-    """Have the network say what it is; the mark goes along when it is copied."""
-    model.licq_architecture = (architecture.name, architecture.complete(kwargs))
+    """Note in a network what it is, for `architecture_of`; copies of the network have the note too."""
+    vars(model)["licq_architecture"] = (architecture.name, architecture.complete(kwargs))
     return model
 
 
 def architecture_of(model: nn.Module) -> tuple[str, dict[str, Any]] | None:
-    """(name, factory's arguments) of a network that this project has made; None for one made otherwise."""
+    """(name, the factory's arguments) of a network that licq has made; None of any other network."""
     return getattr(model, "licq_architecture", None)
 
 

@@ -3,8 +3,8 @@ model.
 
 Sources: Liu et al., "Swin Transformer", arXiv 2103.14030; Lu et al., "Transformer-based Image Compression",
 arXiv 2111.06707. Parameters and buffers carry the names and shapes of the public code (lumingzzz/TIC).
-Everything here works on channels-last maps (B, H, W, C); each non-linear function is a module, so that a
-quantizer finds it by type.
+Everything here works on channels-last maps (B, H, W, C). Each non-linear function is a module, so that a
+quantizer recognizes it by its type.
 """
 
 from functools import lru_cache
@@ -19,8 +19,11 @@ MASKED = -100.0
 
 
 def relative_position_index(side: int) -> Tensor:
-    """Row of the bias table for each (query, key) of a side x side window: (side^2, side^2), in 0 .. (2 side
-    - 1)^2 - 1."""
+    """The row of the bias table for each query and key of a window of side x side positions.
+
+    Returns:
+        (side^2, side^2), integers in 0 .. (2 side - 1)^2 - 1.
+    """
     rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     rows, columns = rows.flatten(), columns.flatten()
     row_offset = rows[:, None] - rows[None, :] + side - 1
@@ -48,11 +51,11 @@ def merge_windows(windows: Tensor, window: int, height: int, width: int) -> Tens
 
 @lru_cache(maxsize=16)
 def window_mask(height: int, width: int, window: int, shift: int) -> Tensor | None:
-    """What is added to the scores of each window so that only neighbours in the image attend to each other.
+    """What is added to the scores of each window, so that only neighbours in the image attend to each other.
 
-    After the cyclic shift a window at the border holds pixels from opposite sides of the map; and where
-    height or width is no multiple of the window, the last windows hold padding. Pairs from different such
-    regions get -100.
+    After the cyclic shift, a window at the border has pixels from opposite sides of the map. Where height or
+    width is no multiple of the window, the last windows have padding. Pairs from different such regions get
+    -100.
 
     Returns:
         (windows, window^2, window^2), 0 or -100; None where no pair is masked.
@@ -92,7 +95,8 @@ class Mlp(nn.Module):
 def split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """(..., tokens, 3 C) -> queries, keys and values, each (..., heads, tokens, C / heads)."""
     shape = (*qkv.shape[:-1], heads, qkv.shape[-1] // 3 // heads)
-    return tuple(part.reshape(shape).transpose(-3, -2) for part in qkv.chunk(3, dim=-1))
+    q, k, v = (part.reshape(shape).transpose(-3, -2) for part in qkv.chunk(3, dim=-1))
+    return q, k, v
 
 
 def merge_heads(x: Tensor) -> Tensor:
@@ -107,7 +111,9 @@ def position_bias(table: Tensor, index: Tensor) -> Tensor:
 
 
 class WindowAttention(nn.Module):
-    """Multi-head attention inside windows, with a learned bias per relative position."""
+    """Multi-head attention inside windows, with a learned bias for each relative position."""
+
+    relative_position_index: Tensor
 
     def __init__(self, dim: int, window: int, heads: int):
         super().__init__()
@@ -126,9 +132,8 @@ class WindowAttention(nn.Module):
         """x: (B, windows, tokens, C); mask: (windows, tokens, tokens) or None -> (B, windows, tokens, C)."""
         q, k, v = split_heads(self.qkv(x), self.heads)
         bias = position_bias(self.relative_position_bias_table, self.relative_position_index)
-        if (
-            mask is not None
-        ):  # the public code adds -100; so nothing of what is masked comes through, whatever the scores are
+        if mask is not None:
+            # The public code adds -100. With -inf no masked key comes through, whatever the scores are.
             bias = torch.where(mask[:, None] < 0, float("-inf"), bias)
         attention = self.softmax((q * self.scale) @ k.transpose(-2, -1), bias)
         return self.proj(merge_heads(attention @ v))
@@ -138,12 +143,14 @@ class SwinTransformerBlock(nn.Module):
     """Window attention and a perceptron, each behind a LayerNorm and inside a shortcut; (B, H, W, C).
 
     A map whose sides are no multiples of the window is padded below and on the right with tokens that nothing
-    attends to, and cut back afterwards (the public code asks for multiples instead).
+    attends to, and cropped afterwards. (The public code demands multiples.)
 
     Args:
         resolution: the (H, W) that the buffer `attn_mask` is made for; for other sizes the mask is computed.
         shift: of the windows, in pixels, 0 .. window - 1.
     """
+
+    attn_mask: Tensor | None
 
     def __init__(
         self, dim: int, resolution: tuple[int, int], heads: int, window: int, shift: int, mlp_ratio: float
@@ -154,8 +161,9 @@ class SwinTransformerBlock(nn.Module):
         self.attn = WindowAttention(dim, window, heads)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        mask = window_mask(*resolution, window, shift) if shift else None
         # cloned: load_state_dict writes into the buffer, and the function's result is shared
-        self.register_buffer("attn_mask", window_mask(*resolution, window, shift).clone() if shift else None)
+        self.register_buffer("attn_mask", None if mask is None else mask.clone())
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self._attend(self.norm1(x))
@@ -213,12 +221,14 @@ class RSTB(nn.Module):
 
 
 class CausalAttentionModule(nn.Module):
-    """Context model: attention among the 5x5 symbols around each position, the 13 that are not yet decoded
-    set to zero.
+    """A context model: attention among the 5x5 symbols around each position.
 
-    The attended tokens are summed to one vector per position. Masking the input makes the output a function
-    of decoded symbols alone, whatever the weights.
+    The 13 symbols that are not yet decoded are set to zero, so the output depends on decoded symbols alone,
+    whatever the weights are. The attended tokens are summed to one vector for each position.
     """
+
+    mask: Tensor
+    relative_position_index: Tensor
 
     def __init__(self, dim: int, out_dim: int, heads: int = 16, side: int = 5, mlp_ratio: float = 4.0):
         super().__init__()

@@ -1,13 +1,13 @@
 """Train the reference checkpoints of the zoo.
 
-    python -m models.train_reference --arch lu2022 --quality 5 --data FOLDER --steps 6000
-    python -m models.train_reference --arch lu2022 --quality 6 --data FOLDER --steps 1500 --init
-    models/zoo/lu2022-q5.safetensors
+    python -m licq.models.train_reference --arch lu2022 --quality 5 --data FOLDER --steps 6000
+    python -m licq.models.train_reference --arch lu2022 --quality 6 --data FOLDER --steps 1500 \\
+        --init models/zoo/lu2022-q5.safetensors
 
-Loss: R + lambda * 255^2 * mse in bits per pixel (Balle et al. 2018), Adam with linear warm-up and a cosine
-schedule, the auxiliary loss of the entropy bottleneck's quantiles beside it. Every crop and every noise
-sample follows from the seed and the step, so a run that was killed and resumed sees the same data as one that
-was not.
+The loss is R + lambda * 255^2 * mse in bits per pixel (Balle et al. 2018), minimized by Adam with a linear
+warm-up and a cosine schedule. The quantiles of the entropy bottleneck have their auxiliary loss. Every crop
+and every noise sample follows from the seed and the step, so a run that was interrupted and resumed sees the
+same data as one that was not.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import math
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from licq.models.checkpoints import load_checkpoint, save_checkpoint
 from licq.models.narrow import narrow
 from licq.models.registry import create_model, get_architecture
-from licq.support.cli import main_guard
+from licq.support.cli import ArgumentParser, main_guard
 from licq.support.errors import InputError
 from licq.support.files import atomic_path
 from licq.support.progress import progress
@@ -33,7 +34,7 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 
 
 def read_photos(folder: Path, crop: int) -> list[np.ndarray]:
-    """All photos of a folder that hold a crop, as uint8 arrays (H, W, 3), sorted by name."""
+    """The photos of a folder that are as large as a crop, sorted by name, as uint8 arrays (H, W, 3)."""
     paths = (
         sorted(p for p in folder.glob("*") if p.suffix.lower() in IMAGE_SUFFIXES) if folder.is_dir() else []
     )
@@ -41,14 +42,16 @@ def read_photos(folder: Path, crop: int) -> list[np.ndarray]:
     photos = [photo for photo in photos if min(photo.shape[:2]) >= crop]
     if not photos:
         raise InputError(
-            f"no photo of at least {crop} x {crop} pixels in {folder}; pass another folder with --data"
+            f"no photo of at least {crop} x {crop} pixels in {folder}; give another folder as `data`"
         )
     return photos
 
 
 def draw_batch(photos: list[np.ndarray], batch: int, crop: int, seed: int, step: int) -> Tensor:
-    """A batch of random crops, half of them mirrored: (batch, 3, crop, crop) in 0..1; a function of seed and
-    step."""
+    """A batch of random crops, half of them mirrored: (batch, 3, crop, crop) in 0..1.
+
+    It depends on the seed and the step alone.
+    """
     random = np.random.default_rng((seed, step))
     areas = np.array([photo.shape[0] * photo.shape[1] for photo in photos], dtype=float)
     crops = []
@@ -63,76 +66,89 @@ def draw_batch(photos: list[np.ndarray], batch: int, crop: int, seed: int, step:
 
 
 def rate_distortion(output: dict, x: Tensor, lmbda: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, bpp, mse on 0..255), means over a batch; lmbda: of all images, or (B,)."""
+    """(loss, bits per pixel, mse on 0..255), means over a batch.
+
+    Args:
+        output: of the codec.
+        x: images (B, 3, H, W) in 0..1.
+        lmbda: of all images, or of each, (B,).
+    """
     pixels = x.shape[2] * x.shape[3]
-    bpp = (
-        sum(-torch.log2(likelihoods).flatten(1).sum(1) for likelihoods in output["likelihoods"].values())
-        / pixels
-    )
+    bits = [-torch.log2(likelihoods).flatten(1).sum(1) for likelihoods in output["likelihoods"].values()]
+    bpp = sum(bits[1:], bits[0]) / pixels
     mse = 255**2 * (output["x_hat"] - x).square().flatten(1).mean(1)
     return (bpp + lmbda * mse).mean(), bpp.mean(), mse.mean()
 
 
 def spread_levels(levels: int, batch: int, seed: int, step: int) -> Tensor:
-    """(batch,): the levels of a batch for a variable-rate codec, spread over all; a function of seed and
-    step."""
+    """The levels (batch,) of the images of a batch, spread over all levels of a variable-rate codec.
+
+    They depend on the seed and the step alone.
+    """
     random = np.random.default_rng((seed, step, 1))
     return torch.from_numpy(1 + (random.integers(levels) + levels * np.arange(batch) // batch) % levels)
 
 
 def named_alike(source: nn.Module, model: nn.Module) -> dict[str, Tensor]:
-    """The parameters of `source` by the names of `model`, where a sequence of layers has others in between
-    (attention, for one)."""
-    given = dict(source.named_parameters())
-    for name, own in model.named_children():
-        other = getattr(source, name, None)
+    """The parameters of `source` by the names that they have in `model`.
+
+    Names differ where a sequence of layers in `source` has further layers (attention, for one) between those
+    of `model`.
+    """
+    parameters: dict[str, Tensor] = dict(source.named_parameters())
+    for name, sequence in model.named_children():
         kinds, others = (
             [type(layer) for layer in part] if isinstance(part, nn.Sequential) else []
-            for part in (own, other)
+            for part in (sequence, getattr(source, name, None))
         )
         if len(others) <= len(kinds):
             continue
-        places, rest = [], iter(range(len(others)))
-        for kind in kinds:
-            places.append(next((place for place in rest if others[place] is kind), None))
-        if None in places:
+        rest = iter(range(len(others)))
+        # of each layer of `model` the index that it has in `source`
+        indexes = [next((index for index in rest if others[index] is kind), None) for kind in kinds]
+        if None in indexes:
             continue
-        inside = {key: given.pop(key) for key in list(given) if key.startswith(f"{name}.")}
-        for place, taken in enumerate(places):
-            prefix = f"{name}.{taken}."
-            given |= {
-                f"{name}.{place}.{key.removeprefix(prefix)}": part
-                for key, part in inside.items()
+        inside = {key: parameters.pop(key) for key in list(parameters) if key.startswith(f"{name}.")}
+        for index, other in enumerate(indexes):
+            prefix = f"{name}.{other}."
+            parameters |= {
+                f"{name}.{index}.{key.removeprefix(prefix)}": parameter
+                for key, parameter in inside.items()
                 if key.startswith(prefix)
             }
-    return given
+    return parameters
 
 
 def start_from(model: nn.Module, source: nn.Module, batches: list[Tensor]) -> None:
-    """Give `model` the weights of a trained codec; what the codec lacks keeps its initial values, which are
-    named.
+    """Give `model` the weights of a trained codec.
 
-    batches: (B, 3, H, W) in 0..1, for the statistics where the codec is wider than the model.
+    What that codec does not have keeps its initial values, and is printed.
+
+    Args:
+        batches: (B, 3, H, W) in 0..1, for the statistics that narrowing a wider codec takes.
+
+    Raises:
+        InputError: the two have no layer in common.
     """
-    own, given = dict(model.named_parameters()), named_alike(source, model)
-    common = own.keys() & given.keys()
+    parameters, given = dict(model.named_parameters()), named_alike(source, model)
+    common = parameters.keys() & given.keys()
     if not common:
         raise InputError(
-            "--init: the checkpoint's codec has no layer in common with --arch; start from another"
+            "the checkpoint of `init` has no layer in common with `arch`; start from another checkpoint"
         )
-    if any(own[name].shape != given[name].shape for name in common):
+    if any(parameters[name].shape != given[name].shape for name in common):
         common = narrow(source, model, batches)
     else:
         with torch.no_grad():
             for name in common:
-                own[name].copy_(given[name])
-    lacking = sorted({name.rpartition(".")[0] or name for name in own.keys() - common})
+                parameters[name].copy_(given[name])
+    lacking = sorted({name.rpartition(".")[0] or name for name in parameters.keys() - common})
     if lacking:
         print(f"not in --init, trained from the start: {', '.join(lacking)}")
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
-    """Linear warm-up, then a half cosine down to 1% of the peak."""
+    """The learning rate of a step: a linear warm-up, then a half cosine down to 1% of the peak."""
     if step < warmup:
         return peak * (step + 1) / warmup
     turn = (step - warmup) / max(1, steps - warmup)
@@ -146,12 +162,16 @@ def train(
     lmbda: float | list[float],
     state_path: Path,
 ) -> float:
-    """Train in place, resuming from `state_path` where it exists; gives the seconds spent, earlier runs
-    included.
+    """Train in place, and go on from `state_path` where that file exists.
 
-    lmbda: one, or of a variable-rate codec those of its levels.
+    Args:
+        lmbda: of the codec; of a variable-rate codec a list, those of its levels.
+        state_path: the file from which training can be resumed.
+
+    Returns:
+        The seconds spent, those of earlier runs included.
     """
-    model.to(args.device).train()
+    network: Any = model.to(args.device).train()
     quantiles = [p for name, p in model.named_parameters() if name.endswith("quantiles")]
     weights = [p for name, p in model.named_parameters() if not name.endswith("quantiles")]
     optimizer = torch.optim.Adam(weights, lr=args.lr)
@@ -172,13 +192,14 @@ def train(
             group["lr"] = learning_rate(step, args.steps, args.lr, args.warmup)
         x = draw_batch(photos, args.batch, args.crop, args.seed, step).to(args.device)
         torch.manual_seed(args.seed * 1_000_003 + step)
-        batch, weight = x, lmbda
         if isinstance(lmbda, list):
             levels = spread_levels(len(lmbda), len(x), args.seed, step)
             weight = torch.tensor(lmbda, device=x.device)[levels - 1]
-            batch = model.with_planes(x, levels, weight)
+            batch = network.with_planes(x, levels, weight)
+        else:
+            batch, weight = x, lmbda
         with autocast:
-            output = model(batch)
+            output = network(batch)
         output = {
             "x_hat": output["x_hat"].float(),
             "likelihoods": {k: v.float() for k, v in output["likelihoods"].items()},
@@ -189,7 +210,7 @@ def train(
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         auxiliary.zero_grad()
-        model.aux_loss().backward()
+        network.aux_loss().backward()
         auxiliary.step()
         for name, value in (("loss", loss), ("bpp", bpp), ("psnr", 10 * torch.log10(255**2 / mse))):
             now = float(value.detach())
@@ -212,8 +233,8 @@ def train(
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m models.train_reference", description=__doc__.splitlines()[0]
+    parser = ArgumentParser(
+        prog="python -m licq.models.train_reference", description=str(__doc__).splitlines()[0]
     )
     parser.add_argument("--arch", default="lu2022")
     parser.add_argument(
@@ -254,7 +275,7 @@ def main(argv: list[str] | None = None) -> None:
     architecture = get_architecture(args.arch)
     torch.manual_seed(args.seed)
     configuration = None if args.configuration == "official" else args.configuration
-    model = create_model(args.arch, args.quality, configuration)
+    model: Any = create_model(args.arch, args.quality, configuration)
     levels = range(1, model.levels + 1) if architecture.variable else [args.quality]
     lambdas = [architecture.lambda_for(level) for level in levels]
     photos = read_photos(args.data, args.crop)

@@ -1,13 +1,15 @@
 """CompressAI's own variable-rate codecs: Kamisli, Racape, Choi, "Variable-Rate Learned Image Compression with
 Multi-Objective Optimization and Quantization-Reconstruction Offsets" (DCC 2024), arXiv 2402.18930.
 
-The latent is coded with a gain a <= 1, as in QVRF, and the decoder moves each symbol towards zero by an
-offset that a small network reads off the scale and the gain; z may have a step size that depends on the gain,
-too. CompressAI's classes with its parameters' names, and a forward that takes each image at its own gain.
+The latent is coded with a gain a <= 1, as in QVRF. The decoder moves each symbol towards zero by an offset,
+which a small network computes from the scale and the gain. The step size of z may depend on the gain too.
+These are CompressAI's classes with the names of their parameters, and a forward that takes each image at its
+own gain.
 """
 
 from collections.abc import Iterable, Mapping
 from decimal import Decimal
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,15 +29,22 @@ from licq.models.qvrf import LEVEL_LAMBDAS, VariableRate
 from licq.models.registry import register_model
 
 SCALE_BOUND = 0.11
-"""The smallest scale of the Gaussian conditional model, and of the offsets."""
+"""The smallest scale of the Gaussian conditional model and of the network of the offsets."""
 
 
 def in_order(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
-    """A network of linear layers, ReLU and softplus, with the same bits on every machine.
+    """The result of linear layers, ReLU and softplus, with the same bits on every machine.
 
-    A matrix product adds in an order of the machine's own, and exp and log differ in their last bits. So:
-    float64 products and sums one by one, and softplus in decimal arithmetic, whose exp and ln are rounded
-    correctly. x: (..., inputs); result as float64.
+    The order in which a matrix product adds depends on the machine, and so do the last bits of exp and log.
+    So products and sums are computed one by one in float64, and softplus in decimal arithmetic, whose exp and
+    ln are rounded correctly.
+
+    Args:
+        layers: nn.Linear, nn.Softplus or nn.ReLU.
+        x: (..., inputs of the first layer).
+
+    Returns:
+        float64 (..., outputs of the last layer), on the CPU.
     """
     x = x.detach().cpu().double()
     for layer in layers:
@@ -46,57 +55,69 @@ def in_order(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
                 total = total + x[..., index : index + 1] * weight[:, index]
             x = total
         elif isinstance(layer, nn.Softplus):
-            x = x.clone().apply_(
-                lambda value: float((1 + Decimal(value).exp()).ln()) if value < layer.threshold else value
-            )
+            x = x.clone().apply_(partial(_softplus, threshold=layer.threshold))
         else:
             x = F.relu(x)
     return x
 
 
-class RateFunction:
-    """Marks a module whose input is the gain alone: what it gives is a constant of each rate, computed
-    `in_order` but in training."""
+def _softplus(value: float, threshold: float) -> float:
+    """log(1 + exp(value)) up to the threshold of nn.Softplus, rounded correctly."""
+    return float((1 + Decimal(value).exp()).ln()) if value < threshold else value
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training:
-            return super().forward(x)
-        return in_order(self if isinstance(self, nn.Sequential) else [self], x).to(x)
+
+class RateFunction(nn.Module):
+    """Marks a module whose only input is the gain.
+
+    So its result is a constant of each rate. It is computed by `in_order`, except in training.
+    """
 
 
 class RateSequential(RateFunction, nn.Sequential):
-    pass
+    """Layers that compute a constant of each rate from the gain."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (n, inputs of the first layer)."""
+        return nn.Sequential.forward(self, x) if self.training else in_order(self, x).to(x)
 
 
 class RateLinear(RateFunction, nn.Linear):
-    pass
+    """A linear layer that computes a constant of each rate from the gain."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (n, in_features)."""
+        return nn.Linear.forward(self, x) if self.training else in_order([self], x).to(x)
 
 
 class OffsetNet(nn.Sequential):
-    """The network of the offsets, with what it is for: y_hat from y.
+    """y_hat from y, with offsets from a network of linear layers and ReLU: these are its submodules.
 
     y_hat = sign(s) (|s| + offset) / a + mean for s = round((y - mean) a), with no offset where s is 0.
     """
 
     def table(self, scales: Tensor, gain: float) -> Tensor:
-        """`offsets` of scales (n,) at one gain, with the same bits on every machine; float64."""
+        """The offsets of scales (n,) at one gain, with the same bits on every machine: float64 (n,)."""
         scales = scales.detach().cpu().double().clamp(min=SCALE_BOUND)
         return -in_order(self, torch.stack((scales, torch.full_like(scales, gain)), -1)).squeeze(-1)
 
     def offsets(self, scales: Tensor, gain: Tensor) -> Tensor:
-        """scales: of the scaled symbols; gain: broadcastable to them. Computed in the type of the scales."""
+        """The offsets of symbols, of the shape and type of their scales.
+
+        Args:
+            scales: of the symbols, with the gain in them.
+            gain: broadcastable to them.
+        """
         scales = scales.clamp(min=SCALE_BOUND)
         x = torch.stack((scales, gain.to(scales).expand_as(scales)), -1)
         for layer in self:
-            x = (
-                F.linear(x, layer.weight.to(x), layer.bias.to(x))
-                if isinstance(layer, nn.Linear)
-                else F.relu(x)
-            )
+            if isinstance(layer, nn.Linear):
+                x = F.linear(x, layer.weight.to(x), layer.bias.to(x))
+            else:
+                x = F.relu(x)
         return -x.squeeze(-1)
 
     def forward(self, y: Tensor, scales: Tensor, means: Tensor | None, gain: Tensor) -> Tensor:
-        """y, scales, means: (B, C, H, W); gain: (B, 1, 1, 1)."""
+        """y_hat; y, scales, means: (B, C, H, W); gain: (B, 1, 1, 1)."""
         residual = (y if means is None else y - means) * gain
         size = residual.abs()
         size = size + (size.round() - size).detach()
@@ -106,7 +127,7 @@ class OffsetNet(nn.Sequential):
 
 
 class WholeOffsetNet(OffsetNet):
-    """y_hat from s = round(y a), where a context model needs symbols before their means are known.
+    """y_hat from s = round(y a), where a context model needs symbols whose means are not known yet.
 
     y_hat = sign(r) (|r| + offset) / a + mean for r = s - mean a, and where |r| < 1/2, the mean lying in the
     symbol's interval, share r / a + mean.
@@ -114,12 +135,14 @@ class WholeOffsetNet(OffsetNet):
 
     @staticmethod
     def shares(scales: Tensor) -> Tensor:
-        """How far the mean of a Gaussian within an interval of width 1 follows the interval's centre, at its
-        own mean: the derivative there.
+        """The share of an interval's shift by which the Gaussian's mean within the interval shifts.
 
-        1 / (1 + h^2 / 3 + h^4 / (3 5) + h^6 / (3 5 7) + ...), h = 1 / (2 scale), which is 2 h phi(h) / (2
-        Phi(h) - 1): sums, products and quotients, number by number, with the same bits on every machine.
-        scales: of the scaled symbols.
+        The interval has width 1, and the derivative is taken where its centre is the Gaussian's mean. It is
+        2 h phi(h) / (2 Phi(h) - 1) = 1 / (1 + h^2 / 3 + h^4 / (3 5) + h^6 / (3 5 7) + ...) for h = 1 / (2
+        scale). The series has the same bits on every machine.
+
+        Args:
+            scales: of the symbols, with the gain in them.
         """
         square = (0.5 / scales.clamp(min=SCALE_BOUND)).square()
         term = total = torch.ones_like(square)
@@ -129,7 +152,7 @@ class WholeOffsetNet(OffsetNet):
         return 1 / total
 
     def forward(self, symbols: Tensor, scales: Tensor, means: Tensor, gain: Tensor) -> Tensor:
-        """symbols, scales, means: (B, C, H, W); gain: (B, 1, 1, 1)."""
+        """y_hat; symbols, scales, means: (B, C, H, W); gain: (B, 1, 1, 1)."""
         scales, residual = scales * gain, symbols - means * gain
         far = residual + residual.sign().detach() * self.offsets(scales, gain)
         moved = torch.where(residual.detach().abs() < 0.5, residual * self.shares(scales), far)
@@ -137,14 +160,15 @@ class WholeOffsetNet(OffsetNet):
 
 
 class VariableBottleneck(EntropyBottleneckVbr):
-    """Factorized density of z in steps of each image's own size.
+    """The factorized density of z, which is rounded to steps of each image's own size.
 
-    CompressAI's forward estimates the likelihood of an interval of width 1 whatever the step (it hands the
-    step over as another argument); its coder takes the step's width, and so does this.
+    CompressAI's forward estimates the likelihood of an interval of width 1 whatever the step is (it passes
+    the step as another argument). Its coder takes an interval of the width of the step, and so does this
+    class.
     """
 
     def step_likelihood(self, z_hat: Tensor, step: Tensor) -> Tensor:
-        """z_hat: (B, C, H, W), step: (B, 1, 1, 1), or (1, 1, 1, 1) for all images."""
+        """The likelihood of z_hat (B, C, H, W); step: (B, 1, 1, 1), or (1, 1, 1, 1) for all images."""
         half = (step / 2).expand(len(z_hat), 1, *z_hat.shape[2:]).reshape(1, 1, -1)
         rows = z_hat.transpose(0, 1).reshape(z_hat.shape[1], 1, -1)
         lower, upper = (self._logits_cumulative(rows + side * half, stop_gradient=False) for side in (-1, 1))
@@ -162,7 +186,14 @@ class VariableBottleneck(EntropyBottleneckVbr):
 
 
 class _Vbr(VariableRate):
-    """What the three have in common; comes before CompressAI's class among the bases."""
+    """What the three classes below have in common; it precedes CompressAI's class among their bases."""
+
+    vr_entbttlnck: bool
+    QuantABCD: Any
+    entropy_bottleneck: Any
+    gaussian_conditional: Any
+    gayn2zqstep: Any
+    lower_bound_zqstep: Any
 
     def _init_vbr(self, N: int, levels: int) -> None:
         self._init_rate(levels)
@@ -180,15 +211,15 @@ class _Vbr(VariableRate):
 
     def _code_y(self, y: Tensor, scales: Tensor, means: Tensor | None, gain: Tensor) -> tuple[Tensor, Tensor]:
         y_hat = self.QuantABCD(y, scales, means, gain)
-        means = {} if means is None else {"means": means * gain}
-        return y_hat, self.gaussian_conditional(y * gain, scales * gain, **means)[1]
+        given = {} if means is None else {"means": means * gain}
+        return y_hat, self.gaussian_conditional(y * gain, scales * gain, **given)[1]
 
     def aux_loss(self) -> Tensor:
-        """Of the quantiles of z; CompressAI's own method overlooks its bottleneck of variable steps."""
+        """The loss of z's quantiles; CompressAI's own method misses its bottleneck of variable steps."""
         return self.entropy_bottleneck.loss()
 
     def update(self, scale_table: Any = None, force: bool = False, **_: Any) -> bool:
-        """Make the CDF tables; of z for a step size of 1."""
+        """Make the CDF tables; those of z are for a step size of 1."""
         table = get_scale_table() if scale_table is None else scale_table
         return bool(self.gaussian_conditional.update_scale_table(table, force=force)) | bool(
             self.entropy_bottleneck.update(force=force)
@@ -196,7 +227,7 @@ class _Vbr(VariableRate):
 
 
 def infer_sizes(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The arguments that fit a state_dict; KeyError where it is no variable-rate codec of CompressAI."""
+    """The factory's arguments for a state_dict; KeyError where it is no such codec."""
     return {
         **infer_n_m(state_dict),
         "levels": state_dict["Gain"].shape[0],
@@ -205,7 +236,7 @@ def infer_sizes(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def adapt(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """EntropyBottleneckVbr has the names that EntropyBottleneck once had."""
+    """A state_dict with the names of EntropyBottleneckVbr, which EntropyBottleneck once had."""
     if "gayn2zqstep.0.weight" not in state_dict:
         return dict(state_dict)
     old = {"matrices": "_matrix", "biases": "_bias", "factors": "_factor"}
@@ -218,10 +249,11 @@ def adapt(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return adapted
 
 
-_FACTS = {
+_FIELDS = {
     "official": {level: {"N": 192, "M": 320} for level in range(1, 9)},
     "lambdas": {"mse": dict(enumerate(LEVEL_LAMBDAS[:8], 1))},
-    "title": "Variable-Rate Learned Image Compression with Multi-Objective Optimization and Quantization-Reconstruction Offsets",
+    "title": "Variable-Rate Learned Image Compression with Multi-Objective Optimization and "
+    "Quantization-Reconstruction Offsets",
     "paper": "arXiv 2402.18930",
     "variable": True,
     "infer": infer_sizes,
@@ -233,10 +265,10 @@ _FACTS = {
     "balle2018-vbr",
     configurations={"reference": {"N": 56, "M": 80}},
     zoo="bmshj2018-hyperprior-vbr",
-    **_FACTS,
+    **_FIELDS,
 )
 class Balle2018Vbr(_Vbr, ScaleHyperpriorVbr):
-    """Scale hyperprior.
+    """The scale hyperprior of Balle et al. 2018 with a variable rate.
 
     Args:
         N, M: as CompressAI's.
@@ -258,10 +290,16 @@ class Balle2018Vbr(_Vbr, ScaleHyperpriorVbr):
 
 
 @register_model(
-    "minnen2018-mean-vbr", configurations={"reference": {"N": 48, "M": 64}}, zoo="mbt2018-mean-vbr", **_FACTS
+    "minnen2018-mean-vbr", configurations={"reference": {"N": 48, "M": 64}}, zoo="mbt2018-mean-vbr", **_FIELDS
 )
 class Minnen2018MeanVbr(_Vbr, MeanScaleHyperpriorVbr):
-    """Mean and scale hyperprior; arguments as `Balle2018Vbr`'s."""
+    """The mean and scale hyperprior of Minnen et al. 2018 with a variable rate.
+
+    Args:
+        N, M: as CompressAI's.
+        levels: gains, at most 8.
+        vr_entbttlnck: whether z has a step size of its own; the published checkpoint has.
+    """
 
     def __init__(self, N: int = 192, M: int = 320, levels: int = 8, vr_entbttlnck: bool = True):
         super().__init__(N, M, vr_entbttlnck)
@@ -285,15 +323,18 @@ def _infer_autoregressive(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
     "minnen2018-vbr",
     configurations={"reference": {"N": 56, "M": 64}},
     zoo="mbt2018-vbr",
-    **{**_FACTS, "infer": _infer_autoregressive},
+    **{**_FIELDS, "infer": _infer_autoregressive},
 )
 class Minnen2018Vbr(_Vbr, WholeLatent, JointAutoregressiveHierarchicalPriorsVbr):
-    """Joint autoregressive and hierarchical priors; N, M, levels as `Balle2018Vbr`'s.
+    """The joint autoregressive and hierarchical priors of Minnen et al. 2018 with a variable rate.
 
-    CompressAI's forward walks over the positions one by one, because its symbols round((y - mean) a) depend
-    on the y_hat before them. Here all positions go at once, as in the class of fixed rate: the symbols are
-    round(y a), the context is round(y a) / a, and the offsets move what is left of the symbols without their
-    means.
+    CompressAI's forward computes the positions one by one, because its symbols round((y - mean) a) depend on
+    the y_hat before them. Here all positions are computed at once, as in the class of fixed rate: the symbols
+    are round(y a), the context is round(y a) / a, and the offsets move the symbols less their means.
+
+    Args:
+        N, M: as CompressAI's.
+        levels: gains, at most 8.
     """
 
     def __init__(self, N: int = 192, M: int = 320, levels: int = 8):

@@ -24,6 +24,7 @@ from licq.quant.serialization import load_quantized, save_quantized
 from licq.support.cli import explain
 from licq.support.determinism import exact_products
 from licq.support.errors import InputError
+from licq.support.files import sha256
 
 PIXEL = 1 / 255
 CLEAR_MISMATCH = 0.05  # of an output's standard deviation
@@ -67,6 +68,7 @@ class QuantModel(nn.Module):
         self.frozen = False
         self.loaded = False  # from a file: whole numbers only, nothing left to learn from
         self.extra: dict[str, Any] = {}  # what the file's writer wanted to be found again
+        self.file_sha256: str | None = None  # of the file that it was saved to or loaded from last
 
     # ------------------------------------------------------------------------------------------------ running
 
@@ -265,13 +267,16 @@ class QuantModel(nn.Module):
         for node in self.nodes.values():
             node.thaw()
         self.frozen = False
+        self.file_sha256 = None
 
     # -------------------------------------------------------------------------------------------------- files
 
     def save(self, path: str | Path, extra: Mapping[str, Any] | None = None) -> int:
         """Write the frozen model as one safetensors file; returns its size in bytes. See
         `quant.serialization`."""
-        return save_quantized(self, path, extra)
+        size = save_quantized(self, path, extra)
+        self.file_sha256 = sha256(path)
+        return size
 
     @classmethod
     def load(
@@ -279,7 +284,9 @@ class QuantModel(nn.Module):
     ) -> "QuantModel":
         """The frozen model of a file, bit for bit; `model` is a new network of a codec that no `--arch`
         names."""
-        return load_quantized(path, model, device)
+        loaded = load_quantized(path, model, device)
+        loaded.file_sha256 = sha256(path)
+        return loaded
 
     # ------------------------------------------------------------------------------------------------- report
 

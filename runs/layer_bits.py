@@ -52,7 +52,7 @@ def check_written_bits(args: argparse.Namespace, qualities: Sequence[int]) -> No
     if not (args.bits_file and searches_bits(args)):
         return
     for path in [written_bits_file(args, quality) for quality in qualities]:
-        writable_folder(path.parent, "--bits_file")
+        writable_folder(path.parent, "bits_file")
         if path.is_dir():
             raise InputError(f"--bits_file {path} is a folder; give a file's name")
 

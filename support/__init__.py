@@ -1,8 +1,7 @@
-"""What every other package may lean on: errors for the user, safe files, progress."""
+"""What every other package uses: errors for the user, files that are complete, progress, seeds, options."""
 
 import warnings
 
-# Raised by packages that compressai imports; no user of ours can mend it, and it would stand above every
-# output.
+# From packages that compressai imports. No user of licq can mend them, and they would stand above all output.
 warnings.filterwarnings("ignore", message=".*torch.jit.script. is deprecated", category=FutureWarning)
 warnings.filterwarnings("ignore", message=".*torch.jit.script. is deprecated", category=DeprecationWarning)

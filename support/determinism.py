@@ -1,4 +1,4 @@
-"""The same numbers twice: seeds, threads, and the versions a result depends on."""
+"""What makes a result repeatable: seeds, threads, exact sums, and the versions that it depends on."""
 
 import contextlib
 import platform
@@ -20,7 +20,7 @@ def seed_everything(seed: int) -> None:
         InputError: seed is outside 0 .. 2^32 - 1, numpy's range.
     """
     if not 0 <= seed < 2**32:
-        raise InputError(f"--seed {seed} is out of range; choose one from 0 to 4294967295")
+        raise InputError(f"`seed` {seed} is out of range; choose one from 0 to 4294967295")
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -36,18 +36,18 @@ def set_threads(threads: int | None) -> int:
     """
     if threads is not None:
         if threads < 1:
-            raise InputError(f"--threads {threads} is out of range; choose 1 or more")
+            raise InputError(f"`threads` {threads} is out of range; choose 1 or more")
         torch.set_num_threads(threads)
     return torch.get_num_threads()
 
 
 @contextlib.contextmanager
 def exact_products(device: torch.device) -> Iterator[None]:
-    """On a GPU, sums of products of the numbers as they are: no TF32, and no cuDNN, which may take Winograd's
-    or Fourier's way.
+    """While this lasts, a GPU computes sums of products without approximation.
 
-    On whole numbers below the bounds of the overflow certificate these are exact then, as they are on a CPU
-    (design, section 4).
+    TF32 is off, and so is cuDNN, which may use Winograd's or Fourier's algorithm. Sums of products of
+    integers are then exact below the bounds of the overflow certificate, as they are on a CPU (design,
+    section 4).
     """
     if device.type != "cuda":
         yield
@@ -63,10 +63,10 @@ def exact_products(device: torch.device) -> Iterator[None]:
 
 def versions() -> dict[str, str]:
     """Versions of what a result depends on: licq, python, torch, compressai, timm, numpy, pillow."""
-    found = {"licq": __version__, "python": platform.python_version()}
+    result = {"licq": __version__, "python": platform.python_version()}
     for package in ("torch", "compressai", "timm", "numpy", "pillow"):
         try:
-            found[package] = torch.__version__ if package == "torch" else metadata.version(package)
+            result[package] = torch.__version__ if package == "torch" else metadata.version(package)
         except metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+            result[package] = "not installed"
+    return result

@@ -1,4 +1,4 @@
-"""Files that are whole or absent."""
+"""Files that are complete or absent."""
 
 import contextlib
 import hashlib
@@ -6,16 +6,19 @@ import json
 import math
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from licq.support.errors import InputError
 
 
 @contextlib.contextmanager
-def atomic_path(path: str | Path):
-    """Yield a temporary path beside `path`; on success it takes the name `path`, on failure it is removed.
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """A temporary path beside `path`, to write to.
 
-    A reader never sees a half-written file, also when the disk fills up or the process is killed.
+    On success it takes the name `path`, on failure it is removed. So a reader never sees an incomplete file,
+    even when the disk fills up or the process is killed. The temporary name begins with a dot.
 
     Raises:
         InputError: the folder cannot be made or written, or the disk is full.
@@ -26,9 +29,7 @@ def atomic_path(path: str | Path):
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
         os.close(handle)
     except OSError as error:
-        raise InputError(
-            f"cannot write {path}: {error.strerror}; choose another folder with --out"
-        ) from error
+        raise InputError(f"cannot write {path}: {error.strerror}; choose another folder as `out`") from error
     temporary = Path(name)
     try:
         yield temporary
@@ -40,26 +41,28 @@ def atomic_path(path: str | Path):
         os.replace(temporary, path)
     except OSError as error:
         raise InputError(
-            f"cannot write {path}: {error.strerror or error}; free some space or choose another --out"
+            f"cannot write {path}: {error.strerror or error}; free some space or choose another `out`"
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write `text` to `path` as UTF-8, whole or not at all."""
+    """Write text as UTF-8. The file is complete or absent, as with `atomic_path`."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path: str | Path, value) -> None:
-    """Write `value` to `path` as JSON that every parser reads: NaN and infinities, which JSON lacks, become
-    null."""
+def write_json(path: str | Path, value: Any) -> None:
+    """Write a value as JSON. The file is complete or absent, as with `atomic_path`.
+
+    NaN and infinities, which JSON does not have, become null.
+    """
     text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
     write_text(path, text + "\n")
 
 
-def _finite(value):
+def _finite(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -85,11 +88,11 @@ def sha256(path: str | Path) -> str:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
 
 
-def writable_folder(path: str | Path, flag: str = "--out") -> Path:
-    """Make the folder `path` and prove that files can be made in it; to be called before hours of work, not
-    after.
+def writable_folder(path: str | Path, argument: str = "out") -> Path:
+    """Make a folder, and make sure that files can be written to it: before hours of work, not after.
 
-    flag: what the user chose it with.
+    Args:
+        argument: the name of the argument that the user chose the folder with.
 
     Raises:
         InputError: the folder cannot be made or written.
@@ -101,6 +104,6 @@ def writable_folder(path: str | Path, flag: str = "--out") -> Path:
             pass
     except OSError as error:
         raise InputError(
-            f"cannot write to {path}: {error.strerror}; choose another folder with {flag}"
+            f"cannot write to {path}: {error.strerror}; choose another folder as `{argument}`"
         ) from error
     return path

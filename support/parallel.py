@@ -12,24 +12,31 @@ from typing import Any
 from licq.support.errors import InputError
 
 _MEMORY_A_JOB = 2 * 2**30  # bytes
-_START = 3  # a process has to have so many pieces of work to be worth its start
+_MIN_PIECES = 3  # of work for a process to be worth its start
 
 
 def default_jobs(pieces: int, threads: int | None) -> int:
-    """Processes for so many pieces of work: as many as there are processors (or groups of `threads`), 2 GiB
-    of memory for each."""
+    """How many processes to use for some pieces of work.
+
+    As many as the machine has processors, or groups of `threads` processors; fewer where it has less than
+    2 GiB of memory for each, or where a process would have fewer than 3 pieces.
+    """
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory = (
         os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else _MEMORY_A_JOB
     )
-    return max(1, min(processors // (threads or 1), memory // _MEMORY_A_JOB, pieces // _START))
+    return max(1, min(processors // (threads or 1), memory // _MEMORY_A_JOB, pieces // _MIN_PIECES))
 
 
 def ordered(function: Callable[[Any], Any], pieces: Sequence[Any], jobs: int) -> Iterator[Any]:
-    """`function` of each piece, in order; with more than one job in processes of their own, never more than
-    two pieces a process ahead.
+    """The results of `function` for each piece, in order.
 
-    What `function` raises is raised here, and what has not begun is not begun.
+    With more than one job, pieces are computed in as many processes, at most two a process ahead of the
+    results that are taken. When `function` raises, the exception is raised here, and no further piece is
+    begun.
+
+    Raises:
+        InputError: a process died.
     """
     if jobs == 1:
         yield from map(function, pieces)
@@ -47,7 +54,7 @@ def ordered(function: Callable[[Any], Any], pieces: Sequence[Any], jobs: int) ->
             yield waiting.popleft().result()
     except BrokenProcessPool as error:
         raise InputError(
-            "a job died, most likely for lack of memory; use fewer --jobs or a smaller --tile"
+            "a job died, most likely for lack of memory; use fewer `jobs` or a smaller `tile`"
         ) from error
     finally:
         executor.shutdown(cancel_futures=True)

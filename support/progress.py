@@ -2,6 +2,8 @@
 
 import sys
 import time
+from collections.abc import Iterable
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -10,9 +12,9 @@ _LOG_FORMAT = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{po
 
 
 class _Lines:
-    """A stream that turns what tqdm draws into plain lines: no carriage returns, no cursor movement."""
+    """A stream that turns what tqdm draws into plain lines, without carriage returns and cursor movement."""
 
-    def __init__(self, stream):
+    def __init__(self, stream: TextIO):
         self._stream = stream
         self._last = ""
 
@@ -25,29 +27,35 @@ class _Lines:
     def flush(self) -> None:
         self._stream.flush()
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
 
 def progress(
-    iterable=None,
+    iterable: Iterable | None = None,
     *,
     total: int | None = None,
     desc: str = "",
     unit: str = "it",
     enabled: bool = True,
     leave: bool = True,
-    stream=None,
+    stream: TextIO | None = None,
 ) -> tqdm:
-    """A tqdm over `iterable` (or `total` steps counted with `.update()`) on standard error.
+    """A tqdm with the time left, on standard error.
 
-    On a terminal a bar with the time left. Elsewhere (a log file, CI) one line every 10 seconds and one at
-    the end, and none from a loop that is over sooner. `desc` and `unit` are words for the user;
-    `enabled=False` is silent; `leave=False` takes the bar away at the end. `.set_postfix_str("J 0.81")` adds
-    a value.
+    On a terminal it is a bar. Elsewhere (a log file, CI) it is one line every 10 seconds and one at the end,
+    and nothing where the loop is over sooner. `.set_postfix_str("J 0.81")` adds a value.
+
+    Args:
+        iterable: what to go over; without it, steps are counted by `.update()`.
+        total: number of steps.
+        desc, unit: words for the user.
+        enabled: False for no output at all.
+        leave: False to take the bar away at the end.
+        stream: instead of standard error.
     """
-    stream = stream or sys.stderr
-    if getattr(stream, "isatty", lambda: False)():
+    output = stream or sys.stderr
+    if getattr(output, "isatty", lambda: False)():
         return tqdm(
             iterable,
             total=total,
@@ -55,7 +63,7 @@ def progress(
             unit=unit,
             disable=not enabled,
             leave=leave,
-            file=stream,
+            file=output,
             dynamic_ncols=True,
             mininterval=0.2,
         )
@@ -66,7 +74,7 @@ def progress(
         unit=unit,
         disable=not enabled,
         leave=leave,
-        file=_Lines(stream),
+        file=_Lines(output),
         mininterval=_LOG_INTERVAL,
         miniters=1,
         delay=_LOG_INTERVAL / 2,
@@ -75,8 +83,12 @@ def progress(
 
 
 def time_left(started: float, done: int, total: int) -> str:
-    """ ", about 3 min left", from the mean time of what is done since `started` (monotonic seconds); nothing
-    to go by at the first."""
+    """The words ", about 3 min left", by the mean time of the steps so far; empty before the first is done.
+
+    Args:
+        started: `time.monotonic()` at the beginning.
+        done, total: steps.
+    """
     if not done:
         return ""
     return f", about {max(1, round((time.monotonic() - started) / done * (total - done) / 60))} min left"

@@ -1,1 +1,1 @@
-"""Many runs of one command: grids of settings, where they run, and what came out together."""
+"""Many runs of one command: sweep files, their runs, and one summary of the results."""

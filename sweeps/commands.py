@@ -1,10 +1,10 @@
 """main_ptq.py --sweep: the runs of a sweep file, one after the other or many at once, and one summary.
 
-OUT/sweep.json            the settings: every run's command line
-OUT/finished.json         how the runs ended that have ended
-OUT/runs/<name>/          each an ordinary run of main_ptq.py, with log.txt, what it said
-OUT/shared/               what several runs need and one has measured: float codecs, JPEG curves; with
-                          --shared elsewhere
+OUT/sweep.json        the settings: the command line of each run
+OUT/finished.json     how each run ended that has ended
+OUT/runs/<name>/      an ordinary run of main_ptq.py, and log.txt, what it printed
+OUT/shared/           measurements that several runs need: of float codecs, of JPEG; --shared puts them
+                      elsewhere
 OUT/summary.md, summary.csv, points.csv, plot.png
 """
 
@@ -21,7 +21,8 @@ from licq.support.errors import InputError
 from licq.support.files import writable_folder, write_json
 from licq.support.version import __version__
 from licq.sweeps.grid import Sweep, list_sweeps, load_sweep
-from licq.workers.engine import Engine, Task
+from licq.workers.engine import Engine
+from licq.workers.task import Task
 
 
 def add_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
@@ -38,30 +39,35 @@ def add_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None
         type=options.assignment,
         action="append",
         default=[],
-        help="of a sweep only the runs at these values of an axis, separated by commas; repeatable. With --resume others are "
-        "added to what a folder holds (default: all)",
+        help="of a sweep only the runs at these values of an axis, separated by commas; repeatable. With "
+        "--resume others are added to what a folder holds (default: all)",
     )
     options.add_engine(parser)
 
 
 def run(argv: Sequence[str], parser: ArgumentParser, check: Callable[[argparse.Namespace], object]) -> int:
-    """The exit status of main_ptq.py with --sweep.
+    """Run main_ptq.py with --sweep.
 
     Args:
-        parser: main_ptq.py's. check: raises InputError for settings of a run that make no sense.
+        argv: its command line.
+        parser: of main_ptq.py.
+        check: raises InputError for settings of a run that make no sense.
+
+    Returns:
+        The exit status.
 
     Raises:
-        InputError: a sweep that cannot be run, or, when everything else is done and written, runs that
-        failed.
+        InputError: the sweep cannot be run; or runs have failed, when all others are done and the summary is
+            written.
     """
-    own = ArgumentParser(prog=parser.prog, add_help=False, allow_abbrev=False)
-    add_flags(own)
-    own.add_argument("--out")
-    own.add_argument("--shared")
-    own.add_argument("--threads", type=options.threads)
-    own.add_argument("--resume", action="store_true")
-    own.add_argument("--quiet", action="store_true")
-    args, changes = own.parse_known_args(argv)
+    of_the_sweep = ArgumentParser(prog=parser.prog, add_help=False, allow_abbrev=False)
+    add_flags(of_the_sweep)
+    of_the_sweep.add_argument("--out")
+    of_the_sweep.add_argument("--shared")
+    of_the_sweep.add_argument("--threads", type=options.threads)
+    of_the_sweep.add_argument("--resume", action="store_true")
+    of_the_sweep.add_argument("--quiet", action="store_true")
+    args, changes = of_the_sweep.parse_known_args(argv)
     sweep = load_sweep(args.sweep, parser, changes)
     if args.ray and args.gpu_share is None:
         args.gpu_share = sweep.gpu_share
@@ -76,22 +82,21 @@ def run(argv: Sequence[str], parser: ArgumentParser, check: Callable[[argparse.N
             check(parser.parse_args(one.words))
         except InputError as error:
             raise InputError(f"--sweep {args.sweep}, run {one.name}: {error}") from error
-    if engine.threads is None:  # named, so that a resumption elsewhere has as many
-        engine = replace(engine, threads=_threads_of_torch())
-    words = {one.name: _with_threads(one.words, engine.threads) for one in sweep.runs}
-    settings = {"licq": __version__, "sweep": sweep.name, "threads": engine.threads, "runs": words}
+    threads = engine.threads or _threads_of_torch()  # stated, so that a resumption elsewhere has as many
+    engine = replace(engine, threads=threads)
+    words = {one.name: _with_threads(one.words, threads) for one in sweep.runs}
+    settings = {"licq": __version__, "sweep": sweep.name, "threads": threads, "runs": words}
     if before:
         refuse_other_settings(out, _named_threads(before["settings"]), settings)
     writable_folder(out)
-    if (
-        not before
-    ):  # --resume, which is passed on to every unfinished run, must not meet what another sweep has left
+    if not before:
+        # A run whose worker dies is resumed. It must not find what another sweep has left in its folder.
         for one in sweep.runs:
             forget_run(out / "runs" / one.name)
     finished = (read_json(out / "finished.json") or {}) if before else {}
     write_json(out / "sweep.json", {"settings": settings})
     write_json(out / "finished.json", finished)
-    names = {
+    done = {
         name
         for name, outcome in finished.items()
         if outcome["error"] is None and (out / "runs" / name).is_dir()
@@ -107,10 +112,10 @@ def run(argv: Sequence[str], parser: ArgumentParser, check: Callable[[argparse.N
             before is not None,
         )
         for one in sweep.runs
-        if one.name in chosen - names
+        if one.name in chosen - done
     ]
-    if names & chosen and not args.quiet:
-        print(f"{len(names & chosen)} of {len(chosen)} runs were finished before", file=sys.stderr)
+    if done & chosen and not args.quiet:
+        print(f"{len(done & chosen)} of {len(chosen)} runs were finished before", file=sys.stderr)
     for outcome in engine.run(tasks, f"sweep {sweep.name}", "run", args.quiet):
         finished[outcome.task.name] = {
             "error": outcome.error,
@@ -124,19 +129,19 @@ def run(argv: Sequence[str], parser: ArgumentParser, check: Callable[[argparse.N
 
 
 def _threads_of_torch() -> int:
-    """PyTorch's choice."""
+    """The number of threads that PyTorch has chosen."""
     import torch
 
     return torch.get_num_threads()
 
 
 def _with_threads(words: Sequence[str], threads: int) -> list[str]:
-    """A run's command line with the number of threads, where it does not say its own."""
+    """The command line of a run with the number of threads, where it does not have one already."""
     return [*words, *(["--threads", str(threads)] if "--threads" not in words else [])]
 
 
 def _named_threads(settings: dict) -> dict:
-    """The settings of a sweep of an earlier version, which left PyTorch's choice of threads unnamed."""
+    """Settings of a sweep, with the number of threads that earlier versions did not state."""
     if settings["threads"] is not None:
         return settings
     threads = _threads_of_torch()
@@ -147,21 +152,22 @@ def _named_threads(settings: dict) -> dict:
 
 
 def _finish(out: Path, sweep: Sweep, finished: dict[str, dict]) -> int:
-    from licq.sweeps.summary import Result, write_summary
+    """Write and print the summary; returns the exit status."""
+    from licq.sweeps.summary import Result, write_summary  # here: matplotlib takes a second to import
 
     results = [
         Result.of(one, out / "runs" / one.name, finished[one.name]["error"])
         for one in sweep.runs
         if one.name in finished
     ]
-    print(
-        f"{sweep.title}\n\n{write_summary(out, sweep, results)}\n\nsummary:  {out / 'summary.md'}, summary.csv, points.csv"
-    )
+    tables = write_summary(out, sweep, results)
+    print(f"{sweep.title}\n\n{tables}\n\nsummary:  {out / 'summary.md'}, summary.csv, points.csv")
     failed = [result for result in results if result.error]
     if failed:
+        names = ", ".join(result.run.name for result in failed[:3])
         more = f" and {len(failed) - 3} more" if len(failed) > 3 else ""
         raise InputError(
-            f"{len(failed)} of {len(results)} runs failed: {', '.join(result.run.name for result in failed[:3])}{more} "
-            f"({failed[0].error}); mend that and go on with --resume; {out / 'summary.md'} has the others"
+            f"{len(failed)} of {len(results)} runs failed: {names}{more} ({failed[0].error}); mend that and "
+            f"go on with --resume; {out / 'summary.md'} has the others"
         )
     return 0

@@ -1,16 +1,14 @@
-"""A sweep file: grids over any flags of main_ptq.py, written out as runs. docs/sweeps.md says how to write
-one.
+"""Sweep files: grids over any flags of main_ptq.py, read as runs. docs/sweeps.md says how to write one.
 
 title: Bits of weights and activations
-flags: {arch: lu2022, no-baseline: true}    for every run; knobs of --set under `set: {joint_iters: 40}`
+flags: {arch: lu2022, no-baseline: true}   for every run; knobs under `set: {joint_iters: 40}`
 grid:                                      every combination of one value of each axis
-  bits:                                    mappings set several flags together; `name` is what tables call
-  them
+  bits:                                    a mapping sets several flags; tables call it by its `name`
     - {name: W8A8, w_bits: 8, a_bits: 8}
     - {name: W4A8, w_bits: 4, a_bits: 8}
-  loss: [mse, rd]                          an axis of single values is called after its flag; of a knob,
-  set.joint_iters
-seeds: [0, 1, 2]                           repeats, of which tables give mean and spread
+  loss: [mse, rd]                          an axis of single values has the name of its flag, or of its
+                                           knob (set.joint_iters)
+seeds: [0, 1, 2]                           repeats, of which tables show mean and spread
 table: {rows: bits, columns: loss, value: [bd_rate_psnr, delta_j_percent]}
 plot: {x: bpp, y: psnr, lines: loss}
 """
@@ -26,25 +24,12 @@ from typing import Any
 import yaml
 
 from licq.support.errors import InputError
+from licq.sweeps.sweep import CURVES, METRICS, SEED, Plot, Sweep, SweepRun
+from licq.sweeps.values import as_text, label_of, list_of, mapping, names_of, one_of
 
 FILES = Path(__file__).parent / "files"
-SEED = "seed"
-METRICS = {  # what a table or a plot may show, of a run: its key in summary.csv and what it is called
-    "bd_rate_psnr": "BD-rate, PSNR [%]",
-    "bd_rate_psnr_cubic": "BD-rate, PSNR, cubic [%]",
-    "bd_rate_ms_ssim": "BD-rate, MS-SSIM [%]",
-    "bd_rate_psnr_baseline": "BD-rate of plain quantization, PSNR [%]",
-    "delta_j_percent": "mean change of J [%]",
-    "bpp": "mean bpp",
-    "psnr": "mean PSNR [dB]",
-    "ms_ssim": "mean MS-SSIM",
-    "calibration_seconds": "calibration [s]",
-    "peak_memory_mb": "peak memory [MB]",
-    "model_bytes": "models [bytes]",
-}
-CURVES = {"psnr": "PSNR [dB]", "ms_ssim": "MS-SSIM [dB]"}  # over bpp
 _KEYS = {"title", "flags", "grid", "seeds", "table", "plot", "gpu_share"}
-_OWN = {
+_OF_THE_SWEEP = {
     "sweep",
     "only",
     "workers",
@@ -57,66 +42,18 @@ _OWN = {
     "help",
     "help_all",
     SEED,
-}  # the sweep's, not a run's
-
-
-@dataclass(frozen=True)
-class Run:
-    """One command line of main_ptq.py. labels: axis -> what its value is called. words: without what the
-    engine adds."""
-
-    name: str
-    labels: dict[str, str]
-    words: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Plot:
-    """x: an axis, or bpp for R-D curves; y: a key of METRICS, or of CURVES over bpp; lines: an axis or
-    None."""
-
-    x: str
-    y: str
-    lines: str | None
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """A sweep file with the command line's changes. axes: name -> labels; rows, columns: axes; values: keys
-    of METRICS."""
-
-    name: str
-    title: str
-    axes: dict[str, list[str]]
-    runs: tuple[Run, ...]
-    rows: tuple[str, ...]
-    columns: tuple[str, ...]
-    values: tuple[str, ...]
-    plots: tuple[Plot, ...]
-    gpu_share: float | None = None
-
-    def chosen(self, only: Sequence[tuple[str, str]]) -> tuple[Run, ...]:
-        """The runs at these values of axes, (axis, value or values with commas); all where an axis is not
-        named.
-
-        Raises:
-            InputError: an axis or a value that the sweep does not have.
-        """
-        wanted = {}
-        for axis, text in only:
-            known = self.axes[_one(axis, "--only", self.axes)]
-            labels = [text] if text in known else text.split(",")
-            wanted.setdefault(axis, set()).update(
-                _one(label.strip(), f"--only {axis}", known) for label in labels
-            )
-        return tuple(
-            run for run in self.runs if all(run.labels[axis] in labels for axis, labels in wanted.items())
-        )
+}  # flags of the whole sweep, which no run has
 
 
 @dataclass(frozen=True)
 class _Choice:
-    """One value of an axis: flags as words, knobs as text. None takes a flag away."""
+    """One value of an axis.
+
+    Args:
+        label: what the value is called.
+        flags: flag -> its words; None takes the flag away.
+        knobs: field of the reconstruction's configuration -> its value as text.
+    """
 
     label: str
     flags: dict[str, list[str] | None] = field(default_factory=dict)
@@ -129,16 +66,16 @@ def list_sweeps() -> list[str]:
 
 
 def load_sweep(name_or_file: str, parser: argparse.ArgumentParser, changes: Sequence[str] = ()) -> Sweep:
-    """The runs of a sweep by name (see `list_sweeps`) or file.
+    """Read a sweep.
 
     Args:
-        parser: main_ptq.py's; says which flags there are. That their values make sense is for the caller to
-        see.
-        changes: further words of the command line, for every run: they replace the file's flags, and an axis
-        of that flag.
+        name_or_file: a name of `list_sweeps`, or the path of a YAML file.
+        parser: main_ptq.py's, for the flags that there are. The caller has to check their values.
+        changes: further words of the command line, for all runs. They replace flags of the file, and an axis
+            of single values of such a flag.
 
     Raises:
-        InputError: no such file, or one that does not say a sweep.
+        InputError: no such file, or one that is no sweep.
     """
     path = (
         Path(name_or_file)
@@ -147,15 +84,12 @@ def load_sweep(name_or_file: str, parser: argparse.ArgumentParser, changes: Sequ
     )
     if not path.is_file():
         raise InputError(
-            f"no sweep {name_or_file}; choose --sweep from {', '.join(list_sweeps())}, or give a YAML file"
+            f"no sweep {name_or_file}; choose `sweep` from {', '.join(list_sweeps())}, or give a YAML file"
         )
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (
-        OSError,
-        ValueError,
-        yaml.YAMLError,
-    ) as error:  # ValueError: no UTF-8, or a date such as 2024-13-45
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        # ValueError: no UTF-8, or a date such as 2024-13-45
         raise InputError(
             f"{path}: not a readable sweep ({error}); docs/sweeps.md says how to write one"
         ) from error
@@ -166,7 +100,7 @@ def load_sweep(name_or_file: str, parser: argparse.ArgumentParser, changes: Sequ
 
 
 class _Reader:
-    """Turns the content of a sweep file into a Sweep."""
+    """Reads the content of a sweep file, for the flags of a parser."""
 
     def __init__(self, parser: argparse.ArgumentParser):
         self.actions = {
@@ -176,51 +110,32 @@ class _Reader:
             if option.startswith("--")
         }
 
-    def read(self, name: str, content: Any, changes: Sequence[str]) -> Sweep:
-        content = _mapping(content, "the file", _KEYS)
-        fixed = self._choice("flags", _mapping(content.get("flags") or {}, "flags"))
+    def read(self, name: str, file: Any, changes: Sequence[str]) -> Sweep:
+        content = mapping(file, "the file", _KEYS)
+        fixed = self._choice("flags", mapping(content.get("flags") or {}, "flags"))
         axes = {
-            axis: [self._value(axis, value) for value in _list(values, f"grid: {axis}")]
-            for axis, values in _mapping(content.get("grid") or {}, "grid").items()
+            axis: [self._value(axis, value) for value in list_of(values, f"grid: {axis}")]
+            for axis, values in mapping(content.get("grid") or {}, "grid").items()
         }
         if content.get("seeds") is not None:
             axes[SEED] = [
-                _Choice(f"{seed}", {SEED: [f"{seed}"]}) for seed in _list(content["seeds"], "seeds")
+                _Choice(f"{seed}", {SEED: [f"{seed}"]}) for seed in list_of(content["seeds"], "seeds")
             ]
         changed, axes = self._change(changes, axes)
-        setters = [
-            (axis, key)
-            for axis, choices in axes.items()
-            for key in {
-                key
-                for choice in choices
-                for key in (*choice.flags, *(f"set.{knob}" for knob in choice.knobs))
-            }
-        ]
-        for axis, key in setters:
-            other = next((other for other, same in setters if same == key and other != axis), None)
-            if other:
-                raise InputError(f"the axes {axis} and {other} both set {key}; leave it to one of them")
+        _refuse_clashes(axes)
         labels = {axis: [choice.label for choice in choices] for axis, choices in axes.items()}
-        for axis, names in labels.items():
-            twice = next((label for label in names if names.count(label) > 1), None)
-            if twice is not None:
-                raise InputError(
-                    f"grid: {axis} has {twice} twice; leave one out, or give each mapping a `name`"
-                )
         runs = [
             _run(dict(zip(axes, chosen)), fixed, changed, labels)
             for chosen in itertools.product(*axes.values())
         ]
-        names = [run.name for run in runs]
-        twice = next((one for one in names if names.count(one) > 1), None)
+        twice = _repeated([run.name for run in runs])
         if twice is not None:
             raise InputError(f"two runs would have the folder {twice}; tell them apart by a `name`")
         share = content.get("gpu_share")
         if share is not None and not (isinstance(share, (int, float)) and 0 <= share <= 1):
             raise InputError(f"gpu_share: {share!r} is no share; choose 0 to 1")
-        places = [axis for axis in axes if axis != SEED]
-        rows, columns, values = _table(content.get("table") or {}, places)
+        without_seed = [axis for axis in axes if axis != SEED]
+        rows, columns, values = _table(content.get("table") or {}, without_seed)
         return Sweep(
             name,
             str(content.get("title") or name),
@@ -229,38 +144,38 @@ class _Reader:
             rows,
             columns,
             values,
-            _plots(content.get("plot") or [], places),
+            _plots(content.get("plot") or [], without_seed),
             share,
         )
 
     def _value(self, axis: str, value: Any) -> _Choice:
         """One value of an axis."""
         if isinstance(value, Mapping):
-            value = _mapping(value, f"grid: {axis}")
+            value = mapping(value, f"grid: {axis}")
             choice = self._choice(
                 f"grid: {axis}", {key: item for key, item in value.items() if key != "name"}
             )
             return _Choice(
-                str(value.get("name") or ",".join(f"{key}={_text(item)}" for key, item in value.items())),
+                str(value.get("name") or ",".join(f"{key}={as_text(item)}" for key, item in value.items())),
                 choice.flags,
                 choice.knobs,
             )
-        return _Choice(_label(value), *self._assign(f"grid: {axis}", axis, value))
+        return _Choice(label_of(value), *self._assign(f"grid: {axis}", axis, value))
 
     def _choice(self, where: str, flags: Mapping) -> _Choice:
-        """Several flags together; `set` holds knobs."""
-        given: dict[str, list[str] | None] = {}
+        """Several flags together, with knobs under `set`."""
+        words: dict[str, list[str] | None] = {}
         knobs: dict[str, str] = {}
         for name, value in flags.items():
             if name == "set":
-                pairs = {f"set.{knob}": item for knob, item in _mapping(value, f"{where}: set").items()}
+                pairs = {f"set.{knob}": item for knob, item in mapping(value, f"{where}: set").items()}
             else:
                 pairs = {name: value}
             for key, item in pairs.items():
                 more, known = self._assign(where, key, item)
-                given |= more
+                words |= more
                 knobs |= known
-        return _Choice("", given, knobs)
+        return _Choice("", words, knobs)
 
     def _assign(
         self, where: str, name: Any, value: Any
@@ -270,18 +185,18 @@ class _Reader:
         if name.startswith("set."):
             if value is None:
                 raise InputError(f"{where}: {name} has no value")
-            return {}, {name.removeprefix("set."): _text(value)}
-        if name in _OWN or name not in self.actions or name == "set":
-            known = sorted(set(self.actions) - _OWN - {"set"})
+            return {}, {name.removeprefix("set."): as_text(value)}
+        if name in _OF_THE_SWEEP or name not in self.actions or name == "set":
+            known = sorted(set(self.actions) - _OF_THE_SWEEP - {"set"})
             hint = "use `seeds`" if name == SEED else f"known are {', '.join(known)}, and set.<knob>"
             raise InputError(f"{where}: {name} is not a flag that a run may have; {hint}")
         if self.actions[name].nargs == 0:
             if value is not None and not isinstance(value, bool):
-                raise InputError(f"{where}: {name} is true or false, not {_text(value)}")
+                raise InputError(f"{where}: {name} is true or false, not {as_text(value)}")
             return {name: [] if value else None}, {}
         if isinstance(value, (bool, Mapping)):
-            raise InputError(f"{where}: {name} takes a value, not {_text(value)}")
-        return {name: None if value is None else [_text(value)]}, {}
+            raise InputError(f"{where}: {name} takes a value, not {as_text(value)}")
+        return {name: None if value is None else [as_text(value)]}, {}
 
     def _change(
         self, words: Sequence[str], axes: dict[str, list[_Choice]]
@@ -290,39 +205,66 @@ class _Reader:
         changed = _Choice("")
         for flag, values in _by_flag(words):
             if flag == "set":
-                knob, _, text = " ".join(values).partition("=")
-                changed.knobs[knob.strip()] = text.strip()
-                key = f"set.{knob.strip()}"
+                knob, _, value = (part.strip() for part in " ".join(values).partition("="))
+                changed.knobs[knob] = value
+                key = f"set.{knob}"
             else:
                 changed.flags[flag] = values
-                key = flag
+                key, value = flag, ",".join(values)
             for axis, choices in axes.items():
                 if axis == key:
-                    axes = axes | {
-                        axis: [_Choice(_label(",".join(values) if flag != "set" else text.strip()))]
-                    }
+                    axes = axes | {axis: [_Choice(label_of(value))]}
                 elif any(
                     key in choice.flags or key.removeprefix("set.") in choice.knobs for choice in choices
                 ):
                     raise InputError(
-                        f"--{key.replace('.', ' ')} is what the sweep's {axis} varies; leave it out, or change the file"
+                        f"--{key.replace('.', ' ')} is what the sweep's {axis} varies; leave it out, or "
+                        "change the file"
                     )
         return changed, axes
 
 
 def _by_flag(words: Sequence[str]) -> list[tuple[str, list[str]]]:
     """Words of a command line that argparse has accepted, each flag with its values."""
-    found: list[tuple[str, list[str]]] = []
+    flags: list[tuple[str, list[str]]] = []
     for word in words:
         if word.startswith("--"):
             flag, sign, value = word[2:].partition("=")
-            found.append((flag, [value] if sign else []))
+            flags.append((flag, [value] if sign else []))
         else:
-            found[-1][1].append(word)
-    return found
+            flags[-1][1].append(word)
+    return flags
 
 
-def _run(chosen: dict[str, _Choice], fixed: _Choice, changed: _Choice, labels: dict[str, list[str]]) -> Run:
+def _refuse_clashes(axes: Mapping[str, Sequence[_Choice]]) -> None:
+    """Raises InputError where two axes set the same flag, or an axis has a value twice."""
+    setter: dict[str, str] = {}  # flag or knob -> the axis that sets it
+    for axis, choices in axes.items():
+        for choice in choices:
+            for key in (*choice.flags, *(f"set.{knob}" for knob in choice.knobs)):
+                other = setter.setdefault(key, axis)
+                if other != axis:
+                    raise InputError(f"the axes {other} and {axis} both set {key}; leave it to one of them")
+    for axis, choices in axes.items():
+        twice = _repeated([choice.label for choice in choices])
+        if twice is not None:
+            raise InputError(f"grid: {axis} has {twice} twice; leave one out, or give each mapping a `name`")
+
+
+def _repeated(names: list[str]) -> str | None:
+    """A name that is there more than once."""
+    return next((name for name in names if names.count(name) > 1), None)
+
+
+def _run(chosen: dict[str, _Choice], fixed: _Choice, changed: _Choice, labels: dict[str, list[str]]) -> SweepRun:
+    """One run.
+
+    Args:
+        chosen: axis -> its value.
+        fixed: what all runs have in the file.
+        changed: what they have on the command line.
+        labels: axis -> what all its values are called.
+    """
     flags, knobs = dict(fixed.flags), dict(fixed.knobs)
     for choice in (*chosen.values(), changed):
         flags |= choice.flags
@@ -330,13 +272,13 @@ def _run(chosen: dict[str, _Choice], fixed: _Choice, changed: _Choice, labels: d
     words = [word for flag, values in flags.items() if values is not None for word in (f"--{flag}", *values)]
     words += [word for knob, text in knobs.items() for word in ("--set", f"{knob}={text}")]
     parts = [_folder_part(axis, choice.label) for axis, choice in chosen.items() if len(labels[axis]) > 1]
-    return Run(
+    return SweepRun(
         "_".join(parts) or "run", {axis: choice.label for axis, choice in chosen.items()}, tuple(words)
     )
 
 
 def _folder_part(axis: str, label: str) -> str:
-    """A label in a folder's name; a number says of what."""
+    """A label as a part of a folder's name; a number has the name of its axis before it."""
     plain = re.sub(r"[^A-Za-z0-9.+-]+", "-", label).strip("-.") or "x"
     return (
         f"{axis.removeprefix('set.')}{plain}"
@@ -345,72 +287,29 @@ def _folder_part(axis: str, label: str) -> str:
     )
 
 
-def _table(given: Any, axes: list[str]) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-    given = _mapping(given, "table", {"rows", "columns", "value"})
-    rows = _names(given.get("rows"), "table: rows", axes) or tuple(axes[:1])
-    columns = tuple(axis for axis in _names(given.get("columns"), "table: columns", axes) if axis not in rows)
-    columns += tuple(axis for axis in axes if axis not in rows + columns)  # every axis has a place
+def _table(content: Any, axes: list[str]) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """The rows, columns and values of a table; every axis gets a place."""
+    given = mapping(content, "table", {"rows", "columns", "value"})
+    rows = names_of(given.get("rows"), "table: rows", axes) or tuple(axes[:1])
+    columns = tuple(
+        axis for axis in names_of(given.get("columns"), "table: columns", axes) if axis not in rows
+    )
+    columns += tuple(axis for axis in axes if axis not in rows + columns)
     return (
         rows,
         columns,
-        _names(given.get("value"), "table: value", METRICS) or ("bd_rate_psnr", "delta_j_percent"),
+        names_of(given.get("value"), "table: value", METRICS) or ("bd_rate_psnr", "delta_j_percent"),
     )
 
 
-def _plots(given: Any, axes: list[str]) -> tuple[Plot, ...]:
+def _plots(content: Any, axes: list[str]) -> tuple[Plot, ...]:
+    """One plot, or those of a list."""
     plots = []
-    for plot in given if isinstance(given, list) else [given]:
-        plot = _mapping(plot, "plot", {"x", "y", "lines"})
-        x = _one(plot.get("x"), "plot: x", ["bpp", *axes])
-        y = _one(plot.get("y"), "plot: y", CURVES if x == "bpp" else METRICS)
+    for given in content if isinstance(content, list) else [content]:
+        plot = mapping(given, "plot", {"x", "y", "lines"})
+        x = one_of(plot.get("x"), "plot: x", ["bpp", *axes])
+        y = one_of(plot.get("y"), "plot: y", CURVES if x == "bpp" else METRICS)
         plots.append(
-            Plot(x, y, _one(plot["lines"], "plot: lines", axes) if plot.get("lines") is not None else None)
+            Plot(x, y, one_of(plot["lines"], "plot: lines", axes) if plot.get("lines") is not None else None)
         )
     return tuple(plots)
-
-
-def _one(name: Any, where: str, known) -> str:
-    if name not in list(known):
-        raise InputError(f"{where}: {name} is not one of {', '.join(known)}")
-    return name
-
-
-def _names(value: Any, where: str, known) -> tuple[str, ...]:
-    """One name or several, each known."""
-    return tuple(
-        _one(name, where, known)
-        for name in ([] if value is None else value if isinstance(value, list) else [value])
-    )
-
-
-def _mapping(value: Any, where: str, known: set[str] | None = None) -> Mapping:
-    if not isinstance(value, Mapping):
-        raise InputError(f"{where} is no mapping of names to values")
-    other = [key for key in value if not isinstance(key, str)]
-    if other:
-        raise InputError(
-            f"{where} has the name {other[0]}, which YAML does not read as text; put it in quotes"
-        )
-    unknown = [key for key in value if known is not None and key not in known]
-    if unknown:
-        raise InputError(f"{where} has the unknown key {unknown[0]}; known are {', '.join(sorted(known))}")
-    return value
-
-
-def _list(value: Any, where: str) -> list:
-    if not isinstance(value, list) or not value:
-        raise InputError(f"{where} is no list of values")
-    return value
-
-
-def _text(value: Any) -> str:
-    """As the command line spells it: lists with commas, true and false."""
-    if isinstance(value, (list, tuple)):
-        return ",".join(map(_text, value))
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _label(value: Any) -> str:
-    """What a single value is called; a path by its last part."""
-    text = _text(value)
-    return Path(text).name if "/" in text else text

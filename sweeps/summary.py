@@ -1,4 +1,4 @@
-"""What a sweep found: summary.csv, points.csv, summary.md and plots, from the reports of its runs."""
+"""The results of a sweep: summary.csv, points.csv, summary.md and plots, from the reports of its runs."""
 
 import csv
 import io
@@ -10,6 +10,7 @@ from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
 
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from tabulate import tabulate
@@ -18,7 +19,7 @@ from licq.evaluation.metrics import ms_ssim_db
 from licq.report.figures import BASELINE_STYLE, FLOAT_STYLE, QUANT_STYLE
 from licq.runs.folder import read_json
 from licq.support.files import atomic_path, write_text
-from licq.sweeps.grid import CURVES, METRICS, SEED, Plot, Run, Sweep
+from licq.sweeps.sweep import CURVES, METRICS, SEED, Plot, Sweep, SweepRun
 
 _STYLES = [QUANT_STYLE, BASELINE_STYLE] + [
     dict(color=color, marker=marker, markersize=5, linestyle="-", linewidth=1.2)
@@ -32,26 +33,33 @@ _STYLES = [QUANT_STYLE, BASELINE_STYLE] + [
     )
 ]
 _POINT = ("bpp", "psnr", "ms_ssim")
-_DIGITS = 6  # of a point of a curve
+_DIGITS = 6  # decimals of a point of a curve
 Curve = tuple[tuple[float, float], ...]  # (bpp, quality) by rising rate
 
 
 @dataclass(frozen=True)
 class Result:
-    """A run and what came of it: `report` is its report.json, None where it wrote none; `error` its one line
-    where it failed."""
+    """A run and its result.
 
-    run: Run
+    Args:
+        run: the run.
+        folder: its folder.
+        report: its report.json; None where it wrote none.
+        error: the line that says why it failed; None where it did not.
+    """
+
+    run: SweepRun
     folder: Path
     report: dict | None
     error: str | None
 
     @classmethod
-    def of(cls, run: Run, folder: Path, error: str | None) -> "Result":
+    def of(cls, run: SweepRun, folder: Path, error: str | None) -> "Result":
+        """The result that the folder of a run holds."""
         return cls(run, folder, None if error else read_json(folder / "report.json"), error)
 
     def metric(self, name: str) -> float | None:
-        """The value of a key of METRICS; None where the run has none."""
+        """The value of a key of `METRICS`; None where the run has none."""
         if self.report is None:
             return None
         points = self.report["points"]
@@ -61,17 +69,18 @@ class Result:
             return _mean(point[name] for point in points)
         if name == "peak_memory_mb":
             return max((point[name] for point in points if point[name] is not None), default=None)
-        if name in (
-            "calibration_seconds",
-            "model_bytes",
-        ):  # of each codec once: a variable-rate one has many points
+        if name in ("calibration_seconds", "model_bytes"):
+            # of each codec once: one of variable rate has many points
             return sum({point["checkpoint"]["sha256"]: point[name] or 0 for point in points}.values())
         return self.report.get(name)
 
 
 def write_summary(folder: Path, sweep: Sweep, results: Sequence[Result]) -> str:
-    """Write the summary into the sweep's folder, each file whole or not at all; returns the tables for the
-    terminal."""
+    """Write the summary into the sweep's folder, each file complete or not at all.
+
+    Returns:
+        The tables, for the terminal.
+    """
     write_text(folder / "summary.csv", _runs_csv(sweep, results))
     write_text(folder / "points.csv", _points_csv(sweep, results))
     pictures = []
@@ -110,7 +119,7 @@ def write_summary(folder: Path, sweep: Sweep, results: Sequence[Result]) -> str:
 
 
 def _analyzed(folder: Path) -> list[int]:
-    """The qualities of which a run has written an analysis."""
+    """The qualities for which a run has written an analysis."""
     return sorted(int(path.parent.name[1:]) for path in folder.glob("q*/analysis.md"))
 
 
@@ -165,10 +174,10 @@ def _csv(header: list[str], rows: Iterable[Sequence]) -> str:
 
 
 def _table(sweep: Sweep, results: Sequence[Result], value: str) -> str:
-    """Rows by columns; a column for each combination of the axes of the columns that occurs."""
-    columns = _places(sweep, results, sweep.columns)
+    """A metric as a table. The rows and columns are the combinations of values of their axes."""
+    columns = _combinations(sweep, results, sweep.columns)
     rows = []
-    for row in _places(sweep, results, sweep.rows):
+    for row in _combinations(sweep, results, sweep.rows):
         cells = [
             _cell(
                 [
@@ -191,8 +200,8 @@ def _table(sweep: Sweep, results: Sequence[Result], value: str) -> str:
     return _tabulate(header, rows, len(sweep.rows))
 
 
-def _places(sweep: Sweep, results: Sequence[Result], axes: Sequence[str]) -> list[tuple[str, ...]]:
-    """The combinations of values of these axes at which something has been run (--only leaves others out)."""
+def _combinations(sweep: Sweep, results: Sequence[Result], axes: Sequence[str]) -> list[tuple[str, ...]]:
+    """The combinations of values of some axes that were run (--only leaves others out)."""
     return [
         labels
         for labels in product(*(sweep.axes[axis] for axis in axes))
@@ -201,13 +210,13 @@ def _places(sweep: Sweep, results: Sequence[Result], axes: Sequence[str]) -> lis
 
 
 def _heading(axis: str, label: str) -> str:
-    """A value as a heading; a number says of what."""
+    """A value as a heading; a number has the name of its axis before it."""
     return f"{axis.removeprefix('set.')} {label}" if label[:1] in "0123456789.-" else label
 
 
 def _cell(results: Sequence[Result], value: str) -> str:
-    """Mean and spread over the seeds."""
-    known = [found for result in results if (found := result.metric(value)) is not None]
+    """The mean and the spread of a metric over the seeds."""
+    known = [metric for result in results if (metric := result.metric(value)) is not None]
     failed = sum(result.error is not None for result in results)
     if not known:
         return "failed" if failed else "n/a"
@@ -235,46 +244,51 @@ def _runs_table(sweep: Sweep, results: Sequence[Result]) -> str:
 
 
 def _draw(plot: Plot, sweep: Sweep, results: Sequence[Result], path: Path) -> None:
-    """One panel for each combination of the axes that are neither x nor lines."""
+    """Draw a plot, with a panel for each combination of the axes that are neither x nor lines."""
     others = [axis for axis in sweep.axes if axis not in (plot.x, plot.lines, SEED)]
-    panels = _places(sweep, results, others)
+    panels = _combinations(sweep, results, others)
     across = min(3, len(panels))
     down = math.ceil(len(panels) / across)
     figure = Figure(figsize=(5.2 * across, 4 * down), layout="constrained")
     FigureCanvasAgg(figure)
-    for panel, place in zip(panels, figure.subplots(down, across, squeeze=False).flat):
-        here = [result for result in results if result.report and _is_at(result, others, panel)]
-        floats: dict[Curve, dict] = {}  # lines of several codecs or data sets have a float curve each
-        for number, label in enumerate(sweep.axes[plot.lines] if plot.lines else [None]):
-            line = [result for result in here if label is None or result.run.labels[plot.lines] == label]
-            style = _STYLES[number % len(_STYLES)] | {"label": label or "quantized"}
-            if plot.x == "bpp":
-                _draw_curve(place, _curve(line, "quant", plot.y), plot.y, style)
-                floats.setdefault(
-                    _curve(line, "fp32", plot.y),
-                    FLOAT_STYLE | {"color": style["color"], "label": f"float, {label}"},
-                )
-            else:
-                _draw_metric(place, line, plot, sweep, style)
-        floats.pop((), None)
-        for curve, style in floats.items():
-            _draw_curve(place, curve, plot.y, style if len(floats) > 1 else FLOAT_STYLE | {"label": "float"})
-        place.set(
+    for panel, axes in zip(panels, figure.subplots(down, across, squeeze=False).flat):
+        of_panel = [result for result in results if result.report and _is_at(result, others, panel)]
+        _draw_lines(axes, of_panel, plot, sweep)
+        axes.set(
             xlabel="bpp" if plot.x == "bpp" else plot.x,
             ylabel=CURVES[plot.y] if plot.x == "bpp" else METRICS[plot.y],
             title=", ".join(map(_heading, others, panel)) or sweep.title,
         )
-        place.grid(alpha=0.3)
-        if place.get_legend_handles_labels()[0]:
-            place.legend(fontsize=8)
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8)
     figure.savefig(path, dpi=130)
 
 
+def _draw_lines(axes: Axes, results: Sequence[Result], plot: Plot, sweep: Sweep) -> None:
+    """The lines of one panel, and over bpp the curves of the float codecs."""
+    floats: dict[Curve, dict] = {}  # lines of several codecs or data sets have a float curve each
+    for number, label in enumerate(sweep.axes[plot.lines] if plot.lines else [None]):
+        of_line = [
+            result for result in results if plot.lines is None or result.run.labels[plot.lines] == label
+        ]
+        style = _STYLES[number % len(_STYLES)] | {"label": label or "quantized"}
+        if plot.x == "bpp":
+            _draw_curve(axes, _curve(of_line, "quant", plot.y), plot.y, style)
+            float_style = FLOAT_STYLE | {"color": style["color"], "label": f"float, {label}"}
+            floats.setdefault(_curve(of_line, "fp32", plot.y), float_style)
+        else:
+            _draw_metric(axes, of_line, plot, sweep, style)
+    floats.pop((), None)
+    for curve, style in floats.items():
+        _draw_curve(axes, curve, plot.y, style if len(floats) > 1 else FLOAT_STYLE | {"label": "float"})
+
+
 def _curve(results: Sequence[Result], codec: str, measure: str) -> Curve:
-    """R-D points, means over the runs at each quality."""
+    """The R-D points of a codec ("quant" or "fp32"), means over the runs at each quality."""
     by_quality: dict[int, list[dict]] = {}
     for result in results:
-        for point in result.report["points"]:
+        for point in result.report["points"] if result.report else ():
             if point[codec] is not None and point[codec][measure] is not None:
                 by_quality.setdefault(point["quality"], []).append(point[codec])
     # rounded, so that a codec's curve is the same where machines differ in the last digits
@@ -289,49 +303,49 @@ def _curve(results: Sequence[Result], codec: str, measure: str) -> Curve:
     )
 
 
-def _draw_curve(place, curve: Curve, measure: str, style: dict) -> None:
+def _draw_curve(axes: Axes, curve: Curve, measure: str, style: dict) -> None:
     if curve:
         rates, values = zip(*curve)
-        place.plot(
-            rates, [ms_ssim_db(value) for value in values] if measure == "ms_ssim" else values, **style
-        )
+        axes.plot(rates, [ms_ssim_db(value) for value in values] if measure == "ms_ssim" else values, **style)
 
 
-def _draw_metric(place, results: Sequence[Result], plot: Plot, sweep: Sweep, style: dict) -> None:
-    """A metric over an axis, with the spread over the seeds; numbers are placed to scale, words side by
-    side."""
+def _draw_metric(axes: Axes, results: Sequence[Result], plot: Plot, sweep: Sweep, style: dict) -> None:
+    """A metric over an axis, with the spread over the seeds.
+
+    Labels that are numbers are drawn to scale, others side by side.
+    """
     labels = sweep.axes[plot.x]
     try:
         positions = [float(label) for label in labels]
     except ValueError:
-        positions = list(range(len(labels)))
+        positions = [float(index) for index in range(len(labels))]
     points = []
     for position, label in zip(positions, labels):
-        known = [
-            found
-            for result in results
-            if result.run.labels[plot.x] == label and (found := result.metric(plot.y)) is not None
-        ]
+        of_label = [result for result in results if result.run.labels[plot.x] == label]
+        known = [metric for result in of_label if (metric := result.metric(plot.y)) is not None]
         if known:
             points.append((position, mean(known), stdev(known) if len(known) > 1 else 0.0))
-    place.set_xticks(positions, labels)
+    axes.set_xticks(positions, labels)
     if points:
         x, y, spread = zip(*sorted(points))
-        place.errorbar(x, y, yerr=spread if any(spread) else None, capsize=3, **style)
+        axes.errorbar(x, y, yerr=spread if any(spread) else None, capsize=3, **style)
 
 
 def _is_at(result: Result, axes: Sequence[str], labels: Sequence[str]) -> bool:
+    """Whether the run has these values of these axes."""
     return all(result.run.labels[axis] == label for axis, label in zip(axes, labels))
 
 
 def _has(results: Sequence[Result], value: str) -> bool:
-    """Whether any run has it; a table of nothing says nothing, unless runs have failed."""
+    """Whether there is anything to show in the table of a metric: a value, or a run that failed."""
     return any(result.metric(value) is not None or result.error for result in results)
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
-    known = list(values)
-    return None if not known or None in known else mean(known)
+    """The mean; None without values, and where one is not known."""
+    given = list(values)
+    known = [value for value in given if value is not None]
+    return mean(known) if known and len(known) == len(given) else None
 
 
 def _tabulate(header: list[str], rows: list[list], text_columns: int) -> str:

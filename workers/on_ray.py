@@ -1,41 +1,45 @@
-"""Tasks on a Ray cluster, whose nodes need not share files: a task's folder is copied to the driver's node
-while it goes.
+"""Tasks on a Ray cluster, whose nodes need not share files.
 
-Every task works in a temporary folder of its node. Each finished unit is sent to a store, an actor on the
-driver's node that writes it into the task's folder there; a task that is begun again, elsewhere perhaps,
-starts from what has arrived.
+A task works in a temporary folder of its node. A `Mirror` sends every change of that folder to the `Store`,
+an actor on the node of the command, which writes it into the task's folder there. A task that is begun again,
+perhaps on another node, starts from the files that have arrived.
 """
 
 import contextlib
+import logging
 import os
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from licq.support.cli import explain
 from licq.support.errors import InputError
 from licq.support.files import atomic_path
 from licq.support.version import __version__
-from licq.workers.engine import RETRIES, Engine, Outcome, Task, died, has_begun, run_here
+from licq.workers.task import RETRIES, Outcome, Task, has_begun, run_here, worker_died
 
 try:
     import ray
     from ray.exceptions import OutOfMemoryError, RayError, WorkerCrashedError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 except ImportError as error:
-    raise InputError("--ray needs the package ray; install it with pip install 'licq[ray]'") from error
+    raise InputError("`ray` needs the package ray; install it with pip install 'licq[ray]'") from error
 
-_PULSE = 0.5  # seconds between two looks at what runs
+_PULSE = 0.5  # seconds between two looks at the running tasks
 _INTERVAL = 1.0  # seconds between two looks at a task's folder
 _SHARED = "shared"  # the prefix under which files of Task.shared travel
 
 
 class Store:
-    """On the driver's node: the folders of the tasks. `tasks` are by name; of each, only the attempt begun
-    last may write."""
+    """The tasks' folders on the node of the command. Only the last attempt at a task may write.
+
+    Args:
+        tasks: by name.
+    """
 
     def __init__(self, tasks: dict[str, Task]):
         self.tasks = tasks
@@ -43,8 +47,12 @@ class Store:
         self.attempts = dict.fromkeys(tasks, 0)
 
     def begin(self, name: str) -> tuple[int, bool, dict[str, bytes]]:
-        """The number of this attempt, whether it goes on with what is there, and the files that it starts
-        with."""
+        """Begin an attempt at a task.
+
+        Returns:
+            The number of the attempt, from 1; whether it continues from what is there; and the files that it
+            starts with, by relative path.
+        """
         task = self.tasks[name]
         self.attempts[name] += 1
         resume = task.resume or has_begun(task, self.since)
@@ -57,7 +65,7 @@ class Store:
         return self.attempts[name], resume, files
 
     def put(self, name: str, attempt: int, files: dict[str, bytes], removed: list[str]) -> None:
-        """Take over what has changed in a task's folder, in the order given."""
+        """Write the files that have changed, in their order, and delete those that are gone."""
         if attempt != self.attempts[name]:
             return
         for key, data in files.items():
@@ -81,10 +89,9 @@ class Store:
 
 
 class Mirror:
-    """Sends what changes in a folder to the store, every second from a thread of its own and once more at the
-    end."""
+    """Sends what changes in the folder `root` to the store: every second, from a thread, and at the end."""
 
-    def __init__(self, root: Path, name: str, attempt: int, store):
+    def __init__(self, root: Path, name: str, attempt: int, store: Any):
         self.root, self.name, self.attempt, self.store = root, name, attempt, store
         self.known = _stamps(root)
         self.ended = threading.Event()
@@ -115,18 +122,28 @@ class Mirror:
         self.known = now
 
 
-def on_ray(tasks: Sequence[Task], engine: Engine) -> Iterator[Outcome | None]:
-    """Outcomes, and None now and then while nothing ends.
+def on_ray(
+    tasks: Sequence[Task], address: str, threads: int, gpu_share: float | None
+) -> Generator[Outcome | None, None, None]:
+    """Run tasks on a Ray cluster. A task whose worker dies is begun again, `RETRIES` times.
+
+    Args:
+        address: HOST:PORT; "auto": of the cluster that this machine belongs to, else of one started here.
+        threads: processors that a task is counted with.
+        gpu_share: of a GPU, 0 to 1; None: 1 where the cluster has GPUs and the tasks may use them.
+
+    Yields:
+        The outcome of each task as it ends, in any order, and None about twice a second while none ends.
 
     Raises:
-        InputError: no cluster at that address, or none of its nodes has what one task takes.
+        InputError: no cluster at that address, or none of its nodes has what a task takes.
     """
     ours = not ray.is_initialized()
     if ours:
-        _connect(engine.ray)
-    pending: dict = {}
+        _connect(address)
+    pending: dict[Any, Task] = {}
     try:
-        resources = _resources(tasks, engine)
+        resources = _resources(tasks, threads, gpu_share)
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         store = (
             ray.remote(Store)
@@ -143,11 +160,11 @@ def on_ray(tasks: Sequence[Task], engine: Engine) -> Iterator[Outcome | None]:
                 yield None
             for reference in done:
                 task = pending.pop(reference)
-                attempts = ray.get(store.attempts_of.remote(task.name))
+                attempts = _value(store.attempts_of.remote(task.name))
                 try:
-                    error, seconds = ray.get(reference)
+                    error, seconds = _value(reference)
                 except (WorkerCrashedError, OutOfMemoryError):
-                    error, seconds = died(attempts), time.monotonic() - began
+                    error, seconds = worker_died(attempts), time.monotonic() - began
                 except RayError as failure:
                     error, seconds = f"Ray: {str(failure).strip().splitlines()[-1]}", time.monotonic() - began
                 yield Outcome(task, error, attempts, seconds)
@@ -159,8 +176,15 @@ def on_ray(tasks: Sequence[Task], engine: Engine) -> Iterator[Outcome | None]:
             ray.shutdown()
 
 
-def _run(task: Task, store, cwd: str, environment: dict[str, str], version: str) -> tuple[str | None, float]:
-    """On a node: one attempt at a task; returns its error's line, or None, and its seconds."""
+def _value(reference: Any) -> Any:
+    """The value of one reference, for which Ray's own type is a list."""
+    return ray.get(reference)
+
+
+def _run(
+    task: Task, store: Any, cwd: str, environment: dict[str, str], version: str
+) -> tuple[str | None, float]:
+    """On a node: one attempt at a task. Returns the line that says what went wrong, or None, and seconds."""
     began = time.monotonic()
     if version != __version__:
         return f"this node has licq {__version__}, the driver {version}; install the same on every node", 0.0
@@ -170,7 +194,7 @@ def _run(task: Task, store, cwd: str, environment: dict[str, str], version: str)
         os.chdir(cwd)
     with tempfile.TemporaryDirectory(prefix="licq-") as folder:
         root = Path(folder)
-        attempt, resume, files = ray.get(store.begin.remote(task.name))
+        attempt, resume, files = _value(store.begin.remote(task.name))
         for key, data in files.items():
             (root / key).parent.mkdir(parents=True, exist_ok=True)
             (root / key).write_bytes(data)
@@ -181,11 +205,11 @@ def _run(task: Task, store, cwd: str, environment: dict[str, str], version: str)
 
 
 def _connect(address: str) -> None:
-    """Become a driver of the cluster at that address; "auto": of the one that this machine belongs to, else
-    of one started here."""
+    """Connect this process to the cluster at that address; see `on_ray`."""
     if address.startswith("ray://"):
         raise InputError(
-            f"--ray {address} is a client's address; start the command on a node of the cluster, with --ray HOST:PORT"
+            f"{address} is a client's address; start the command on a node of the cluster and give HOST:PORT "
+            "as `ray`"
         )
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
@@ -195,53 +219,51 @@ def _connect(address: str) -> None:
             address=None if address == "auto" else address,
             include_dashboard=False if address == "auto" else None,
             log_to_driver=False,
-            logging_level="ERROR",
+            logging_level=logging.ERROR,
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
+        reason = explain(error) or str(error).splitlines()[0]
         raise InputError(
-            f"no Ray cluster can be reached at {address} ({explain(error) or str(error).splitlines()[0]}); start one with "
-            "`ray start --head`, or leave the address out"
+            f"no Ray cluster can be reached at {address} ({reason}); start one with the command ray start "
+            "--head, or leave the address out"
         ) from error
 
 
-def _resources(tasks: Sequence[Task], engine: Engine) -> dict[str, float]:
-    """What Ray counts a task with.
+def _resources(tasks: Sequence[Task], threads: int, gpu_share: float | None) -> dict[str, float]:
+    """What Ray counts a task with, as options of a remote function.
 
     Raises:
         InputError: no node has as much; the task would wait forever.
     """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    share = engine.gpu_share
-    if share is None:
-        share = (
-            1.0
-            if any(node.get("GPU") for node in nodes) and not all("cpu" in task.words for task in tasks)
-            else 0.0
-        )
-    needed = {"num_cpus": engine.threads, "num_gpus": share}
-    if not any(node.get("CPU", 0) >= engine.threads and node.get("GPU", 0) >= share for node in nodes):
-        most = max(int(node.get("CPU", 0)) for node in nodes)
+    if gpu_share is None:
+        has_gpus = any(node.get("GPU") for node in nodes)
+        gpu_share = 1.0 if has_gpus and not all("cpu" in task.words for task in tasks) else 0.0
+    if not any(node.get("CPU", 0) >= threads and node.get("GPU", 0) >= gpu_share for node in nodes):
+        largest = max(int(node.get("CPU", 0)) for node in nodes)
         raise InputError(
-            f"no node of the Ray cluster has {engine.threads} processors and {share:g} of a GPU for a run; the largest has {most} "
-            "processors; choose other --threads or --gpu_share"
+            f"no node of the Ray cluster has {threads} processors and {gpu_share:g} of a GPU for a run; the "
+            f"largest has {largest} processors; choose other `threads` or `gpu_share`"
         )
-    return needed
+    return {"num_cpus": threads, "num_gpus": gpu_share}
 
 
 def _stamps(folder: Path) -> dict[str, tuple[int, int]]:
-    """Relative path -> (time of change in ns, size) of every whole file; names of unfinished ones begin with
-    a dot."""
+    """Relative path -> (time of change in ns, size in bytes) of every complete file.
+
+    The name of an unfinished file begins with a dot; see `support.files.atomic_path`.
+    """
     stamps = {}
     for path in folder.rglob("*"):
         with contextlib.suppress(FileNotFoundError):
             if path.is_file() and not path.name.startswith("."):
-                facts = path.stat()
-                stamps[path.relative_to(folder).as_posix()] = (facts.st_mtime_ns, facts.st_size)
+                status = path.stat()
+                stamps[path.relative_to(folder).as_posix()] = (status.st_mtime_ns, status.st_size)
     return stamps
 
 
-def _read(folder: Path, keys) -> dict[str, bytes]:
-    """The contents of files that are still there."""
+def _read(folder: Path, keys: Iterable[str]) -> dict[str, bytes]:
+    """Relative path -> content of those files that are still there."""
     files = {}
     for key in keys:
         with contextlib.suppress(FileNotFoundError):

@@ -1,7 +1,10 @@
-"""A local worker process: reads one task from standard input, runs it, says how it ended on standard output.
+"""A worker process: reads one task from standard input, runs it, and prints how it ended.
 
-The input stays open as long as whoever started it lives and wants it to go on; when it closes, the worker
-ends.
+    {"task": {fields of `Task`}, "resume": true}        one line in
+    {"error": null}                                     one line out
+
+Its standard input stays open as long as the process that started it lives and wants the task. When it closes,
+the worker ends.
 """
 
 import json
@@ -11,12 +14,13 @@ import sys
 import threading
 import time
 
-from licq.workers.engine import Task, run_here
+from licq.workers.task import Task, run_here
 
 _GRACE = 8  # seconds between an interrupt and the end
 
 
 def _watch() -> None:
+    """Ends this process when its standard input closes."""
     sys.stdin.read()
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(_GRACE)
@@ -24,6 +28,7 @@ def _watch() -> None:
 
 
 def main() -> None:
+    """Run the task that standard input names."""
     order = json.loads(sys.stdin.readline())
     threading.Thread(target=_watch, daemon=True).start()
     task = Task(**order["task"])

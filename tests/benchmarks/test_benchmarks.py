@@ -15,6 +15,18 @@ from licq.support.cli import main_guard
 ROOT = Path(__file__).resolve().parents[2]
 
 
+SCRIPTS = sorted(path.name for path in (ROOT / "benchmarks").glob("*.py") if path.name != "engines.py")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_benchmark_runs_from_a_checkout(name, tmp_path, monkeypatch):
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    command = [sys.executable, str(ROOT / "benchmarks" / name), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout.startswith("usage:")
+
+
 @pytest.mark.slow
 def test_loss_table_keeps_finished_runs(tmp_path):
     out = tmp_path / "table.json"
@@ -86,9 +98,9 @@ def test_calibration_grows_with_width(tmp_path):
     ],
 )
 def test_bad_arguments_of_the_loss_table_are_one_line(arguments, word, monkeypatch, capsys):
-    found = importlib.util.spec_from_file_location("loss_table", ROOT / "benchmarks" / "loss_table.py")
-    loss_table = importlib.util.module_from_spec(found)
-    found.loader.exec_module(loss_table)
+    spec = importlib.util.spec_from_file_location("loss_table", ROOT / "benchmarks" / "loss_table.py")
+    loss_table = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loss_table)
     monkeypatch.setattr(sys, "argv", ["loss_table.py", *arguments])
     assert main_guard(loss_table.main) == 2
     printed = capsys.readouterr()
@@ -96,9 +108,9 @@ def test_bad_arguments_of_the_loss_table_are_one_line(arguments, word, monkeypat
 
 
 def load(name):
-    found = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
     return module
 
 

@@ -24,7 +24,8 @@ from licq.models.registry import create_model, list_models
 from licq.quant.config import QuantConfig
 from licq.quant.model import QuantModel
 from licq.support.errors import InputError
-from tests.frozen_codecs import frozen
+from licq.support.files import sha256
+from tests.frozen_codecs import frozen, make_frozen
 from tests.tiny_codecs import SIZES, images
 
 DIGEST = bytes(range(32))
@@ -85,8 +86,8 @@ def test_a_codec_that_pads_at_some_sizes_only_has_files_at_all():
 def test_rows_made_in_small_pieces_give_the_same_file(name, monkeypatch):
     codec, image = codec_of(name), pixels(64, 128)
     data = codec.encode(image)
-    monkeypatch.setattr("licq.codec.coder._TOGETHER", 7)
-    monkeypatch.setattr("licq.codec.coder._MIXTURES_TOGETHER", 7)
+    monkeypatch.setattr("licq.codec.coder._BLOCK", 7)
+    monkeypatch.setattr("licq.codec.coder._BLOCK_OF_MIXTURES", 7)
     assert codec.encode(image) == data
     assert torch.equal(codec.decode(data), simulated(name, image))
 
@@ -98,6 +99,26 @@ def test_the_reference_reads_and_writes_the_files_of_the_kernels(name, monkeypat
     monkeypatch.setattr("licq.integer.execution.usable", lambda: False)
     assert codec_of(name).encode(image) == data
     assert torch.equal(codec_of(name).decode(data), simulated(name, image))
+
+
+def test_a_codec_knows_the_file_of_its_model(tmp_path):
+    """Files of a model quantized in this process decode with the model that is saved before or after."""
+    model, image, path = make_frozen("balle2018"), pixels(64, 64), tmp_path / "model.safetensors"
+    early = Codec(model).encode(image)
+    model.save(path)
+    assert torch.equal(Codec.load(path).decode(early), Codec(model).decode(early))
+    model.save(path, {"quality": 3})
+    late = Codec(model).encode(image)
+    loaded = QuantModel.load(path)
+    assert torch.equal(Codec(loaded).decode(late), Codec.load(path).decode(late))
+    assert "another model" in refused(Codec(loaded), early)
+    assert late[:7] == Codec(model, bytes.fromhex(sha256(path))).encode(image)[:7]
+
+
+@pytest.mark.parametrize("image", [torch.rand(3, 64, 64), torch.zeros(1, 64, 64, dtype=torch.uint8)])
+def test_what_is_no_8_bit_rgb_image_is_not_encoded(image):
+    with pytest.raises(InputError, match="give uint8"):
+        codec_of("balle2018").encode(image)
 
 
 def test_every_architecture_is_here():
@@ -210,9 +231,11 @@ def test_length_is_that_of_the_density_of_what_is_coded():
     0.5 % and 16 bytes."""
     model = frozen("minnen2018")
     plan = Plan(lower(model, 256, 256), None, 1)
-    found = plan.encode(pixels(256, 256)[None])
+    latents = plan.encode(pixels(256, 256)[None])
     unit = 2.0**-model.config.boundary_bits
-    symbols, scales, means = (found[1][name].numpy().astype(float) for name in ("symbols", "scales", "means"))
+    symbols, scales, means = (
+        latents[1][name].numpy().astype(float) for name in ("symbols", "scales", "means")
+    )
     scales, means = np.maximum(scales * unit, 0.11), means * unit
     likelihood = norm.cdf((symbols + 0.5 - means) / scales) - norm.cdf((symbols - 0.5 - means) / scales)
     common = np.abs(symbols - means) < 4 * scales + 0.5
@@ -220,13 +243,13 @@ def test_length_is_that_of_the_density_of_what_is_coded():
 
     coder = Coder(model)
     ((_, rows),) = coder._rows(
-        plan.latents[1], {name: found[1][name] for name in ("scales", "means")}, (8, 256)
+        plan.latents[1], {name: latents[1][name] for name in ("scales", "means")}, (8, 256)
     )
     spent = 0.0
     for row, base, symbol, counts in zip(rows.rows, rows.base, symbols.flatten(), common.flatten()):
         if counts:
-            cdf, place = rows.cdfs[row], int(symbol - base - rows.offsets[row])
-            spent -= np.log2((cdf[place + 1] - cdf[place]) / 2**16) / 8
+            cdf, index = rows.cdfs[row], int(symbol - base - rows.offsets[row])
+            spent -= np.log2((cdf[index + 1] - cdf[index]) / 2**16) / 8
     assert abs(spent / exact - 1) < 0.005
     outside = int((~common).sum())
     stream = coder.encode(plan, pixels(256, 256)[None])
@@ -261,10 +284,10 @@ def test_every_shorter_file_and_every_flipped_bit_is_noticed():
     for length in range(len(data)):
         refused(codec, data[:length])
     refused(codec, data + b"\0")
-    for place in range(len(data)):
+    for index in range(len(data)):
         for bit in range(8):
             changed = bytearray(data)
-            changed[place] ^= 1 << bit
+            changed[index] ^= 1 << bit
             refused(codec, bytes(changed))
 
 

@@ -36,15 +36,15 @@ def reading(taps, known=None, served=None) -> Reading:
 
 
 def assert_causal(time: np.ndarray, readings: list[Reading]) -> None:
-    for place in np.ndindex(*time.shape):
+    for position in np.ndindex(*time.shape):
         for read in readings:
-            if read.served is not None and not read.served[place]:
+            if read.served is not None and not read.served[position]:
                 continue
             for tap in read.taps:
-                other = tuple(np.add(place, tap))
+                other = tuple(np.add(position, tap))
                 inside = all(0 <= o < size for o, size in zip(other, time.shape))
                 if inside and (read.known is None or read.known[other]):
-                    assert time[other] < time[place]
+                    assert time[other] < time[position]
 
 
 @pytest.mark.parametrize("side", [3, 5, 7])
@@ -88,13 +88,13 @@ def test_passes_of_a_checkerboard():
 )
 def test_orders_of_the_codecs_hold_every_position_once(name, most):
     plan = Plan(lower(frozen(name), 64, 64), lambda count: lower(frozen(name), 64, 64))
-    for place, latent in enumerate(plan.latents):
-        order = plan.order(place)
+    for position, latent in enumerate(plan.latents):
+        order = plan.order(position)
         assert (
             sorted(np.concatenate(order)) == list(range(latent.shape[2] * latent.shape[3]))
             and len(order) <= most
         )
-    assert max(len(plan.order(place)) for place in range(len(plan.latents))) == most
+    assert max(len(plan.order(position)) for position in range(len(plan.latents))) == most
 
 
 def test_a_decoder_that_looks_ahead_would_be_seen():
@@ -117,9 +117,9 @@ def test_a_decoder_that_looks_ahead_would_be_seen():
     }
     decoded = torch.randint(-20000, 20000, shape, generator=draw)
 
-    def densities(own):
+    def densities(values):
         return step.context.run(
-            {**inputs, **{str(number): own.to(torch.int32) for number in step.context.own}}
+            {**inputs, **{str(number): values.to(torch.int32) for number in step.context.decoded}}
         )
 
     for earlier, group in enumerate(step.order):

@@ -31,9 +31,9 @@ def bits_of(rows: Rows, symbols: np.ndarray) -> float:
     """What an ideal coder spends with these rows; no symbol may be outside."""
     total = 0.0
     for row, base, symbol in zip(rows.rows, rows.base, symbols):
-        cdf, place = rows.cdfs[row], int(symbol - base - rows.offsets[row])
-        assert 0 <= place < len(cdf) - 2
-        total -= np.log2((cdf[place + 1] - cdf[place]) / 2**16)
+        cdf, index = rows.cdfs[row], int(symbol - base - rows.offsets[row])
+        assert 0 <= index < len(cdf) - 2
+        total -= np.log2((cdf[index + 1] - cdf[index]) / 2**16)
     return total
 
 
@@ -134,10 +134,10 @@ def test_through_the_coder_and_back_with_outliers(whole_numbers):
         (symbols - rows.base).tolist(), rows.rows.tolist(), rows.cdfs, rows.sizes, rows.offsets
     )
     decoder.set_stream(encoder.flush())
-    found = (
+    decoded = (
         np.asarray(decoder.decode_stream(rows.rows.tolist(), rows.cdfs, rows.sizes, rows.offsets)) + rows.base
     )
-    np.testing.assert_array_equal(found, symbols)
+    np.testing.assert_array_equal(decoded, symbols)
 
 
 @pytest.mark.parametrize("step", [0.5, 0.83, 1.0, 2.7])

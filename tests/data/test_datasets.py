@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+import licq
 import licq.data.datasets
 from licq.data.calibration import sample_crops
 from licq.data.datasets import images_in, known_datasets, open_dataset
@@ -179,8 +180,15 @@ def test_evaluation_image_under_another_name_is_refused(tmp_path, make_image):
     assert sample_crops([other], num=1, crop=16, exclude=[evaluated]).shape == (1, 3, 16, 16)
 
 
+def test_crops_by_the_names_of_the_public_interface(make_image):
+    files = [str(make_image("a.png", 40, 40)), str(make_image("b.png", 40, 40))]
+    crops = licq.sample_crops(files=files, num=2, crop=16, seed=1, crops_per_image=3, reductions=(1, 2))
+    assert crops.shape == (6, 3, 16, 16) and crops.dtype == torch.float32
+    assert torch.equal(crops * 255, (crops * 255).round())
+
+
 def test_impossible_calibration_is_refused(make_image):
-    with pytest.raises(InputError, match="--calib"):
+    with pytest.raises(InputError, match="`files`"):
         sample_crops([], num=1, crop=16)
     with pytest.raises(InputError):
         sample_crops([make_image()], num=0, crop=16)

@@ -10,7 +10,7 @@ import torch
 from compressai.models import JointAutoregressiveHierarchicalPriors, MeanScaleHyperprior, ScaleHyperprior
 from torch import nn
 
-from licq.models import checkpoints, registry
+from licq.models import embedded, registry
 from licq.models.checkpoint_files import pack_cdfs, rename_key, unpack_cdfs
 from licq.models.checkpoints import (
     embedded_checkpoint,
@@ -20,10 +20,10 @@ from licq.models.checkpoints import (
     read_checkpoint,
     read_state_dict,
     save_checkpoint,
-    sha256_file,
 )
 from licq.models.registry import create_model, get_architecture, list_models, register_model
 from licq.support.errors import InputError
+from licq.support.files import sha256
 from tests.formula import as_published
 
 
@@ -111,13 +111,13 @@ def test_a_network_without_cdf_tables_gets_them_and_can_code(model, image, tmp_p
 
 
 def test_cdf_tables_of_the_file_are_kept(model, tmp_path):
-    own = JointAutoregressiveHierarchicalPriors(8, 12)
-    own.load_state_dict(model.state_dict())
-    own.update(scale_table=torch.tensor([0.5, 1.0, 2.0]))
-    own.entropy_bottleneck._quantized_cdf[0, 1] += 1
-    torch.save(own.state_dict(), tmp_path / "c.pth")
+    codec = JointAutoregressiveHierarchicalPriors(8, 12)
+    codec.load_state_dict(model.state_dict())
+    codec.update(scale_table=torch.tensor([0.5, 1.0, 2.0]))
+    codec.entropy_bottleneck._quantized_cdf[0, 1] += 1
+    torch.save(codec.state_dict(), tmp_path / "c.pth")
     loaded = load_checkpoint(tmp_path / "c.pth")
-    assert torch.equal(loaded.entropy_bottleneck._quantized_cdf, own.entropy_bottleneck._quantized_cdf)
+    assert torch.equal(loaded.entropy_bottleneck._quantized_cdf, codec.entropy_bottleneck._quantized_cdf)
     assert torch.equal(loaded.gaussian_conditional.scale_table, torch.tensor([0.5, 1.0, 2.0]))
 
 
@@ -195,7 +195,7 @@ def test_weights_beyond_float16_stay_float32(model, tmp_path):
 def test_saving_twice_gives_the_same_bytes(model, tmp_path):
     for name in ("a", "b"):
         save_checkpoint(model, tmp_path / f"{name}.safetensors", {"arch": "minnen2018", "quality": 1})
-    assert sha256_file(tmp_path / "a.safetensors") == sha256_file(tmp_path / "b.safetensors")
+    assert sha256(tmp_path / "a.safetensors") == sha256(tmp_path / "b.safetensors")
 
 
 def test_model_of_no_registered_architecture_is_saved_whole(tmp_path):
@@ -306,8 +306,8 @@ def test_weights_that_are_not_finite_are_refused(model, tmp_path):
 @pytest.mark.parametrize("arch", ["balle2018", "minnen2018-mean", "cheng2020", "tic", "lu2022"])
 def test_another_architecture_is_named(arch, good):
     message = refusal(good / "zip.pth.tar", arch)
-    assert "looks like minnen2018" in message and "--arch minnen2018" in message
-    assert "--arch minnen2018" in refusal(good / "own.safetensors", arch)
+    assert "looks like minnen2018" in message and "`arch` minnen2018" in message
+    assert "`arch` minnen2018" in refusal(good / "own.safetensors", arch)
 
 
 def test_architectures_with_equal_names_are_told_apart_by_shapes(tmp_path):
@@ -333,19 +333,19 @@ def test_unknown_architecture_lists_the_names(good):
 
 
 def test_another_quality_by_lambda(model, good, tmp_path):
-    assert "--quality 3" in refusal(good / "own.safetensors", "minnen2018", 4)
+    assert "`quality` 3" in refusal(good / "own.safetensors", "minnen2018", 4)
     torch.save({"state_dict": model.state_dict(), "lmbda": 0.013}, tmp_path / "c.pt")
     message = refusal(tmp_path / "c.pt", "minnen2018", 3)
-    assert "0.013" in message and "0.0067" in message and "--quality 4" in message
+    assert "0.013" in message and "0.0067" in message and "`quality` 4" in message
     load_checkpoint(tmp_path / "c.pt", "minnen2018", 4)
     load_checkpoint(tmp_path / "c.pt", "minnen2018", 3, lmbda=0.013)
     torch.save({"state_dict": model.state_dict(), "lmbda": 0.02}, tmp_path / "c.pt")
-    assert "--lambda 0.02" in refusal(tmp_path / "c.pt", "minnen2018", 3)
+    assert "`lmbda` 0.02" in refusal(tmp_path / "c.pt", "minnen2018", 3)
 
 
 def test_another_quality_by_metadata(model, tmp_path):
     save_checkpoint(model, tmp_path / "c.safetensors", {"arch": "minnen2018", "quality": 2})
-    assert "--quality 2" in refusal(tmp_path / "c.safetensors", "minnen2018", 3)
+    assert "`quality` 2" in refusal(tmp_path / "c.safetensors", "minnen2018", 3)
 
 
 def test_another_quality_by_widths(tmp_path, monkeypatch):
@@ -359,7 +359,7 @@ def test_another_quality_by_widths(tmp_path, monkeypatch):
     )
     torch.save(ScaleHyperprior(6, 9).state_dict(), tmp_path / "wide.pth")
     message = refusal(tmp_path / "wide.pth", "two-sizes", 1)
-    assert "N=6, M=9" in message and "--quality 3" in message
+    assert "N=6, M=9" in message and "`quality` 3" in message
     load_checkpoint(tmp_path / "wide.pth", "two-sizes", 3)
     torch.save(ScaleHyperprior(3, 3).state_dict(), tmp_path / "small.pth")
     load_checkpoint(tmp_path / "small.pth", "two-sizes", 1)
@@ -382,7 +382,7 @@ def test_metadata_sizes_decide_where_shapes_do_not(tmp_path, monkeypatch):
 
 
 def test_embedded_checkpoints_are_listed_when_one_is_absent(tmp_path, monkeypatch, model):
-    monkeypatch.setattr(checkpoints, "ZOO", tmp_path)
+    monkeypatch.setattr(embedded, "ZOO", tmp_path)
     with pytest.raises(InputError, match="there are: none"):
         embedded_checkpoint("minnen2018", 1)
     save_checkpoint(

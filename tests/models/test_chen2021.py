@@ -114,7 +114,7 @@ def test_mask_reads_what_comes_before_in_raster_order():
     assert layer.mask[1, 0].flatten().tolist() == [1.0] * 13 + [0.0] * 14
     torch.manual_seed(0)
     volume = torch.randn(1, 1, 4, 5, 6, requires_grad=True)
-    place = (2, 3, 1)
-    (gradient,) = torch.autograd.grad(layer(volume)[0, 0][place], volume)
+    position = (2, 3, 1)
+    (gradient,) = torch.autograd.grad(layer(volume)[0, 0][position], volume)
     reads = {tuple(index) for index in gradient[0, 0].nonzero().tolist()}
-    assert reads and max(reads) < place
+    assert reads and max(reads) < position

@@ -43,7 +43,7 @@ def test_training_and_the_published_estimate_are_compressais():
     ["minnen2018", "cheng2020", "cheng2020-anchor", "cheng2019", "tic", "qvrf-minnen2018", "qvrf-cheng2020"],
 )
 def test_autoregressive_codecs_estimate_what_they_decode(name):
-    """Bits of the estimate are those of the whole numbers that g_s gets, under means and scales that the
+    """Bits of the estimate are those of the integers that g_s gets, under means and scales that the
     context model makes of them."""
     small = {"N": 8} if "cheng" in name else {"N": 8, "M": 8}
     tic = {"depths": (1, 1, 1, 1, 1), "num_heads": (2, 2, 2, 2, 2), "causal_heads": 2}

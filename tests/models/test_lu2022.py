@@ -77,9 +77,9 @@ def test_outputs_equal_the_public_code(narrow):
         ),
     }
     for name, (tensor, step, expected) in golden.items():
-        found = tensor.flatten()[::step]
+        values = tensor.flatten()[::step]
         torch.testing.assert_close(
-            found, torch.tensor(expected), rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+            values, torch.tensor(expected), rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
         )
     assert float(out["x_hat"].double().abs().sum()) == pytest.approx(480676.139, rel=1e-5)
     assert float(out["likelihoods"]["y"].double().log2().sum()) == pytest.approx(-83000.1647, rel=1e-5)
@@ -136,8 +136,8 @@ def test_slices_follow_the_papers_cosine_schedule():
     assert slice_sizes(320) == [24, 69, 104, 123]
     for channels in (4, 16, 40, 96, 192, 320):
         sizes = slice_sizes(channels)
-        kept = [math.ceil(math.cos(t * math.pi / 8) * channels) for t in (1, 2, 3)]
-        assert sizes == [channels - kept[0], kept[0] - kept[1], kept[1] - kept[2], kept[2]]
+        left = [math.ceil(math.cos(t * math.pi / 8) * channels) for t in (1, 2, 3)]
+        assert sizes == [channels - left[0], left[0] - left[1], left[1] - left[2], left[2]]
 
 
 def test_sizes_are_read_off_the_shapes():
@@ -248,10 +248,10 @@ def test_every_query_depends_on_exactly_49_keys(height, width):
 def test_gradients_of_the_tiled_product_equal_those_of_the_loops():
     module = fill_by_formula(NeighborhoodAttention(4, 3, 2))
     x = wave_map(1, 9, 5, 4).requires_grad_()
-    wanted = [x, *module.parameters()]
+    inputs = [x, *module.parameters()]
     weights = wave_map(1, 9, 5, 4).flip(1)
-    tiled = torch.autograd.grad((module(x) * weights).sum(), wanted)
-    by_loops = torch.autograd.grad((attention_by_loops(module, x) * weights).sum(), wanted)
+    tiled = torch.autograd.grad((module(x) * weights).sum(), inputs)
+    by_loops = torch.autograd.grad((attention_by_loops(module, x) * weights).sum(), inputs)
     for a, b in zip(tiled, by_loops):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 

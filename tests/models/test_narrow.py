@@ -31,8 +31,8 @@ def test_channels_that_others_predict_go_first():
     samples = torch.cat(
         (base, base @ torch.tensor([[1.0, 2.0], [1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)), 1
     )
-    kept = choose_channels(samples.T.cov(), torch.ones(5, dtype=torch.float64), 3)
-    assert torch.linalg.matrix_rank(samples[:, kept]) == 3
+    channels = choose_channels(samples.T.cov(), torch.ones(5, dtype=torch.float64), 3)
+    assert torch.linalg.matrix_rank(samples[:, channels]) == 3
     assert choose_channels(
         torch.diag(torch.tensor([4.0, 1, 9], dtype=torch.float64)), torch.ones(3, dtype=torch.float64), 2
     ) == [0, 2]
@@ -66,15 +66,15 @@ def test_channels_without_readers_cost_nothing(layer, following):
     wide = _without(wide_codec(), layer, following, 2)
     narrower = copy.deepcopy(wide)
     prefix, index = layer.split(".")
-    kept = [i for i in range(getattr(wide, prefix)[int(index)].out_channels) if i != 2]
+    channels = [i for i in range(getattr(wide, prefix)[int(index)].out_channels) if i != 2]
     chain = getattr(narrower, prefix)
     first, second = chain[int(index)], chain[int(index) + 2]
     for conv, outputs in ((first, True), (second, False)):
         transposed = isinstance(conv, torch.nn.ConvTranspose2d)
-        select = (lambda w: w[:, kept]) if outputs == transposed else (lambda w: w[kept])
+        select = (lambda w: w[:, channels]) if outputs == transposed else (lambda w: w[channels])
         conv.weight = torch.nn.Parameter(select(conv.weight.detach()))
-    first.bias = torch.nn.Parameter(first.bias.detach()[kept])
-    first.out_channels = second.in_channels = len(kept)
+    first.bias = torch.nn.Parameter(first.bias.detach()[channels])
+    first.out_channels = second.in_channels = len(channels)
     target = copy.deepcopy(narrower)
     with torch.no_grad():
         for parameter in target.parameters():

@@ -19,8 +19,8 @@ from compressai.entropy_models import EntropyBottleneck
 from torch import nn
 from licq.models.registry import register_model
 
-@register_model("mine", official={1: {"N": 4}, 2: {"N": 4}}, configurations={"reference": {"N": 2}}, multiple=4,
-                lambdas={"mse": {1: 0.01, 2: 0.02}}, LOADER)
+@register_model("mine", official={1: {"N": 4}, 2: {"N": 4}}, configurations={"reference": {"N": 2}},
+                multiple=4, lambdas={"mse": {1: 0.01, 2: 0.02}}, LOADER)
 class Mine(nn.Module):
     def __init__(self, N: int = 4):
         super().__init__()
@@ -78,7 +78,7 @@ def test_checkpoint_of_a_plugin_goes_the_ordinary_way(plugin, tmp_path):
     loaded = load_model(path, 2, tmp_path / "m.safetensors")
     for name, tensor in saved.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
-    with pytest.raises(InputError, match="--quality 2"):
+    with pytest.raises(InputError, match="`quality` 2"):
         load_model(path, 1, tmp_path / "m.safetensors")
     with pytest.raises(InputError, match="no embedded checkpoint of mine"):
         load_model(path, 1)

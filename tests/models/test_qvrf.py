@@ -128,5 +128,5 @@ def test_files_keep_their_number_of_rates(tmp_path):
     assert loaded.rate.item() == pytest.approx(loaded.Gain[10].item())
     assert get_architecture("qvrf-minnen2018").lambda_for(11) == LEVEL_LAMBDAS[10] == 1.44
     save_checkpoint(QVRFMinnen2018(6, 8), tmp_path / "eight.safetensors", {"arch": "qvrf-minnen2018"})
-    with pytest.raises(InputError, match="has 8 rates; choose --quality from 1 to 8"):
+    with pytest.raises(InputError, match="has 8 rates; choose `quality` from 1 to 8"):
         load_checkpoint(tmp_path / "eight.safetensors", quality=9)

@@ -84,13 +84,13 @@ def test_layers_in_between_are_left_out(photos, tmp_path, capsys):
     save_checkpoint(source, tmp_path / "with.safetensors", {"arch": "cheng2020", "kwargs": {"N": 36}})
     train(tmp_path, photos, "cheng2020-anchor", 1, quality=3, init=tmp_path / "with.safetensors", lr=1e-9)
     assert "trained from the start" not in capsys.readouterr().out
-    found = read_checkpoint(tmp_path / "out" / "cheng2020-anchor-q3.safetensors").state_dict
-    for own, other in (
+    tensors = read_checkpoint(tmp_path / "out" / "cheng2020-anchor-q3.safetensors").state_dict
+    for layer, other in (
         ("g_a.3.conv1", "g_a.4.conv1"),
         ("g_s.0.conv2", "g_s.1.conv2"),
         ("g_s.7.0", "g_s.9.0"),
         ("h_a.0", "h_a.0"),
     ):
         assert torch.allclose(
-            found[f"{own}.weight"].float(), source.state_dict()[f"{other}.weight"], rtol=2e-3, atol=1e-4
+            tensors[f"{layer}.weight"].float(), source.state_dict()[f"{other}.weight"], rtol=2e-3, atol=1e-4
         )

@@ -71,7 +71,7 @@ def _latents(model, x):
 
 def test_without_context_the_autoregressive_codec_equals_compressais():
     """With a context model its forward is serial, and the context is the y_hat it has just made; without
-    means its symbols are whole numbers, as ours."""
+    means its symbols are integers, as ours."""
     theirs = filled(JointAutoregressiveHierarchicalPriorsVbr(N, M))
     theirs.context_prediction.weight.data.zero_()
     last = theirs.entropy_parameters[-1]
@@ -171,8 +171,8 @@ def test_constants_of_a_rate_are_sums_in_order_and_correctly_rounded_softplus():
         (model.QuantABCD, [[0.7, 0.31], [12.0, 0.05]]),
         (model.gayn2zqstep, [[1.0], [3.7]]),
     ):
-        found = in_order(layers, torch.tensor(inputs, dtype=torch.float64))
-        for row, result in zip(inputs, found.tolist()):
+        results = in_order(layers, torch.tensor(inputs, dtype=torch.float64))
+        for row, result in zip(inputs, results.tolist()):
             for layer in layers:
                 if isinstance(layer, torch.nn.Linear):
                     weight, bias = layer.weight.double().tolist(), layer.bias.double().tolist()
@@ -190,7 +190,7 @@ def test_constants_of_a_rate_are_sums_in_order_and_correctly_rounded_softplus():
         reference = torch.nn.Sequential(*copy.deepcopy(list(layers))).double()(
             torch.tensor(inputs, dtype=torch.float64)
         )
-        assert torch.allclose(found, reference, rtol=1e-12, atol=1e-14)
+        assert torch.allclose(results, reference, rtol=1e-12, atol=1e-14)
 
 
 def test_every_published_architecture_is_here():
@@ -210,9 +210,12 @@ def test_offsets_of_whole_symbols_are_those_of_differences_where_means_are_whole
     )
     means = torch.randint(-5, 6, y.shape, generator=draw) / gain.double()
     plain = OffsetNet(*model.QuantABCD)
-    found, expected = model.QuantABCD((y * gain).round(), scales, means, gain), plain(y, scales, means, gain)
-    torch.testing.assert_close(found, expected)
-    assert not torch.equal(found, (y * gain).round() / gain)  # moved
+    results, expected = (
+        model.QuantABCD((y * gain).round(), scales, means, gain),
+        plain(y, scales, means, gain),
+    )
+    torch.testing.assert_close(results, expected)
+    assert not torch.equal(results, (y * gain).round() / gain)  # moved
 
 
 def test_share_of_a_residual_is_the_derivative_of_the_mean_within_the_interval():

@@ -257,5 +257,5 @@ def test_written_report_is_readable_and_rendered_again_from_json(tmp_path):
 
 def test_unwritable_output_is_one_line(tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(InputError, match="--out"):
+    with pytest.raises(InputError, match="`out`"):
         write_report(tmp_path / "file", report_of(points(1)))

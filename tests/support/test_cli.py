@@ -111,9 +111,9 @@ def test_seed_repeats_and_bad_numbers_are_refused():
     first = torch.rand(4)
     seed_everything(3)
     assert torch.equal(first, torch.rand(4))
-    with pytest.raises(InputError, match="--seed"):
+    with pytest.raises(InputError, match="`seed`"):
         seed_everything(-1)
-    with pytest.raises(InputError, match="--threads"):
+    with pytest.raises(InputError, match="`threads`"):
         set_threads(0)
     assert set_threads(None) == torch.get_num_threads()
     assert set(versions()) == {"licq", "python", "torch", "compressai", "timm", "numpy", "pillow"}

@@ -28,7 +28,7 @@ def test_json_of_infinities_is_valid_json(tmp_path):
 
 def test_output_below_a_file_is_refused_early(tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(InputError, match="--out"):
+    with pytest.raises(InputError, match="`out`"):
         writable_folder(tmp_path / "file" / "out")
     assert writable_folder(tmp_path / "a" / "b").is_dir()
 

@@ -16,9 +16,9 @@ def doubled(number: int) -> tuple[int, int]:
 
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_results_come_in_order(jobs):
-    found = list(ordered(doubled, range(7), jobs))
-    assert [result for result, _ in found] == [0, 2, 4, 6, 8, 10, 12]
-    assert (os.getpid() in {process for _, process in found}) == (jobs == 1)
+    results = list(ordered(doubled, range(7), jobs))
+    assert [result for result, _ in results] == [0, 2, 4, 6, 8, 10, 12]
+    assert (os.getpid() in {process for _, process in results}) == (jobs == 1)
 
 
 @pytest.mark.parametrize("jobs", [1, 2])

@@ -35,11 +35,8 @@ def test_a_sweep_stopped_and_resumed_gives_the_runs_of_single_commands(
 
     def stopping(*args, **kwargs):
         calls.append(1)
-        if (
-            len(calls) == 3
-            # float and quantized codec of the first run, then the quantized one of the second: floats are
-            # shared
-        ):
+        # the float and the quantized codec of the first run, then the quantized one of the second
+        if len(calls) == 3:
             raise KeyboardInterrupt
         return original(*args, **kwargs)
 
@@ -163,7 +160,7 @@ def test_an_evaluation_in_parts_writes_the_report_of_one(job, tmp_path, make_ima
     assert evaluate(*words, tmp_path / "whole") == 0
     assert evaluate(*words, tmp_path / "workers", "--workers", 2) == 0
     with monkeypatch.context() as patch:  # stopped in the second of three parts, then resumed
-        patch.setattr("licq.runs.shards._MAX_IMAGES", 3)
+        patch.setattr("licq.runs.shards._MOST", 3)
         original, calls = licq.evaluation.evaluate.evaluate, []
 
         def stopping(*args, **kwargs):
@@ -235,6 +232,6 @@ def test_a_part_of_a_sweep_is_run_and_the_rest_added_later(job, file, tmp_path, 
     capsys.readouterr()
     for wrong in ("w_bits=5", "a_bits=8"):
         assert run(job, sweep=file, w_bits=None, only=wrong, out=tmp_path / "other") == 2
-        one_line(capsys, "--only", "is not one of")
+        one_line(capsys, "only", "is not one of")
     assert run(job, only="w_bits=4", out=tmp_path / "other") == 2
     one_line(capsys, "for --sweep")

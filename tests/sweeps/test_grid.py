@@ -36,13 +36,13 @@ plot: {x: w_bits, y: bd_rate_psnr, lines: method}
 
 
 def test_a_run_for_every_combination(sweep):
-    found = sweep(METHODS)
-    assert len(found.runs) == 8 and len({run.name for run in found.runs}) == 8
-    assert found.runs[0].name == "Nearest_w_bits8_seed0"
-    assert " ".join(found.runs[0].words) == (
+    read = sweep(METHODS)
+    assert len(read.runs) == 8 and len({run.name for run in read.runs}) == 8
+    assert read.runs[0].name == "Nearest_w_bits8_seed0"
+    assert " ".join(read.runs[0].words) == (
         "--arch tic --no-baseline --quality 1,3 --preset nearest --w_bits 8 --seed 0 --set joint_iters=4"
     )
-    last = PARSER.parse_args(found.runs[-1].words)
+    last = PARSER.parse_args(read.runs[-1].words)
     assert (last.preset, last.loss, last.w_bits, last.seed, last.baseline, last.strict_int8) == (
         "licq",
         "mse",
@@ -53,11 +53,11 @@ def test_a_run_for_every_combination(sweep):
     )
     config = main_ptq.build_config(last).reconstruction
     assert (config.learn, config.alternate, config.joint_iters) == (("range_w", "bias"), False, 4)
-    assert found.rows == ("method",) and found.columns == ("w_bits",) and found.title == "Two methods"
+    assert read.rows == ("method",) and read.columns == ("w_bits",) and read.title == "Two methods"
 
 
 def test_the_command_line_changes_every_run(sweep):
-    found = sweep(
+    read = sweep(
         METHODS,
         "--w_bits",
         "6",
@@ -71,8 +71,8 @@ def test_the_command_line_changes_every_run(sweep):
         "5",
         "--strict_int8",
     )
-    assert [run.name for run in found.runs][0] == "Nearest" and len(found.runs) == 2
-    args = PARSER.parse_args(found.runs[0].words)
+    assert [run.name for run in read.runs][0] == "Nearest" and len(read.runs) == 2
+    args = PARSER.parse_args(read.runs[0].words)
     assert (args.w_bits, args.arch, args.seed, args.knobs, args.quality, args.strict_int8) == (
         6,
         "lu2022",
@@ -81,7 +81,7 @@ def test_the_command_line_changes_every_run(sweep):
         [[1], [2]],
         True,
     )
-    assert found.axes["w_bits"] == ["6"] and found.axes["seed"] == ["5"]
+    assert read.axes["w_bits"] == ["6"] and read.axes["seed"] == ["5"]
     for words, expected in (
         (["--preset", "licq"], "--preset is what the sweep's method varies"),
         (["--set", "alternate=true"], "--set alternate is what"),
@@ -91,13 +91,13 @@ def test_the_command_line_changes_every_run(sweep):
 
 
 def test_an_axis_may_be_a_knob(sweep):
-    found = sweep("grid: {set.joint_iters: [0, 40], set.stress: [true, false]}")
-    assert [run.name for run in found.runs][:2] == ["joint_iters0_stresstrue", "joint_iters0_stressfalse"]
-    assert PARSER.parse_args(found.runs[1].words).knobs == [("joint_iters", "0"), ("stress", "false")]
+    read = sweep("grid: {set.joint_iters: [0, 40], set.stress: [true, false]}")
+    assert [run.name for run in read.runs][:2] == ["joint_iters0_stresstrue", "joint_iters0_stressfalse"]
+    assert PARSER.parse_args(read.runs[1].words).knobs == [("joint_iters", "0"), ("stress", "false")]
     assert (
-        found.rows == ("set.joint_iters",)
-        and found.columns == ("set.stress",)
-        and found.values == ("bd_rate_psnr", "delta_j_percent")
+        read.rows == ("set.joint_iters",)
+        and read.columns == ("set.stress",)
+        and read.values == ("bd_rate_psnr", "delta_j_percent")
     )
 
 
@@ -138,7 +138,7 @@ def test_bad_file_is_one_line(sweep, content, expected):
 
 
 def test_unknown_sweep_names_those_there_are():
-    with pytest.raises(InputError, match="choose --sweep from bits, fig2, .*table1"):
+    with pytest.raises(InputError, match="choose `sweep` from bits, fig2, .*table1"):
         load_sweep("table9", PARSER)
 
 

@@ -124,7 +124,8 @@ def test_a_variable_rate_codec_is_one_model(tmp_path):
 )
 def test_every_codec_has_its_own_float_curve(tmp_path, monkeypatch, shift, expected):
     (tmp_path / "trial.yaml").write_text(
-        "grid: {codec: [{name: A, arch: tic}, {name: B, arch: lu2022}]}\nplot: {x: bpp, y: psnr, lines: codec}"
+        "grid: {codec: [{name: A, arch: tic}, {name: B, arch: lu2022}]}\n"
+        "plot: {x: bpp, y: psnr, lines: codec}"
     )
     figures, canvas = [], summary_of_sweeps.FigureCanvasAgg
     monkeypatch.setattr(

@@ -36,11 +36,11 @@ def cluster():
 
 
 def test_a_killed_worker_costs_its_last_unit(cluster, tmp_path):
-    found = outcomes(
+    ended = outcomes(
         Engine(ray=cluster, threads=1, gpu_share=0), tasks(tmp_path, "killed", "good", "refused", "defect")
     )
-    assert (found["killed0"].error, found["killed0"].attempts, found["good1"].attempts) == (None, 2, 1)
-    assert found["refused2"].error == "this run is bad; mend it" and "KeyError" in found["defect3"].error
+    assert (ended["killed0"].error, ended["killed0"].attempts, ended["good1"].attempts) == (None, 2, 1)
+    assert ended["refused2"].error == "this run is bad; mend it" and "KeyError" in ended["defect3"].error
     killed, good = tmp_path / "killed0", tmp_path / "good1"
     assert (killed / "computed.txt").read_text() == "[2]" and (
         good / "computed.txt"
@@ -59,8 +59,8 @@ def test_a_task_that_no_node_can_run_is_refused(cluster, tmp_path):
 
 @pytest.mark.slow
 def test_two_tasks_share_a_gpu(cluster, tmp_path):
-    found = outcomes(Engine(ray=cluster, threads=1, gpu_share=0.5), tasks(tmp_path, "gpu", "gpu"))
-    written = [tmp_path / name / "gpu.txt" for name in found]
+    ended = outcomes(Engine(ray=cluster, threads=1, gpu_share=0.5), tasks(tmp_path, "gpu", "gpu"))
+    written = [tmp_path / name / "gpu.txt" for name in ended]
     assert [path.read_text() for path in written] == ["0", "0"]
     assert abs(written[0].stat().st_mtime - written[1].stat().st_mtime) < 3  # at the same time
 
