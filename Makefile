@@ -7,8 +7,10 @@ STAMP := $(VENV)/.stamp
 DEMO_FLAGS ?= --num_calib 4 --crops_per_image 1 --crop 128 --set joint_iters=4
 # Two processes of one thread each: nothing here is large enough for two threads to help.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+INSTALL = if command -v uv >/dev/null 2>&1; then uv pip install --quiet --python $(BIN)/python $(1); \
+	else $(BIN)/python -m pip install --quiet --disable-pip-version-check $(1); fi
 
-.PHONY: env demo test test-all
+.PHONY: env demo test test-all lint format ide docs
 
 env: $(STAMP)
 
@@ -32,3 +34,28 @@ test: env
 
 test-all: env
 	$(PYTEST)
+
+# Tools of developers: ruff, pyright, clang-format, pre-commit, mkdocs.
+$(STAMP)-dev: $(STAMP)
+	@$(call INSTALL,--editable '.[dev]')
+	@touch $@
+
+lint: $(STAMP)-dev ide
+	$(BIN)/ruff check --quiet --output-format concise .
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/clang-format --dry-run -Werror integer/*.[ch]
+	$(BIN)/pyright
+
+format: $(STAMP)-dev
+	$(BIN)/ruff check --fix --quiet .
+	$(BIN)/ruff format --quiet .
+	$(BIN)/clang-format -i integer/*.[ch]
+
+# Links by which pyright and IDEs find licq.<room> in a checkout.
+ide: env
+	@$(BIN)/python .ci/ide_links.py
+
+# The documentation as a site, in site/.
+docs: $(STAMP)-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "site/index.html"
