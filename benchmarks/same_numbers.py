@@ -1,8 +1,8 @@
 """Do two checkouts compute the same numbers? Small runs of every embedded codec, their hashes and results as
 JSON.
 
-    python benchmarks/same_numbers.py --root CHECKOUT --json before.json     # once in each checkout, on one machine
-    python benchmarks/same_numbers.py --compare before.json after.json       # exit status 1 where they differ
+    python benchmarks/same_numbers.py --root CHECKOUT --json before.json     # once in each, on one machine
+    python benchmarks/same_numbers.py --compare before.json after.json       # status 1 where they differ
 
 A run quantizes on two crops, measures two small photographs, writes a file of one and decodes it. Stored are
 the points of report.json without times and memory, and hashes of the model's tensors, of the file and of the

@@ -299,6 +299,7 @@ class Plan:
         if isinstance(operation, ops.Layout):  # an unfolding: its result is the columns
             columns, by_channel, taps = number, True, _window(window_side(operation) or 0)
         else:
+            assert isinstance(operation, ops.Convolution)  # the other kind of reading, see codec.order
             taps = reading.taps
             centre = [size // 2 for size in operation.weight.shape[2:]]
             index = tuple(torch.from_numpy(taps[:, axis] + centre[axis]) for axis in range(taps.shape[1]))

@@ -256,7 +256,9 @@ def _repeated(names: list[str]) -> str | None:
     return next((name for name in names if names.count(name) > 1), None)
 
 
-def _run(chosen: dict[str, _Choice], fixed: _Choice, changed: _Choice, labels: dict[str, list[str]]) -> SweepRun:
+def _run(
+    chosen: dict[str, _Choice], fixed: _Choice, changed: _Choice, labels: dict[str, list[str]]
+) -> SweepRun:
     """One run.
 
     Args:

@@ -160,7 +160,7 @@ def test_an_evaluation_in_parts_writes_the_report_of_one(job, tmp_path, make_ima
     assert evaluate(*words, tmp_path / "whole") == 0
     assert evaluate(*words, tmp_path / "workers", "--workers", 2) == 0
     with monkeypatch.context() as patch:  # stopped in the second of three parts, then resumed
-        patch.setattr("licq.runs.shards._MOST", 3)
+        patch.setattr("licq.runs.shards._MAX_IMAGES", 3)
         original, calls = licq.evaluation.evaluate.evaluate, []
 
         def stopping(*args, **kwargs):
