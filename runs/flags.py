@@ -175,7 +175,7 @@ def _add_images(parser: ScreenParser) -> None:
 
 
 def _add_layers(parser: ScreenParser) -> None:
-    """What is done with single layers; docs/analysis.md."""
+    """What is done with single layers; docs/bits-and-methods.md."""
     group = parser.add_rare_group("single layers")
     group.add_argument(
         "--analyze",

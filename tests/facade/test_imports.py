@@ -138,3 +138,44 @@ def test_imports_go_downwards():
     found = upward()
     assert not {key: lines for key, lines in found.items() if key not in EXCEPTIONS}
     assert set(EXCEPTIONS) <= set(found), "what does not go up any more leaves the table"
+
+
+# Modules that may import each other: the facade of saving and loading.
+CIRCLES = [{"quant.model", "quant.serialization"}]
+
+
+def circles() -> list[set[str]]:
+    """Groups of modules that import each other in a loop, imports in functions and for type checkers counted."""
+    modules = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+        for path in python_files()
+        if path.relative_to(ROOT).parts[0] in LEVEL or path.stem in LEVEL
+    }
+    graph = {}
+    for module, path in modules.items():
+        others = {
+            name.removeprefix("licq.") for _, name in imports(ast.parse(path.read_text(encoding="utf-8")))
+        }
+        names = {
+            f"{node.module.removeprefix('licq.')}.{alias.name}"
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            if isinstance(node, ast.ImportFrom) and node.module
+            for alias in node.names
+        }
+        graph[module] = ((others | names) & modules.keys()) - {module}
+
+    def reached(start: str) -> set[str]:
+        seen, pending = set(), [start]
+        while pending:
+            for other in graph[pending.pop()] - seen:
+                seen.add(other)
+                pending.append(other)
+        return seen
+
+    reach = {module: reached(module) for module in graph}
+    looped = [module for module in graph if module in reach[module]]
+    return list({frozenset(b for b in looped if b in reach[a] and a in reach[b]): 0 for a in looped})
+
+
+def test_no_modules_import_each_other():
+    assert not [circle for circle in circles() if circle not in CIRCLES]
