@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
@@ -10,16 +10,18 @@ from types import ModuleType
 _CHECKOUT = str(Path(__file__).resolve().parent.parent)
 
 
-def find_beside(folder: Path) -> None:
-    """From now on, also have imports look in `folder`, first.
+def find_beside(folder: Path) -> Callable[[], None]:
+    """From now on, also have imports look in `folder`, first; returns what takes that back.
 
     Not by sys.path: its entries go along to worker processes, where a folder licq/ that is no package (a
     clone, results) would hide an editable install.
     """
     finder = _BesidePlugin(str(folder))
-    if finder not in sys.meta_path:
-        first = next((i for i, other in enumerate(sys.meta_path) if other is PathFinder), 0)
-        sys.meta_path.insert(first, finder)
+    if finder in sys.meta_path:  # another plug-in lies there
+        return lambda: None
+    first = next((i for i, other in enumerate(sys.meta_path) if other is PathFinder), 0)
+    sys.meta_path.insert(first, finder)
+    return lambda: sys.meta_path.remove(finder)
 
 
 class _BesidePlugin:

@@ -273,14 +273,16 @@ def _run_plugin(path: str) -> str:
     module = importlib.util.module_from_spec(spec)
     before = dict(_REGISTRY)
     sys.modules[module_name] = module
+    undo = find_beside(file.parent)
     try:
-        find_beside(file.parent)
         spec.loader.exec_module(module)
     except Exception as error:  # whatever somebody else's file raises
+        undo()
         _forget(module_name, before)
         raise InputError(f"the plug-in {path} fails: {_one_line(error)}") from error
     names = [name for name in _REGISTRY if _is_news(name, before)]
     if len(names) != 1:
+        undo()
         _forget(module_name, before)
         found = f"registers {', '.join(names)}" if names else "registers no architecture"
         raise InputError(f"the plug-in {path} {found}; a plug-in has exactly one class under @register_model")

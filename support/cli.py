@@ -30,7 +30,7 @@ _SYNONYMS = {
     "images": ("data",),
     "level": ("quality",),  # of a variable-rate codec
     "num": ("num_calib",),
-    "paths": ("calib",),  # of `sample_crops`
+    "files": ("calib",),  # of `sample_crops`
     "reductions": ("crop_reductions",),
 }
 _KNOBS = "knobs"  # the `dest` of --set, which takes the fields of the configurations

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from licq.models.plugin_path import find_beside
+from licq.models.plugin_path import _BesidePlugin, find_beside
 
 ROOT = Path(__file__).parents[2]
 
@@ -50,13 +50,14 @@ def test_folders_that_are_no_packages_hide_nothing_installed(folder):
     finally:
         sys.modules.update({name: module for name, module in known.items() if module})
     (folder / "licq" / "__init__.py").touch()
-    assert (
-        sys.meta_path[[type(f).__name__ for f in sys.meta_path].index("_BesidePlugin")].find_spec("licq")
-        is None
-    )
+    assert _BesidePlugin(str(folder)).find_spec("licq") is None
 
 
 def test_folder_is_looked_in_once_however_often_it_is_named(folder):
-    find_beside(folder)
-    assert [type(finder).__name__ for finder in sys.meta_path].count("_BesidePlugin") == 1
-    assert str(folder) not in sys.path
+    before = list(sys.meta_path)
+    undo = find_beside(folder)
+    assert sys.meta_path == before and str(folder) not in sys.path
+    undo()  # the first one's is still needed
+    assert sys.meta_path == before
+    find_beside(folder / "other")()
+    assert sys.meta_path == before

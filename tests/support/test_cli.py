@@ -144,7 +144,7 @@ MAIN = parser_of(
         ("give `checkpoint` an existing file", "give --checkpoint an existing file"),
         ("`lmbda` 0.0 is not positive", "--lambda 0.0 is not positive"),
         ("no images in `images`", "no images in --eval"),  # of evaluate
-        ("give other `paths` or `exclude` none of them", "give other --calib or --eval none of them"),
+        ("give other `files` or `exclude` none of them", "give other --calib or --eval none of them"),
         ("free some space in `folder`, or `out`", "free some space in --out, or --out"),
         ("say `lmbda=0.01`", "say --lambda 0.01"),
         ("pass `strict_int8=True`", "pass --strict_int8"),
