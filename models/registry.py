@@ -14,20 +14,19 @@ A codec is any `nn.Module` whose forward maps an image (B, 3, H, W) in 0..1, H a
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import importlib
 import importlib.util
 import inspect
-import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from licq.models.plugin_path import find_beside
 from licq.support.errors import InputError, InputWarning
 
 if TYPE_CHECKING:
@@ -61,7 +60,6 @@ _BUILT_IN = {
     "licq.models.lu2022": ("lu2022",),
 }
 _MODULE_OF = {name: module for module, names in _BUILT_IN.items() for name in names}
-_CHECKOUT = Path(__file__).resolve().parent.parent
 _REGISTRY: dict[str, Architecture] = {}
 _PLUGINS: dict[Path, str] = {}  # files that have been run, and the name that each registered
 
@@ -293,14 +291,16 @@ def _run_plugin(path: str) -> str:
     module = importlib.util.module_from_spec(spec)
     before = dict(_REGISTRY)
     sys.modules[module_name] = module
+    undo = find_beside(file.parent)
     try:
-        with _path_of_a_script(file.parent):
-            spec.loader.exec_module(module)
+        spec.loader.exec_module(module)
     except Exception as error:  # whatever somebody else's file raises
+        undo()
         _forget(module_name, before)
         raise InputError(f"the plug-in {path} fails: {_one_line(error)}") from error
     names = [name for name in _REGISTRY if _is_news(name, before)]
     if len(names) != 1:
+        undo()
         _forget(module_name, before)
         found = f"registers {', '.join(names)}" if names else "registers no architecture"
         raise InputError(f"the plug-in {path} {found}; a plug-in has exactly one class under @register_model")
@@ -320,29 +320,6 @@ def _forget(module_name: str, before: Mapping[str, Architecture]) -> None:
     for name in [name for name in _REGISTRY if _is_news(name, before)]:
         del _REGISTRY[name]
     _REGISTRY.update(before)
-
-
-@contextlib.contextmanager
-def _path_of_a_script(folder: Path) -> Iterator[None]:
-    """Imports see what they would see in a script of that folder.
-
-    The folder stays first on the path. The checkout of licq is off it for the duration (`python
-    .../main_ptq.py` puts it there): its models/ and data/ would hide packages of the same names beside the
-    plug-in.
-    """
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
-    complete = list(sys.path)
-    sys.path[:] = [entry for entry in complete if entry == str(folder) or not _is_checkout(entry)]
-    try:
-        yield
-    finally:
-        added = [entry for entry in sys.path if entry not in complete]
-        sys.path[:] = [*added, *complete]
-
-
-def _is_checkout(entry: str) -> bool:
-    return os.path.realpath(entry or os.curdir) == str(_CHECKOUT)
 
 
 @functools.cache
