@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from licq.support import options
+from licq.support.checkout import licq_alone
 from licq.support.cli import ArgumentParser
 from licq.support.errors import InputError
 
-_ROOT = Path(__file__).resolve().parent.parent
 _DIFFERENT = 1  # exit status
 _TILE = 64  # the smallest: then every image that can be cut is
 
@@ -224,7 +224,8 @@ def measure(
             job_file, result_file = Path(folder) / "job.json", Path(folder) / "result.json"
             job_file.write_text(json.dumps(job))
             result_file.unlink(missing_ok=True)
-            environment = {**os.environ, **condition.environment, "PYTHONPATH": str(_ROOT)}
+            path = str(licq_alone(Path(folder)))
+            environment = {**os.environ, **condition.environment, "PYTHONPATH": path}
             process = subprocess.run(
                 [
                     condition.python,
@@ -235,7 +236,7 @@ def measure(
                     str(job_file),
                     str(result_file),
                 ],
-                cwd=_ROOT,
+                cwd=folder,
                 env=environment,
                 capture_output=True,
                 text=True,

@@ -1,19 +1,20 @@
-"""How a Python process that licq starts finds the same licq."""
+"""How another Python finds the licq that runs."""
 
-import os
 from pathlib import Path
 
-_FOLDER = Path(__file__).resolve().parent.parent  # of quant/, models/ ...: a checkout, or licq/ of a wheel
+# the folder of quant/, models/ ...: a checkout, or licq/ of a wheel
+_ROOMS = Path(__file__).resolve().parent.parent
 
 
-def child_environment() -> dict[str, str]:
-    """This process's environment for one that is to import this licq.
+def licq_alone(folder: Path) -> Path:
+    """A folder below `folder` that holds the running licq and nothing else, for the PYTHONPATH of another
+    Python.
 
-    An installed licq is found as it is. A checkout, which perhaps only this process knows of (`python
-    .../main_ptq.py`), goes to the end of PYTHONPATH: further in front its models/ and data/ would hide a
-    user's packages of these names.
+    So the other Python imports the same licq, be that a checkout or a wheel, and its own packages stay its
+    own.
     """
-    if not (_FOLDER / "licq").is_dir():
-        return dict(os.environ)
-    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-    return os.environ | {"PYTHONPATH": os.pathsep.join([*paths, str(_FOLDER)])}
+    path = folder / "path"
+    if not path.exists():
+        path.mkdir()
+        (path / "licq").symlink_to(_ROOMS / "licq" if (_ROOMS / "licq").is_dir() else _ROOMS)
+    return path

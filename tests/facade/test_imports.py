@@ -145,7 +145,8 @@ CIRCLES = [{"quant.model", "quant.serialization"}]
 
 
 def circles() -> list[set[str]]:
-    """Groups of modules that import each other in a loop, imports in functions and for type checkers counted."""
+    """Groups of modules that import each other in a loop, imports in functions and for type checkers
+    counted."""
     modules = {
         ".".join(path.relative_to(ROOT).with_suffix("").parts): path
         for path in python_files()
