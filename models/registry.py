@@ -74,7 +74,8 @@ class Architecture:
         official: quality -> the factory's arguments for the published model of that quality; {} for its
             defaults.
         configurations: name -> the factory's arguments for a small size; every architecture has "reference".
-        title, paper: of the publication.
+        title: of the publication.
+        paper: its number on arXiv, or its address.
         multiple: the sides of an input image are multiples of it.
         lambdas: metric ("mse", "ms-ssim") -> quality -> lambda.
         infer: state_dict -> the factory's arguments, from the shapes of tensors; it may raise KeyError where
