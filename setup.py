@@ -8,6 +8,7 @@ from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).resolve().parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "support" / "version.py").read_text()).group(1)
+KERNELS = ["steps", "products", "winograd", "layer_norm", "attention", "layout"]
 PACKAGES = [
     "support",
     "workers",
@@ -49,7 +50,7 @@ setup(
     py_modules=["main_ptq", "main_eval"],
     package_data={
         "licq": ["py.typed"],
-        "licq.integer": ["kernels.h"],
+        "licq.integer": ["*.h"],
         "licq.models": ["zoo/*.safetensors", "zoo/README.md"],
         "licq.reconstruction": ["presets/*.yaml"],
         "licq.data": ["*.json"],
@@ -61,8 +62,8 @@ setup(
     ext_modules=[
         Extension(
             "licq.integer._kernels",
-            ["integer/kernels.c", "integer/winograd.c"],
-            depends=["integer/kernels.h"],
+            [f"integer/{name}.c" for name in KERNELS],
+            depends=["integer/kernels.h", "integer/numbers.h"],
             libraries=["m"],
             extra_compile_args=[*EXACT, "-fopenmp"],
             extra_link_args=["-fopenmp"],

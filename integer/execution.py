@@ -29,7 +29,8 @@ def usable() -> bool:
     different = first_difference()
     if different is not None:
         warnings.warn(
-            f"the compiled kernel of {different} is wrong on this processor; the slower reference runs, with the same bits",
+            f"the compiled kernel of {different} is wrong on this processor; the slower reference runs, with "
+            "the same bits",
             stacklevel=2,
         )
     return different is None

@@ -1,5 +1,4 @@
-"""Programs on the CPU's integer units: layers fused with what follows them elementwise, run by `kernels.c`
-and `winograd.c`.
+"""Programs on the CPU's integer units: layers fused with what follows them elementwise, run by the C kernels.
 
 A group is one multiply-accumulate operation (or none) and the elementwise operations on its result; they run
 tile by tile, while the accumulators are in the cache, and only what other groups read is stored. Everything
@@ -13,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from licq.integer.group_launch import GroupLaunch
 from licq.integer.groups import Group, constants_of, groups_of, operand_type
-from licq.integer.items import AttentionItem, CopyItem, Item, LayerNormItem, SingleItem
-from licq.integer.layers import GroupItem
+from licq.integer.launches import AttentionLaunch, CopyLaunch, Launch, LayerNormLaunch, SingleLaunch, kernels
 from licq.integer.library import SLACK, library
 from licq.integer.program import Program
 from licq.quant.operations import Operation
@@ -39,27 +38,27 @@ class FastProgram:
         self.program, self.threads = program, threads
         self.constants = constants_of(program)
         self.plan = groups_of(program)
-        self.eight_bits = bool(library().has_vnni())
+        self.eight_bits = bool(kernels().has_vnni())
         self.readers = _readers(self.plan, program)
         self.storage = {number: self._storage(number) for number in self.readers}
-        self.items = [self._item(entry) for entry in self.plan]
-        self.dies = _deaths(self.items, set(program.outputs.values()))
+        self.launches = [self._launch(entry) for entry in self.plan]
+        self.dies = _deaths(self.launches, set(program.outputs.values()))
         sizes = {
             number: int(torch.Size(program.values[number].shape).numel()) * dtype.itemsize
             for number, (dtype, _) in self.storage.items()
         }
-        self.slots = _slots(self.items, set(program.outputs.values()), sizes)
+        self.slots = _slots(self.launches, set(program.outputs.values()), sizes)
         self.memory: dict[int, Tensor] = {}  # by slot
         self.views: dict[tuple[int, tuple[int, ...], int], Tensor] = {}  # of the memory, see `new`
         self.keeps = False
 
-    def _item(self, entry: Group | Operation) -> Item:
+    def _launch(self, entry: Group | Operation) -> Launch:
         if isinstance(entry, Group):
-            return GroupItem(self, entry)
-        for kind in (LayerNormItem, AttentionItem, CopyItem):
+            return GroupLaunch(self, entry)
+        for kind in (LayerNormLaunch, AttentionLaunch, CopyLaunch):
             if kind.takes(entry, self.program):
                 return kind(self, entry)
-        return SingleItem(self, entry)
+        return SingleLaunch(self, entry)
 
     def _storage(self, number: int) -> tuple[torch.dtype, int]:
         """(type, offset) in which a value lies in memory."""
@@ -83,8 +82,8 @@ class FastProgram:
         values: dict[int, Tensor] = dict(self.constants)
         self.keeps = keep
         numbers = {number: name for name, number in self.program.inputs.items()}
-        for place, item in enumerate(self.items):
-            item.run(values, inputs, numbers)
+        for place, launch in enumerate(self.launches):
+            launch.run(values, inputs, numbers)
             if not keep:
                 for number in self.dies[place]:
                     values.pop(number, None)
@@ -124,7 +123,7 @@ class FastProgram:
         return made
 
 
-def _slots(items: list[Item], outputs: set[int], sizes: Mapping[int, int]) -> dict[int, int]:
+def _slots(launches: list[Launch], outputs: set[int], sizes: Mapping[int, int]) -> dict[int, int]:
     """The memory of each value that a kernel or a copy writes; values that are not needed at the same time
     share one, of the same size first.
 
@@ -133,26 +132,26 @@ def _slots(items: list[Item], outputs: set[int], sizes: Mapping[int, int]) -> di
     """
     owners: dict[int, set[int]] = {}  # whose memory a value may be a view of
     last: dict[int, int] = {}
-    for place, item in enumerate(items):
-        for number in item.writes:
+    for place, launch in enumerate(launches):
+        for number in launch.writes:
             views = (
-                {owner for source in item.reads for owner in owners.get(source, ())}
-                if isinstance(item, SingleItem)
+                {owner for source in launch.reads for owner in owners.get(source, ())}
+                if isinstance(launch, SingleLaunch)
                 else set()
             )
-            owners[number] = views if type(item) is SingleItem else {number, *views}
-        for number in (*item.reads, *item.writes):
+            owners[number] = views if type(launch) is SingleLaunch else {number, *views}
+        for number in (*launch.reads, *launch.writes):
             for owner in owners.get(number, ()):
-                last[owner] = max(last.get(owner, 0), len(items) if number in outputs else place)
+                last[owner] = max(last.get(owner, 0), len(launches) if number in outputs else place)
     dying: dict[int, list[int]] = {}
     for owner, place in last.items():
         dying.setdefault(place, []).append(owner)
     slots: dict[int, int] = {}
     free: list[tuple[int, int]] = []  # size, slot
     count = 0
-    for place, item in enumerate(items):
-        for number in item.writes:
-            if type(item) is SingleItem or last[number] == len(items):
+    for place, launch in enumerate(launches):
+        for number in launch.writes:
+            if type(launch) is SingleLaunch or last[number] == len(launches):
                 continue
             found = next((entry for entry in free if entry[0] == sizes[number]), free[-1] if free else None)
             if found is None:
@@ -181,12 +180,12 @@ def _readers(plan: list[Group | Operation], program: Program) -> dict[int, list[
     return readers
 
 
-def _deaths(items: list, outputs: set[int]) -> list[list[int]]:
+def _deaths(launches: list[Launch], outputs: set[int]) -> list[list[int]]:
     last: dict[int, int] = {}
-    for place, item in enumerate(items):
-        for number in (*item.reads, *item.writes):
+    for place, launch in enumerate(launches):
+        for number in (*launch.reads, *launch.writes):
             last[number] = place
-    dies: list[list[int]] = [[] for _ in items]
+    dies: list[list[int]] = [[] for _ in launches]
     for number, place in last.items():
         if number not in outputs:
             dies[place].append(number)

@@ -112,7 +112,7 @@ def _product(
 
 def _rescale(per_channel: bool, largest: int) -> Check:
     """Numbers up to the largest, and ties, which the powers of two make. Small ones allow a multiplier
-    without ties (`integer.items.nudged`)."""
+    without ties (`integer.multipliers.tie_free_multiplier`)."""
     shape = (1, 5, 20, 30)
     program = Program()
     x = program.input("x", shape, Range(-largest, largest))

@@ -1,19 +1,22 @@
 """The compiled kernels give the reference's numbers, and the passes leave every result as it is."""
 
+import ctypes
 import math
 from fractions import Fraction
 
 import pytest
 import torch
 
+from licq.integer import library as library_module
 from licq.integer.execution import executable, usable
 from licq.integer.fast import FastProgram
+from licq.integer.group_steps import takes_float32
 from licq.integer.groups import Group
-from licq.integer.items import nudged
-from licq.integer.layers import pack, takes_float32
-from licq.integer.library import library
+from licq.integer.library import STRUCTURES, compiled_layout, expected_layout, library
 from licq.integer.lowering import Tracer, lower
+from licq.integer.multipliers import tie_free_multiplier
 from licq.integer.passes import optimize
+from licq.integer.products import pack
 from licq.integer.program import Program
 from licq.integer.reference import run
 from licq.integer.selfcheck import extremes, first_difference
@@ -270,7 +273,7 @@ def test_winograd_of_the_largest_sums(kind, kernel, stride, shape, outputs, thre
     assert_same(program, fast, {"x": numbers.to(torch.int16)})
     if library().has_winograd():
         assert [
-            type(job).__name__ for entry in fast.items if hasattr(entry, "jobs") for job in entry.jobs
+            type(job).__name__ for entry in fast.launches if hasattr(entry, "jobs") for job in entry.jobs
         ] == ["Winograd"]
 
 
@@ -360,7 +363,7 @@ def test_shuffled_pixels_are_stored_as_the_reference_has_them(channels, side, ke
     )
 
 
-def test_nudged_multipliers_make_no_ties_and_move_no_product_over_one():
+def test_tie_free_multipliers_make_no_ties_and_move_no_product_over_one():
     draw = torch.Generator().manual_seed(0)
     seen = 0
     for largest, limit in ((2**24, 127), (2**16, 32767), (2**29, 255), (2**31 - 1, 1)):
@@ -369,7 +372,7 @@ def test_nudged_multipliers_make_no_ties_and_move_no_product_over_one():
             [torch.exp2(exponent), torch.exp2(exponent.round()), 3 * torch.exp2(exponent.round())]
         )
         for mantissa, shift in zip(*quantize_multiplier(multiplier)):
-            larger = nudged(mantissa, shift, largest, limit)
+            larger = tie_free_multiplier(mantissa, shift, largest, limit)
             if larger is None:
                 continue
             seen += 1
@@ -393,8 +396,8 @@ def test_nudged_multipliers_make_no_ties_and_move_no_product_over_one():
                 )
     assert seen > 500
     assert (
-        nudged(torch.tensor(2**21 + 1), torch.tensor(40), 2**31 - 1, 32767) is None
-        and nudged(torch.tensor(2**21), torch.tensor(20), 2**30) is None
+        tie_free_multiplier(torch.tensor(2**21 + 1), torch.tensor(40), 2**31 - 1, 32767) is None
+        and tie_free_multiplier(torch.tensor(2**21), torch.tensor(20), 2**30) is None
     )
 
 
@@ -502,7 +505,7 @@ def test_packed_weights_are_in_the_kernels_order():
 @needs_kernels
 def test_the_check_at_load_passes_here_and_notices_a_wrong_kernel(monkeypatch):
     assert first_difference() is None
-    monkeypatch.setattr("licq.integer.layers.pack", lambda weight, dtype: pack(weight, dtype).flip(0))
+    monkeypatch.setattr("licq.integer.products.pack", lambda weight, dtype: pack(weight, dtype).flip(0))
     assert first_difference() == "conv"
 
 
@@ -520,3 +523,26 @@ def test_without_kernels_the_reference_runs(monkeypatch):
     if library() is not None:
         assert isinstance(executable(program), FastProgram)
         assert torch.equal(executable(program)(pixels())["pixels"], run(program, pixels())["pixels"])
+
+
+# ------------------------------------------------------------------------------------------------ structures
+
+
+@needs_kernels
+def test_structures_are_laid_out_as_the_compiler_has_them():
+    compiled = compiled_layout(library())
+    assert compiled == expected_layout() and len(compiled) > 100
+    assert compiled["Step.rescale.same_limits"] == compiled["Step.store.side"]  # one union
+
+
+@needs_kernels
+def test_kernels_of_another_version_are_told_and_not_used(monkeypatch):
+    class Step(ctypes.Structure):  # as of a version that had one field less
+        _fields_ = library_module.Step._fields_[:-1]
+        _anonymous_ = library_module.Step._anonymous_
+
+    others = tuple(kind for kind in STRUCTURES if kind is not library_module.Step)
+    expected = expected_layout((*others, Step))
+    monkeypatch.setattr(library_module, "expected_layout", lambda: expected)
+    with pytest.warns(UserWarning, match="another version of licq.*install licq again"):
+        assert library_module.library.__wrapped__() is None

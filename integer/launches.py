@@ -1,49 +1,76 @@
-"""Steps of a ready program that are no groups: what PyTorch computes, copies, layer normalization,
-attention."""
+"""Launches of kernels in a ready program, but those of groups: what PyTorch computes, copies, layer
+normalization, attention."""
 
 import ctypes
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from licq.integer.groups import fits, parameters_of, varying_dim
 from licq.integer.library import TYPES, Attention, LayerNorm, library
-from licq.integer.program import INT32, Program
+from licq.integer.multipliers import tie_free_multiplier
+from licq.integer.program import Program
 from licq.integer.reference import MEANING, results_of
 from licq.quant import operations as ops
 from licq.quant.fixedpoint import multiplier_value
 from licq.quant.integer_functions import layer_norm_constants
 from licq.quant.operations import Operation, Range
 
-if TYPE_CHECKING:
-    from licq.integer.fast import FastProgram
+
+class Owner(Protocol):
+    """The ready program that a launch belongs to; `integer.fast.FastProgram` is one.
+
+    constants: values that the program holds, by number. storage: (type, offset) of each value in memory.
+    """
+
+    program: Program
+    threads: int | None
+    constants: dict[int, Tensor]
+    readers: dict[int, list[Any]]
+    storage: dict[int, tuple[torch.dtype, int]]
+
+    def new(self, number: int, shape: tuple[int, ...], channel_dim: int = -1) -> Tensor:
+        """Memory for a value."""
+        ...
 
 
-class Item:
-    """A step of the plan: `run` computes the values `writes` from the values `reads`."""
+def kernels() -> ctypes.CDLL:
+    """The compiled kernels, which are there: a ready program is made only where they are."""
+    compiled = library()
+    assert compiled is not None
+    return compiled
 
-    def __init__(self, owner: "FastProgram", operation: Operation):
+
+class Launch:
+    """A step of a ready program: `run` computes the values `writes` from the values `reads`."""
+
+    def __init__(self, owner: Owner, operation: Operation):
         self.owner, self.operation = owner, operation
         self.reads, self.writes = operation.inputs, operation.outputs
 
     @classmethod
     def takes(cls, operation: Operation, program: Program) -> bool:
-        """Whether this kind of item computes this operation."""
+        """Whether this kind of launch computes this operation."""
         return False
 
     @property
-    def threads(self) -> int:
+    def thread_count(self) -> int:
         return self.owner.threads or torch.get_num_threads()
+
+    def run(self, values: dict[int, Tensor], inputs: Mapping[str, Tensor], names: Mapping[int, str]) -> None:
+        """Compute what it writes. values: by number. inputs: of the program, by name. names: of its
+        inputs."""
+        raise NotImplementedError
 
     def new(self, shape: tuple[int, ...]) -> tuple[Tensor, int]:
         """A tensor for the one result, and the offset of its numbers."""
         return self.owner.new(self.writes[0], shape), self.owner.storage[self.writes[0]][1]
 
 
-class SingleItem(Item):
+class SingleLaunch(Launch):
     """One operation, as the reference computes it."""
 
     def run(self, values: dict[int, Tensor], inputs: Mapping[str, Tensor], names: Mapping[int, str]) -> None:
@@ -52,7 +79,7 @@ class SingleItem(Item):
             values[number] = tensor.to(dtype) if not offset else (tensor.to(torch.int32) + offset).to(dtype)
 
 
-class CopyItem(SingleItem):
+class CopyLaunch(SingleLaunch):
     """A layout function that copies a large value, into memory that is kept."""
 
     @classmethod
@@ -102,38 +129,14 @@ def _fits16(*ranges: Range) -> bool:
     return all(-(2**15) <= numbers.low and numbers.high < 2**15 for numbers in ranges)
 
 
-def nudged(mantissa: Tensor, shift: Tensor, largest: int, limit: int = INT32) -> Tensor | None:
-    """A multiplier, a little larger, whose products with whole numbers up to `largest` are never halves, and
-    round as the exact ones do.
-
-    mantissa * 2^-shift (1 + 2^-51): products with it, rounded to float64, are larger than the exact ones by
-    more than one part in 2^52 and less than three in 2^52. So an exact half becomes more than a half, and is
-    rounded away from zero by any rounding to nearest; and what lies below a half stays there, if three parts
-    in 2^52 are less than the step between products, 2^-shift for odd mantissas. None where they are more, for
-    a product up to `limit` (those above it are clipped to it), or where a product leaves the range of 32
-    bits.
-    """
-    mantissa, shift = torch.as_tensor(mantissa).to(torch.int64), torch.as_tensor(shift).to(torch.int64)
-    exact = multiplier_value(mantissa, shift)
-    products = exact.abs() * largest
-    twos = torch.where(
-        mantissa == 0, 1, mantissa & -mantissa
-    ).double()  # powers of two: a step is twos * 2^-shift
-    step = (twos * multiplier_value(torch.ones_like(shift), shift)).clamp(max=0.5)
-    fits = bool((products < 2**31 - 2).all()) and bool(
-        (products.clamp(max=limit + 1) * 3 * 2.0**-52 < step * 0.99).all()
-    )
-    return exact * (1 + 2.0**-51) if fits else None
-
-
-class LayerNormItem(Item):
+class LayerNormLaunch(Launch):
     """Layer normalization, row by row."""
 
     @classmethod
     def takes(cls, operation: Operation, program: Program) -> bool:
         return isinstance(operation, ops.LayerNorm) and _fits16(program.values[operation.inputs[0]].range)
 
-    def __init__(self, owner: "FastProgram", operation: ops.LayerNorm):
+    def __init__(self, owner: Owner, operation: ops.LayerNorm):
         super().__init__(owner, operation)
         self.shape = owner.program.values[operation.outputs[0]].shape
         count = self.shape[-1]
@@ -144,8 +147,8 @@ class LayerNormItem(Item):
             "sign": mantissa.sign(),
             **{name: getattr(operation, name).expand(count) for name in ("offset", "low", "high")},
         }
-        self._kept = {name: part.double().contiguous() for name, part in parts.items()}
-        self.job = LayerNorm(**{name: part.data_ptr() for name, part in self._kept.items()})
+        self._memory = {name: part.double().contiguous() for name, part in parts.items()}
+        self.job = LayerNorm(**{name: part.data_ptr() for name, part in self._memory.items()})
         self.job.count, self.job.rows = count, int(torch.Size(self.shape[:-1]).numel())
         self.job.eps_ceiling = math.ceil(count**2 * operation.eps)
 
@@ -153,14 +156,14 @@ class LayerNormItem(Item):
         x = values[self.reads[0]].to(torch.int16).contiguous()
         out, offset = self.new(self.shape)
         job = self.job
-        job.x, job.threads = x.data_ptr(), self.threads
+        job.x, job.threads = x.data_ptr(), self.thread_count
         job.out.data, job.out.type, job.out.offset = out.data_ptr(), TYPES[out.dtype], offset
-        if library().layer_norm(ctypes.byref(job)):
+        if kernels().layer_norm(ctypes.byref(job)):
             raise MemoryError("the kernels ran out of memory")
         values[self.writes[0]] = out
 
 
-class AttentionItem(Item):
+class AttentionLaunch(Launch):
     """Attention, head by head, with the scores of a few queries at a time."""
 
     @classmethod
@@ -185,7 +188,7 @@ class AttentionItem(Item):
         )
         return in_range and same and per_head and alike
 
-    def __init__(self, owner: "FastProgram", operation: ops.Attention):
+    def __init__(self, owner: Owner, operation: ops.Attention):
         super().__init__(owner, operation)
         program = owner.program
         scores, softmax, weights = operation.scores, operation.softmax, operation.weights
@@ -201,11 +204,11 @@ class AttentionItem(Item):
             inner=inner,
             width=width,
         )
-        self._kept: list[Tensor | None] = []
+        self._memory: list[Tensor | None] = []
         steps = (("score", scores), ("weight", weights))
         ends = {name: (int(step.low.flatten()[0]), int(step.high.flatten()[0])) for name, step in steps}
         found = {
-            name: nudged(
+            name: tie_free_multiplier(
                 step.mantissa,
                 step.shift,
                 program.values[step.inputs[0]].range.largest,
@@ -213,12 +216,12 @@ class AttentionItem(Item):
             )
             for name, step in steps
         }
-        self.job.quick = int(None not in found.values())
+        self.job.tie_free = int(None not in found.values())
         for name, step in steps:
             exact = multiplier_value(step.mantissa, step.shift)
             self._point(
                 f"{name}_scale",
-                (found[name] if self.job.quick else exact).reshape(-1).expand(heads).contiguous(),
+                (found[name] if self.job.tie_free else exact).reshape(-1).expand(heads).contiguous(),
             )
             setattr(self.job, f"{name}_low", ends[name][0])
             setattr(self.job, f"{name}_high", ends[name][1])
@@ -228,7 +231,7 @@ class AttentionItem(Item):
         self._offsets(softmax, tuple(batch), heads, queries, keys)
 
     def _point(self, name: str, tensor: Tensor | None) -> None:
-        self._kept.append(tensor)
+        self._memory.append(tensor)
         setattr(self.job, name, _pointer(tensor))
 
     def _offsets(
@@ -281,8 +284,8 @@ class AttentionItem(Item):
             out.data_ptr(),
             TYPES[out.dtype],
             offset,
-            self.threads,
+            self.thread_count,
         )
-        if library().attention(ctypes.byref(job)):
+        if kernels().attention(ctypes.byref(job)):
             raise MemoryError("the kernels ran out of memory")
         values[self.writes[0]] = out
