@@ -36,6 +36,10 @@ def usable() -> bool:
     return different is None
 
 
+def _reference(program: Program, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {str(name): tensor for name, tensor in run(program, inputs).items()}
+
+
 def executable(
     program: Program, threads: int | None = None, device: torch.device | str = "cpu"
 ) -> Executable:
@@ -46,4 +50,4 @@ def executable(
     """
     if torch.device(device).type == "cpu" and usable():
         return FastProgram(optimize(program), threads)
-    return partial(run, program.to(device))
+    return partial(_reference, program.to(device))

@@ -17,6 +17,7 @@ from licq.integer.groups import Group, constants_of, groups_of, operand_type
 from licq.integer.launches import AttentionLaunch, CopyLaunch, Launch, LayerNormLaunch, SingleLaunch, kernels
 from licq.integer.library import SLACK, library
 from licq.integer.program import Program
+from licq.quant import operations as ops
 from licq.quant.operations import Operation
 
 
@@ -55,9 +56,12 @@ class FastProgram:
     def _launch(self, entry: Group | Operation) -> Launch:
         if isinstance(entry, Group):
             return GroupLaunch(self, entry)
-        for kind in (LayerNormLaunch, AttentionLaunch, CopyLaunch):
-            if kind.takes(entry, self.program):
-                return kind(self, entry)
+        if isinstance(entry, ops.LayerNorm) and LayerNormLaunch.takes(entry, self.program):
+            return LayerNormLaunch(self, entry)
+        if isinstance(entry, ops.Attention) and AttentionLaunch.takes(entry, self.program):
+            return AttentionLaunch(self, entry)
+        if isinstance(entry, ops.Layout) and CopyLaunch.takes(entry):
+            return CopyLaunch(self, entry)
         return SingleLaunch(self, entry)
 
     def _storage(self, number: int) -> tuple[torch.dtype, int]:
@@ -70,11 +74,12 @@ class FastProgram:
         ]
         if not products or number in self.constants:
             return value.dtype, 0
-        numbers = value.range.with_zero  # with the border of a convolution
+        numbers = value.range.with_zero  # with the padding of a convolution
         only = len(products) == len(readers) and number not in self.program.outputs.values()
         if self.eight_bits and only and numbers.high - numbers.low < 256:
             return torch.uint8, -numbers.low
         storage = operand_type(value.range)
+        assert storage is not None  # else a product would not read the value
         return storage if only or not storage[1] else (value.dtype, 0)
 
     def __call__(self, inputs: Mapping[str, Tensor], keep: bool = False) -> dict[Any, Tensor]:
@@ -103,22 +108,21 @@ class FastProgram:
 
         channel_dim: of the shape, the one whose numbers lie side by side.
         """
-        slot = self.slots.get(number)
-        is_kept = slot is not None and not self.keeps
-        if is_kept and (number, shape, channel_dim) in self.views:
+        slot = None if self.keeps else self.slots.get(number)
+        if slot is not None and (number, shape, channel_dim) in self.views:
             return self.views[number, shape, channel_dim]
         dtype, _ = self.storage[number]
         size = math.prod(shape) * dtype.itemsize
-        memory = self.memory.get(slot) if is_kept else None
+        memory = None if slot is None else self.memory.get(slot)
         if memory is None or len(memory) < size + SLACK:
             memory = torch.empty(size + SLACK, dtype=torch.uint8)
-            if is_kept:
+            if slot is not None:
                 self.memory[slot] = memory
                 self.views = {key: view for key, view in self.views.items() if self.slots[key[0]] != slot}
         rows = [*shape]
         rows.append(rows.pop(channel_dim))
         made = memory[:size].view(dtype).view(rows).movedim(-1, channel_dim)
-        if is_kept:
+        if slot is not None:
             self.views[number, shape, channel_dim] = made
         return made
 

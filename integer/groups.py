@@ -3,6 +3,7 @@ result."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ def fits(operation: Operation, program: Program) -> bool:
     return all(program.values[number].range.largest <= INT32 for number in numbers)
 
 
-def has_kernel(operation: Operation, program: Program) -> bool:
+def has_kernel(operation: Operation, program: Program) -> TypeGuard[ops.MultiplyAccumulate]:
     """Whether `kernels.c` has this multiply-accumulate operation."""
     if not isinstance(operation, PRODUCTS) or not fits(operation, program):
         return False
@@ -144,11 +145,9 @@ def _with_shuffles(plan: list[Group | Operation], program: Program) -> list[Grou
     }
     joined = []
     for entry in plan:
-        group = (
-            maker.get(entry.inputs[0])
-            if isinstance(entry, ops.Layout) and entry.name == "pixel_shuffle"
-            else None
-        )
+        if not isinstance(entry, ops.Layout) or entry.name != "pixel_shuffle":
+            continue
+        group = maker.get(entry.inputs[0])
         if (
             group is None
             or group.root is None

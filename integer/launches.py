@@ -51,11 +51,6 @@ class Launch:
         self.owner, self.operation = owner, operation
         self.reads, self.writes = operation.inputs, operation.outputs
 
-    @classmethod
-    def takes(cls, operation: Operation, program: Program) -> bool:
-        """Whether this kind of launch computes this operation."""
-        return False
-
     @property
     def thread_count(self) -> int:
         return self.owner.threads or torch.get_num_threads()
@@ -80,15 +75,14 @@ class SingleLaunch(Launch):
 
 
 class CopyLaunch(SingleLaunch):
-    """A layout function that copies a large value, into memory that is kept."""
+    """A layout function that copies a large value, into memory that is reused."""
 
-    @classmethod
-    def takes(cls, operation: Operation, program: Program) -> bool:
-        return (
-            isinstance(operation, ops.Layout)
-            and operation.name in ("index_select", "reshape", "pixel_shuffle")
-            and len(operation.inputs) == 1
-        )
+    operation: ops.Layout
+
+    @staticmethod
+    def takes(layout: ops.Layout) -> bool:
+        """Whether this kind of launch computes the function."""
+        return layout.name in ("index_select", "reshape", "pixel_shuffle") and len(layout.inputs) == 1
 
     def run(self, values: dict[int, Tensor], inputs: Mapping[str, Tensor], names: Mapping[int, str]) -> None:
         source, number = self.reads[0], self.writes[0]
@@ -132,9 +126,10 @@ def _fits16(*ranges: Range) -> bool:
 class LayerNormLaunch(Launch):
     """Layer normalization, row by row."""
 
-    @classmethod
-    def takes(cls, operation: Operation, program: Program) -> bool:
-        return isinstance(operation, ops.LayerNorm) and _fits16(program.values[operation.inputs[0]].range)
+    @staticmethod
+    def takes(operation: ops.LayerNorm, program: Program) -> bool:
+        """Whether the kernel has room for the numbers."""
+        return _fits16(program.values[operation.inputs[0]].range)
 
     def __init__(self, owner: Owner, operation: ops.LayerNorm):
         super().__init__(owner, operation)
@@ -166,10 +161,9 @@ class LayerNormLaunch(Launch):
 class AttentionLaunch(Launch):
     """Attention, head by head, with the scores of a few queries at a time."""
 
-    @classmethod
-    def takes(cls, operation: Operation, program: Program) -> bool:
-        if not isinstance(operation, ops.Attention):
-            return False
+    @staticmethod
+    def takes(operation: ops.Attention, program: Program) -> bool:
+        """Whether the kernel has room for the numbers, and the shapes and limits that it takes."""
         scores, weights = operation.scores, operation.weights
         q, k, v = (program.values[number] for number in operation.inputs)
         in_range = _fits16(q.range, k.range, v.range, program.values[weights.outputs[0]].range)
@@ -206,25 +200,22 @@ class AttentionLaunch(Launch):
         )
         self._memory: list[Tensor | None] = []
         steps = (("score", scores), ("weight", weights))
-        ends = {name: (int(step.low.flatten()[0]), int(step.high.flatten()[0])) for name, step in steps}
-        found = {
-            name: tie_free_multiplier(
-                step.mantissa,
-                step.shift,
-                program.values[step.inputs[0]].range.largest,
-                max(map(abs, ends[name])),
-            )
-            for name, step in steps
-        }
-        self.job.tie_free = int(None not in found.values())
+        limits, multipliers = {}, {}
         for name, step in steps:
-            exact = multiplier_value(step.mantissa, step.shift)
-            self._point(
-                f"{name}_scale",
-                (found[name] if self.job.tie_free else exact).reshape(-1).expand(heads).contiguous(),
+            assert step.low is not None and step.high is not None  # see `takes`
+            limits[name] = int(step.low.flatten()[0]), int(step.high.flatten()[0])
+            largest = program.values[step.inputs[0]].range.largest
+            multipliers[name] = tie_free_multiplier(
+                step.mantissa, step.shift, largest, max(map(abs, limits[name]))
             )
-            setattr(self.job, f"{name}_low", ends[name][0])
-            setattr(self.job, f"{name}_high", ends[name][1])
+        tie_free = all(multiplier is not None for multiplier in multipliers.values())
+        self.job.tie_free = int(tie_free)
+        for name, step in steps:
+            multiplier = multipliers[name] if tie_free else multiplier_value(step.mantissa, step.shift)
+            self._point(f"{name}_scale", multiplier.reshape(-1).expand(heads).contiguous())
+            low, high = limits[name]
+            setattr(self.job, f"{name}_low", low)
+            setattr(self.job, f"{name}_high", high)
         table = softmax.table.float().contiguous()
         self._point("table", table)
         self.job.last = len(table) - 1

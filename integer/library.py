@@ -159,11 +159,12 @@ def expected_layout(structures: tuple[type[ctypes.Structure], ...] = STRUCTURES)
 
 
 def _offsets(structure: Any) -> Iterator[tuple[str, int]]:
-    for name, kind, *_ in structure._fields_:
+    fields: Any = structure._fields_
+    for name, kind in fields:
         start = getattr(structure, name).offset
         if issubclass(kind, ctypes.Union):
-            for member, fields in kind._fields_:
-                yield from ((f"{member}.{field}", start + offset) for field, offset in _offsets(fields))
+            for member, group in kind._fields_:
+                yield from ((f"{member}.{field}", start + offset) for field, offset in _offsets(group))
         else:
             yield name, start
 

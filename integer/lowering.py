@@ -55,6 +55,7 @@ def lower(model: QuantModel, height: int, width: int, batch: int = 1) -> Program
             x_hat = output["x_hat"]
             limits = torch.tensor(0), torch.tensor(255)
             samples = primitives.rescale(x_hat.q, x_hat.full_scale() * 255, *limits)
+            assert isinstance(samples, Symbol)
     finally:
         runtime.tracer = None
     tracer.program.outputs["pixels"] = samples.number

@@ -6,7 +6,7 @@ Every pass gives a new program; boundaries and outputs keep their values' number
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -215,7 +215,7 @@ def _moved(program: Program, operation: Operation, producers: dict[int, Operatio
     """The operation in front of as many layout functions as it can, and these on its result."""
     if not isinstance(operation, ops.Unary) or len(operation.inputs) != 1:
         return [operation]
-    chain: list[Operation] = []  # from the operation upwards
+    chain: list[ops.Layout] = []  # from the operation upwards
     number = operation.inputs[0]
     while (layout := producers.get(number)) is not None and _is_move(layout):
         chain.append(layout)
@@ -229,7 +229,7 @@ def _moved(program: Program, operation: Operation, producers: dict[int, Operatio
         if parameters is None:
             continue
         numbers = program.values[operation.outputs[0]].range
-        steps = [
+        steps: list[Operation] = [
             replace(
                 operation,
                 inputs=(source,),
@@ -249,7 +249,7 @@ def _moved(program: Program, operation: Operation, producers: dict[int, Operatio
     return [operation]
 
 
-def _is_move(operation: Operation) -> bool:
+def _is_move(operation: Operation) -> TypeGuard[ops.Layout]:
     return (
         isinstance(operation, ops.Layout)
         and operation.name in _MOVES

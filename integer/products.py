@@ -95,12 +95,12 @@ def _phases(layer: ops.MultiplyAccumulate) -> tuple[int, list[tuple[tuple[int, i
     """(how far the outputs of a phase are apart, for each phase: its first output, its taps, the stride)."""
     if isinstance(layer, ops.Linear):
         return 1, [((0, 0), [(0, 0, 0, 0)], (1, 1))]
-    assert isinstance(layer, (ops.Conv2d, ops.ConvTranspose2d)) and not isinstance(layer.padding, str)
+    assert isinstance(layer, (ops.Conv2d, ops.ConvTranspose2d))
     if isinstance(layer, ops.ConvTranspose2d):
         spread = layer.stride[0]
         firsts = [(a, b) for a in range(spread) for b in range(spread)]
         return spread, [(first, _taps_of_phase(layer, first), (1, 1)) for first in firsts]
-    (dilation_y, dilation_x), (pad_y, pad_x) = layer.dilation, layer.padding
+    (dilation_y, dilation_x), (pad_y, pad_x) = layer.dilation, layer.pads
     taps = [
         (ky * dilation_y - pad_y, kx * dilation_x - pad_x, ky, kx)
         for ky in range(layer.weight.shape[2])
@@ -113,7 +113,7 @@ def _taps_of_phase(conv: ops.ConvTranspose2d, phase: tuple[int, int]) -> list[Ta
     """Taps of the outputs of one phase of a transposed convolution."""
 
     def along(axis: int) -> list[tuple[int, int]]:
-        stride, pad, dilation = conv.stride[axis], int(conv.padding[axis]), conv.dilation[axis]
+        stride, pad, dilation = conv.stride[axis], conv.pads[axis], conv.dilation[axis]
         positions = [(phase[axis] + pad - k * dilation, k) for k in range(conv.weight.shape[2 + axis])]
         return [(position // stride, k) for position, k in positions if position % stride == 0]
 

@@ -81,10 +81,8 @@ def _distances(places: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
     own = torch.arange(places.shape[1]) * size
     first, last = _FAR - places[0], places[1] - _FAR
     inside = (first > 0) & (last < length - 1)
-    return tuple(
-        part.repeat_interleave(size)
-        for part in ((own - first).clamp(min=0), (last - own - size + 1).clamp(min=0), inside)
-    )
+    before, after = (own - first).clamp(min=0), (last - own - size + 1).clamp(min=0)
+    return before.repeat_interleave(size), after.repeat_interleave(size), inside.repeat_interleave(size)
 
 
 def _span(parts: list[tuple[Tensor, Tensor, Tensor]], multiple: int) -> Span | None:
@@ -125,7 +123,7 @@ def _multiplied(operation: ops.Product, a: Tensor, b: Tensor) -> Tensor:
 
 
 def _convolved(conv: ops.Conv2d, x: Tensor) -> Tensor:
-    rows, columns = conv.padding
+    rows, columns = conv.pads
     x = F.pad(_slim(x).amax(1, keepdim=True), (columns, columns, rows, rows))
     out = F.max_pool2d(x, conv.weight.shape[2:], conv.stride, 0, conv.dilation)
     return out.clamp(min=_NOTHING).expand(-1, conv.weight.shape[0], -1, -1)
@@ -139,7 +137,7 @@ def _deconvolved(conv: ops.ConvTranspose2d, x: Tensor) -> Tensor:
     sparse[:, :, :: stride[0], :: stride[1]] = x
     pads = []
     for axis in (1, 0):
-        edge = dilation[axis] * (kernel[axis] - 1) - conv.padding[axis]
+        edge = dilation[axis] * (kernel[axis] - 1) - conv.pads[axis]
         pads += [edge, edge + conv.output_padding[axis]]
     out = F.max_pool2d(F.pad(sparse, pads), kernel, 1, 0, dilation)
     return out.clamp(min=_NOTHING).expand(-1, conv.weight.shape[0], -1, -1)

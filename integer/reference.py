@@ -161,7 +161,7 @@ def _deconvolved(operation: ops.ConvTranspose2d, x: Tensor, weight: Tensor) -> T
         weight,
         None,
         operation.stride,
-        operation.padding,
+        operation.pads,
         operation.output_padding,
         groups,
         operation.dilation,

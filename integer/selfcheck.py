@@ -5,6 +5,7 @@ Run once when kernels are about to be used (design, section 4); takes some hundr
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -83,7 +84,7 @@ def _product(
     weight = extremes((outputs, inputs, kernel, kernel), -127, 127, seed=1).to(torch.int8)
     weight[0], weight[1] = 127, -127
     if kind is ops.Conv2d:
-        options = {}
+        options: dict[str, Any] = {}
         out_shape = F.conv2d(torch.empty(shape), weight.float(), None, stride, pad).shape
     else:
         options = {"output_padding": (stride - 1, stride - 1)}
@@ -156,7 +157,9 @@ def _gdn(inverse: bool) -> Check:
             torch.logspace(-3, 1, 6, dtype=torch.float64) * (2.0**-14 if inverse else 2.0**14)
         )
     )
-    ends = {name: torch.full((1, 6, 1, 1), sign * 32767) for name, sign in (("low", -1), ("high", 1))}
+    ends: dict[str, Any] = {
+        name: torch.full((1, 6, 1, 1), sign * 32767) for name, sign in (("low", -1), ("high", 1))
+    }
     gdn = ops.Gdn((x, norm), mantissa=mantissa, shift=shift, inverse=inverse, algorithm="gdn", **ends)
     out = program.add(gdn, shape, Range(-32767, 32767))
     norms = (
@@ -174,7 +177,9 @@ def _layer_norm() -> Check:
     x = program.input("x", shape, Range(-32767, 32767))
     mantissa, shift = quantize_multiplier(torch.logspace(-4, -1, 24, dtype=torch.float64))
     mantissa = mantissa * torch.where(torch.arange(24) % 3 == 0, -1, 1)
-    ends = {name: torch.full((24,), sign * 32767) for name, sign in (("low", -1), ("high", 1))}
+    ends: dict[str, Any] = {
+        name: torch.full((24,), sign * 32767) for name, sign in (("low", -1), ("high", 1))
+    }
     layer_norm = ops.LayerNorm(
         (x,), eps=3.7, mantissa=mantissa, shift=shift, offset=torch.arange(24) - 12, **ends
     )
@@ -199,7 +204,7 @@ def _attention() -> Check:
             part.reshape(-1, 1, 1)
             for part in quantize_multiplier(torch.tensor(multiplier, dtype=torch.float64))
         )
-        limits = {"low": torch.tensor(low), "high": torch.tensor(high)}
+        limits: dict[str, Any] = {"low": torch.tensor(low), "high": torch.tensor(high)}
         one = torch.tensor(1)
         return ops.Rescale((source,), (result,), mantissa=mantissa, shift=shift, refinement=one, **limits)
 

@@ -44,7 +44,7 @@ class Windows:
 
 def _taps(conv: ops.Convolution, axis: int) -> list[tuple[int, int, int, int]]:
     """(phase of the output, phase of the input, offset in it, place in the kernel) along one axis."""
-    stride, pad, dilation = conv.stride[axis], conv.padding[axis], conv.dilation[axis]
+    stride, pad, dilation = conv.stride[axis], conv.pads[axis], conv.dilation[axis]
     size = conv.weight.shape[2 + axis]
     if isinstance(conv, ops.Conv2d):
         return [

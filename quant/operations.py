@@ -246,6 +246,12 @@ class Convolution(MultiplyAccumulate):
     dilation: tuple[int, ...]
     groups: int
 
+    @property
+    def pads(self) -> tuple[int, ...]:
+        """The padding along each axis, where it is not stated by a word."""
+        assert not isinstance(self.padding, str)
+        return self.padding
+
 
 class Conv2d(Convolution):
     kind: ClassVar[str] = "conv"
