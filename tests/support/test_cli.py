@@ -7,10 +7,19 @@ import warnings
 import pytest
 import torch
 
+from licq.support import cli
 from licq.support.cli import ArgumentParser, explain, main_guard
 from licq.support.determinism import seed_everything, set_threads, versions
 from licq.support.errors import InputError, InputWarning
 from licq.support.progress import progress
+
+
+@pytest.fixture(autouse=True)
+def _no_command_runs():
+    """A test before may have parsed a command line in this process."""
+    token = cli._parser.set(None)
+    yield
+    cli._parser.reset(token)
 
 
 def raising(error):
