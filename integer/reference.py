@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from licq.integer.program import EXACT_FLOAT32, Program
+from licq.integer.program import Program
+from licq.quant.fixedpoint import EXACT_FLOAT32
 from licq.quant import operations as ops
 from licq.quant.fixedpoint import requantize
 from licq.quant.integer_functions import fixed_softmax, integer_gdn, integer_layer_norm

@@ -183,7 +183,7 @@ class _Moment:
 def _start_rounding(node: QuantMAC, moment: _Moment) -> None:
     quantizer = node.weight_quantizer
     weight, reference = node.folded_weight()
-    scale = quantizer.scale(weight, node.least_scale(reference))
+    scale = quantizer.scale(weight, node.min_scale(reference))
     real = (weight / quantizer._view(scale, weight)).float()
     flat = real.flatten(1)
     mask = None if quantizer.mask is None else (quantizer.mask != 0).expand(weight.shape).flatten(1)
