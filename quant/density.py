@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from compressai.entropy_models import EntropyBottleneck
+from compressai.entropy_models import EntropyBottleneck, EntropyBottleneckVbr
 from scipy.special import ndtr
 from torch import Tensor
 
@@ -56,7 +56,7 @@ def density_tables(boundary_bits: int, smallest: float = SMALLEST) -> DensityTab
 
 
 @torch.no_grad()
-def factorized_table(bottleneck: EntropyBottleneck, medians: Tensor) -> Tensor:
+def factorized_table(bottleneck: EntropyBottleneck | EntropyBottleneckVbr, medians: Tensor) -> Tensor:
     """round(2^20 F(x)) of each channel of z at x = median + t 2^-3, t from -T to T: (channels, 2 T + 1),
     int64.
 

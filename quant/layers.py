@@ -105,6 +105,7 @@ class QuantConvTranspose2d(QuantMAC):
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
         m = self.module
+        assert not isinstance(m.padding, str)  # ConvTranspose2d takes numbers only
         return F.conv_transpose2d(
             x, self._original(weight), None, m.stride, m.padding, m.output_padding, m.groups, m.dilation
         )

@@ -189,8 +189,8 @@ class QTensor:
     def __getattr__(self, name: str):
         if name == "q" and not self.readable:
             raise InputError(
-                f"licq cannot run this network: {self.overwritten} changes a tensor in place, "
-                "and another view of it is read afterwards; write it as an operation that returns a new tensor"
+                f"licq cannot run this network: {self.overwritten} changes a tensor in place, and another "
+                "view of it is read afterwards; write it as an operation that returns a new tensor"
             )
         method = getattr(torch.Tensor, name, None)
         if method is None or name.startswith("__") or not callable(method):

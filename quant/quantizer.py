@@ -239,8 +239,8 @@ class Quantizer(Grid):
         if self.border is not None:
             if tracer is not None:
                 raise InputError(
-                    f"{tracer.node}: a constant meets a learned rounding border, so the model cannot be lowered; "
-                    "leave `border` out of `learn`"
+                    f"{tracer.node}: a constant meets a learned rounding border, "
+                    "so the model cannot be lowered; leave `border` out of `learn`"
                 )
             shares = shares - self._rounding_border_for(x.ndim)
         q = round_ste(shares.to(torch.float32))
