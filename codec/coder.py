@@ -16,7 +16,7 @@ from licq.codec.plan import Context, Gathering, Plan, Step
 from licq.codec.tables import GaussianRows, MixtureRows, Rows, SteppedRows, bottleneck_rows
 from licq.quant.boundaries import QuantEntropyBottleneck, QuantGaussianMixture, QuantVariableBottleneck
 from licq.quant.model import QuantModel
-from licq.quant.serialization import make_tables
+from licq.quant.saving import make_tables
 from licq.support.errors import InputError
 
 # CompressAI's decoder reads on behind the end of a stream. Bytes that one byte of a hostile stream, and each

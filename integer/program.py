@@ -14,8 +14,6 @@ from torch import Tensor
 from licq.quant.operations import Boundary, Input, Operation, Range
 
 INT32 = 2**31 - 1
-EXACT_FLOAT32 = 2**24
-"""Integers below this are exact in float32, so is any order of summing them up."""
 
 
 @dataclass

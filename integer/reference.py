@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from licq.integer.program import EXACT_FLOAT32, Program
+from licq.integer.program import Program
 from licq.quant import operations as ops
-from licq.quant.fixedpoint import requantize
+from licq.quant.fixedpoint import EXACT_FLOAT32, requantize
 from licq.quant.integer_functions import fixed_softmax, integer_gdn, integer_layer_norm
 from licq.quant.operations import Operand, Operation
 from licq.support.determinism import exact_products

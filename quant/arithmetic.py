@@ -48,7 +48,7 @@ def _mul(runtime, function, args, kwargs):
             return a.like(a.q * b, None)
         if b == 0:
             return a.like(torch.zeros_like(a.q), a.scale)
-        return a.like(a.q if b > 0 else primitives.negative(a.q), a.scale * abs(float(b)))
+        return a.like(a.q if b > 0 else primitives.negative(a.q), a.unit * abs(float(b)))
     if (
         isinstance(b, Tensor)
         and not b.requires_grad

@@ -1,4 +1,4 @@
-"""Blocks: parts of a codec that are reconstructed as one unit, functional code included."""
+"""Blocks: parts of a codec that are reconstructed as one unit, with the functions between their layers."""
 
 from typing import Any
 
@@ -8,13 +8,14 @@ from torch import nn
 from licq.models.chen2021 import NonLocalBlock, ResBlock
 from licq.models.lu2022 import NSABlock
 from licq.models.swin import SwinTransformerBlock
+from licq.quant.modules import attribute_of_wrapped
 from licq.quant.runtime import Runtime
 
 BLOCKS: set[type[nn.Module]] = set()
 
 
 def register_block(*types: type[nn.Module]) -> None:
-    """Have the rewriter wrap modules of these types in a `QuantBlock`."""
+    """Let the rewriter wrap modules of these types, and not of their subclasses, in a `QuantBlock`."""
     BLOCKS.update(types)
 
 
@@ -31,16 +32,23 @@ register_block(
 
 
 class QuantBlock(nn.Module):
-    """A block with its own forward, whose layers are nodes and whose functions (adds, products ...) get
-    nodes."""
+    """A block that keeps its own forward. Its layers are nodes; its functions (adds, products ...) get nodes.
+
+    Args:
+        module: the block, with nodes in the place of its layers.
+    """
+
+    runtime: Runtime
+    """Of the codec that the block belongs to; set by `bind`."""
 
     def __init__(self, module: nn.Module):
         super().__init__()
         self.module = module
         self.name = ""
-        self.runtime: Runtime | None = None
 
     def bind(self, runtime: Runtime, name: str) -> None:
+        """Make this the block `name` of a codec."""
+        # not through nn.Module's __setattr__: the runtime holds modules and must not become a submodule
         object.__setattr__(self, "runtime", runtime)
         self.name = name
 
@@ -48,10 +56,7 @@ class QuantBlock(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            wrapped = self.__dict__.get("_modules", {}).get("module")
-            if wrapped is None:
-                raise
-            return getattr(wrapped, name)
+            return attribute_of_wrapped(self, name)
 
     def forward(self, *args, **kwargs):
         return self.runtime.execute(self, args, lambda: self.module(*args, **kwargs))

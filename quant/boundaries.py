@@ -1,8 +1,7 @@
 """The codec's boundaries on integers: rounding of y and z, entropy bottleneck, Gaussian conditional.
 
-y, z, means and scales come straight from their accumulators onto a grid of 2^-f (design, section 3). The
-likelihoods
-are estimates in float, for the rate: no symbol and no pixel depends on them.
+y, z, means and scales are requantized from their accumulators to integers in units of 2^-boundary_bits
+(design, section 3). Likelihoods are estimates in float for the rate: no symbol and no pixel depends on them.
 """
 
 from typing import Any
@@ -32,42 +31,48 @@ from licq.quant.qtensor import QTensor, to_real
 from licq.quant.quantizer import Quantizer
 from licq.support.errors import InputError
 
-_WIDE = 24  # bits of the boundary grids; the numbers stay exact in float32
+_BOUNDARY_RANGE_BITS = 24  # integers of so many bits stay exact in float32
 
 
-def boundary_grid(config: QuantConfig) -> Quantizer:
-    """The fixed grid of 2^-f that boundary tensors are put on."""
-    return Quantizer(_WIDE, config.frac_bits, fixed=2.0**-config.boundary_bits)
+def boundary_quantizer(config: QuantConfig) -> Quantizer:
+    """The quantizer of tensors at boundaries, whose step is fixed at 2^-boundary_bits."""
+    return Quantizer(_BOUNDARY_RANGE_BITS, config.frac_bits, fixed=2.0**-config.boundary_bits)
 
 
 def to_symbols(x: Tensor, means: Tensor | None, unit: float) -> tuple[Tensor, Tensor]:
-    """(round(x - means), that plus means), of integers on the boundary grid; straight-through gradients."""
+    """(symbols, values): round(x - means), and the same plus means; with straight-through gradients.
+
+    Args:
+        x, means: integers whose unit is `unit`. The symbols have unit 1, the values that of x.
+    """
     symbols = rescale(x if means is None else subtract(x, means), unit)
     values = rescale(symbols, 1 / unit)
     return symbols, values if means is None else add(values, means)
 
 
 def rounded(x: Tensor, means: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(round(x - means), that plus means) on real numbers, with straight-through gradients."""
+    """(round(x - means), round(x - means) + means) of real numbers, with straight-through gradients."""
     residual = x if means is None else x - means
     symbols = residual + (torch.round(residual) - residual).detach()
     return symbols, symbols if means is None else symbols + means
 
 
 class QuantBoundary(QuantModule):
-    """A place where a latent is rounded; its inputs come onto the grid of the boundaries, whose step is
-    `unit`."""
+    """A point where a latent is rounded. Its inputs are brought to integers in units of `unit`,
+    2^-boundary_bits."""
 
     gives_latents = True
+    module: Any
+    """The entropy model that stood here; subclasses state its type."""
 
     def __init__(self, module: nn.Module | None, config: QuantConfig):
         super().__init__(config)
         self.module = module
         self.unit = 2.0**-config.boundary_bits
-        self.grid = boundary_grid(config)
+        self.grid = boundary_quantizer(config)
 
     def latent(self, values: Tensor, like: QTensor) -> QTensor:
-        """Integers on the boundary grid as y_hat or z_hat."""
+        """Integers in units of `unit` as y_hat or z_hat."""
         return QTensor(values, like.scale, like.runtime, latent=True)
 
 
@@ -95,6 +100,7 @@ class QuantEntropyBottleneck(QuantBoundary):
     density."""
 
     kind = "entropy_bottleneck"
+    module: EntropyBottleneck
 
     def forward(self, x, training=None):
         return super().forward(x)
@@ -117,7 +123,7 @@ class QuantEntropyBottleneck(QuantBoundary):
         return z_hat, self._likelihood_of(z_hat)
 
     def integer_medians(self, z: Tensor) -> Tensor:
-        """The medians on the boundary grid."""
+        """The medians in units of `unit`."""
         return constant(round_ste(self._medians_for(z) / self.unit), self.runtime.tracer)
 
     def integer(self, z: QTensor) -> tuple[QTensor, Tensor]:
@@ -135,6 +141,10 @@ class QuantGaussianConditional(QuantBoundary):
     symbols."""
 
     kind = "gaussian_conditional"
+    module: GaussianConditional
+    thresholds: Tensor
+    inverses: Tensor
+    normal: Tensor | None
 
     def __init__(self, module: GaussianConditional, config: QuantConfig):
         super().__init__(module, config)
@@ -151,27 +161,30 @@ class QuantGaussianConditional(QuantBoundary):
 
     def freeze(self) -> None:
         super().freeze()
-        smallest = float(self.module.lower_bound_scale.bound)
-        for name, density in density_tables(self.config.boundary_bits, smallest)._asdict().items():
-            setattr(self, name, density.to(self.module.lower_bound_scale.bound.device))
+        bound = self.module.lower_bound_scale.bound
+        assert isinstance(bound, Tensor)
+        for name, density in density_tables(self.config.boundary_bits, float(bound))._asdict().items():
+            setattr(self, name, density.to(bound.device))
 
     @property
     def density(self) -> DensityTables:
-        """What a frozen model's symbols are coded with."""
+        """The tables with which a frozen model's symbols are coded."""
+        assert self.normal is not None
         return DensityTables(self.thresholds, self.inverses, self.normal)
 
     def forward(self, inputs, scales, means=None, training=None):
         return super().forward(*([inputs, scales] if means is None else [inputs, scales, means]))
 
     def quantize(self, inputs, mode: str, means=None):
-        """What the codec's forward calls by name: "dequantize" is round(inputs - means) + means."""
+        """CompressAI's method of this name, which forwards call: "dequantize" is round(inputs - means) +
+        means."""
         if mode != "dequantize":
             return self.runtime.in_float(self.module.quantize, (inputs, mode, means), {})
         return self.rounding(inputs) if means is None else self.rounding(inputs, means)
 
     @property
     def rounds_whole(self) -> bool:
-        """y_hat is round(y), though there are means."""
+        """y_hat is round(y), not round(y - means) + means."""
         return isinstance(self.module, WholeGaussianConditional) and not self.module.of_residual
 
     def _likelihood_of(self, symbols: Tensor, scales: Tensor, means: Tensor | None = None) -> Tensor:
@@ -212,6 +225,7 @@ class QuantGaussianMixture(QuantGaussianConditional):
     of the symbols."""
 
     kind = "gaussian_mixture"
+    module: GaussianMixtureConditional
 
     def forward(self, inputs, scales, means, weights, training=None):
         return QuantModule.forward(self, inputs, scales, means, weights)
@@ -249,13 +263,14 @@ class QuantGaussianMixture(QuantGaussianConditional):
 
 @replaces(OffsetNet)
 class QuantOffsets(QuantBoundary):
-    """`models.vbr.OffsetNet`: y_hat with offsets from a table over the scale, one for each gain.
+    """`models.vbr.OffsetNet`: y_hat with offsets from a table over the scale. Each gain has its own table.
 
-    A table is made when its gain is first met, with the same bits on every machine; so it need not be in the
+    A table is made when its gain first occurs, with the same bits on every machine. So it is not in the
     model's file.
     """
 
     kind = "offsets"
+    module: OffsetNet
 
     def __init__(self, module: OffsetNet, config: QuantConfig):
         super().__init__(module, config)
@@ -276,7 +291,7 @@ class QuantOffsets(QuantBoundary):
         self.scale_grid.observe(scales.real() * gain)
 
     def table(self, gain: float) -> Tensor:
-        """The offset of every whole number of the scale's grid, in units of the boundary."""
+        """The offset for every integer of the scale's quantizer, in units of `unit`."""
         if gain not in self._tables:
             step, low, high = self.scale_grid.parameters_of_grid()
             scales = torch.arange(int(low), int(high) + 1, device=step.device) * step.detach()
@@ -287,7 +302,7 @@ class QuantOffsets(QuantBoundary):
 
     @torch.no_grad()
     def offsets(self, symbols: Tensor, scales: QTensor, gain: Tensor) -> Tensor:
-        """What the symbols are moved by, on the boundary grid; nothing where they are 0. gain: float64."""
+        """What is added to the symbols, in units of `unit`; 0 where a symbol is 0. gain: float64."""
         index, first = self.scale_grid(scales * gain).q, self._first_scale()
         tables = [self.table(float(value)) for value in gain.flatten()]
         if len(tables) == 1:
@@ -297,11 +312,15 @@ class QuantOffsets(QuantBoundary):
         return product(offsets, clamp(symbols, -1, 1))
 
     def _first_scale(self) -> int:
-        """The smallest integer of the scale's grid."""
+        """The smallest integer of the scale's quantizer."""
         return int(self.scale_grid.parameters_of_grid()[1])
 
     def _gain(self, gain: Tensor) -> Tensor:
-        """float64, checked."""
+        """The gain in float64.
+
+        Raises:
+            InputError: several gains, while the forward is written down as a program.
+        """
         if self.runtime.tracer is not None and gain.numel() > 1:
             raise InputError(
                 "a program has one rate: lower a model that is set to it, for images without planes"
@@ -328,13 +347,15 @@ class QuantOffsets(QuantBoundary):
 
 @replaces(WholeOffsetNet)
 class QuantWholeOffsets(QuantOffsets):
-    """`models.vbr.WholeOffsetNet`: the same from symbols that are known already; shares in 2^-12."""
+    """`models.vbr.WholeOffsetNet`: y_hat from symbols that are rounded already, moved by shares in units of
+    2^-12."""
 
     kind = "whole_offsets"
+    module: WholeOffsetNet
     share_bits = 12
 
     def shares(self) -> Tensor:
-        """Of every whole number of the scale's grid."""
+        """The share for every integer of the scale's quantizer."""
         step, low, high = self.scale_grid.parameters_of_grid()
         scales = torch.arange(int(low), int(high) + 1, device=step.device) * step.detach().double()
         return round_half_away(self.module.shares(scales) * 2**self.share_bits).float()
@@ -360,10 +381,14 @@ class QuantWholeOffsets(QuantOffsets):
 
 @replaces(VariableBottleneck)
 class QuantVariableBottleneck(QuantEntropyBottleneck):
-    """`models.vbr.VariableBottleneck`: z_hat in steps of each image's own size.
+    """`models.vbr.VariableBottleneck`: z_hat in steps, whose size each image chooses.
 
-    cumulative: `factorized_table`, with which symbols of any step are coded; made when the codec is frozen.
+    cumulative: `factorized_table`, with which symbols of any step are coded. It is made when the codec is
+    frozen.
     """
+
+    module: VariableBottleneck
+    cumulative: Tensor | None
 
     def __init__(self, module: nn.Module, config: QuantConfig):
         super().__init__(module, config)

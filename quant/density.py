@@ -1,9 +1,8 @@
-"""The discretized Gaussians of the entropy model in whole numbers, made once when a model is frozen and saved
-with it.
+"""The discretized densities of the entropy models as tables of integers.
 
-Scales are told by whole-number thresholds (levels in geometric order), and the normal distribution function
-is a table: what coder and decoder compute from them are whole numbers, the same on every machine (design,
-section 4).
+They are made once, when a model is frozen, and saved with it. A scale's level is found by integer thresholds,
+which lie in geometric order. The normal distribution function is a table. So coder and decoder compute with
+integers, the same on every machine (design, section 4).
 """
 
 import copy
@@ -12,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from compressai.entropy_models import EntropyBottleneck
+from compressai.entropy_models import EntropyBottleneck, EntropyBottleneckVbr
 from scipy.special import ndtr
 from torch import Tensor
 
@@ -29,10 +28,12 @@ FURTHEST = 64  # from the median
 
 
 class DensityTables(NamedTuple):
-    """thresholds: (LEVELS - 1,), on the boundaries' grid: a scale is of level i where i of them are not above
-    it.
-    inverses: (LEVELS,), round(2^20 / scale of the level). normal: (REACH 2^8 + 1,), round(2^30 Phi(t)) for t
-    from 0 on.
+    """Tables of a Gaussian conditional, all int64.
+
+    thresholds: (LEVELS - 1,), in units of 2^-boundary_bits. A scale has level i where i thresholds are at
+    most it.
+    inverses: (LEVELS,), round(2^20 / scale of the level).
+    normal: (REACH 2^8 + 1,), round(2^30 Phi(t)) for t = 0, 2^-8 .. REACH.
     """
 
     thresholds: Tensor
@@ -55,21 +56,18 @@ def density_tables(boundary_bits: int, smallest: float = SMALLEST) -> DensityTab
 
 
 @torch.no_grad()
-def factorized_table(bottleneck: EntropyBottleneck, medians: Tensor) -> Tensor:
+def factorized_table(bottleneck: EntropyBottleneck | EntropyBottleneckVbr, medians: Tensor) -> Tensor:
     """round(2^20 F(x)) of each channel of z at x = median + t 2^-3, t from -T to T: (channels, 2 T + 1),
     int64.
 
     T: where all but 2^-17 of every channel lies inside, at most 64 2^3. medians: (channels,).
     """
     exact = copy.deepcopy(bottleneck).double()
-    places = (
-        torch.arange(-FURTHEST << POINT_BITS, (FURTHEST << POINT_BITS) + 1, dtype=torch.float64)
-        / 2**POINT_BITS
-    )
-    x = medians.double().cpu()[:, None, None] + places
+    middle = FURTHEST << POINT_BITS
+    points = torch.arange(-middle, middle + 1, dtype=torch.float64) / 2**POINT_BITS
+    x = medians.double().cpu()[:, None, None] + points
     cumulative = torch.sigmoid(exact.cpu()._logits_cumulative(x, stop_gradient=True))[:, 0].cummax(1).values
     inside = ((cumulative > 2.0**-17) & (cumulative < 1 - 2.0**-17)).any(0).nonzero().flatten()
-    reach = int((inside - (FURTHEST << POINT_BITS)).abs().max()) + 1 if len(inside) else 1
-    middle = FURTHEST << POINT_BITS
+    reach = int((inside - middle).abs().max()) + 1 if len(inside) else 1
     reach = min(reach, middle)
     return (cumulative[:, middle - reach : middle + reach + 1] * 2**FACTORIZED_BITS).round().long()

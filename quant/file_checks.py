@@ -1,27 +1,50 @@
-"""What the numbers of a quantized model's file must be, so that its program and its entropy coder can run on
-them."""
+"""What the numbers in a file must be, so that the program and the entropy coder can run on them.
+
+Each check returns what is wrong, in a few words for the user, or None.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
 
 from torch import Tensor, isfinite
 
 from licq.quant.boundaries import QuantEntropyBottleneck, QuantGaussianConditional
 from licq.quant.config import FLOAT_BITS
 from licq.quant.density import FACTORIZED_BITS, INVERSE_BITS, LARGEST, LEVELS, NORMAL_BITS, REACH, STEP_BITS
+from licq.quant.fixedpoint import EXACT_FLOAT64
 from licq.quant.grid import Grid
 from licq.quant.mac import QuantMAC
 from licq.quant.modules import QuantModule
 from licq.quant.norms import QuantGDN, QuantLayerNorm
+from licq.support.errors import InputError
 
 _PRECISION = 16  # bits of a stored CDF's total
 
 
 def wrong_numbers(node: QuantModule) -> str | None:
-    """What is wrong with the stored numbers of a node that runs, in a few words; None where they can be
-    used."""
-    for part in (*node.grids(), node):
+    """What is wrong with the stored numbers of a node that runs, in a few words; None: nothing."""
+    for part in (*node.quantizers(), node):
         for kind, problem_of in _CHECKS.items():
             if isinstance(part, kind) and (problem := problem_of(part)) is not None:
                 return problem
     return None
+
+
+def check_certificates(nodes: Mapping[str, QuantModule], path: str | Path) -> None:
+    """Check the bound that the file states of every layer's accumulator against the layer's weights (design,
+    section 4).
+
+    Raises:
+        InputError: a sum can exceed its bound, or what float64 holds exactly.
+    """
+    for name, node in nodes.items():
+        if isinstance(node, QuantMAC) and node.weight_int is not None and node.bound is not None:
+            largest = float(node.accumulator_bound(node.weight_int, node.bias_int))
+            if not largest <= float(node.bound) or largest >= EXACT_FLOAT64:
+                raise InputError(
+                    f"{path}: sums in {name} can reach {largest:.0f}, and the file certifies "
+                    f"{float(node.bound):.0f}; quantize the codec again"
+                )
 
 
 def _grid(grid: Grid) -> str | None:
@@ -42,7 +65,7 @@ def _layer(node: QuantMAC) -> str | None:
     if node.weight_int is None:
         return None
     if node.weight_int.shape != node.float_weight().shape:
-        return f"its whole-number weights have the shape {tuple(node.weight_int.shape)}"
+        return f"its integer weights have the shape {tuple(node.weight_int.shape)}"
     if node.out_scale is None or node.out_scale.shape != (node.outputs,) or not _positive(node.out_scale):
         return "the scales of its sums are not one positive number for each output"
     if node.bias_int is not None and (
@@ -108,7 +131,8 @@ def _bottleneck(node: QuantEntropyBottleneck) -> str | None:
             if usable and _rises(cumulative) and _inside(cumulative, 0, 2**FACTORIZED_BITS)
             else "its distribution functions do not rise"
         )
-    cdf, lengths, offsets = inner._quantized_cdf, inner._cdf_length.flatten(), inner._offset.flatten()
+    cdf, lengths = inner.get_buffer("_quantized_cdf"), inner.get_buffer("_cdf_length").flatten()
+    offsets = inner.get_buffer("_offset").flatten()
     if not cdf.numel():
         return None
     if not (

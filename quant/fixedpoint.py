@@ -1,9 +1,9 @@
 """Fixed-point arithmetic: the one implementation used by the simulator, the kernels and the tests.
 
-An integer tensor is held in a *float* tensor whose values are whole numbers (float32 when |q| < 2^24, float64
+An integer tensor is held in a *float* tensor whose values are integers (float32 when |q| < 2^24, float64
 below 2^53), so that PyTorch's ordinary operators and autograd work on it; its scale stands beside it. Every
 function here is pure and gives the same bits on every machine: it uses only operations whose float64 result
-is exact, or int64. Whole numbers never come out as -0.0 from `requantize`.
+is exact, or int64. Integers never come out as -0.0 from `requantize`.
 """
 
 from collections.abc import Iterator
@@ -16,6 +16,13 @@ MANTISSA_BITS = 22
 """Bits of a multiplier's mantissa: times an int32 accumulator (31 bits and sign) that is 53, exact in
 float64."""
 
+EXACT_FLOAT32 = 2**24
+"""Integers below this are exact in float32, and so are their sums in any order as long as these stay
+below."""
+
+EXACT_FLOAT64 = 2**53
+"""Integers below this are exact in float64."""
+
 _MAX_SHIFT = 62
 _CPU_CHUNK = 1 << 16
 _DEVICE_CHUNK = 1 << 25
@@ -27,7 +34,7 @@ def int_range(bits: int, signed: bool = True) -> tuple[int, int]:
     Raises ValueError for `bits` outside 2..16.
     """
     if int(bits) != bits or not 2 <= bits <= 16:
-        raise ValueError(f"bits must be a whole number from 2 to 16, not {bits}")
+        raise ValueError(f"bits must be an integer from 2 to 16, not {bits}")
     bits = int(bits)
     if signed:
         return -(2 ** (bits - 1) - 1), 2 ** (bits - 1) - 1
@@ -38,7 +45,7 @@ def int_range(bits: int, signed: bool = True) -> tuple[int, int]:
 
 
 def round_half_away(x: Tensor) -> Tensor:
-    """Nearest whole number, halves away from zero, of a float tensor of any shape; same dtype, NaN and inf
+    """Nearest integer, halves away from zero, of a float tensor of any shape; same dtype, NaN and inf
     stay.
 
     The largest float below one half is added, not one half: x + 0.5 would itself round up to 1 for the
@@ -99,7 +106,7 @@ def straight_through(exact: Tensor, smooth: Tensor) -> Tensor:
 
 
 def power_of_two(exponent: Tensor) -> Tensor:
-    """2^exponent as float64, exact, for whole exponents; clamped to the normal range -1022..1023.
+    """2^exponent as float64, exact, for integer exponents; clamped to the normal range -1022..1023.
 
     Made from the bits of the float, because pow and ldexp may be a unit off in the last place on some device.
     """
@@ -110,8 +117,8 @@ def power_of_two(exponent: Tensor) -> Tensor:
 def fixed_point_scale(s: Tensor, frac_bits: int = 24, scale_bits: int = 32) -> Tensor:
     """Gamma of eqs. 3 and 4: `s` as a fixed-point number with `frac_bits` (n_r) fractional bits, in float64.
 
-    Rounds s * 2^n_r to a whole number and clips it to 1 .. 2^(scale_bits-1)-1. The paper clips from
-    -2^(b^s-1); a scale that is zero or negative has no meaning, so one LSB is the least here (deliberate
+    Rounds s * 2^n_r to an integer and clips it to 1 .. 2^(scale_bits-1)-1. The paper clips from
+    -2^(b^s-1); a scale that is zero or negative has no meaning, so one LSB is the smallest here (a deliberate
     difference). The gradient is the identity, clipped or not, so that a range that sank below one LSB can
     rise.
     """
@@ -125,7 +132,7 @@ def fixed_point_scale(s: Tensor, frac_bits: int = 24, scale_bits: int = 32) -> T
 
 
 def power_of_two_scale(s: Tensor, frac_bits: int = 24) -> Tensor:
-    """The least power of two that is not smaller than `s`, from 2^-n_r on, in float64: requantization is a
+    """The smallest power of two that is not smaller than `s`, from 2^-n_r on, in float64: requantization is a
     shift then.
 
     A share of 2^-20 above a power of two is taken as rounding error of whoever made `s`. The gradient is the
@@ -170,9 +177,9 @@ def multiplier_value(mantissa: Tensor, shift: Tensor) -> Tensor:
 def requantize(acc: Tensor, mantissa: Tensor, shift: Tensor) -> Tensor:
     """round_half_away(acc * mantissa / 2^shift): the integer program's only way from one scale to another.
 
-    `acc`: whole numbers, |acc| <= 2^31, float32 or float64 (same dtype comes back) or an integer type (int64
+    `acc`: integers, |acc| <= 2^31, float32 or float64 (same dtype comes back) or an integer type (int64
     comes back; |acc| < 2^40 is allowed there). `mantissa` (< 2^22) and `shift` (any sign; negative shifts
-    left) are whole-number tensors that broadcast against `acc`, one entry per channel for example. Both kinds
+    left) are integer tensors that broadcast against `acc`, one entry per channel for example. Both kinds
     give the same numbers. A float32 result is exact below 2^24, an int64 one below 2^63.
     """
     mantissa, shift = torch.as_tensor(mantissa, device=acc.device), torch.as_tensor(shift, device=acc.device)
@@ -187,8 +194,9 @@ def requantize(acc: Tensor, mantissa: Tensor, shift: Tensor) -> Tensor:
     return torch.where(shift > _MAX_SHIFT, 0, product.sign() * magnitude)
 
 
-_NUDGE = 1 + 2.0**-48
-"""What makes rounding to even round halves away from zero, see `_scale_and_round`."""
+_TIE_FREE = 1 + 2.0**-48
+"""Factor on a multiplier after which rounding to even rounds halves away from zero; see
+`_scale_and_round`."""
 
 
 def _scale_and_round(
@@ -202,21 +210,21 @@ def _scale_and_round(
     whole feature map cost more than the arithmetic.
 
     The float64 product p = acc * multiplier is exact. For a float32 `acc`, rounding to even, which is much
-    faster, gives round_half_away(p) once the multiplier has grown by a factor 1 + 2^-48. Let p be a whole
-    number P of units 2^-u, |P| < 2^46 (24 bits times 22). With the roundings of the factor and of the
-    product, 2^-53 each, P grows in magnitude by more than 0 and less than half a unit. If u >= 1, halves are
-    whole numbers of units: a tie moves away from zero, and nothing else reaches or crosses a tie. If u <= 0,
-    p is whole and moves by less than 1/2 as long as
+    faster, gives round_half_away(p) once the multiplier has grown by a factor 1 + 2^-48. Let p be an integer
+    P of units 2^-u, |P| < 2^46 (24 bits times 22). With the roundings of the factor and of the product, 2^-53
+    each, P grows in magnitude by more than 0 and less than half a unit. If u >= 1, halves are
+    integers of units: a tie moves away from zero, and nothing else reaches or crosses a tie. If u <= 0,
+    p is an integer and moves by less than 1/2 as long as
     |p| < 2^47, and float32 is exact only below 2^24 anyway.
     """
     # Not torch.broadcast_shapes: its first call imports sympy, which takes seconds.
     narrow = acc.dtype == torch.float32
     if narrow:
-        multiplier = multiplier * _NUDGE
+        multiplier = multiplier * _TIE_FREE
     acc, multiplier = torch.broadcast_tensors(acc, multiplier)
     dtype = acc.dtype if limits is None else torch.float32
     out = torch.empty(acc.shape, dtype=dtype, device=acc.device)
-    low, high = (None, None) if limits is None else limits.expand(out.shape)
+    low, high = (0.0, 0.0) if limits is None else limits.expand(out.shape)  # unused without limits
     operands = [acc, multiplier, out]
     for extra in (inside, low, high):
         if isinstance(extra, Tensor):
@@ -241,16 +249,18 @@ def _clip_(q: Tensor, low: Tensor | float, high: Tensor | float, inside: Tensor 
     """
     if inside is not None:
         inside.copy_((q - low).sign_().add_((high - q).sign_()))
-    if isinstance(low, Tensor):
+    if isinstance(low, Tensor) and isinstance(high, Tensor):
         torch.maximum(q, low, out=q)
         torch.minimum(q, high, out=q)
     else:
-        q.clamp_(low, high)
+        q.clamp_(float(low), float(high))
 
 
 class Limits:
-    """qmin and qmax of a grid: float32 tensors that broadcast to the numbers, plain numbers where they are
-    alike."""
+    """qmin and qmax of a quantizer, as float32 tensors that broadcast to the numbers.
+
+    On a CPU they become two plain numbers where all entries are equal, which is faster.
+    """
 
     def __init__(self, qmin: Tensor, qmax: Tensor):
         self.qmin, self.qmax = qmin, qmax
@@ -323,7 +333,7 @@ class _RequantizeSTE(torch.autograd.Function):
 def requantize_ste(acc: Tensor, multiplier: Tensor, limits: Limits | None = None) -> Tensor:
     """`requantize(acc, *quantize_multiplier(multiplier))` that can be differentiated; same values to the bit.
 
-    `acc`: whole numbers in float32 or float64, |acc| <= 2^31; the result has its dtype and shape.
+    `acc`: integers in float32 or float64, |acc| <= 2^31; the result has its dtype and shape.
     `multiplier`: positive real tensor that broadcasts to acc's shape. Rounding does not stop the gradient:
     d/d acc = multiplier, d/d multiplier = acc, summed to its shape. With `limits` the result is clipped to
     them, as float32; a number outside passes no gradient, one at a limit half of it (torch.minimum's and
@@ -336,22 +346,3 @@ def requantize_ste(acc: Tensor, multiplier: Tensor, limits: Limits | None = None
         shapes = f"{tuple(multiplier.shape)} does not broadcast to acc {tuple(acc.shape)}"
         raise ValueError(f"multiplier {shapes}") from None
     return _RequantizeSTE.apply(acc, multiplier, limits)
-
-
-# ----------------------------------------------------------------------------------- real numbers to integers
-
-
-def quantize(x: Tensor, scale: Tensor, qmin: int, qmax: int, zero_point: Tensor | int = 0) -> Tensor:
-    """Eq. 1: clip(round(x / scale) + zero_point, qmin, qmax) as whole numbers in x's dtype.
-
-    `scale` broadcasts to x. Rounding is straight-through and clipping has clamp's own gradient (none
-    outside), so that together with `dequantize` x and scale get the gradients of LSQ: for scale, round(x/s) -
-    x/s inside and the clipped code outside.
-    """
-    codes = round_ste(x / scale) + zero_point
-    return codes.clamp(qmin, qmax).to(x.dtype)
-
-
-def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor | int = 0) -> Tensor:
-    """scale * (q - zero_point) in q's dtype: eq. 2, with the offset inside the scale (design, section 3)."""
-    return (scale * (q - zero_point)).to(q.dtype)

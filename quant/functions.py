@@ -1,4 +1,4 @@
-"""Nodes of functions without weights: adds, products, attention's matrix products, softmax, tables."""
+"""Nodes of functions without weights: sums, products, attention's matrix products, softmax, tables."""
 
 from collections.abc import Callable
 from functools import partial
@@ -36,7 +36,7 @@ def make_function(kind: str, options: dict[str, Any], config: QuantConfig) -> "Q
 
 
 class QuantFunction(QuantModule):
-    """A function at one place of the forward. A subclass that states its `kind` is found by it."""
+    """A function at one point of the forward. `make_function` finds a subclass by its `kind`."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -47,8 +47,9 @@ class QuantFunction(QuantModule):
         super().__init__(config)
         self.options = options
 
-    def carrier(self) -> Quantizer:
-        """A grid between layers: per tensor, wide, with headroom."""
+    def wide_quantizer(self) -> Quantizer:
+        """The quantizer of a wide activation: one scale for the tensor, `QuantConfig.carrier_bits`,
+        headroom."""
         bits = self.config.carrier_bits
         # eight bits have no room to spare
         headroom = self.config.headroom if bits > 8 else 1.0
@@ -57,14 +58,18 @@ class QuantFunction(QuantModule):
         )
 
 
-class QuantCarrier(QuantFunction):
-    """A tensor brought to one scale, where its channels are about to be mixed by a change of layout."""
+class QuantWide(QuantFunction):
+    """A wide activation with one scale, before a function that mixes the channels of a tensor.
+
+    "carrier" is its name in files, whose functions are called `carrier0` ..., and in
+    `QuantConfig.carrier_bits`. These names are stored or public and stay.
+    """
 
     kind = "carrier"
 
     def __init__(self, config: QuantConfig):
         super().__init__(config)
-        self.grid = self.carrier()
+        self.grid = self.wide_quantizer()
 
     def real(self, x: Tensor) -> Tensor:
         return x
@@ -77,13 +82,13 @@ class QuantCarrier(QuantFunction):
 
 
 class QuantAdd(QuantFunction):
-    """a + b in fixed point; b may be a constant (a float tensor or number), which goes on the same grid."""
+    """a + b as wide activations of one scale; b may be a constant, a float tensor or number."""
 
     kind = "add"
 
     def __init__(self, config: QuantConfig):
         super().__init__(config)
-        self.grid = self.carrier()
+        self.grid = self.wide_quantizer()
 
     def real(self, a: Tensor, b: Tensor | float) -> Tensor:
         return a + b
@@ -107,13 +112,17 @@ class QuantAdd(QuantFunction):
 
 
 class QuantMul(QuantFunction):
-    """a * b elementwise: both factors and the product in fixed point."""
+    """a * b elementwise; both factors and the product are wide activations."""
 
     kind = "mul"
 
     def __init__(self, config: QuantConfig):
         super().__init__(config)
-        self.grid_a, self.grid_b, self.grid_out = self.carrier(), self.carrier(), self.carrier()
+        self.grid_a, self.grid_b, self.grid_out = (
+            self.wide_quantizer(),
+            self.wide_quantizer(),
+            self.wide_quantizer(),
+        )
 
     def real(self, a: Tensor, b: Tensor) -> Tensor:
         return a * b
@@ -130,16 +139,18 @@ class QuantMul(QuantFunction):
     def integer(self, a: QTensor, b: QTensor) -> QTensor:
         a, b = self.grid_a(a), self.grid_b(b)
         q = product(a.q, b.q, wide=True)  # up to 30 bits
-        return self.grid_out(a.like(q, a.scale * b.scale))
+        return self.grid_out(a.like(q, a.unit * b.unit))
 
 
 class QuantMatMul(QuantFunction):
-    """One of attention's two matrix products: both operands in a_bits, one scale per head where there are
-    heads.
+    """One of attention's two matrix products, with both operands in `QuantConfig.a_bits`.
 
-    Dimension -3 of four or more is taken for the heads, unless its size varies in calibration.
+    Operands have one scale per head. Dimension -3 of four or more is taken for the heads, unless its size
+    varies in calibration; then there is one scale for the tensor.
 
-    depth: the most numbers in a sum that were observed.
+    Args:
+        heads: whether there are scales per head.
+        depth: the largest number of terms of a sum that was observed.
     """
 
     kind = "matmul"
@@ -158,7 +169,7 @@ class QuantMatMul(QuantFunction):
             )
             for _ in "ab"
         )
-        self.grid_a.droppable = self.grid_b.droppable = True
+        self.grid_a.allows_act_drop = self.grid_b.allows_act_drop = True
 
     def real(self, a: Tensor, b: Tensor) -> Tensor:
         return a @ b
@@ -174,7 +185,7 @@ class QuantMatMul(QuantFunction):
             self.grid_a.merge_channels()
             self.grid_b.merge_channels()
             self.options["heads"] = False
-        if inputs[0].levels:  # they are what they are
+        if inputs[0].levels:  # probabilities that stay on their levels
             self.grid_a.channel_dim, self.grid_a.bits, self.grid_a.fixed = None, 16, LEVEL_UNIT
         self.grid_a.observe(inputs[0].real())
         self.grid_b.observe(inputs[1].real())
@@ -190,13 +201,14 @@ class QuantMatMul(QuantFunction):
             heads = (grid.scale if grid.frozen else grid.low).numel()
             if heads not in (1, x.shape[-3]):
                 raise InputError(
-                    f"{self.name} was calibrated with a scale for each of {heads} heads (dimension -3) and meets {x.shape[-3]}; "
-                    "calibrate on images of more than one size, or with a_granularity=tensor"
+                    f"{self.name} was calibrated with a scale for each of {heads} heads (dimension -3) "
+                    f"and meets {x.shape[-3]}; calibrate on images of more than one size, "
+                    "or with `a_granularity=tensor`"
                 )
 
     @property
     def bound(self) -> Tensor | None:
-        """No partial sum can exceed it; None where it is not known."""
+        """What no partial sum can exceed; None where it is not known."""
         if FLOAT_BITS in (self.grid_a.bits, self.grid_b.bits) or not self.options["depth"]:
             return None
         return self.options["depth"] * self.grid_a.largest().max() * self.grid_b.largest().max()
@@ -207,7 +219,7 @@ class QuantMatMul(QuantFunction):
         if not (a.is_integer and b.is_integer):
             return a.like(a.real() @ b.real(), None)
         wide = max(self.grid_a.bits, self.grid_b.bits) > 8  # sums of such products pass 2^24
-        return a.like(matmul(a.q, b.q, wide), a.scale * b.scale)
+        return a.like(matmul(a.q, b.q, wide), a.unit * b.unit)
 
     def learnable(self) -> dict[str, list]:
         grids = [grid for grid in (self.grid_a, self.grid_b) if grid.bits != 32 and grid.fixed is None]
@@ -215,11 +227,11 @@ class QuantMatMul(QuantFunction):
 
 
 class QuantSoftmax(QuantFunction):
-    """Softmax along one dimension, with a constant bias (-inf masks a key): table exponential, fixed-point
-    reciprocal.
+    """Softmax along one dimension by a table of exponentials and a fixed-point reciprocal.
 
-    The scores are put on a grid of 1/256 nat, so that a difference of scores is the index into the table.
-    With `QuantConfig.softmax` on levels, a second table brings each probability to the nearest one.
+    The scores are integers in units of 1/256 nat, so that a difference of scores is the index into the table.
+    A constant bias may be added to them; -inf masks a key. Where `QuantConfig.softmax` asks for levels, a
+    second table brings each probability to the nearest one.
     """
 
     kind = "softmax"
@@ -228,6 +240,8 @@ class QuantSoftmax(QuantFunction):
         super().__init__(config, dim=dim)
         self.dim = dim
         self.grid = Quantizer(16, config.frac_bits, fixed=SOFTMAX_STEP)
+        self.table: Tensor
+        self.levels: Tensor | None
         self.register_buffer("table", softmax_table())
         on_levels = config.softmax != "linear" and config.a_bits != FLOAT_BITS
         self.register_buffer(
@@ -239,7 +253,7 @@ class QuantSoftmax(QuantFunction):
         return self.levels is not None
 
     def real(self, scores: Tensor, bias: Tensor | None = None, kinds: Tensor | None = None) -> Tensor:
-        if kinds is not None:
+        if kinds is not None and bias is not None:
             bias = bias.index_select(0, kinds)
         return F.softmax(scores if bias is None else scores + bias, self.dim)
 
@@ -258,7 +272,7 @@ def _masked_softmax(module: MaskedSoftmax, config: QuantConfig) -> QuantSoftmax:
 
 
 class QuantLeakyReLU(QuantFunction):
-    """LeakyReLU in the accumulator: negative numbers are requantized by the slope."""
+    """LeakyReLU in the accumulator: negative numbers are requantized by the slope, others stay."""
 
     kind = "leaky_relu"
 
@@ -295,10 +309,16 @@ _ELEMENTWISE: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class QuantTable(QuantFunction):
-    """Any elementwise function: the input on a grid of table_bits, the output looked up on a carrier grid.
+    """Any elementwise function: the input in `QuantConfig.table_bits`, the output a wide activation.
 
-    The table is computed in float64 while calibrating and stored with the model; decoding never evaluates the
+    The table is computed in float64 in calibration and stored with the model, so decoding never evaluates the
     function.
+
+    Args:
+        kind: a name of `_ELEMENTWISE`. options: further arguments of that function.
+
+    Raises:
+        ValueError: a kind that has no table.
     """
 
     def __init__(self, config: QuantConfig, kind: str, **options: float):
@@ -310,7 +330,7 @@ class QuantTable(QuantFunction):
         self.grid_in = Quantizer(
             config.table_bits, config.frac_bits, headroom=1.25 if config.table_bits > 8 else 1.0
         )
-        self.grid_out = self.carrier()
+        self.grid_out = self.wide_quantizer()
         self.register_buffer("table", None)
 
     def real(self, x: Tensor) -> Tensor:
@@ -321,7 +341,7 @@ class QuantTable(QuantFunction):
         self.grid_out.observe(output)
 
     def build(self) -> Tensor:
-        """The entries for every whole number of the input grid, on the output grid."""
+        """The entries for every integer of the input quantizer, as integers of the output quantizer."""
         scale_in, qmin, qmax = self.grid_in.parameters_of_grid()
         scale_out, low, high = self.grid_out.parameters_of_grid()
         index = torch.arange(int(qmin), int(qmax) + 1, dtype=torch.float64, device=scale_in.device)
@@ -336,7 +356,7 @@ class QuantTable(QuantFunction):
             entries = self.build() if self.table is None else self.table
 
         def smooth(numbers: Tensor) -> Tensor:
-            return self.f(numbers * x.scale.float()) / scale_out.float()
+            return self.f(numbers * x.unit.float()) / scale_out.float()
 
         return x.like(table(x.q, entries, first, smooth), scale_out)
 

@@ -9,24 +9,31 @@ from licq.quant.fixedpoint import SCALES, int_range, round_half_away
 
 
 class Grid(nn.Module):
-    """A static uniform grid with a learnable range, eqs. 1, 3, 4 and 16.
+    """A static uniform grid with a learnable range (eqs. 1, 3, 4 and 16): scale, zero point and bits.
 
-    Integers are held without their zero point: symmetric -(2^(b-1)-1) .. 2^(b-1)-1; channels with a zero
-    point z use 0 .. 2^b - 1 and are held as -z .. 2^b - 1 - z, so that a product needs no correction.
+    Integers are held without their zero point. A symmetric channel has -(2^(b-1)-1) .. 2^(b-1)-1. A channel
+    with the zero point z has the codes 0 .. 2^b-1, held as -z .. 2^b-1-z, so that a product needs no
+    correction.
 
-    Numbers of a grid with split channels (`quant.channel_split`) are in units of scale / `refinement`; those
-    of the other channels are multiples of `refinement`.
+    With split channels (`quant.channel_split`), integers are in units of scale / `refinement`. Those of
+    channels that are not split are multiples of `refinement`.
 
     Args:
-        bits: width; 32 passes values through.
+        bits: b, from 2 to 16; 32 passes values through.
         frac_bits: n_r of eq. 4.
-        channel_dim: dimension with a scale of its own per index, or None for one scale.
-        fixed: a scale that is given (power-of-two grids at the codec's boundaries).
-        symmetry: which channels have a zero point: symmetric (none), one_sided (where one side is hardly
-        used),
-            asymmetric (all).
-        scales: fixed_point (eqs. 3 and 4) or power_of_two.
+        channel_dim: the dimension along which each index has its own scale; None: one scale.
+        fixed: a given scale, as at the codec's boundaries.
+        symmetry: which channels have a zero point; see `QuantConfig.a_symmetry`.
+        scales: "fixed_point" (eqs. 3 and 4) or "power_of_two".
     """
+
+    log_n: nn.Parameter
+    low: Tensor
+    high: Tensor
+    split_steps: Tensor | None
+    scale: Tensor
+    qmin: Tensor
+    qmax: Tensor
 
     def __init__(
         self,
@@ -46,7 +53,7 @@ class Grid(nn.Module):
         self.log_n = nn.Parameter(torch.zeros(()), requires_grad=False)
         self.register_buffer("low", torch.zeros(()))  # ends of the range at N = 1, per channel
         self.register_buffer("high", torch.zeros(()))
-        # with split channels: how many steps of each channel are one of `scale`
+        # with split channels: how many steps of each channel make one of `scale`
         self.register_buffer("split_steps", None)
         self.register_buffer("scale", torch.ones((), dtype=torch.float64))  # valid once frozen, or when fixed
         self.register_buffer("qmin", torch.zeros(()))
@@ -56,26 +63,24 @@ class Grid(nn.Module):
         small, large = torch.minimum(-self.low, self.high), torch.maximum(-self.low, self.high)
         return small < SYMMETRY[self.symmetry] * large
 
-    # ----------------------------------------------------------------------------------------------- the grid
-
     def split(self, channels: Tensor) -> None:
-        """Carry these channels (bool, one per channel) by two digits of `bits` each."""
+        """Represent these channels by two digits of `bits` each. channels: bool, (channels,)."""
         self.split_steps = split_steps(channels.to(self.low.device), self.bits)
 
     @property
     def fine(self) -> Tensor:
-        """How many steps of a channel are one of `scale`: () or (channels,)."""
+        """How many steps of each channel make one step of `scale`: () or (channels,)."""
         return torch.ones((), device=self.scale.device) if self.split_steps is None else self.split_steps
 
     @property
     def refinement(self) -> float:
-        """The unit of numbers on the grid is scale / refinement; 1 without split channels."""
+        """The unit of integers is scale / refinement; 1 without split channels."""
         return 1.0 if self.split_steps is None else float(split_shares(self.bits)[0])
 
     def parameters_of_grid(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(scale float64, qmin, qmax), each of shape () or (channels,); differentiable in log_n.
+        """(scale float64, qmin, qmax), each of shape () or (channels,); the scale is differentiable in log_n.
 
-        The limits are in a channel's own steps, scale / fine.
+        The limits are in steps of the channel, scale / fine.
         """
         if self.fixed is not None:
             qmin, qmax = int_range(self.bits) if self.bits <= 16 else (-(2**23), 2**23)
@@ -107,13 +112,14 @@ class Grid(nn.Module):
         return scale, qmin, qmax
 
     def freeze(self) -> None:
-        """Make the ranges final; the learned factor has no say any more."""
+        """Make the scale and the limits final; `log_n` is not read any more."""
         if self.fixed is None and self.bits != FLOAT_BITS:
             scale, qmin, qmax = self.parameters_of_grid()
             self.scale, self.qmin, self.qmax = scale.detach(), qmin.detach(), qmax.detach()
         self.frozen = True
 
     def thaw(self) -> None:
+        """Undo `freeze`."""
         self.frozen = False
 
     def shape_for(self, x_ndim: int) -> list[int]:
@@ -134,7 +140,7 @@ class Grid(nn.Module):
         return scale, qmin, qmax, fine
 
     def largest(self) -> Tensor:
-        """The largest magnitude of a number on this grid, per channel or ()."""
+        """The largest magnitude of an integer of this grid: () or (channels,)."""
         _, qmin, qmax = self.parameters_of_grid()
         return torch.maximum(-qmin, qmax) * (self.refinement / self.fine)
 

@@ -1,13 +1,13 @@
 """Integer algorithms for the non-linear functions of a codec: tables, softmax, layer normalization, GDN.
 
-Whole-number tensors in, whole-number tensors out (float64 unless said otherwise), the same bits on every
+Tensors of integers in, tensors of integers out (float64 unless said otherwise), the same bits on every
 machine. Floating-point division and square root serve only as estimates, which are then corrected to the
-exact integer; every other intermediate is a whole number below 2^53. None of these is differentiable: the
+exact integer; every other intermediate is an integer below 2^53. None of these is differentiable: the
 simulator pairs them with a smooth function through `fixedpoint.straight_through`.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -18,30 +18,24 @@ from licq.quant.fixedpoint import (
     piece_size,
     pieces,
     power_of_two,
-    requantize,
     round_half_away,
 )
-
-SOFTMAX_FRAC_BITS = 15
-"""`integer_softmax` returns probabilities in units of 2^-15."""
 
 LAYER_NORM_FRAC_BITS = 12
 """`integer_layer_norm` returns normalized values in units of 2^-12."""
 
-EXP_STEPS_PER_NAT = 256
-"""Grid of `exp_table`: the multiplier of `integer_softmax` is input scale * EXP_STEPS_PER_NAT."""
-
 _ROOT_BITS = 26
 
-
-_LAYER_NORM_NUDGE = 1 + 2.0**-46
+_TIE_FREE = 1 + 2.0**-46
+"""Factor on a multiplier after which rounding to even rounds halves away from zero; see
+`integer_layer_norm`."""
 
 
 # ---------------------------------------------------------------------------------------- roots and quotients
 
 
 def isqrt(n: Tensor) -> Tensor:
-    """floor(sqrt(n)), exact for whole 0 <= n < 2^52; float64 of n's shape. Intermediates stay below 2^52 +
+    """floor(sqrt(n)), exact for integers 0 <= n < 2^52; float64 of n's shape. Intermediates stay below 2^52 +
     1."""
     n = n.to(torch.float64)
     root = n.sqrt().floor_()
@@ -50,10 +44,10 @@ def isqrt(n: Tensor) -> Tensor:
 
 
 def divide_round(a: Tensor, b: Tensor) -> Tensor:
-    """a / b rounded to the nearest whole number, halves away from zero; float64.
+    """a / b rounded to the nearest integer, halves away from zero; float64.
 
-    Exact for whole |a| < 2^52 and 0 < b < 2^52, which broadcast. The estimate is off by at most one, so the
-    remainder that corrects it is at most 1.5 b and estimate * b < 2^53.
+    Exact for integers |a| < 2^52 and 0 < b < 2^52, which broadcast. The estimate is off by at most one, so
+    the remainder that corrects it is at most 1.5 b and estimate * b < 2^53.
     """
     a, b = a.to(torch.float64), b.to(torch.float64)
     magnitude = a.abs()
@@ -64,92 +58,26 @@ def divide_round(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _bit_length(n: Tensor) -> Tensor:
-    """Bits of whole n >= 0 (0 for 0), as int64."""
+    """Bits of integers n >= 0 (0 for 0), as int64."""
     return torch.frexp(n).exponent.to(torch.int64)
 
 
 # ----------------------------------------------------------------------------------------------------- tables
 
 
-def build_table(
-    function: Callable[[Tensor], Tensor],
-    in_scale: float,
-    out_scale: float,
-    lo: int,
-    hi: int,
-    qmin: int,
-    qmax: int,
-) -> Tensor:
-    """Table of an elementwise function for the integer inputs lo .. hi: float64 of shape (hi - lo + 1).
-
-    Entry k is clip(round(function(in_scale * (lo + k)) / out_scale), qmin, qmax). Computed in float64 on the
-    CPU when a model is quantized, stored with it, and never recomputed at decode, because exp or tanh may
-    differ elsewhere. Raises ValueError for an empty input range or where the function is not a number.
-    """
-    if lo > hi:
-        raise ValueError(f"the table's input range {lo}..{hi} is empty")
-    inputs = torch.arange(lo, hi + 1, dtype=torch.float64) * float(in_scale)
-    values = function(inputs) / float(out_scale)
-    if torch.isnan(values).any():
-        raise ValueError("the function is not a number somewhere in the table's input range")
-    return round_half_away(values.clamp(qmin, qmax))
-
-
 def table_lookup(index: Tensor, table: Tensor, offset: int = 0) -> Tensor:
     """table[index - offset], of index's shape and the table's dtype; `offset` is the index of the first
     entry.
 
-    `index` holds whole numbers; what lies outside the table gets its first or last entry.
+    `index` holds integers; what lies outside the table gets its first or last entry.
     """
     last = table.numel() - 1
     out = torch.empty(index.shape, dtype=table.dtype, device=index.device)
     for part, into in pieces(index, out):
-        place = (part - offset).clamp_(0, last).to(torch.int32)
-        # on a CPU index_select is several times faster than table[place]
-        into.copy_(table.index_select(0, place.flatten()).view(place.shape))
+        position = (part - offset).clamp_(0, last).to(torch.int32)
+        # on a CPU index_select is several times faster than table[position]
+        into.copy_(table.index_select(0, position.flatten()).view(position.shape))
     return out
-
-
-def exp_table(steps_per_nat: int = EXP_STEPS_PER_NAT, nats: int = 16, frac_bits: int = 20) -> Tensor:
-    """exp(-i / steps_per_nat) in units of 2^-frac_bits for i below nats * steps_per_nat; float64, 4096
-    entries."""
-    one = 2**frac_bits
-    return build_table(torch.exp, -1 / steps_per_nat, 1 / one, 0, nats * steps_per_nat - 1, 0, one)
-
-
-# ---------------------------------------------------------------------------------------------------- softmax
-
-
-def integer_softmax(
-    q: Tensor,
-    mantissa: Tensor,
-    shift: Tensor,
-    table: Tensor,
-    dim: int = -1,
-    mask: Tensor | None = None,
-) -> Tensor:
-    """Softmax of s * q along `dim`, as whole numbers in units of 2^-15; float64 of q's shape.
-
-    `q`: whole numbers, |q| < 2^30. `mantissa, shift` = quantize_multiplier(s * EXP_STEPS_PER_NAT), broadcast
-    to q and constant along `dim`. `table` = exp_table(). `mask`: 0/1, broadcast to q; where it is 0 the
-    probability is exactly 0, and a row with no key left is all 0.
-
-        d = max q - q,  e = table[requantize(d)],  p = round(2^15 e / sum e)
-
-    Ranges: d < 2^31; with K keys 2^15 * e <= 2^35 and sum e <= K * 2^20, far below 2^52. Error of p against
-    the real softmax, in units of 1: the grid of 1/256 nat moves a difference of logits by at most 1/512,
-    which is p (1-p) / 256 <= 2^-10 in p; the 20-bit table adds at most p * K * 2^-21; the last rounding
-    2^-16. In all, at most 2^-10 + K * 2^-21 + 2^-16. The sum of p is within K / 2 units of 2^15.
-    """
-    q = q.to(torch.float64)
-    allowed = None if mask is None else mask.to(device=q.device, dtype=torch.bool)
-    candidates = q if allowed is None else torch.where(allowed, q, -(2.0**30))
-    below_max = (candidates.amax(dim, keepdim=True) - q).clamp_(min=0)
-    weight = table_lookup(requantize(below_max, mantissa, shift), table).to(torch.float64)
-    if allowed is not None:
-        weight = torch.where(allowed, weight, 0.0)
-    total = weight.sum(dim, keepdim=True).clamp_(min=1)
-    return divide_round(weight * 2.0**SOFTMAX_FRAC_BITS, total)
 
 
 # ------------------------------------------------------------------------------------------------- layer norm
@@ -164,10 +92,10 @@ def layer_norm_constants(count: int, eps_q: float) -> Tensor:
 
 
 def integer_layer_norm(q: Tensor, eps_q: float, dim: int = -1) -> Tensor:
-    """(q - mean) / sqrt(var + eps_q) along `dim`, without affine, as whole numbers in units of 2^-12;
+    """(q - mean) / sqrt(var + eps_q) along `dim`, without affine, as integers in units of 2^-12;
     float64.
 
-    `q`: whole numbers, |q| < 2^15, C <= 1024 of them along `dim`. `eps_q`: LayerNorm's eps in units of q^2,
+    `q`: integers, |q| < 2^15, C <= 1024 of them along `dim`. `eps_q`: LayerNorm's eps in units of q^2,
     that is eps / s^2, 0 <= eps_q <= 2^30. A row of equal values gives 0. Raises ValueError outside these
     bounds of C and eps_q.
 
@@ -179,10 +107,10 @@ def integer_layer_norm(q: Tensor, eps_q: float, dim: int = -1) -> Tensor:
     is at most 2^(12+26+5). The root's relative error 2^-25 is 2^-8 units at the largest possible |n| =
     sqrt(C) = 32: the result is within 0.504 units of the real value.
 
-    The division is a multiplication by 2^(12+k) / root, exact nevertheless: a quotient a / b of whole numbers
+    The division is a multiplication by 2^(12+k) / root, exact nevertheless: a quotient a / b of integers
     with b < 2^26 is a tie or at least 1 / 2b > 2^-27 from one. Three roundings move |n| <= 2^17 (and a bit)
-    by a share of 3 * 2^-53, the nudge by one of 2^-46: together away from zero, by less than 2^-28. So
-    rounding to even rounds ties away from zero, and no other quotient crosses a tie.
+    by a share of 3 * 2^-53, the tie-free factor by one of 2^-46: together away from zero, by less than 2^-28.
+    So rounding to even rounds ties away from zero, and no other quotient crosses a tie.
     """
     count = q.shape[dim]
     eps_q = float(eps_q)
@@ -200,7 +128,7 @@ def integer_layer_norm(q: Tensor, eps_q: float, dim: int = -1) -> Tensor:
         variance = spread * power_of_two(2 * k) + eps_shifted[k]
         # min: rounding eps up must not reach 2^52, where isqrt's range ends.
         root = isqrt(variance.clamp(1, 2.0**52 - 1))
-        factor = (power_of_two(k + LAYER_NORM_FRAC_BITS) / root).mul_(_LAYER_NORM_NUDGE)
+        factor = (power_of_two(k + LAYER_NORM_FRAC_BITS) / root).mul_(_TIE_FREE)
         into.copy_(rows.mul_(count).sub_(total).mul_(factor).round_().add_(0.0))
     return out
 
@@ -211,12 +139,12 @@ def integer_layer_norm(q: Tensor, eps_q: float, dim: int = -1) -> Tensor:
 def integer_gdn(
     x: Tensor, norm: Tensor, mantissa: Tensor, shift: Tensor, inverse: bool = False, kind: str = "gdn"
 ) -> Tensor:
-    """(Inverse) generalized divisive normalization on integers: float64 whole numbers on the output's grid.
+    """(Inverse) generalized divisive normalization on integers: float64 integers on the output's grid.
 
         kind "gdn":   round(M x / sqrt(norm)),  inverse: round(M x sqrt(norm))
         kind "gdn1":  round(M x / norm),        inverse: round(M x norm)
 
-    `x`: whole numbers, |x| < 2^15. `norm`: whole numbers, 0 < norm < 2^40 (a 0 is taken as 1), broadcast to
+    `x`: integers, |x| < 2^15. `norm`: integers, 0 < norm < 2^40 (a 0 is taken as 1), broadcast to
     x. `mantissa, shift` = quantize_multiplier(M), M holding all scales: s_x / (s_y sqrt(s_norm)) for "gdn",
     s_x sqrt(s_norm) / s_y for its inverse, without the root for "gdn1". Raises ValueError for another kind.
 
@@ -235,7 +163,8 @@ def integer_gdn(
     x, norm, mantissa, shift = torch.broadcast_tensors(x, norm, mantissa, shift)
     out = torch.empty(x.shape, dtype=torch.float64, device=x.device)
     for *operands, into in pieces(x, norm, mantissa, shift, out):
-        into.copy_(_gdn_piece(*operands, inverse, kind))
+        x_part, norm_part, mantissa_part, shift_part = operands
+        into.copy_(_gdn_piece(x_part, norm_part, mantissa_part, shift_part, inverse, kind))
     return out
 
 
@@ -262,10 +191,10 @@ def _gdn_piece(x: Tensor, norm: Tensor, mantissa: Tensor, shift: Tensor, inverse
 # -------------------------------------------------------------------------- softmax in 24 bits, for attention
 
 SOFTMAX_STEP = 2.0**-8
-"""Scores come on this grid, in nats: a difference of two scores is an index into the table."""
+"""Unit of scores, in nats: a difference of two scores is an index into the table."""
 
 SOFTMAX_UNIT = 2.0**-16
-"""Probabilities are whole numbers in this unit, 0..2^16."""
+"""Probabilities are integers in this unit, 0..2^16."""
 
 LEVEL_UNIT = 2.0**-14
 """Unit of probabilities on levels: 1 is the largest that 16 bits with a sign hold twice over."""
@@ -277,7 +206,7 @@ _EXP_BITS = 12
 
 
 def level_table(kind: str, bits: int) -> Tensor:
-    """For each whole number p of `SOFTMAX_UNIT`, 0..2^16, the nearest level b^-k in units of `LEVEL_UNIT`;
+    """For each integer p of `SOFTMAX_UNIT`, 0..2^16, the nearest level b^-k in units of `LEVEL_UNIT`;
     int32.
 
     k = round(-log_b p) below 2^bits, else the level is 0 (log-int-softmax of FQ-ViT, Lin et al. 2022; b the
@@ -310,6 +239,7 @@ def softmax_pieces(
     """(q + offset, *others) in pieces that stay in cache, whole along `dim`; arguments as in
     `fixed_softmax`."""
     if kinds is not None:
+        assert offset is not None
         size = q.numel() // q.shape[1]
         step = max(1, piece_size(q) // size)
         for start in range(0, q.shape[1], step):
@@ -327,10 +257,10 @@ def softmax_pieces(
 def fixed_softmax(
     q: Tensor, table: Tensor, offset: Tensor | None = None, kinds: Tensor | None = None, dim: int = -1
 ) -> Tensor:
-    """Softmax along `dim` of scores (q + offset) / 256, as whole numbers in units of 2^-16; float32 of q's
+    """Softmax along `dim` of scores (q + offset) / 256, as integers in units of 2^-16; float32 of q's
     shape.
 
-    `q`: whole numbers. `table` = softmax_table(). `offset`: whole numbers that broadcast to q, `MASKED` for a
+    `q`: integers. `table` = softmax_table(). `offset`: integers that broadcast to q, `MASKED` for a
     key that gets exactly 0 beside others that are not masked; |q + offset| < 2^23. With `kinds`, q is (B, T,
     ...) and row t has offset[kinds[t]].
 
@@ -340,7 +270,6 @@ def fixed_softmax(
     Every intermediate is at most 2^24, so float32 is exact: e <= 2^12, S <= K 2^12 with up to 4096 keys (with
     more it is taken in float64), e m <= 2^24. The reciprocal's 12 bits are a relative error of 2^-12 for a
     whole row, the table's entries one of 2^-13 for the largest key; a key below 2^-13 of the largest gets 0.
-    `integer_softmax` is the finer, slower variant.
     """
     last = table.numel() - 1
     out = torch.empty(q.shape, dtype=torch.float32, device=q.device)

@@ -1,5 +1,7 @@
 """Convolutions and linear layers on integers."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from compressai.layers import MaskedConv2d
@@ -17,8 +19,9 @@ class QuantConv2d(QuantMAC):
     """Conv2d, also with a mask (MaskedConv2d, MultistageMaskedConv2d) and with groups."""
 
     kind = "conv"
-    convolve = staticmethod(F.conv2d)
-    on_integers = ops.Conv2d
+    module: nn.Conv2d | nn.Conv3d
+    convolve: Callable[..., Tensor] = staticmethod(F.conv2d)
+    on_integers: type[ops.Convolution] = ops.Conv2d
 
     @property
     def groups(self) -> int:
@@ -64,6 +67,7 @@ class QuantConvTranspose2d(QuantMAC):
     """ConvTranspose2d; its weight is (inputs, outputs / groups, kh, kw)."""
 
     kind = "deconv"
+    module: nn.ConvTranspose2d
 
     @property
     def groups(self) -> int:
@@ -84,7 +88,12 @@ class QuantConvTranspose2d(QuantMAC):
         return grouped.transpose(1, 2).reshape(-1, outputs // self.module.groups, *kernel)
 
     def largest_sum(self, products: Tensor) -> Tensor:
-        """Taps meet at an output position only where they are of one residue of the stride, on both axes."""
+        """(outputs,): the largest sum at an output position, where only taps of one residue of the stride
+        meet.
+
+        Args:
+            products: the largest product of each weight, in the canonical shape.
+        """
         sums = products.sum(1)
         for axis, (size, stride, dilation) in enumerate(
             zip(self.module.kernel_size, self.module.stride, self.module.dilation), 1
@@ -96,6 +105,7 @@ class QuantConvTranspose2d(QuantMAC):
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
         m = self.module
+        assert not isinstance(m.padding, str)  # ConvTranspose2d takes numbers only
         return F.conv_transpose2d(
             x, self._original(weight), None, m.stride, m.padding, m.output_padding, m.groups, m.dilation
         )
@@ -119,6 +129,7 @@ class QuantLinear(QuantMAC):
     """Linear on the last dimension."""
 
     kind = "linear"
+    module: nn.Linear
     channel_dim = -1
 
     @property
@@ -132,8 +143,5 @@ class QuantLinear(QuantMAC):
         return ops.Linear(weight=weight, bias=bias, bound=bound)
 
 
-PLAIN_LAYERS = (
-    QuantConv2d,
-    QuantConvTranspose2d,
-    QuantLinear,
-)  # those with weights of their own; not the products of attention
+PLAIN_LAYERS = (QuantConv2d, QuantConvTranspose2d, QuantLinear)
+"""Layers with weights; GDN and the products of attention are none."""

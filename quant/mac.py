@@ -1,5 +1,4 @@
-"""Multiply-accumulate layers: integer inputs, weights and biases, and the accumulator that they are summed
-in."""
+"""Multiply-accumulate layers: integer inputs, weights and biases, and their accumulator."""
 
 import dataclasses
 from typing import Any
@@ -15,24 +14,37 @@ from licq.quant.primitives import multiply_accumulate
 from licq.quant.qtensor import QTensor
 from licq.quant.quantizer import NO_INTEGERS, Quantizer
 from licq.quant.transforms import TRANSFORMS
-from licq.quant.weights import WeightQuantizer
+from licq.quant.weights import WeightQuantizer, per_output
 from licq.support.errors import InputError
 
 LARGEST_BIAS = 2**30
+"""Of a bias in units of the accumulator, which leaves the other half to the products."""
+
 LARGEST_ACCUMULATOR = 2**31 - 1
-"""Of int32 kernels."""
+"""The largest magnitude of an int32 accumulator."""
 
 
 class QuantMAC(QuantModule):
     """A layer that multiplies and accumulates: y = W x + b.
 
-    The input is put on a grid with one scale per channel, s_x[k]; the weights take over its spread,
-    w'[o, k] = w[o, k] * s_x[k] / s_ref, before they are quantized per output channel, so the accumulator of
+    The input is quantized with one scale per channel, s_x[k]. The weights take over the spread of the scales,
+    w'[o, k] = w[o, k] * s_x[k] / s_ref, before they are quantized per output channel. So the accumulator of
     output o has the single scale s_ref * s_w[o] (design, section 3). The output stays in the accumulator.
     """
 
-    channel_dim = 1
-    only: str | None = None  # for measurements: "weights" or "inputs" are whole numbers, the rest is real
+    channel_dim: int = 1
+    """Of input and output."""
+
+    only: str | None = None
+    """For measurements: "weights" or "inputs" alone are integers; None: both."""
+
+    module: Any
+    """The layer that stood here; subclasses state its type."""
+
+    weight_int: Tensor | None  # these four: None until frozen
+    bias_int: Tensor | None
+    out_scale: Tensor | None
+    bound: Tensor | None
 
     def __init__(self, module: nn.Module, config: QuantConfig):
         super().__init__(config)
@@ -48,39 +60,44 @@ class QuantMAC(QuantModule):
             symmetry=config.a_symmetry,
             scales=config.scales,
         )
-        self.input_grid.droppable = self.input_power == 1
+        self.input_grid.allows_act_drop = self.input_power == 1
         self.input_grid.border_dim = self.channel_dim
         self.log_n_bias = nn.Parameter(torch.zeros(()), requires_grad=False)
-        self.bias_change = nn.Parameter(
-            torch.zeros(self.outputs), requires_grad=False
-        )  # a learned correction
+        # a learned correction of the bias
+        self.bias_change = nn.Parameter(torch.zeros(self.outputs), requires_grad=False)
         self.register_buffer("weight_int", None)
         self.register_buffer("bias_int", None)
         self.register_buffer("out_scale", None)
         self.register_buffer("bound", None)
 
     def set_bits(self, w_bits: int | None = None, a_bits: int | None = None) -> None:
-        """Give this layer bits of its own, before it is observed; None: as they are."""
+        """Give this layer other bits than the model's, before it is observed. None: as in its `config`."""
         config = self.config
         self.config = dataclasses.replace(
             config, w_bits=w_bits or config.w_bits, a_bits=a_bits or config.a_bits
         )
         self.weight_quantizer.bits, self.input_grid.bits = self.config.w_bits, self.input_bits
 
-    # what a kind of layer says of itself --------------------------------------------------------------------
+    # ------------------------------------------------------------------------- what a kind of layer overrides
 
-    groups = 1
-    input_power = (
-        1  # the inputs enter the sums to this power; the noise models of `quant.transforms` are of the first
-    )
+    @property
+    def groups(self) -> int:
+        """Of a grouped convolution."""
+        return 1
+
+    @property
+    def input_power(self) -> int:
+        """The power of the inputs in the sums. The noise models of `quant.transforms` hold for 1."""
+        return 1
 
     @property
     def input_bits(self) -> int:
-        """Of the input grid; layers that read latents have more, as shows when they are observed."""
+        """Of the input quantizer. `observe` raises them where the layer reads latents."""
         return self.config.a_bits
 
     @property
     def outputs(self) -> int:
+        """The number of output channels."""
         raise NotImplementedError
 
     def canonical(self, weight: Tensor) -> Tensor:
@@ -91,7 +108,11 @@ class QuantMAC(QuantModule):
         """W x with the canonical weight."""
         raise NotImplementedError
 
-    # --------------------------------------------------------------------------------------------------------
+    def operation(self, weight: Tensor, bias: Tensor | None, bound: int) -> MultiplyAccumulate:
+        """The operation of this kind of layer, with integer weights (canonical) and biases."""
+        raise NotImplementedError
+
+    # ----------------------------------------------------------------------------------- weights and biases
 
     def real(self, x: Tensor) -> Tensor:
         return self.module(x)
@@ -129,17 +150,17 @@ class QuantMAC(QuantModule):
                 self.input_grid.log_n.data = transform(self)
         self.start_weights()
 
-    def start_border(self) -> None:
-        """A border for each input channel, see `Grid.start_border`."""
-        self.input_grid.start_border(self.float_weight().shape[1] * self.groups)
+    def start_rounding_border(self) -> None:
+        """Let the rounding border of each input channel be learned; see `Quantizer`."""
+        self.input_grid.start_rounding_border(self.float_weight().shape[1] * self.groups)
 
     def start_weights(self) -> None:
-        """First range and rounding of the weights, for the input scales as they are now."""
+        """Set the first range and rounding of the weights, for the current input scales."""
         weight, reference = self.folded_weight()
-        self.weight_quantizer.initialize(weight, self.least_scale(reference))
+        self.weight_quantizer.initialize(weight, self.min_scale(reference))
 
     def folded_weight(self) -> tuple[Tensor, Tensor]:
-        """(w' float32, s_ref): the weights with the spread of the input scales folded in."""
+        """(w', s_ref): the weights times the spread of the input scales, float32, and the largest scale."""
         weight = self.float_weight()
         if self.config.a_bits == FLOAT_BITS:
             return weight, torch.ones((), dtype=torch.float64, device=weight.device)
@@ -148,21 +169,27 @@ class QuantMAC(QuantModule):
         return (weight * self.per_input(scale / reference, weight)).float(), reference
 
     def integer_weight(self) -> tuple[Tensor, Tensor]:
-        """(w_int canonical, scale of the accumulator per output, float64)."""
+        """(w_int, scales of the accumulator): canonical weights, and (outputs,) float64."""
         weight, reference = self.folded_weight()
         if self.config.w_bits == FLOAT_BITS:
             return weight, reference.expand(self.outputs)
-        w_int, scale = self.weight_quantizer(weight, self.least_scale(reference))
+        w_int, scale = self.weight_quantizer(weight, self.min_scale(reference))
         return w_int, (scale * reference / self.input_grid.refinement).expand(self.outputs)
 
     def float_bias(self) -> Tensor | None:
-        """The float bias with its learned correction."""
+        """The float bias with its learned correction: (outputs,)."""
         return None if self.module.bias is None else self.module.bias + self.bias_change
 
     @torch.no_grad()
-    def least_scale(self, reference: Tensor) -> Tensor | None:
-        """The smallest s_w, per output, for which the bias takes at most half of an int32 accumulator, and
-        for which sums fit `accumulator_bits` however the weights are rounded to a neighbour."""
+    def min_scale(self, reference: Tensor) -> Tensor | None:
+        """The smallest s_w, (outputs,), with which sums fit their accumulator; None: any s_w does.
+
+        The bias takes at most half of an int32 accumulator. Sums fit `QuantConfig.accumulator_bits` whichever
+        neighbour each weight is rounded to.
+
+        Raises:
+            InputError: the accumulator is too narrow for every s_w.
+        """
         bias, limit = self.float_bias(), 2.0 ** (self.config.accumulator_bits - 1)
         share = None if bias is None else bias.abs().double() / (reference / self.input_grid.refinement)
         if not self.config.accumulator_bits or self.config.a_bits == FLOAT_BITS:
@@ -172,10 +199,11 @@ class QuantMAC(QuantModule):
         room = limit - 2 - self.largest_sum(largest.expand_as(weight))
         if float(room.min()) <= 0:
             raise InputError(
-                f"{self.name}: sums of {self.input_grid.bits}-bit inputs cannot fit {self.config.accumulator_bits} bits; raise accumulator_bits"
+                f"{self.name}: sums of {self.input_grid.bits}-bit inputs cannot fit "
+                f"{self.config.accumulator_bits} bits; raise `accumulator_bits`"
             )
-        least = self.largest_sum(weight.abs() * largest)
-        return (least if share is None else least + share) / room
+        products = self.largest_sum(weight.abs() * largest)
+        return (products if share is None else products + share) / room
 
     def largest_inputs(self, weight: Tensor) -> Tensor:
         """The largest magnitude of each input, to its power, shaped to broadcast against the canonical
@@ -183,7 +211,7 @@ class QuantMAC(QuantModule):
         return self.per_input(self.input_grid.largest().double() ** self.input_power, weight)
 
     def integer_bias(self, out_scale: Tensor) -> Tensor | None:
-        """The bias in units of the accumulator: rounded to int32, or INT8 rescaled by eq. 19."""
+        """The bias in units of the accumulator: rounded to int32, or 8 bits rescaled by eq. 19."""
         bias = self.float_bias()
         if bias is None:
             return None
@@ -198,26 +226,28 @@ class QuantMAC(QuantModule):
         return round_ste(bias.double() / out_scale).clamp(-(2.0**31), 2.0**31 - 1)
 
     def rounded_weight(self) -> Tensor:
-        """The canonical weight that the whole numbers stand for, without the spread of the input scales."""
+        """The canonical weight that w_int represents, without the spread of the input scales; float32."""
         w_int, scale = self.integer_weight()
         if self.config.a_bits == FLOAT_BITS:
-            return (WeightQuantizer._view(scale, w_int) * w_int).float()
+            return (per_output(scale, w_int) * w_int).float()
         step = self.input_grid.parameters_of_grid()[0] / self.input_grid.refinement
-        return (
-            WeightQuantizer._view(scale, w_int) * w_int / self.per_input(step**self.input_power, w_int)
-        ).float()
+        return (per_output(scale, w_int) * w_int / self.per_input(step**self.input_power, w_int)).float()
 
     def real_with(self, x: Tensor, weight: Tensor) -> Tensor:
         """The original computation with another weight (canonical)."""
-        y = self.product(x, weight)
-        if self.module.bias is None:
-            return y
-        shape = [1] * y.ndim
-        shape[self.channel_dim % y.ndim] = -1
-        return y + self.float_bias().reshape(shape)
+        y, bias = self.product(x, weight), self.float_bias()
+        return y if bias is None else y + bias.reshape(self._channel_shape(y.ndim))
+
+    def _channel_shape(self, ndim: int) -> list[int]:
+        """The shape with which a vector over output channels broadcasts against an output."""
+        shape = [1] * ndim
+        shape[self.channel_dim % ndim] = -1
+        return shape
+
+    # ------------------------------------------------------------------------------------------- computation
 
     def one_side(self, x: QTensor) -> QTensor:
-        """Only the weights, or only the inputs, in whole numbers: what each of them costs by itself."""
+        """Quantize the weights alone or the inputs alone, as `only` says, to measure what each costs."""
         if self.only == "weights":
             return x.like(self.real_with(x.real(), self.rounded_weight()), None)
         return x.like(self.real_with(self.input_grid(x).real(), self.float_weight()), None)
@@ -232,14 +262,12 @@ class QuantMAC(QuantModule):
             return self._weights_or_inputs_only(x)
         layer, out_scale = self.integer_layer()
         q = multiply_accumulate(x.q, layer, self.product, self.channel_dim)
-        shape = [1] * q.ndim
-        shape[self.channel_dim % q.ndim] = -1
-        return x.like(q, out_scale.reshape(shape))
+        return x.like(q, out_scale.reshape(self._channel_shape(q.ndim)))
 
     def integer_layer(self) -> tuple[MultiplyAccumulate, Tensor]:
-        """(the layer on integers, the scale of its accumulator per output): as frozen, or as it is learned
-        now."""
-        if self.weight_int is not None:
+        """(the layer on integers, the scales of its accumulator (outputs,)): frozen, or in the present state
+        of learning."""
+        if self.weight_int is not None and self.out_scale is not None and self.bound is not None:
             return self.operation(self.weight_int, self.bias_int, int(self.bound)), self.out_scale
         w_int, out_scale = self.integer_weight()
         b_int = self.integer_bias(out_scale)
@@ -247,25 +275,18 @@ class QuantMAC(QuantModule):
             bound = int(self.accumulator_bound(w_int, b_int))
         return self.operation(w_int, b_int, bound), out_scale
 
-    def operation(self, weight: Tensor, bias: Tensor | None, bound: int) -> MultiplyAccumulate:
-        """The operation of this kind of layer, with integer weights (canonical) and biases."""
-        raise NotImplementedError
-
     def _weights_or_inputs_only(self, x: QTensor) -> QTensor:
-        """Ablations with 32 bits on one side: real arithmetic on quantized values."""
-        if x.is_integer:
-            weight, scale = self.float_weight(), None
-        else:
-            weight, scale = self.float_weight(), None
-            if self.config.w_bits != FLOAT_BITS:
-                w_int, scale = self.weight_quantizer(weight)
-                weight = (w_int * WeightQuantizer._view(scale, w_int)).float()
+        """The computation with 32 bits on one side: real arithmetic on quantized values."""
+        weight = self.float_weight()
+        if not x.is_integer and self.config.w_bits != FLOAT_BITS:
+            w_int, scale = self.weight_quantizer(weight)
+            weight = (w_int * per_output(scale, w_int)).float()
         return x.like(self.real_with(x.real(), weight), None)
 
     def freeze(self) -> None:
         super().freeze()
         if self.weight_quantizer.rounding is not None:
-            self.weight_quantizer.rounding.harden()  # soft steps are no whole numbers
+            self.weight_quantizer.rounding.harden()  # AdaRound's soft steps are no integers
         if FLOAT_BITS in (self.config.w_bits, self.config.a_bits):
             return
         with torch.no_grad():
@@ -280,30 +301,34 @@ class QuantMAC(QuantModule):
         self.weight_int = self.bias_int = self.out_scale = self.bound = None
 
     def accumulator_bound(self, w_int: Tensor, b_int: Tensor | None) -> Tensor:
-        """max over outputs of sum |w_int| * max |x_int| + |b_int|: no partial sum can exceed it (design,
+        """max over outputs of sum |w_int| * max |x_int| + |b_int|, which no partial sum can exceed (design,
         section 4).
 
-        Of numbers without their zero point. A kernel that adds stored ones and the digits of split channels
-        first, and takes off the zero points at the end, needs sums modulo 2^32, which int32 is.
+        The bound is of integers without their zero point. A kernel may add integers with zero points, and the
+        digits of split channels, and subtract the zero points at the end. Its sums wrap around in int32, and
+        the result is right all the same, since int32 counts modulo 2^32.
         """
         total = self.largest_sum(w_int.double().abs() * self.largest_inputs(w_int))
         return (total if b_int is None else total + b_int.abs()).max()
 
-    def bound_now(self) -> Tensor:
-        """The bound of a layer that still learns."""
+    def learned_bound(self) -> Tensor:
+        """The `accumulator_bound` of a layer in the present state of learning."""
         w_int, out_scale = self.integer_weight()
         return self.accumulator_bound(w_int, self.integer_bias(out_scale))
 
     def largest_sum(self, products: Tensor) -> Tensor:
-        """(outputs,): the most that an output position can sum up, from the largest product of each
-        (canonical) weight."""
+        """(outputs,): the largest sum at an output position.
+
+        Args:
+            products: the largest product of each weight, in the canonical shape.
+        """
         return products.flatten(1).sum(1)
 
     def learnable(self) -> dict[str, list[nn.Parameter]]:
         knobs: dict[str, list[nn.Parameter]] = {}
         if self.config.w_bits != FLOAT_BITS:
             knobs["range_w"] = [self.weight_quantizer.log_n]
-            knobs["rounding"] = list(self.weight_quantizer.rounding.parameters())
+            knobs["rounding"] = self.weight_quantizer.rounding_parameters()
         if self.config.a_bits != FLOAT_BITS and not self.input_grid.exact:
             knobs["range_a"] = [self.input_grid.log_n]
             knobs["border"] = [] if self.input_grid.border is None else [self.input_grid.border]

@@ -1,4 +1,4 @@
-"""A quantized codec: the codec's own forward on whole numbers."""
+"""A quantized codec: the codec's own forward on integers."""
 
 import copy
 import weakref
@@ -10,17 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from licq.quant.bits import SIDES, Bits, check_layers
+from licq.quant.bits import SIDES, Bits
 from licq.quant.config import FLOAT_BITS, QuantConfig
 from licq.quant.fixedpoint import quantize_multiplier, requantize
-from licq.quant.functions import QuantMatMul, make_function
-from licq.quant.grid import Grid
-from licq.quant.mac import QuantMAC
+from licq.quant.functions import QuantMatMul, QuantWide
+from licq.quant.loading import load_quantized
+from licq.quant.mac import LARGEST_ACCUMULATOR, QuantMAC
 from licq.quant.modules import QuantModule
 from licq.quant.qtensor import QTensor, to_real
-from licq.quant.rewriter import fixed_weights, rewrite
-from licq.quant.runtime import Runtime, StopForward
-from licq.quant.serialization import load_quantized, save_quantized
+from licq.quant.quantizer import Quantizer
+from licq.quant.rewritten import RewrittenCodec
+from licq.quant.runtime import StopForward
+from licq.quant.saving import save_quantized
 from licq.support.cli import explain
 from licq.support.determinism import exact_products
 from licq.support.errors import InputError
@@ -29,62 +30,48 @@ from licq.support.files import sha256
 PIXEL = 1 / 255
 CLEAR_MISMATCH = 0.05  # of an output's standard deviation
 
+_FINAL = "a model from a file is final: its float weights are not in it; quantize the codec again"
+
 
 def _version(model: nn.Module) -> int:
     """Grows with every change of a weight in place."""
     return sum(tensor._version for tensor in model.parameters() if not tensor.is_inference())
 
 
-class QuantModel(nn.Module):
+class QuantModel(RewrittenCodec):
     """A codec rewritten for quantization. Its forward maps an image as the codec's does.
 
     Args:
         model: any module whose forward returns {"x_hat", "likelihoods"}; it is copied, not changed.
         config: see `QuantConfig`.
-        bits: of single layers, {layer: {"w_bits": b, "a_bits": b}}; the others have those of `config`.
-            Products of attention, which have no weights, always do.
+        bits: of single layers, {layer: {"w_bits": b, "a_bits": b}}. The other layers have the bits of
+            `config`. Products of attention have no weights and always have the bits of `config`.
 
     Raises:
         InputError: `bits` names a layer that the codec does not have, or a layer has a forward hook.
     """
 
     def __init__(self, model: nn.Module, config: QuantConfig, bits: Bits | None = None):
-        super().__init__()
-        self.config = config
-        runtime = Runtime(config, make_function)
-        object.__setattr__(self, "runtime", runtime)
-        self.model = fixed_weights(model)
-        for parameter in self.model.parameters():
-            parameter.requires_grad_(False)
-        self.rewrite = rewrite(self.model, config, runtime)
-        self.functions = runtime.functions
-        check_layers(bits or {}, self.layers)
-        for name, sides in (bits or {}).items():
-            self.layers[name].set_bits(**sides)
-        self._source = (
-            weakref.ref(model),
-            _version(model),
-        )  # until the first forward has been compared with it
-        self.frozen = False
-        self.loaded = False  # from a file: whole numbers only, nothing left to learn from
-        self.extra: dict[str, Any] = {}  # what the file's writer wanted to be found again
-        self.file_sha256: str | None = None  # of the file that it was saved to or loaded from last
+        super().__init__(model, config, bits)
+        # until the first forward has been compared with the network that was given
+        self._source: tuple[weakref.ref[nn.Module], int] | None = (weakref.ref(model), _version(model))
 
     # ------------------------------------------------------------------------------------------------ running
 
     def forward(self, x: Tensor) -> dict:
         """x: (B, 3, H, W) in 0..1, 8-bit samples -> {"x_hat", "likelihoods"} as plain tensors.
 
-        A frozen model gives x_hat as 8-bit samples / 255, rounded and clipped by the integer program. A
-        variable-rate codec also takes (B, 5, H, W), each image with its own gain; see
+        A frozen model gives x_hat as 8-bit samples / 255, rounded and clipped by the integer program.
+        A variable-rate codec also takes (B, 5, H, W), where each image has its own gain; see
         `models.qvrf.VariableRate`.
         """
         if x.shape[1] > 3:
-            before, self.model.rate = self.model.rate, x[:, 3:4, :1, :1].detach()
+            model: Any = self.model
+            before, model.rate = model.rate, x[:, 3:4, :1, :1].detach()
             try:
                 return self(x[:, :3])
             finally:
-                self.model.rate = before
+                model.rate = before
         runtime = self.runtime
         runtime.begin()
         if runtime.observing:
@@ -127,9 +114,7 @@ class QuantModel(nn.Module):
                 wrongly.
         """
         if self.loaded:
-            raise InputError(
-                "a model from a file is final: its float weights are not in it; quantize the codec again"
-            )
+            raise InputError(_FINAL)
         for parameter in self.model.parameters():
             if parameter.is_floating_point() and parameter.dtype != torch.float32:
                 raise InputError(
@@ -138,7 +123,7 @@ class QuantModel(nn.Module):
         self.quantize_nodes(False)
         runtime = self.runtime
         runtime.observing = True
-        first = None
+        first: Tensor | None = None
         try:
             for ranges_only, images in ((False, batches), (True, harder)):
                 for batch in images:
@@ -147,21 +132,23 @@ class QuantModel(nn.Module):
                         node.calls = 0
                     output = self._run_foreign(batch)
                     if self._source is not None:
-                        self._compare_with_source(batch, output)
+                        self._compare_with_source(*self._source, batch, output)
                         self._source = None
                 if not ranges_only:
                     for module in self.modules():
-                        if isinstance(module, Grid):
+                        if isinstance(module, Quantizer):
                             module.ranges_only = True
         finally:
             runtime.observing = False
+        if first is None:
+            raise InputError("there are no calibration images; give at least one as `images`")
         if not runtime.nodes:
             raise InputError(
                 "the model has no layer that can be quantized; see the supported types in quant/rewriter.py"
             )
         for node in self.nodes.values():
             node.initialize()
-        self._drop_idle_carriers(first)
+        self._remove_idle_wide(first)
 
     def _run_foreign(self, batch: Tensor) -> dict:
         """The forward, with whatever its code raises on quantized tensors as an error of the user's."""
@@ -171,20 +158,21 @@ class QuantModel(nn.Module):
             if isinstance(error, StopForward) or explain(error) is not None:
                 raise
             runtime = self.runtime
-            place = f"{runtime.calling} in {runtime.where}" if runtime.calling else runtime.where
+            position = f"{runtime.calling} in {runtime.where}" if runtime.calling else runtime.where
             raise InputError(
-                f"licq cannot run this network: {place}: {type(error).__name__}: {error}"
+                f"licq cannot run this network: {position}: {type(error).__name__}: {error}"
             ) from error
 
-    def _compare_with_source(self, batch: Tensor, output: dict) -> None:
-        """Refuse a network whose float forward here is not its own.
+    def _compare_with_source(
+        self, reference: weakref.ref[nn.Module], version: int, batch: Tensor, output: dict
+    ) -> None:
+        """Refuse a network whose float forward here differs from its own.
 
-        By the median of the errors: a latent that is rounded to the other side changes a part of one image, a
-        function that is run wrongly changes everything behind it. The source runs in a copy, and random
-        numbers stay where they were.
+        The median of the errors decides. A latent that is rounded to the other side changes a part of one
+        image; a function that is run wrongly changes everything behind it. The source runs in a copy, and the
+        state of the random numbers is restored.
         """
-        reference, version = self._source
-        source = reference()
+        source: Any = reference()
         if source is None or _version(source) != version:
             return
         try:
@@ -206,47 +194,24 @@ class QuantModel(nn.Module):
             error = (ours - theirs).abs().median() if ours.shape == theirs.shape else torch.inf
             if error > CLEAR_MISMATCH * theirs.std(correction=0) + 1e-3:
                 raise InputError(
-                    f"licq does not run this network as it is: its {name} differs from the network's own by {float(error):.3g} (median); "
-                    "is there a function that licq does not know, or one that changes a tensor in place?"
+                    f"licq does not run this network as it is: its {name} differs from the network's own by "
+                    f"{float(error):.3g} (median); is there a function that licq does not know, "
+                    "or one that changes a tensor in place?"
                 )
 
-    def _drop_idle_carriers(self, batch: Tensor) -> None:
-        """Which of the carriers are needed shows on whole numbers; the others go."""
+    def _remove_idle_wide(self, batch: Tensor) -> None:
+        """Remove the wide activations that no forward on integers needs: there the scale varies or not."""
         self.quantize_nodes(True)
-        carriers = [name for name, node in self.nodes.items() if node.kind == "carrier"]
-        with self.runtime.recording([(name, 0) for name in carriers]) as ran:
+        names = [name for name, node in self.nodes.items() if isinstance(node, QuantWide)]
+        with self.runtime.recording([(name, 0) for name in names]) as ran:
             self._run_foreign(batch)
-        for name in carriers:
+        for name in names:
             if (name, 0) not in ran:
                 self.runtime.remove_function(name)
 
-    @property
-    def nodes(self) -> dict[str, QuantModule]:
-        """Every node by name, in the order of first execution."""
-        return self.runtime.nodes
-
-    @property
-    def layers(self) -> dict[str, QuantMAC]:
-        """The multiply-accumulate layers by name, also those that have not run: what can have bits of its
-        own."""
-        return {name: node for name, node in self.rewrite.nodes.items() if isinstance(node, QuantMAC)}
-
-    def quantize_nodes(self, quantized: bool, names: Iterable[str] | None = None) -> None:
-        """Switch nodes (default: all) between quantized and float."""
-        nodes = (
-            [*self.rewrite.nodes.values(), *self.functions.values()]
-            if names is None
-            else [self.nodes[n] for n in names]
-        )
-        for node in nodes:
-            node.quantized = quantized
-            for inner in node.modules():
-                if isinstance(inner, QuantModule):
-                    inner.quantized = quantized
-
     def freeze(self) -> None:
-        """The end of calibration: whole-number weights, final scales, tables. The forward is the integer
-        program."""
+        """End calibration: integer weights, final scales and tables. The forward is the integer program
+        from here on."""
         if self.loaded:
             return
         self.quantize_nodes(True)
@@ -261,9 +226,7 @@ class QuantModel(nn.Module):
             InputError: the model comes from a file, which has no float weights.
         """
         if self.loaded:
-            raise InputError(
-                "a model from a file is final: its float weights are not in it; quantize the codec again"
-            )
+            raise InputError(_FINAL)
         for node in self.nodes.values():
             node.thaw()
         self.frozen = False
@@ -272,8 +235,14 @@ class QuantModel(nn.Module):
     # -------------------------------------------------------------------------------------------------- files
 
     def save(self, path: str | Path, extra: Mapping[str, Any] | None = None) -> int:
-        """Write the frozen model as one safetensors file; returns its size in bytes. See
-        `quant.serialization`."""
+        """Write the frozen model as one safetensors file; returns its size in bytes.
+
+        Args:
+            extra: what is wanted back from the file, anything that JSON can hold.
+
+        Raises:
+            InputError: the model is not frozen, or the file cannot be written.
+        """
         size = save_quantized(self, path, extra)
         self.file_sha256 = sha256(path)
         return size
@@ -282,21 +251,31 @@ class QuantModel(nn.Module):
     def load(
         cls, path: str | Path, model: nn.Module | None = None, device: torch.device | str | None = None
     ) -> "QuantModel":
-        """The frozen model of a file, bit for bit; `model` is a new network of a codec that no `--arch`
-        names."""
-        loaded = load_quantized(path, model, device)
+        """The frozen model of a file: its forward gives the bits that the saved model gave.
+
+        Args:
+            model: a new object of the codec's class, for a codec that is not registered. Its weights do not
+                matter.
+
+        Raises:
+            InputError: no such file, damaged, not a quantized model, or of another network.
+        """
+        loaded = load_quantized(cls, path, model, device)
         loaded.file_sha256 = sha256(path)
         return loaded
 
     # ------------------------------------------------------------------------------------------------- report
 
     def coverage(self) -> dict:
-        """What is integer and what is not: counts by kind, functions kept in float, modules left alone and
-        why.
+        """What is integer and what is not.
 
-        Layers with 32 bits are no integer ones: they are left alone, in one line those with the bits of the
-        whole model. `beyond_int32` names the layers of a frozen model whose accumulator needs more than 32
-        bits, by their bound.
+        Returns:
+            quantized: how many nodes of each kind are integer.
+            kept_in_float: functions that have no integer algorithm, and the module that each stands in.
+            left_alone: modules that are not integer, with the reason. Layers of 32 bits are among them; those
+                with the bits of the whole model have one entry together.
+            beyond_int32: layers of a frozen model whose accumulator needs more than 32 bits, with their
+            bound.
         """
         kinds: dict[str, int] = {}
         for node in self.nodes.values():
@@ -310,16 +289,17 @@ class QuantModel(nn.Module):
             ],
             "left_alone": {**self.rewrite.left_alone, **unseen, **self._why_real()},
             "beyond_int32": {
-                name: float(node.bound)
+                name: float(bound)
                 for name, node in self.nodes.items()
-                if getattr(node, "bound", None) is not None and float(node.bound) >= 2**31
+                if (bound := getattr(node, "bound", None)) is not None and float(bound) > LARGEST_ACCUMULATOR
             },
         }
 
     def _why_real(self) -> dict[str, str]:
-        """Layers that compute on real numbers, and why; those with the bits of the whole model in one
+        """Layers that compute on real numbers, and why. Those with the bits of the whole model have one
         line."""
-        lines, common = {}, {}
+        lines: dict[str, str] = {}
+        common: dict[tuple[str, str], list[str]] = {}
         for name, node in self.nodes.items():
             if sides := float_sides(node):
                 reason = f"products of real numbers ({' and '.join(sides)} 32)"
@@ -335,7 +315,7 @@ class QuantModel(nn.Module):
 
 
 def float_sides(node: QuantModule) -> tuple[str, ...]:
-    """Of a multiply-accumulate node, "w_bits" and "a_bits" where they are 32: then its products are of real
-    numbers."""
+    """The sides of a multiply-accumulate node ("w_bits", "a_bits") that have 32 bits. Where there is one, the
+    products are of real numbers."""
     sides = ("a_bits",) if isinstance(node, QuantMatMul) else SIDES if isinstance(node, QuantMAC) else ()
     return tuple(side for side in sides if getattr(node.config, side) == FLOAT_BITS)

@@ -6,15 +6,15 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from licq.quant.config import QuantConfig
-from licq.quant.grid import Grid
 from licq.quant.qtensor import QTensor
+from licq.quant.quantizer import Quantizer
 from licq.quant.runtime import Runtime
 from licq.support.errors import InputError
 
 Make = TypeVar("Make", bound="Callable[..., QuantModule]")
 
 REPLACEMENTS: dict[type[nn.Module], "Callable[[nn.Module, QuantConfig], QuantModule]"] = {}
-"""What the rewriter puts in the place of a module, by the module's type."""
+"""By the type of a module: what makes the node that the rewriter puts in its place."""
 
 
 def replaces(*layers: type[nn.Module]) -> Callable[[Make], Make]:
@@ -30,27 +30,47 @@ def replaces(*layers: type[nn.Module]) -> Callable[[Make], Make]:
     return register
 
 
-class QuantModule(nn.Module):
-    """A node of a quantized codec: a layer or a function, in one of three states.
+def attribute_of_wrapped(node: nn.Module, name: str) -> Any:
+    """The attribute of the module that stood where this node or block stands; AttributeError: it has none."""
+    wrapped = node.__dict__.get("_modules", {}).get("module")
+    if wrapped is None:
+        raise AttributeError(f"{type(node).__name__!r} object has no attribute {name!r}")
+    return getattr(wrapped, name)
 
-    Float (`quantized` is False): the original computation on real values. Observing: the same, and the grids
-    watch.
-    Quantized: `integer` on whole numbers. Subclasses implement `real`, `observe` and `integer`.
+
+class QuantModule(nn.Module):
+    """A node of a quantized codec: a layer or a function. Subclasses implement `real`, `observe`, `integer`.
+
+    A node is in one of three states:
+
+    - float (`quantized` is False): `real`, the original computation on real values.
+    - observing: `real`, and `observe` shows the values to the quantizers.
+    - quantized: `integer`, the same computation on integers.
     """
 
-    kind = ""
-    gives_latents = False  # its (first) output is y_hat or z_hat
-    gives_levels = False  # its output is on levels that are no multiples of a step
+    kind: str = ""
+    """What reports and files call this kind of node."""
+
+    gives_latents: bool = False
+    """The (first) output is y_hat or z_hat."""
+
+    runtime: Runtime
+    """Of the codec that the node belongs to; set by `bind`."""
 
     def __init__(self, config: QuantConfig):
         super().__init__()
         self.config = config
         self.quantized = False
         self.name = ""
-        self.runtime: Runtime | None = None
         self.calls = 0  # in one forward of the codec
 
+    @property
+    def gives_levels(self) -> bool:
+        """The output is on levels that are no multiples of a step."""
+        return False
+
     def bind(self, runtime: Runtime, name: str) -> None:
+        """Make this the node `name` of a codec."""
         # not through nn.Module's __setattr__: the runtime holds modules and must not become a submodule
         object.__setattr__(self, "runtime", runtime)
         self.name = name
@@ -60,10 +80,7 @@ class QuantModule(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            wrapped = self.__dict__.get("_modules", {}).get("module")
-            if wrapped is None:
-                raise
-            return getattr(wrapped, name)
+            return attribute_of_wrapped(self, name)
 
     def forward(self, *inputs, **kwargs):
         return self.runtime.execute(self, inputs, lambda: self._run(inputs, kwargs))
@@ -78,7 +95,8 @@ class QuantModule(nn.Module):
             runtime.tracer.node = self.name
             if not self.quantized:
                 raise InputError(
-                    f"{self.name} is kept in float, so the model cannot be lowered; quantize it with all nodes"
+                    f"{self.name} is kept in float, so the model cannot be lowered; "
+                    "quantize it with all nodes"
                 )
         if self.quantized:
             return self.integer(*inputs, **kwargs)
@@ -89,7 +107,8 @@ class QuantModule(nn.Module):
             self.observe(inputs, output)
         output = runtime.wrap(output)
         if self.gives_latents:
-            (output[0] if isinstance(output, tuple) else output).latent = True
+            latent = output[0] if isinstance(output, tuple) else output
+            latent.latent = True
         elif self.gives_levels:
             output.levels = True
         return output
@@ -103,29 +122,31 @@ class QuantModule(nn.Module):
         raise NotImplementedError
 
     def observe(self, inputs: tuple, output: Any) -> None:
-        """Let the grids watch one forward."""
+        """Show the values of one forward to the quantizers. output: of `real`."""
 
     def integer(self, *inputs: QTensor, **kwargs) -> Any:
-        """The same on whole numbers."""
+        """The computation of `real` on integers."""
         raise NotImplementedError
 
     def initialize(self) -> None:
-        """Static ranges from what was observed."""
-        for grid in self.grids():
-            grid.initialize()
+        """Set static ranges from what was observed."""
+        for quantizer in self.quantizers():
+            quantizer.initialize()
 
-    def grids(self) -> list[Grid]:
-        return [module for module in self.children() if isinstance(module, Grid)]
+    def quantizers(self) -> list[Quantizer]:
+        """The quantizers that are attributes of this node."""
+        return [module for module in self.children() if isinstance(module, Quantizer)]
 
     def freeze(self) -> None:
-        """Make everything final: `integer` then uses stored whole numbers and stored scales only."""
-        for grid in self.grids():
-            grid.freeze()
+        """Make everything final: from here on `integer` uses stored integers and stored scales only."""
+        for quantizer in self.quantizers():
+            quantizer.freeze()
 
     def thaw(self) -> None:
-        for grid in self.grids():
-            grid.thaw()
+        """Undo `freeze`."""
+        for quantizer in self.quantizers():
+            quantizer.thaw()
 
     def learnable(self) -> dict[str, list[nn.Parameter]]:
-        """What reconstruction may learn here, by knob: range_w, range_b, range_a, rounding, border, bias."""
+        """What reconstruction may learn here, by the names of `ReconstructionConfig.learn`."""
         return {}

@@ -17,21 +17,26 @@ from licq.quant.quantizer import NO_INTEGERS, Quantizer
 from licq.support.errors import InputError
 
 SQUARED_BITS = 12
-"""The most bits of a number that is squared: with more, beta at the accumulator's scale would leave gamma a
-few codes of int32."""
+"""The largest number of bits of an integer that is squared. With more, beta at the accumulator's scale would
+leave few codes of int32 to gamma."""
 
 
 @replaces(GDN, GDN1)
 class QuantGDN(QuantMAC):
-    """GDN, IGDN (Balle 2016) and GDN1: x / sqrt(beta + gamma x^2), x * sqrt(...), x / (beta + gamma |x|), x *
-    (...).
+    """GDN and GDN1, and the inverse of each.
 
-    gamma is an ordinary 1x1 multiply-accumulate layer whose input is |x| in a_bits, squared where the formula
-    says so, then in at most `SQUARED_BITS` (a square of 8 bits has 16: two 8-bit products in an int8 kernel);
-    the root and the division are integer algorithms; x itself stays in carrier bits.
+        GDN (Balle 2016):  x / sqrt(beta + gamma x^2),  inverse: x * sqrt(beta + gamma x^2)
+        GDN1:              x / (beta + gamma |x|),      inverse: x * (beta + gamma |x|)
+
+    gamma is a 1x1 multiply-accumulate layer. Its input is |x| in `QuantConfig.a_bits`, or the square of |x|
+    in at most `SQUARED_BITS`. (A square of 8 bits has 16: two 8-bit products in an int8 kernel.) The root and
+    the division are integer algorithms. x itself is a wide activation.
     """
 
     kind = "gdn"
+    module: GDN
+    mantissa: Tensor | None
+    shift: Tensor | None
 
     def __init__(self, module: nn.Module, config: QuantConfig):
         self.power = 1 if isinstance(module, GDN1) else 2
@@ -97,7 +102,7 @@ class QuantGDN(QuantMAC):
         return x.like(self.real_with(x.real(), self.float_weight(), magnitude), None)
 
     def integer(self, x: QTensor) -> QTensor:
-        if 32 in (self.config.w_bits, self.config.a_bits):
+        if FLOAT_BITS in (self.config.w_bits, self.config.a_bits):
             return x.like(self.real(x.real()), None)
         if self.only is not None:
             return self.one_side(x)
@@ -106,13 +111,12 @@ class QuantGDN(QuantMAC):
         magnitude = self.input_grid(x.like(absolute(x.q), x.scale)).q
         magnitude = square(magnitude) if self.power == 2 else magnitude
         if self.weight_int is not None:
-            norm_scale, wide = self.out_scale, True
-            layer = self.operation(self.weight_int, self.bias_int, int(self.bound))
+            layer, norm_scale = self.integer_layer()
+            wide = True
         else:
             w_int, norm_scale = self.integer_weight()
             layer = self.operation(w_int, self.integer_bias(norm_scale), 0)
-            # the sum of 16-bit squares times 8-bit weights passes 2^24, where float32 would round what is
-            # frozen exact
+            # sums of 16-bit squares times 8-bit weights pass 2^24, where float32 would round
             wide = self.power * self.config.a_bits + self.config.w_bits > 16
         norm = multiply_accumulate(
             magnitude, layer, self.product, 1, Range(0, layer.bound), wide=wide, wide_bias=True
@@ -120,19 +124,19 @@ class QuantGDN(QuantMAC):
         norm_scale = norm_scale.reshape(1, -1, 1, 1)
         x = self.x_grid(x)
         out_scale, qmin, qmax = (t.reshape(1, -1, 1, 1) for t in self.out_grid.parameters_of_grid())
-        if self.mantissa is not None:
+        if self.mantissa is not None and self.shift is not None:
             mantissa, shift = self.mantissa, self.shift
         else:
             with torch.no_grad():
-                mantissa, shift = self._multiplier(x.scale, norm_scale, out_scale)
+                mantissa, shift = self._multiplier(x.unit, norm_scale, out_scale)
 
         def smooth(numbers: Tensor, norm: Tensor) -> Tensor:
             root = norm * norm_scale
             root = torch.sqrt(root) if self.power == 2 else root
-            value = numbers * x.scale
+            value = numbers * x.unit
             return (value * root if self.module.inverse else value / root) / out_scale
 
-        q = gdn(x.q, norm, mantissa, shift, self.module.inverse, self.algorithm, qmin, qmax, smooth)
+        q = gdn(x.q, norm, mantissa, shift, bool(self.module.inverse), self.algorithm, qmin, qmax, smooth)
         return x.like(q, out_scale)
 
     def operation(self, weight: Tensor, bias: Tensor | None, bound: int) -> Conv2d:
@@ -160,7 +164,7 @@ class QuantGDN(QuantMAC):
 
     def freeze(self) -> None:
         super().freeze()
-        if self.weight_int is not None:
+        if self.out_scale is not None:
             shape = (1, -1, 1, 1)
             x_scale, out_scale = (
                 g.parameters_of_grid()[0].reshape(shape) for g in (self.x_grid, self.out_grid)
@@ -173,9 +177,9 @@ class QuantGDN(QuantMAC):
 
     def learnable(self) -> dict[str, list[nn.Parameter]]:
         knobs: dict[str, list[nn.Parameter]] = {}
-        if 32 not in (self.config.w_bits, self.config.a_bits):
+        if FLOAT_BITS not in (self.config.w_bits, self.config.a_bits):
             knobs["range_w"] = [self.weight_quantizer.log_n]
-            knobs["rounding"] = list(self.weight_quantizer.rounding.parameters())
+            knobs["rounding"] = self.weight_quantizer.rounding_parameters()
             knobs["range_a"] = [self.input_grid.log_n]
             knobs["bias"] = [self.bias_change]
         return knobs
@@ -183,9 +187,19 @@ class QuantGDN(QuantMAC):
 
 @replaces(nn.LayerNorm)
 class QuantLayerNorm(QuantModule):
-    """LayerNorm over the last dimension: integer mean, variance and root; gain and offset in fixed point."""
+    """LayerNorm over the last dimension: integer mean, variance and root; gain and offset in fixed point.
+
+    Input and output are wide activations.
+
+    Raises:
+        ValueError: the layer normalizes over more dimensions than the last.
+    """
 
     kind = "layer_norm"
+    module: nn.LayerNorm
+    gain_mantissa: Tensor | None
+    gain_shift: Tensor | None
+    offset: Tensor | None
 
     def __init__(self, module: nn.LayerNorm, config: QuantConfig):
         super().__init__(config)
@@ -208,7 +222,7 @@ class QuantLayerNorm(QuantModule):
         self.grid_out.observe(output)
 
     def _affine(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(sign, multiplier, offset) from units of 2^-12 to the output grid, per channel."""
+        """(sign, multiplier, offset), (channels,): from units of 2^-12 to units of the output."""
         scale = self.grid_out.parameters_of_grid()[0]
         module = self.module
         gain = module.weight.double() if module.weight is not None else torch.ones_like(scale)
@@ -219,9 +233,9 @@ class QuantLayerNorm(QuantModule):
 
     def integer(self, x: QTensor) -> QTensor:
         x = self.grid_in(x)
-        eps = float(self.module.eps / x.scale.detach() ** 2)
+        eps = float(self.module.eps / x.unit.detach() ** 2)
         scale, qmin, qmax = self.grid_out.parameters_of_grid()
-        if self.offset is not None:
+        if self.gain_mantissa is not None and self.gain_shift is not None and self.offset is not None:
             multiplier, offset = multiplier_value(self.gain_mantissa, self.gain_shift), self.offset
         else:
             sign, magnitude, offset = self._affine()

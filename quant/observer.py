@@ -1,5 +1,4 @@
-"""What the float values of calibration are, channel by channel: their ends, their energy, a sample of
-them."""
+"""Range observers: the ends, the energy and a sample of a tensor's float values in calibration."""
 
 import torch
 from torch import Tensor
@@ -7,18 +6,17 @@ from torch import Tensor
 from licq.quant.ranges import sample
 
 _SAMPLES = 2**21
-"""Values kept for the range estimators. What clips is rare, and an estimator that has not seen it clips too
-much."""
+"""How many values the range estimators get. Large values are rare, and an estimator that has not seen them
+clips too much."""
 
 _SAMPLES_OF_CHANNEL = 4096
-"""At least so many of them for each channel."""
+"""How many values of each channel the range estimators get at least."""
 
 
 class RangeObserver:
     """Collects values of one tensor, channel by channel.
 
-    low, high: (channels,), None before the first batch. squares: (channels,), sums of squares of `count`
-    values.
+    low, high: (channels,), None before the first batch.
 
     Args:
         keeps_samples: whether a range estimator will need values, not only the ends.
@@ -28,56 +26,61 @@ class RangeObserver:
         self.keeps_samples = keeps_samples
         self.low: Tensor | None = None
         self.high: Tensor | None = None
-        self.squares: Tensor | None = None
+        self._squares: Tensor | None = None
         self.count = 0
         self._samples: list[Tensor] = []
         self._every = 1
 
     @property
     def channels(self) -> int:
-        """How many there are; 0 before the first batch."""
+        """How many channels there are; 0 before the first batch."""
         return 0 if self.low is None else len(self.low)
 
     def observe(self, rows: Tensor, ranges_only: bool = False) -> None:
-        """Take a batch into account. rows: (channels, values). ranges_only: it does not count for the
-        energy."""
+        """Take a batch into account.
+
+        Args:
+            rows: (channels, values).
+            ranges_only: the batch does not count for the energy.
+        """
         low, high = rows.amin(1), rows.amax(1)
         squares = torch.zeros_like(low) if ranges_only else rows.square().mean(1) * rows.shape[1]
-        if self.low is None:
-            self.low, self.high, self.squares = low, high, squares
+        if self.low is None or self.high is None or self._squares is None:
+            self.low, self.high, self._squares = low, high, squares
         else:  # in place: small tensors of every batch would cut the heap into pieces, gigabytes of them
             torch.minimum(self.low, low, out=self.low)
             torch.maximum(self.high, high, out=self.high)
-            self.squares.add_(squares)
+            self._squares.add_(squares)
         self.count += 0 if ranges_only else rows.shape[1]
         if self.keeps_samples:
-            self._keep_some(rows)
+            self._add_samples(rows)
 
-    def _keep_some(self, rows: Tensor) -> None:
-        """One value of `_every` from every batch alike; when they become too many, half of them go, and of
-        all to come."""
-        most = max(_SAMPLES // rows.shape[0], _SAMPLES_OF_CHANNEL)
+    def _add_samples(self, rows: Tensor) -> None:
+        """Take one value in `_every` of a batch. When there are too many, half of them are removed, and
+        `_every` doubles."""
+        max_count = max(_SAMPLES // rows.shape[0], _SAMPLES_OF_CHANNEL)
         self._samples.append(sample(rows, max(1, rows.shape[1] // self._every)).clone())
         count = sum(part.shape[1] for part in self._samples)
-        while count > most:
+        while count > max_count:
             count = -(-count // 2)
             self._samples = [sample(torch.cat(self._samples, dim=1), count)]
             self._every *= 2
 
     def merge_channels(self) -> None:
-        """All channels as one."""
-        if self.low is None:
+        """Count all channels as one."""
+        if self.low is None or self.high is None or self._squares is None:
             return
         self.count *= len(self.low)
         self.low = self.low.amin(0, keepdim=True)
         self.high = self.high.amax(0, keepdim=True)
-        self.squares = self.squares.sum(0, keepdim=True)
+        self._squares = self._squares.sum(0, keepdim=True)
         self._samples = [part.reshape(1, -1) for part in self._samples]
 
     def samples(self) -> Tensor | None:
-        """(channels, values) for a range estimator; None where none were kept."""
+        """(channels, values) for a range estimator; None where no samples were taken."""
         return torch.cat(self._samples, dim=1) if self._samples else None
 
     def energy(self) -> Tensor:
-        """(channels,): mean squares."""
-        return self.squares / max(self.count, 1)
+        """(channels,): mean squares. Not before the first batch."""
+        assert self._squares is not None
+        return self._squares / max(self.count, 1)

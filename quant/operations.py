@@ -55,14 +55,14 @@ class Range:
         return Range(min(ends), max(ends))
 
     def clamped(self, low: Ends, high: Ends) -> "Range":
-        """Of numbers of this range, clipped to limits that may differ from channel to channel."""
+        """The range of the numbers after they are clipped to limits, which may differ between channels."""
         first, last = self.low, self.high
         if low is not None:
-            low = torch.as_tensor(low)
-            first, last = max(first, int(low.min())), max(last, int(low.max()))
+            lows = torch.as_tensor(low)
+            first, last = max(first, int(lows.min())), max(last, int(lows.max()))
         if high is not None:
-            high = torch.as_tensor(high)
-            first, last = min(first, int(high.min())), min(last, int(high.max()))
+            highs = torch.as_tensor(high)
+            first, last = min(first, int(highs.min())), min(last, int(highs.max()))
         return Range(first, last)
 
     @classmethod
@@ -85,16 +85,16 @@ class Operation:
     keeps_zero: ClassVar[bool] = False  # the result of 0 is 0, apart from limits
 
     def attributes(self) -> dict[str, Any]:
-        """What the operation is told beside its inputs, by name."""
+        """The attributes beside inputs, outputs and node, by name."""
         names = (field.name for field in dataclasses.fields(self))
         return {name: getattr(self, name) for name in names if name not in ("inputs", "outputs", "node")}
 
     def parameters(self) -> dict[str, Tensor]:
-        """The attributes that may differ from channel to channel: multipliers and limits; those that are None
-        left out."""
+        """The attributes that may differ between channels, multipliers and limits; without those that are
+        None."""
         names = ("mantissa", "shift", "low", "high", "refinement")
-        found = {name: getattr(self, name, None) for name in names}
-        return {name: torch.as_tensor(part) for name, part in found.items() if part is not None}
+        values = {name: getattr(self, name, None) for name in names}
+        return {name: torch.as_tensor(value) for name, value in values.items() if value is not None}
 
     def __repr__(self) -> str:
         return f"{self.outputs} = {self.kind} {self.inputs}  [{self.node}]"
@@ -360,13 +360,14 @@ class Layout(Operation):
 
 @dataclass(frozen=True)
 class Boundary:
-    """A place where a latent is rounded; numbers of values, all on the grid of the boundaries but the
-    symbols.
+    """A point of the program where a latent is rounded, with the numbers of the values that meet there.
 
-    kind: round, entropy_bottleneck, gaussian, mixture or offsets. latent: before it is rounded. decoded:
-    after.
-    whole: the symbols are round(latent), though there are means; a mixture's always are.
-    step: of the symbols of a variable-rate bottleneck.
+    All values but the symbols are in units of 2^-boundary_bits.
+
+    kind: round, entropy_bottleneck, gaussian, mixture or offsets.
+    latent: before it is rounded. decoded: what a decoder makes of the symbols.
+    whole: the symbols are round(latent), not round(latent - means); true for every mixture.
+    step: the step of the symbols of a variable-rate bottleneck.
     """
 
     kind: str
@@ -383,7 +384,7 @@ class Boundary:
     VALUES: ClassVar[tuple[str, ...]] = ("latent", "symbols", "decoded", "means", "scales", "weights")
 
     def values(self) -> Iterator[tuple[str, int]]:
-        """(what, number of the value) of all that there are."""
+        """(name of the field, number of the value) of those that are not None."""
         for name in self.VALUES:
             number = getattr(self, name)
             if number is not None:

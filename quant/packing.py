@@ -1,4 +1,4 @@
-"""Whole numbers of fewer than eight bits, side by side in bytes."""
+"""Integers of fewer than eight bits, side by side in bytes."""
 
 import numpy as np
 import torch

@@ -1,9 +1,9 @@
-"""The arithmetic of quantized networks: about a dozen functions, each with its rule for ranges.
+"""The arithmetic of quantized networks: about twenty functions, each with its rule for ranges.
 
-One function serves the simulation and the integer program. Called on tensors that hold integers it computes,
-with straight-through gradients. Called on symbols (`quant.symbols`) it appends the operation of the program,
-with the proven range of the result. So a node's `integer` is written once, and what it simulates is what the
-program computes.
+Each function serves the simulation and the integer program. Called on tensors of integers it computes, with
+straight-through gradients. Called on symbols (`quant.symbols`) it appends an operation to the program, with
+the proven range of its result. So a node's `integer` is written once, and the program computes what it
+simulates.
 
 Integers are held in float tensors, float32 where their magnitude stays below 2^24 and float64 below 2^53. A
 multiplier and a limit are tensors that broadcast against the integers.
@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from licq.quant import operations as ops
 from licq.quant.fixedpoint import (
+    EXACT_FLOAT32,
     Limits,
     quantize_multiplier,
     requantize_ste,
@@ -38,9 +39,6 @@ from licq.quant.integer_functions import (
 from licq.quant.operations import Boundary, Ends, Range
 from licq.quant.symbols import Recorder, Symbol
 
-EXACT_FLOAT32 = 2**24
-"""Integers below this are exact in float32, so is any order of summing them up."""
-
 
 def _int64(numbers: Tensor | float) -> Tensor:
     return torch.as_tensor(numbers).detach().to(torch.int64)
@@ -55,8 +53,11 @@ def _float64(number: float, like: Tensor) -> Tensor:
 
 
 def constant(numbers: Tensor, recorder: Recorder | None) -> Tensor:
-    """Integers that the network itself holds. recorder: of the program that is written down; None: none
-    is."""
+    """Integers that the network holds.
+
+    Args:
+        recorder: of the program that is written down; None: the numbers are computed.
+    """
     if recorder is None:
         return numbers
     value = _int64(numbers)
@@ -78,8 +79,8 @@ def rescale(
 
     Clipping gives float32. The gradients are those of x * multiplier, and zero outside of the limits.
 
-    Range: the ends times the largest multiplier, with a share of 2^-20 for the rounding of the multiplier,
-    clipped.
+    Range: the ends times the multiplier that moves them furthest, clipped. A share of 2^-20 is added for the
+    rounding of the multiplier.
     """
     multiplier = multiplier if isinstance(multiplier, Tensor) else _float64(multiplier, x)
     if not isinstance(x, Symbol):
@@ -88,10 +89,12 @@ def rescale(
     mantissa, shift = quantize_multiplier(multiplier)
     reach = _rescaled(x.range, multiplier)
     factor = torch.ones((), dtype=torch.int64) if refinement is None else _int64(refinement)
+    limits = None
     if low is not None and high is not None:
-        low, high = _int64(low), _int64(high)
-        lowest, highest = (end.clamp(reach.low, reach.high) * factor for end in (low, high))
-        reach = Range(int(lowest.min()), int(highest.max()))
+        limits = _int64(low), _int64(high)
+        lows, highs = (end.clamp(reach.low, reach.high) * factor for end in limits)
+        reach = Range(int(lows.min()), int(highs.max()))
+    low, high = limits or (None, None)
     operation = ops.Rescale(
         (x.number,), mantissa=mantissa, shift=shift, low=low, high=high, refinement=factor
     )
@@ -99,10 +102,11 @@ def rescale(
 
 
 def _rescaled(numbers: Range, multiplier: Tensor) -> Range:
-    least, most = float(multiplier.min()) * (1 - 2.0**-20), float(multiplier.max()) * (1 + 2.0**-20)
+    smallest = float(multiplier.min()) * (1 - 2.0**-20)
+    largest = float(multiplier.max()) * (1 + 2.0**-20)
 
     def highest(end: int) -> int:
-        return round(end * most + 0.5) if end > 0 else -max(0, round(-end * least - 0.5))
+        return round(end * largest + 0.5) if end > 0 else -max(0, round(-end * smallest - 0.5))
 
     return Range(-highest(-numbers.low), highest(numbers.high))
 
@@ -172,8 +176,8 @@ def clamp(x: Tensor, low: Ends, high: Ends) -> Tensor:
             x = torch.minimum(x, high.to(x.dtype)) if isinstance(high, Tensor) else x.clamp(max=high)
         return x
     numbers = x.range.clamped(low, high)
-    low, high = (None if end is None else _int64(end) for end in (low, high))
-    return x.recorder.emit(ops.Clamp((x.number,), low=low, high=high), x.shape, numbers)
+    lows, highs = (None if end is None else _int64(end) for end in (low, high))
+    return x.recorder.emit(ops.Clamp((x.number,), low=lows, high=highs), x.shape, numbers)
 
 
 def leaky(x: Tensor, slope: float) -> Tensor:
@@ -397,21 +401,43 @@ def layer_norm(
 # ------------------------------------------------------------------------------------------------- boundaries
 
 
-def boundary(kind: str, node: str, latent: Tensor, symbols: Tensor, decoded: Tensor, **more) -> None:
-    """Note in a program that `symbols` are what `latent` is rounded to, and `decoded` what a decoder makes of
-    them.
+def boundary(
+    kind: str,
+    node: str,
+    latent: Tensor,
+    symbols: Tensor,
+    decoded: Tensor,
+    means: Tensor | None = None,
+    scales: Tensor | None = None,
+    weights: Tensor | None = None,
+    whole: bool = False,
+    step: Tensor | None = None,
+) -> None:
+    """Note in a program that `latent` is rounded to `symbols`, of which a decoder makes `decoded`.
 
-    Nothing happens on tensors. more: means, scales, weights (tensors or None), whole and step, as in
-    `Boundary`.
+    Nothing happens on tensors. The other arguments are as in `Boundary`.
     """
     if not isinstance(latent, Symbol):
         return
-    numbers = {
-        name: value.number if isinstance(value, Symbol) else value
-        for name, value in more.items()
-        if value is not None
-    }
-    latent.recorder.mark(Boundary(kind, node, latent.number, symbols.number, decoded.number, **numbers))
+
+    def number_of(value: Tensor | None) -> int | None:
+        return value.number if isinstance(value, Symbol) else None
+
+    assert isinstance(symbols, Symbol) and isinstance(decoded, Symbol)
+    latent.recorder.mark(
+        Boundary(
+            kind,
+            node,
+            latent.number,
+            symbols.number,
+            decoded.number,
+            number_of(means),
+            number_of(scales),
+            number_of(weights),
+            whole,
+            step,
+        )
+    )
 
 
 def likelihood(decoded: Tensor, estimate: Callable[[], Tensor]) -> Tensor:

@@ -1,9 +1,8 @@
-"""The tensor that flows through a rewritten codec: integers and their scale, or (in a float unit) real
-numbers.
+"""The tensor that flows through a rewritten codec: integers with their scale, or real numbers.
 
-The codec's own forward runs on it unchanged. Functions that move numbers act on numbers and scale alike.
-Every function that computes is handed to the runtime, which finds the quantized function that stands at that
-place.
+The codec's own forward runs on it unchanged: every PyTorch function that is called on one goes to
+`quant.dispatch`. Functions that move numbers move the scale likewise. Functions that compute are run by the
+node that the runtime has for this point of the forward.
 """
 
 import weakref
@@ -18,13 +17,13 @@ from licq.support.errors import InputError
 
 
 class Host(Protocol):
-    """What a quantized tensor knows of the forward that it flows through; `quant.runtime.Runtime` is one."""
+    """What a quantized tensor asks of the forward that it flows through; `quant.runtime.Runtime` is one."""
 
     tracer: Recorder | None
 
     @property
     def where(self) -> str:
-        """The module that runs, for a reader."""
+        """The module that runs, for a message."""
         ...
 
     def dispatch(self, function: Callable, args: tuple, kwargs: dict) -> Any:
@@ -42,11 +41,11 @@ class QTensor:
     pixels:  true for the image that enters the codec: 8-bit samples, exact on a grid of 1/255.
     latent:  true for y_hat, z_hat and parts of them: values that came out of a rounding at a boundary of the
     codec.
-    levels:  true for probabilities that a softmax gave on levels of its own (`QuantConfig.softmax`).
+    levels:  true for probabilities on the levels of `QuantConfig.softmax`.
 
-    The tensors in q and scale never change: an operation in place puts others into these slots. Views of one
-    another know that they are (`aliases`); what such an operation leaves behind with the old numbers loses
-    its q and can no longer be read.
+    The tensors in q and scale never change: an operation in place puts new ones into these slots. A quantized
+    tensor knows its views and what it is a view of (`aliases`). After an operation in place on one of them,
+    the others hold old numbers; they lose their q and can no longer be read.
     """
 
     __slots__ = (
@@ -86,11 +85,17 @@ class QTensor:
     def is_integer(self) -> bool:
         return self.scale is not None
 
+    @property
+    def unit(self) -> Tensor:
+        """The scale of integers; not to be asked for in the real state."""
+        assert self.scale is not None
+        return self.scale
+
     def real(self) -> Tensor:
         """The values as an ordinary float32 tensor."""
         if self.scale is None:
             return self.q
-        # the product is taken in float64: a whole number of more than 24 bits keeps all of them until the end
+        # the product is taken in float64: an integer of more than 24 bits keeps all of them until the end
         return (self.q * self.scale).to(torch.float32)
 
     @property
@@ -147,7 +152,8 @@ class QTensor:
 
     def full_scale(self) -> Tensor:
         """The scale with as many dimensions as q, each of size 1 or q's."""
-        return self.scale.reshape((1,) * self.q.ndim) if self.scale.ndim == 0 else self.scale
+        scale = self.unit
+        return scale.reshape((1,) * self.q.ndim) if scale.ndim == 0 else scale
 
     def __repr__(self) -> str:
         state = "real" if self.scale is None else f"scale {tuple(self.scale.shape)}"
@@ -183,8 +189,8 @@ class QTensor:
     def __getattr__(self, name: str):
         if name == "q" and not self.readable:
             raise InputError(
-                f"licq cannot run this network: {self.overwritten} changes a tensor in place, and another view of it is read afterwards; "
-                "write it as an operation that returns a new tensor"
+                f"licq cannot run this network: {self.overwritten} changes a tensor in place, and another "
+                "view of it is read afterwards; write it as an operation that returns a new tensor"
             )
         method = getattr(torch.Tensor, name, None)
         if method is None or name.startswith("__") or not callable(method):

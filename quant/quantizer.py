@@ -1,4 +1,4 @@
-"""Quantizers: values become integers on a static grid, from real numbers or from another grid."""
+"""Quantizers: real numbers, or integers of another scale, become integers of a static grid."""
 
 import torch
 from torch import Tensor, nn
@@ -16,17 +16,35 @@ from licq.support.errors import InputError
 NO_INTEGERS = "32-bit inputs or weights, so the model cannot be lowered; use at most 16 bits"
 
 LATENT_HEADROOM = 4.0
-"""Rounded latents have heavy tails: other images reach further than the calibration crops."""
+"""Factor on the ranges of rounded latents. They have heavy tails: other images reach further than the
+calibration crops."""
 
 
 class Quantizer(Grid):
-    """Rounds to a grid whose range was observed in calibration, and may be learned.
+    """Rounds to a grid whose range is observed in calibration and may be learned.
 
     Args:
         spec: range estimator, see `quant.ranges`.
-        headroom: factor on the range, for grids that must not clip and are not learned.
-        bits, frac_bits, channel_dim, fixed, symmetry, scales: the grid's, see `Grid`.
+        headroom: factor on the range, for tensors that must not clip and whose range is not learned.
+        bits, frac_bits, channel_dim, fixed, symmetry, scales: see `Grid`.
+
+    Attributes:
+        pixels, latent: every value was of an image, or some were of y_hat or z_hat.
+        integers: every value was an integer.
+        exact: the grid holds every value without error, so there is nothing to learn.
+        allows_act_drop: QDrop may replace integers by the same numbers before rounding, since the result
+        enters
+            sums of products. `Runtime.act_drop` does it.
+        border: the learned rounding border of each channel, or None: a number goes up where its fraction is
+        at
+            least 1/2 + border.
+        border_dim: the dimension of the border's channels.
+        energy: mean square of each channel.
+        ranges_only: what is observed from here on does not count for the energy.
     """
+
+    border: nn.Parameter | None
+    energy: Tensor
 
     def __init__(
         self,
@@ -43,19 +61,23 @@ class Quantizer(Grid):
         self.spec, self.headroom = RangeSpec.parse(spec), headroom
         self.pixels = False
         self.latent = False
-        self.integers = True  # every value seen was an integer
-        self.exact = False  # the grid holds every value as it is; there is nothing to learn
-        self.droppable = False  # what reads it takes numbers that are no integers: sums of products
-        self.register_parameter("border", None)  # see `start_border`
+        self.integers = True
+        self.exact = False
+        self.allows_act_drop = False
+        self.register_parameter("border", None)
         self.border_dim = 1 if channel_dim is None else channel_dim
-        self.register_buffer("energy", torch.zeros(()))  # mean square, per channel
-        self.ranges_only = False  # what is observed next does not count for the energy
+        self.register_buffer("energy", torch.zeros(()))
+        self.ranges_only = False
         self.observer = RangeObserver(self.spec.method != "max")
 
     # -------------------------------------------------------------------------------------------- observation
 
     def observe(self, x: Tensor, is_pixels: bool = False, is_latent: bool = False) -> None:
-        """Take one batch of real values into account: image samples, rounded latents, or neither."""
+        """Take one batch of real values into account.
+
+        Args:
+            is_pixels: they are image samples. is_latent: they are y_hat or z_hat.
+        """
         if self.fixed is not None or self.bits == FLOAT_BITS:
             return
         self.pixels, self.latent = self.pixels or is_pixels, self.latent or is_latent
@@ -69,16 +91,20 @@ class Quantizer(Grid):
 
     @property
     def channels_seen(self) -> int:
-        """How many channels the observed values had; 0 before the first."""
+        """How many channels the observed values had; 0 before the first batch."""
         return self.observer.channels
 
     def merge_channels(self) -> None:
-        """One scale for all channels, from what was observed and what will be."""
+        """Have one scale for all channels, from what was observed and what will be."""
         self.channel_dim = None
         self.observer.merge_channels()
 
     def initialize(self) -> None:
-        """Ranges from what was observed; afterwards they are static."""
+        """Set static ranges from what was observed.
+
+        Raises:
+            RuntimeError: nothing was observed.
+        """
         if self.fixed is not None or self.bits == FLOAT_BITS:
             return
         observer = self.observer
@@ -87,12 +113,12 @@ class Quantizer(Grid):
         low, high, self.energy = observer.low.clamp(max=0), observer.high.clamp(min=0), observer.energy()
         if self.pixels:
             low, high = torch.zeros_like(low), torch.ones_like(high)
-        # a channel that was silent in calibration may speak later: give it a share of the loudest one's range
+        # a channel of zeros in calibration may hold values later: it gets a share of the largest range
         peak = torch.maximum(-low, high)
         floor = peak.max().clamp(min=2**-8) * 2**-8
-        silent = peak < floor
-        low, high = torch.where(silent, -floor, low), torch.where(silent, floor, high)
-        # an image is not outside of 0..1, and 8 bits have its steps just so
+        is_zero = peak < floor
+        low, high = torch.where(is_zero, -floor, low), torch.where(is_zero, floor, high)
+        # no image leaves 0..1, and its 256 values are the codes of 8 bits
         headroom = 1.0 if self.pixels else self.headroom
         if self.latent:
             # eight bits have no room to spare
@@ -114,9 +140,9 @@ class Quantizer(Grid):
     def _estimate(self, samples: Tensor, low: Tensor, high: Tensor) -> Tensor:
         """N per channel by the range estimator, from samples (channels, values) of a range low .. high.
 
-        The estimators know one magnitude. Where a grid has a zero point, N shrinks both sides alike, so a
-        value's magnitude is its share of the side it lies on; a side that is hardly used has small values,
-        not large shares.
+        An estimator works on magnitudes. Where a channel has a zero point, N shrinks both sides alike, so the
+        magnitude of a value is its share of the side that it lies on. On a side that is hardly used, it is
+        the share of the larger side.
         """
         far, near = torch.maximum(-low, high), torch.minimum(-low, high)
         one_sided = near < SYMMETRY["one_sided"] * far
@@ -131,43 +157,50 @@ class Quantizer(Grid):
         return self.spec.estimate(magnitude, 0, self.bits, signed).to(samples).clamp(1e-3, 1.0)
 
     def _hold_integers(self, peak: Tensor) -> None:
-        """Symbols without means: a step of 2^-k holds them all exactly, and k leaves what range it can to
-        other images."""
+        """Hold symbols without means exactly, by a step of 2^-k. k is the smallest that leaves them
+        `LATENT_HEADROOM`."""
         qmax = int_range(self.bits)[1]
         if peak.max() > qmax:
-            return  # too few bits for that: an ordinary grid
+            return  # too few bits for that: an ordinary scale
         reach = (peak.clamp(min=1.0) * LATENT_HEADROOM).clamp(max=float(qmax))
         if self.channel_dim is None:
             reach = reach.max()
         step = torch.exp2(torch.ceil(torch.log2(reach / qmax))).clamp(max=1.0)
         self.low, self.high, self.exact = -step * qmax, step * qmax, True
 
-    # --------------------------------------------------------------------------------------- rounding borders
+    # ---------------------------------------------------------------------------------------- rounding border
 
-    def start_border(self, channels: int) -> None:
-        """Let the border of rounding be learned: a value goes up where its share of a step is at least 1/2 +
-        border, one per channel.
+    def start_rounding_border(self, channels: int) -> None:
+        """Let the rounding border of each channel be learned (AQuant, Li et al. 2022), from 0 on.
 
-        AQuant (Li et al. 2022) learns it as a function of the value; here it is a constant, which a whole
-        number added to the accumulator before it is requantized can express, see `border_in`. The channels
-        are those of dimension `border_dim`, also where they share one scale.
+        AQuant learns the border as a function of the value. Here it is a constant: then the program can
+        express it by an integer that is added to the accumulator before requantization
+        (`rounding_border_in`). The channels are those of dimension `border_dim`, also where they share one
+        scale.
         """
         self.border = nn.Parameter(torch.zeros(channels, device=self.low.device), requires_grad=False)
 
-    def border_in(self, scale: Tensor, step: Tensor, ndim: int) -> Tensor:
-        """The border as a whole number in units of `scale`, to be taken off values of that scale; broadcasts
-        to `ndim` dimensions."""
-        return round_ste(self._border_for(ndim).double() * step / _broadcast(scale, ndim))
+    def rounding_border_in(self, scale: Tensor, step: Tensor, ndim: int) -> Tensor:
+        """The border as an integer in units of `scale`, to be subtracted from integers of that scale.
 
-    def _border_for(self, ndim: int) -> Tensor:
+        It broadcasts to `ndim` dimensions. step: of this grid.
+        """
+        return round_ste(self._rounding_border_for(ndim).double() * step / _broadcast(scale, ndim))
+
+    def _rounding_border_for(self, ndim: int) -> Tensor:
         shape = [1] * ndim
         shape[self.border_dim % ndim] = -1
+        assert self.border is not None
         return self.border.reshape(shape)
 
     # ----------------------------------------------------------------------------------------------- rounding
 
     def forward(self, x: QTensor) -> QTensor:
-        """x on this grid: whole numbers and their scale."""
+        """x as integers of this grid; as real numbers where `bits` is 32.
+
+        Raises:
+            InputError: the forward is written down as a program, and `bits` is 32.
+        """
         tracer = x.recorder
         if self.bits == FLOAT_BITS:
             if tracer is not None:
@@ -179,22 +212,22 @@ class Quantizer(Grid):
             return x
         step = scale if refinement == 1 else scale / fine  # fine is a power of two
         ratio = None if refinement == 1 else refinement / fine
-        dropping = x.runtime.dropping if self.droppable else None
-        if not x.is_integer:
+        act_drop = x.runtime.act_drop if self.allows_act_drop else None
+        if x.scale is None:
             q = self._rounded(x.q, step, qmin, qmax, tracer)
-            if dropping is not None:
-                q = dropping(q, (x.q / step).to(q.dtype))
+            if act_drop is not None:
+                q = act_drop(q, (x.q / step).to(q.dtype))
             q = constant(q if ratio is None else q * ratio, tracer)
         else:
             multiplier = _broadcast(x.scale / step, x.ndim)
             numbers = x.q
             if self.border is not None:
-                numbers = add(numbers, constant(-self.border_in(x.scale, step, x.ndim), tracer))
-            if dropping is None:
+                numbers = add(numbers, constant(-self.rounding_border_in(x.scale, step, x.ndim), tracer))
+            if act_drop is None:
                 q = rescale(numbers, multiplier, qmin, qmax, ratio)
             else:
                 q = rescale(numbers, multiplier, qmin, qmax)
-                q = dropping(q, (x.q * multiplier).to(q.dtype))
+                q = act_drop(q, (x.q * multiplier).to(q.dtype))
                 q = q if ratio is None else q * ratio
         return x.like(q, scale if refinement == 1 else scale / refinement)
 
@@ -206,10 +239,10 @@ class Quantizer(Grid):
         if self.border is not None:
             if tracer is not None:
                 raise InputError(
-                    f"{tracer.node}: a constant meets a learned border, so the model cannot be lowered; "
-                    "leave border out"
+                    f"{tracer.node}: a constant meets a learned rounding border, "
+                    "so the model cannot be lowered; leave `border` out of `learn`"
                 )
-            shares = shares - self._border_for(x.ndim)
+            shares = shares - self._rounding_border_for(x.ndim)
         q = round_ste(shares.to(torch.float32))
         return torch.minimum(torch.maximum(q, qmin.to(q.dtype)), qmax.to(q.dtype)).to(torch.float32)
 

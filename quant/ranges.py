@@ -37,7 +37,7 @@ def lp_range(x: Tensor, axis: int | None, bits: int = 8, signed: bool = True, p:
     """The r <= max |x| that minimizes sum |x - x_hat|^p, searched over fractions of the maximum.
 
     Twenty fractions 1, 0.95 .. 0.05, then twenty more around each channel's best, 0.005 apart. Of equal
-    errors the larger range is kept.
+    errors the larger range is taken.
     """
     qmax = int_range(bits, signed)[1]
     rows = _rows(x, axis)
@@ -45,15 +45,15 @@ def lp_range(x: Tensor, axis: int | None, bits: int = 8, signed: bool = True, p:
     values = _magnitude(_sample(rows), signed)
     work = torch.empty_like(values)
     best = torch.ones_like(largest)
-    least = torch.full_like(largest, torch.inf)
+    min_error = torch.full_like(largest, torch.inf)
     for offsets in (range(0, 191, 10), range(-10, 11)):
         centre = best.clone()
         for offset in offsets:
             fraction = (centre - offset * 0.005).clamp(0.005, 1.0)
             error = _clipped_error(values, largest * fraction / qmax, qmax, p, work)
-            better = error < least
+            better = error < min_error
             best = torch.where(better, fraction, best)
-            least = torch.where(better, error, least)
+            min_error = torch.where(better, error, min_error)
     return _finish((largest * best).double(), axis)
 
 
@@ -71,7 +71,7 @@ def percentile_range(
     largest = _magnitude(rows, signed).amax(1)
     values = _magnitude(_sample(rows), signed)
     count = values.shape[1]
-    # The small term keeps a whole percent * count from being rounded up by its own float error.
+    # The small term keeps an integer percent * count from being rounded up by its own float error.
     rank = min(max(math.ceil(percent * count / 100 - 1e-6), 1), count)
     chosen = values.kthvalue(rank, dim=1).values
     return _finish(torch.where(chosen > 0, chosen, largest).double(), axis)
@@ -131,10 +131,10 @@ class RangeSpec:
     @classmethod
     def parse(cls, text: str) -> "RangeSpec":
         """The spec written as `text`; str(spec) writes it again."""
-        found = re.fullmatch(r"([a-z]+)(\d+(?:\.\d*)?|\.\d+)?", text.strip())
-        if found is None:
+        match = re.fullmatch(r"([a-z]+)(\d+(?:\.\d*)?|\.\d+)?", text.strip())
+        if match is None:
             return cls(text)
-        name, number = found.groups()
+        name, number = match.groups()
         return cls(name, None if number is None else float(number))
 
     def __str__(self) -> str:
@@ -168,17 +168,18 @@ def _sample(rows: Tensor) -> Tensor:
     return sample(rows, max(_SAMPLES // rows.shape[0], _SAMPLES_PER_CHANNEL))
 
 
-def sample(rows: Tensor, keep: int) -> Tensor:
-    """At most `keep` columns of (channels, values): one of each equal stretch, its place by the golden ratio.
+def sample(rows: Tensor, max_count: int) -> Tensor:
+    """At most `max_count` columns of (channels, values): one of each equal stretch, its position by the
+    golden ratio.
 
     A fixed stride would see only some columns of an image.
     """
     count = rows.shape[1]
-    if count <= keep:
+    if count <= max_count:
         return rows
-    position = torch.arange(keep, dtype=torch.float64)
-    place = position + (position * 0.6180339887498949) % 1.0
-    return rows[:, (place * (count / keep)).long().clamp(max=count - 1).to(rows.device)]
+    position = torch.arange(max_count, dtype=torch.float64)
+    moved = position + (position * 0.6180339887498949) % 1.0
+    return rows[:, (moved * (count / max_count)).long().clamp(max=count - 1).to(rows.device)]
 
 
 def _clipped_error(values: Tensor, scale: Tensor, qmax: int, p: float, work: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Weight rounding schemes: from real weights in integer units, w / s, to whole numbers, differentiably.
+"""Weight rounding schemes: from weights in steps, w / s, to integers, differentiably.
 
 Every scheme is a module called as `rounding(w_over_s)` with a tensor of the weight's shape; it returns a
 tensor of that shape and dtype, not yet clipped to the codes' range, with a gradient to w_over_s (and so to
@@ -16,31 +16,35 @@ from licq.support.errors import InputError
 class Rounding(nn.Module):
     """What all schemes share: the mask, and a state that `harden()` makes final."""
 
-    starts_anywhere = False  # at any whole number, not only at the neighbours of w/s
+    starts_anywhere = False
+    """Learning can start at any integer, not only at the neighbours of w/s."""
+
+    hardened: bool
 
     def __init__(self, w_over_s: Tensor, mask: Tensor | None = None):
         super().__init__()
         self.hardened = False
-        kept = None if mask is None else (mask.detach() != 0).expand(w_over_s.shape)
-        self.register_buffer("kept", kept, persistent=False)
+        unmasked = None if mask is None else (mask.detach() != 0).expand(w_over_s.shape)
+        self.unmasked: Tensor | None
+        self.register_buffer("unmasked", unmasked, persistent=False)
 
     def forward(self, w_over_s: Tensor) -> Tensor:
         rounded = self.round(w_over_s)
-        return rounded if self.kept is None else torch.where(self.kept, rounded, 0.0)
+        return rounded if self.unmasked is None else torch.where(self.unmasked, rounded, 0.0)
 
     def round(self, w_over_s: Tensor) -> Tensor:
         raise NotImplementedError
 
     def regularizer(self, beta: float) -> Tensor | float:
-        """What a scheme adds to the loss to be driven to whole numbers; 0 where it already returns them."""
+        """What a scheme adds to the loss so that its results become integers; 0 where they are integers."""
         return 0.0
 
-    def start_at(self, whole: Tensor, w_over_s: Tensor) -> None:
-        """Begin at these whole numbers instead of those nearest to w/s. Only where `starts_anywhere`."""
+    def start_at(self, integers: Tensor, w_over_s: Tensor) -> None:
+        """Start at these integers instead of those nearest to w/s. Only where `starts_anywhere`."""
         raise NotImplementedError
 
     def harden(self) -> None:
-        """End of learning: from here on whole numbers only, and no parameter takes a gradient."""
+        """End learning: from here on the results are integers, and no parameter takes a gradient."""
         self.hardened = True
         self.requires_grad_(False)
 
@@ -57,11 +61,10 @@ class AdaRound(Rounding):
     2020).
 
     V starts where h(V) is the fractional part of w/s, so the scheme starts at the unrounded weight. Until
-    `harden()`
-    the result is *not* whole: h lies between 0 and 1 and `regularizer` drives it to the ends. After it, the
-    result is floor(w/s) + {0, 1}, up where h(V) >= 0.5. The floor is the one at construction: were it to
-    follow a learned scale, a weight would jump by a whole step wherever it passes a whole number. Such a
-    scale has its gradient from s * code.
+    `harden()` the result is *not* an integer: h lies between 0 and 1 and `regularizer` drives it to the ends.
+    After it, the result is floor(w/s) + {0, 1}, up where h(V) >= 0.5. The floor is the one at construction:
+    were it to follow a learned scale, a weight would jump by a whole step wherever it passes an integer. Such
+    a scale has its gradient from s * code.
     """
 
     zeta = 1.1
@@ -73,6 +76,7 @@ class AdaRound(Rounding):
         fraction = w_over_s - w_over_s.floor()
         sigmoid = (fraction - self.gamma) / (self.zeta - self.gamma)
         self.V = nn.Parameter(torch.logit(sigmoid))
+        self.base: Tensor | None  # None while a file is read
         self.register_buffer("base", w_over_s.floor())
 
     def h(self) -> Tensor:
@@ -80,13 +84,14 @@ class AdaRound(Rounding):
         return (torch.sigmoid(self.V) * (self.zeta - self.gamma) + self.gamma).clamp(0, 1)
 
     def round(self, w_over_s: Tensor) -> Tensor:
+        assert self.base is not None
         return self.base + ((self.V >= 0).to(self.base.dtype) if self.hardened else self.h())
 
     def regularizer(self, beta: float) -> Tensor:
         """sum over unmasked weights of 1 - |2 h(V) - 1|^beta: 0 when every h is 0 or 1, one a weight at h =
         0.5."""
         terms = 1 - (2 * self.h() - 1).abs().pow(beta)
-        return (terms if self.kept is None else torch.where(self.kept, terms, 0.0)).sum()
+        return (terms if self.unmasked is None else torch.where(self.unmasked, terms, 0.0)).sum()
 
 
 class StraightThrough(Rounding):
@@ -104,8 +109,8 @@ class StraightThrough(Rounding):
     def round(self, w_over_s: Tensor) -> Tensor:
         return round_ste(self.v)
 
-    def start_at(self, whole: Tensor, w_over_s: Tensor) -> None:
-        self.v.data = whole.clone()
+    def start_at(self, integers: Tensor, w_over_s: Tensor) -> None:
+        self.v.data = integers.clone()
 
 
 class LearnedOffset(Rounding):
@@ -120,8 +125,8 @@ class LearnedOffset(Rounding):
     def round(self, w_over_s: Tensor) -> Tensor:
         return round_ste(w_over_s + self.v)
 
-    def start_at(self, whole: Tensor, w_over_s: Tensor) -> None:
-        self.v.data = whole - w_over_s
+    def start_at(self, integers: Tensor, w_over_s: Tensor) -> None:
+        self.v.data = integers - w_over_s
 
 
 ROUNDINGS = {
@@ -135,7 +140,7 @@ ROUNDINGS = {
 def make_rounding(name: str, w_over_s: Tensor, mask: Tensor | None = None) -> Rounding:
     """The scheme called `name`, started at the weight `w_over_s` (in integer units). Raises InputError."""
     if name not in ROUNDINGS:
-        raise InputError(f"unknown rounding {name!r}: use one of {', '.join(ROUNDINGS)}")
+        raise InputError(f"`rounding={name}` is unknown; choose from {', '.join(ROUNDINGS)}")
     return ROUNDINGS[name](w_over_s, mask)
 
 

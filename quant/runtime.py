@@ -1,16 +1,15 @@
-"""What happens when a rewritten codec runs: which node stands where, and whether it computes, watches or
-replays.
+"""The forward passes of a rewritten codec: nodes compute, observe, or replay what was recorded.
 
-A node is a `QuantModule` (one multiply-accumulate layer, normalization, table ...) or a `QuantBlock` (a
-residual, attention ... block around several). Functions without a module of their own (`a + b`,
-`torch.sigmoid(x)`, `q @ k`) get a node at the first observed forward, named after the module they stand in
-and their place in its forward.
+A node is a `QuantModule`: one multiply-accumulate layer, normalization, table ... A `QuantBlock` is a
+residual or attention block around several nodes. Functions without a module (`a + b`, `torch.sigmoid(x)`, `q
+@ k`) get a node at the first observed forward. Its name is the name of the module that runs, the function's
+name, and a number that counts the function's calls in that module's forward.
 """
 
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +25,8 @@ from licq.support.errors import InputError
 MakeFunction = Callable[[str, dict[str, Any], QuantConfig], Any]
 """(kind, options, config) -> the node of a function."""
 
-Call = tuple[str, int]  # a node or block by name, and which of its calls in one forward
+Call = tuple[str, int]
+"""A node or block by name, and the number of the call in one forward."""
 
 
 HANDLER_MODULES = (arithmetic, layout)
@@ -34,44 +34,57 @@ HANDLER_MODULES = (arithmetic, layout)
 
 
 class StopForward(Exception):
-    """What was wanted of this forward is there; the rest is not needed."""
+    """Ends a forward early: what was to be recorded of it is there."""
+
+
+class Named(Protocol):
+    """A node or a block."""
+
+    name: str
 
 
 class Runtime:
     """The state of the forward passes of one rewritten codec.
 
     Args:
-        make_function: makes the nodes of functions; None: functions are met that have nodes already.
+        make_function: makes the nodes of functions; None: every function must have a node already.
+
+    Attributes:
+        nodes: every node that has run, by name, in the order of first execution.
+        functions: the nodes of functions, by name with "/" for ".".
+        kept_in_float: how often a function without integer algorithm ran, by (function, module that ran).
+        observing: whether nodes show their values to their quantizers.
+        act_drop: while a unit learns with QDrop (Wei et al. 2022): (integers, the same before rounding and
+            clipping) -> a mix of both. None: no QDrop.
+        tracer: where the forward is written down as a program (`integer.lowering`); None: it computes.
+        calling: the PyTorch function that runs, for the message where it fails.
     """
 
     def __init__(self, config: QuantConfig, make_function: MakeFunction | None = None):
         self.config = config
         self.make_function = make_function
-        self.nodes: dict[str, nn.Module] = {}  # every leaf node, in the order of first execution
-        self.functions = nn.ModuleDict()  # nodes of functions, by name with "/" for "."
-        self.kept_in_float: Counter[tuple[str, str]] = (
-            Counter()
-        )  # (function, module it stands in) -> calls seen
+        self.nodes: dict[str, Any] = {}
+        self.functions = nn.ModuleDict()
+        self.kept_in_float: Counter[tuple[str, str]] = Counter()
         self.observing = False
-        # while a unit learns: (whole numbers, the same without rounding and clipping) -> some of both
-        self.dropping: Any = None
-        self.tracer: Any = None  # where the forward is written down as a program: see integer/lowering.py
-        self.calling = ""  # the torch function that runs, for the message where it fails
+        self.act_drop: Callable[[Tensor, Tensor], Tensor] | None = None
+        self.tracer: Any = None
+        self.calling = ""
         self._path: list[str] = [""]
         self._counts: list[Counter[str]] = [Counter()]
         self._calls: Counter[str] = Counter()
         self._replay: dict[Call, Any] = {}
         self._record: dict[Call, Any] | None = None
-        self._wanted: Callable[[Call], bool] = lambda call: False
+        self._is_recorded: Callable[[Call], bool] = lambda call: False
         self._stop_before: Call | None = None
         self._stop_after: Call | None = None
         self._trace: list[tuple[str, Call]] | None = None
         introduce_to_einops()
 
-    # ------------------------------------------------------------------------------------ where a call stands
+    # ----------------------------------------------------------------------------------- which module runs
 
     def attach(self, model: nn.Module) -> None:
-        """Have every module that is not a node tell when its forward begins and ends."""
+        """Follow the forwards of every module that is not a node."""
         for name, module in model.named_modules():
             module.register_forward_pre_hook(self._entering(name))
             module.register_forward_hook(self._leaving, always_call=False)
@@ -89,22 +102,23 @@ class Runtime:
 
     @property
     def path(self) -> str:
+        """The name of the module that runs; "" for the codec."""
         return self._path[-1]
 
     @property
     def where(self) -> str:
-        """The module that runs, for a reader."""
+        """The module that runs, for a message."""
         return self.path or "the codec's own forward"
 
     def begin(self) -> None:
-        """A forward of the whole codec starts."""
+        """Start a forward of the whole codec."""
         self._path, self._counts, self._calls = [""], [Counter()], Counter()
         self.calling = ""
 
     # ----------------------------------------------------------------------------------------- running a node
 
-    def execute(self, node: nn.Module, inputs: tuple, run: Callable[[], Any]) -> Any:
-        """The output of a node: replayed where it was recorded before, or computed by `run`."""
+    def execute(self, node: Named, inputs: tuple, run: Callable[[], Any]) -> Any:
+        """The output of a node: a recorded one, see `replaying`, or that of `run`."""
         call = (node.name, self._calls[node.name])
         self._calls[node.name] += 1
         if call == self._stop_before:
@@ -114,17 +128,18 @@ class Runtime:
         output = self._replay[call] if call in self._replay else run()
         if self._trace is not None:
             self._trace.append(("end", call))
-        replayed, recorded = call in self._replay, self._record is not None and self._wanted(call)
-        if recorded:
+        is_shared = call in self._replay
+        if self._record is not None and self._is_recorded(call):
             self._record[call] = output
+            is_shared = True
         if call == self._stop_after:
             raise StopForward
-        # the forward may change it in place, but what is kept stays as it is
-        return _same(output) if replayed or recorded else output
+        # the forward may change its output in place, which must not change a recorded one
+        return _same(output) if is_shared else output
 
     @contextmanager
     def replaying(self, outputs: dict[Call, Any]) -> Iterator[None]:
-        """Within it, these calls return these outputs and compute nothing."""
+        """Within the context, these calls return these outputs and compute nothing."""
         before, self._replay = self._replay, outputs
         try:
             yield
@@ -134,13 +149,15 @@ class Runtime:
     @contextmanager
     def recording(
         self,
-        wanted: Container[Call] | None = None,
+        calls: Container[Call] | None = None,
         stop_before: Call | None = None,
         stop_after: Call | None = None,
     ) -> Iterator[dict[Call, Any]]:
-        """Collect the outputs of the wanted calls (None: all); at a stop the forward ends there, quietly."""
+        """Collect the outputs of calls (None: of all). The forward ends without an error before `stop_before`
+        or after `stop_after`."""
         record: dict[Call, Any] = {}
-        self._record, self._wanted = record, (lambda call: True) if wanted is None else wanted.__contains__
+        self._record = record
+        self._is_recorded = (lambda call: True) if calls is None else calls.__contains__
         self._stop_before, self._stop_after = stop_before, stop_after
         try:
             yield record
@@ -161,7 +178,11 @@ class Runtime:
     # ---------------------------------------------------------------------------------------------- functions
 
     def function(self, kind: str, options: dict[str, Any], inputs: tuple) -> QTensor:
-        """Run the node of a function at this place of the forward."""
+        """Run the node of a function at this point of the forward.
+
+        Raises:
+            InputError: calibration did not meet the function here.
+        """
         index = self._counts[-1][kind]
         self._counts[-1][kind] += 1
         name = f"{self.path}.{kind}{index}".lstrip(".")
@@ -177,6 +198,7 @@ class Runtime:
         return self.functions[key](*inputs)
 
     def add_function(self, name: str, kind: str, options: dict[str, Any]) -> None:
+        """Make the node of a function."""
         assert self.make_function is not None
         node = self.make_function(kind, options, self.config)
         node.bind(self, name)
@@ -184,22 +206,24 @@ class Runtime:
         self.nodes[name] = node
 
     def remove_function(self, name: str) -> None:
+        """Remove the node of a function, which then must not run any more."""
         del self.functions[name.replace(".", "/")], self.nodes[name]
 
     def one_scale_along(self, x: QTensor, dims: Iterable[int]) -> QTensor:
-        """x with a scale that does not vary along these dimensions: as it is, or per tensor in carrier bits.
+        """x with a scale that does not vary along these dimensions: x itself, or x as a wide activation with
+        one scale for the tensor.
 
-        Whether the carrier is needed shows only on whole numbers, so while observing every such place gets
-        one.
+        Whether the scale varies shows only on integers, so each such call gets a node while observing.
         """
-        varies = x.is_integer and x.scale.ndim and any(x.scale.shape[dim] > 1 for dim in dims)
+        scale = x.scale
+        varies = scale is not None and scale.ndim > 0 and any(scale.shape[dim] > 1 for dim in dims)
         if self.observing or varies:
             return self.function("carrier", {}, (x,))
-        self._counts[-1]["carrier"] += 1  # the places keep their names
+        self._counts[-1]["carrier"] += 1  # so that the others keep their names
         return x
 
     def constant(self, value: Tensor) -> QTensor:
-        """A constant tensor on a grid of its own, carrier bits wide."""
+        """A constant tensor as integers of `carrier_bits`, with a scale for its largest magnitude."""
         qmax = 2 ** (self.config.carrier_bits - 1) - 1
         scale = fixed_point_scale(value.detach().abs().amax().double() / qmax, self.config.frac_bits)
         return QTensor(round_ste((value / scale).float()), scale, self)
@@ -209,10 +233,15 @@ class Runtime:
         return dispatch(self, function, args, kwargs)
 
     def in_float(self, function: Callable, args: tuple, kwargs: dict) -> Any:
-        """A function with no integer algorithm here: it runs on real numbers, and the report says so."""
+        """Run a function without integer algorithm on real numbers, and note that for the report.
+
+        Raises:
+            InputError: the forward is written down as a program.
+        """
         if self.tracer is not None:
             raise InputError(
-                f"{function_name(function)} in {self.where} has no integer form, so the model cannot be lowered"
+                f"{function_name(function)} in {self.where} has no integer form, "
+                "so the model cannot be lowered"
             )
         self.kept_in_float[(function_name(function), self.where)] += 1
         return self.wrap(function(*to_real(args), **to_real(kwargs)))
@@ -227,8 +256,7 @@ class Runtime:
 
 
 def introduce_to_einops() -> None:
-    """Where einops is installed, have it treat quantized tensors as PyTorch's; without that it refuses
-    them."""
+    """Let einops, where it is installed, treat quantized tensors as PyTorch's. It refuses unknown types."""
     try:
         from einops import _backends
 
@@ -238,7 +266,7 @@ def introduce_to_einops() -> None:
 
 
 def _same(output: Any) -> Any:
-    """The output of a node in other objects of the same values."""
+    """The output of a node in new objects of the same values."""
     if isinstance(output, QTensor):
         return output.same()
     if isinstance(output, (list, tuple)):

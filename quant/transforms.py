@@ -14,7 +14,8 @@ from licq.quant.config import QuantConfig
 from licq.quant.fixedpoint import int_range
 from licq.quant.quantizer import Quantizer
 
-FACTORS = 3  # FQ-ViT's K: the least scale is 2^-3 of the largest
+FACTORS = 3
+"""FQ-ViT's K: the smallest scale is 2^-3 of the largest."""
 
 
 class FoldedLayer(Protocol):
@@ -22,7 +23,9 @@ class FoldedLayer(Protocol):
 
     config: QuantConfig
     input_grid: Quantizer
-    groups: int
+
+    @property
+    def groups(self) -> int: ...
 
     def float_weight(self) -> Tensor:
         """(outputs, inputs / groups, ...)"""
@@ -94,8 +97,8 @@ def range_groups(ranges: Tensor, count: int) -> Tensor:
     """(outputs,) int64: the group of each output channel, 0 for the smallest ranges.
 
     Channels in order of their ranges are cut into at most `count` groups such that the bits that channels
-    lose by their group's scale, sum log2(largest range of the group / own range), are fewest; found exactly,
-    by dynamic programming.
+    lose by their group's scale, sum log2(largest range of the group / range of the channel), are fewest. The
+    cut is optimal, by dynamic programming.
     """
     order = torch.argsort(ranges, stable=True)
     bits = torch.log2(ranges[order].double().clamp(min=1e-12)).tolist()
@@ -103,23 +106,23 @@ def range_groups(ranges: Tensor, count: int) -> Tensor:
     total = [0.0]
     for value in bits:
         total.append(total[-1] + value)
-    least = [[0.0] + [float("inf")] * size]
+    min_lost = [[0.0] + [float("inf")] * size]
     begins: list[list[int]] = []
     for _ in range(min(count, size)):
         row, begin = [float("inf")] * (size + 1), [0] * (size + 1)
         for end in range(1, size + 1):
             for start in range(end):
-                lost = least[-1][start] + (end - start) * bits[end - 1] - (total[end] - total[start])
+                lost = min_lost[-1][start] + (end - start) * bits[end - 1] - (total[end] - total[start])
                 if lost < row[end] - 1e-12:
                     row[end], begin[end] = lost, start
         row[0] = 0.0
-        least.append(row)
+        min_lost.append(row)
         begins.append(begin)
     groups = torch.zeros(size, dtype=torch.int64)
     end = size
     for number in reversed(range(len(begins))):
         groups[begins[number][end] : end] = number
         end = begins[number][end]
-    found = torch.empty_like(groups)
-    found[order.cpu()] = torch.unique(groups, return_inverse=True)[1]
-    return found.to(ranges.device)
+    group_of_channel = torch.empty_like(groups)
+    group_of_channel[order.cpu()] = torch.unique(groups, return_inverse=True)[1]
+    return group_of_channel.to(ranges.device)

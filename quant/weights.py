@@ -12,8 +12,24 @@ from licq.quant.rounding import Rounding, make_rounding
 from licq.quant.transforms import range_groups
 
 
+def per_output(scale: Tensor, w: Tensor) -> Tensor:
+    """A scale (outputs,) or (), shaped to broadcast against a weight (outputs, inputs, ...)."""
+    return scale.reshape(-1, *[1] * (w.ndim - 1)) if scale.ndim else scale
+
+
 class WeightQuantizer(nn.Module):
-    """Whole-number weights and their scale, eqs. 3, 4, 14, 15; the first dimension is the output channel."""
+    """Integer weights and their scale (eqs. 3, 4, 14 and 15); the first dimension is the output channel.
+
+    In all methods, w is a (folded) weight (outputs, inputs, ...). `min_scale` is the smallest scale with
+    which sums fit their accumulator, (outputs,), or None.
+
+    Args:
+        mask: 0 and 1, of the weight's shape, or None.
+    """
+
+    group: Tensor | None
+    log_n: nn.Parameter
+    mask: Tensor | None
 
     def __init__(self, config: QuantConfig, mask: Tensor | None):
         super().__init__()
@@ -32,76 +48,76 @@ class WeightQuantizer(nn.Module):
         self.log_n = nn.Parameter(torch.zeros(()), requires_grad=False)
         self.rounding: Rounding | None = None
 
-    def initialize(self, w: Tensor, least: Tensor | None = None) -> None:
-        """Ranges and the rounding scheme for the (folded) weights w: (outputs, inputs, ...); `least` as in
-        `scale`."""
+    def initialize(self, w: Tensor, min_scale: Tensor | None = None) -> None:
+        """Set the ranges and start the rounding scheme for the weights w."""
         w = w.detach()
         estimate = self.spec.estimate(w, 0 if self.per_channel else None, self.bits, True).to(w)
         self.group = range_groups(estimate, self.group_count) if self.group_count else None
         ratio = self._of_groups(estimate) / self._of_groups(self._largest(w))
         self.log_n = nn.Parameter(torch.log(ratio.clamp(1e-3, 1.0)), requires_grad=False)
         if self.make_scale is power_of_two_scale and self.spec.method != "max":
-            self._choose_power(w, least)
-        self.set_rounding(self.rounding_name, w, least)
+            self._choose_power(w, min_scale)
+        self.set_rounding(self.rounding_name, w, min_scale)
 
-    def _choose_power(self, w: Tensor, least: Tensor | None) -> None:
-        """Of the two powers of two about the estimate, the one with the smaller squared error."""
+    def _choose_power(self, w: Tensor, min_scale: Tensor | None) -> None:
+        """Choose the power of two below or above the estimate, whichever has the smaller squared error."""
         qmax, upper = int_range(self.bits)[1], self.log_n.data
         errors = []
         for log_n in (upper, upper - math.log(2)):
             self.log_n.data = log_n
-            scale = self._view(self.scale(w, least), w)
+            scale = per_output(self.scale(w, min_scale), w)
             error = ((w / scale).round().clamp(-qmax, qmax) * scale - w).square().flatten(1).sum(1)
             if self.group is not None:
                 error = error.new_zeros(len(upper)).index_add_(0, self.group, error)
             errors.append(error if upper.ndim else error.sum())
         self.log_n.data = torch.where(errors[1] < errors[0], upper - math.log(2), upper)
 
-    def set_rounding(self, name: str, w: Tensor, least: Tensor | None = None) -> None:
-        """Start a rounding scheme at the weights w."""
+    def set_rounding(self, name: str, w: Tensor, min_scale: Tensor | None = None) -> Rounding:
+        """Start a rounding scheme at the weights w, and return it."""
         self.rounding_name = name
-        self.rounding = make_rounding(name, self.in_steps(w, least), self.mask)
-        self.rounding.requires_grad_(False)
+        rounding = make_rounding(name, self.in_steps(w, min_scale), self.mask)
+        rounding.requires_grad_(False)
+        self.rounding = rounding
+        return rounding
+
+    def rounding_parameters(self) -> list[nn.Parameter]:
+        """What the rounding scheme learns."""
+        return [] if self.rounding is None else list(self.rounding.parameters())
 
     @torch.no_grad()
-    def in_steps(self, w: Tensor, least: Tensor | None = None) -> Tensor:
+    def in_steps(self, w: Tensor, min_scale: Tensor | None = None) -> Tensor:
         """w / s_w, float32."""
-        return (w / self._view(self.scale(w, least), w)).float()
+        return (w / per_output(self.scale(w, min_scale), w)).float()
 
     def _largest(self, w: Tensor) -> Tensor:
         largest = w.abs().flatten(1).amax(1) if self.per_channel else w.abs().amax()
-        # an output channel without weights keeps a scale of the others' order, so that its bias does not
+        # the scale of a channel of zeros is not far below the other scales, so that its bias does not
         # overflow
         return largest.clamp(min=float(largest.detach().max().clamp(min=1e-12)) * 2**-12)
 
     def _of_groups(self, values: Tensor) -> Tensor:
-        """The largest value of each group of output channels; without groups as it is."""
+        """The largest value of each group of output channels; `values` where there are no groups."""
         if self.group is None:
             return values
         return values.new_zeros(int(self.group.max()) + 1).scatter_reduce(
             0, self.group, values, "amax", include_self=False
         )
 
-    def scale(self, w: Tensor, least: Tensor | None = None) -> Tensor:
-        """s_w: (outputs,) or (), float64, eqs. 3 and 15; not below `least`, which keeps sums inside their
-        accumulator."""
+    def scale(self, w: Tensor, min_scale: Tensor | None = None) -> Tensor:
+        """s_w of eqs. 3 and 15, not below `min_scale`: (outputs,) or (), float64."""
         qmax = int_range(self.bits)[1]
         scale = torch.exp(self.log_n.double()) * self._of_groups(self._largest(w).double()) / qmax
-        if least is not None:
-            least = (
-                torch.ceil(least * 2.0**self.frac_bits) * 2.0**-self.frac_bits
-            )  # rounded to the nearest it could end below itself
-            scale = torch.maximum(scale, self._of_groups(least) if scale.ndim else least.max())
+        if min_scale is not None:
+            # upwards: rounding to nearest could end below it
+            min_scale = torch.ceil(min_scale * 2.0**self.frac_bits) * 2.0**-self.frac_bits
+            scale = torch.maximum(scale, self._of_groups(min_scale) if scale.ndim else min_scale.max())
         scale = self.make_scale(scale, self.frac_bits)
         return scale if self.group is None else scale[self.group]
 
-    @staticmethod
-    def _view(scale: Tensor, w: Tensor) -> Tensor:
-        return scale.reshape(-1, *[1] * (w.ndim - 1)) if scale.ndim else scale
-
-    def forward(self, w: Tensor, least: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(w_int of w's shape, s_w)."""
-        scale = self.scale(w, least)
+    def forward(self, w: Tensor, min_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(w_int of w's shape, s_w). Not before `initialize`."""
+        assert self.rounding is not None
+        scale = self.scale(w, min_scale)
         qmin, qmax = int_range(self.bits)
-        w_int = self.rounding((w / self._view(scale, w)).float())
+        w_int = self.rounding((w / per_output(scale, w)).float())
         return w_int.clamp(qmin, qmax), scale

@@ -43,7 +43,7 @@ def balance_scales(
         before, start = _noise(node, sensitivity, share), log_n.data.clone()
         log_n.data = _balanced(node, sensitivity, share).to(log_n)
         node.start_weights()
-        if _noise(node, sensitivity, share) > before or node.bound_now() > LARGEST_ACCUMULATOR:
+        if _noise(node, sensitivity, share) > before or node.learned_bound() > LARGEST_ACCUMULATOR:
             log_n.data = start
             node.start_weights()
 

@@ -57,7 +57,7 @@ class Engine:
         if "border" in config.learn:
             for node in qmodel.nodes.values():
                 if "border" in node.learnable():
-                    node.start_border()
+                    node.start_rounding_border()
         self.j_float: list[Tensor] = []
         self.float_outputs: list[tuple[Tensor, Tensor]] = []
         self._measure_float()

@@ -21,6 +21,7 @@ from licq.quant.mac import QuantMAC
 from licq.quant.model import QuantModel
 from licq.quant.qtensor import QTensor
 from licq.quant.rounding import ROUNDINGS
+from licq.quant.weights import per_output
 from licq.reconstruction.columns import columns, output_size, phases
 from licq.support.errors import InputError
 from licq.support.progress import progress as progress_bar
@@ -183,8 +184,8 @@ class _Moment:
 def _start_rounding(node: QuantMAC, moment: _Moment) -> None:
     quantizer = node.weight_quantizer
     weight, reference = node.folded_weight()
-    scale = quantizer.scale(weight, node.least_scale(reference))
-    real = (weight / quantizer._view(scale, weight)).float()
+    scale = quantizer.scale(weight, node.min_scale(reference))
+    real = (weight / per_output(scale, weight)).float()
     flat = real.flatten(1)
     mask = None if quantizer.mask is None else (quantizer.mask != 0).expand(weight.shape).flatten(1)
     limits = int_range(quantizer.bits)

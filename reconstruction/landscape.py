@@ -37,7 +37,7 @@ def measure_landscape(probe: Probe, layer: str, remember: Remember, progress: bo
     """
     unit, node = probe.layer(layer), probe.qmodel.layers[layer]
     weight, reference = node.folded_weight()
-    node.weight_quantizer.set_rounding("nearest", weight, node.least_scale(reference))
+    node.weight_quantizer.set_rounding("nearest", weight, node.min_scale(reference))
     sides = ["weights"] + ([] if node.input_grid.exact else ["inputs"])
     real = probe.outputs(unit)
 

@@ -213,7 +213,7 @@ def weight_noise(node: QuantMAC, sensitivity: Sensitivity) -> Tensor:
     s_w^2 / 12 through the mean squares of the inputs.
     """
     weight, reference = node.folded_weight()
-    step = node.weight_quantizer.scale(weight, node.least_scale(reference)).expand(node.outputs)
+    step = node.weight_quantizer.scale(weight, node.min_scale(reference)).expand(node.outputs)
     grid = node.input_grid
     if sensitivity.energy is not None:
         energy = sensitivity.energy

@@ -99,4 +99,4 @@ def _fits(node: QuantMAC, channels: Tensor) -> bool:
     The other half is for what follows: it changes the weights a little.
     """
     _split(node, channels)
-    return bool(node.bound_now() <= LARGEST_ACCUMULATOR / 2)
+    return bool(node.learned_bound() <= LARGEST_ACCUMULATOR / 2)

@@ -221,10 +221,10 @@ class UnitPass:
         """
         runtime, share = self.qmodel.runtime, self.config.act_drop
         if share:
-            runtime.dropping = lambda q, exact: torch.where(
+            runtime.act_drop = lambda q, exact: torch.where(
                 torch.rand(q.shape, generator=self.noise).to(q.device) < share, exact, q
             )
         try:
             yield
         finally:
-            runtime.dropping = None
+            runtime.act_drop = None

@@ -103,7 +103,7 @@ def test_quantized_plugin_says_which_file_it_needs(plugin, tmp_path, monkeypatch
     model.save(tmp_path / "q.safetensors")
     assert torch.equal(QuantModel.load(tmp_path / "q.safetensors")(x)["x_hat"], model(x)["x_hat"])
     del registry._REGISTRY["mine"]  # as in a process that never named the file
-    with pytest.raises(InputError, match=r"'mine'.*--arch FILE.py"):
+    with pytest.raises(InputError, match=r"'mine'.*`arch=FILE.py`"):
         QuantModel.load(tmp_path / "q.safetensors")
 
 

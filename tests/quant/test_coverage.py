@@ -357,7 +357,7 @@ def test_the_comparison_changes_neither_random_numbers_nor_the_network(images):
     observed(network, images)
     after = torch.rand(1)
     torch.manual_seed(5)
-    torch.rand(1), torch.rand(1)  # of the forward that observes, of the one on whole numbers
+    torch.rand(1), torch.rand(1)  # of the forward that observes, of the one on integers
     assert torch.equal(after, torch.rand(1))
     assert network.training and all(
         torch.equal(before[key], value) for key, value in network.state_dict().items()

@@ -6,13 +6,9 @@ import torch
 
 from licq.quant.fixedpoint import quantize_multiplier, requantize
 from licq.quant.integer_functions import (
-    EXP_STEPS_PER_NAT,
-    build_table,
     divide_round,
-    exp_table,
     integer_gdn,
     integer_layer_norm,
-    integer_softmax,
     isqrt,
     table_lookup,
 )
@@ -70,77 +66,10 @@ def test_divide_round_broadcasts():
     assert divide_round(whole(3, -3, 5), whole(2).reshape(1, 1)).tolist() == [[2, -2, 3]]
 
 
-def test_a_table_holds_the_rounded_clipped_function_and_lookup_clips_its_index():
-    table = build_table(torch.nn.functional.leaky_relu, 0.5, 0.25, -4, 3, -2, 5)
-    assert table.tolist() == [0, 0, 0, 0, 0, 2, 4, 5]
-    table = build_table(torch.tanh, 0.1, 2**-7, -127, 127, -127, 127)
-    index = torch.arange(-127, 128, dtype=torch.float32)
-    rounded = [math.copysign(math.floor(abs(math.tanh(0.1 * i)) * 128 + 0.5), i) for i in index.tolist()]
-    expected = [max(-127, min(127, value)) for value in rounded]
-    assert table_lookup(index, table, offset=-127).tolist() == expected
-    assert table_lookup(whole(-500, 500), table, offset=-127).tolist() == [-127, 127]
-
-
-def test_a_table_that_cannot_be_is_refused():
-    with pytest.raises(ValueError):
-        build_table(torch.exp, 1.0, 1.0, 3, 2, 0, 1)
-    with pytest.raises(ValueError):
-        build_table(torch.log, 1.0, 1.0, -2, 2, -9, 9)
-
-
-# ---------------------------------------------------------------------------------------------------- softmax
-
-
-def softmax_by_hand(q, mantissa, shift, table, mask):
-    """One row, in Python's integers."""
-    kept = [v for v, m in zip(q, mask) if m]
-    if not kept:
-        return [0] * len(q)
-    weights = []
-    for value, m in zip(q, mask):
-        index = min(shift_by_hand((max(kept) - value) * mantissa, -shift), len(table) - 1) if m else 0
-        weights.append(table[index] if m else 0)
-    return [divide_by_hand(w * 2**15, sum(weights)) for w in weights]
-
-
-@pytest.mark.parametrize("keys,scale", [(1, 0.1), (2, 1.0), (64, 0.02), (400, 0.003), (400, 3.0)])
-def test_integer_softmax_is_within_its_bound_of_the_real_softmax(keys, scale):
-    draw = torch.Generator().manual_seed(keys)
-    q = torch.randint(-2000, 2001, (40, keys), generator=draw).double()
-    multiplier = quantize_multiplier(torch.tensor(scale * EXP_STEPS_PER_NAT, dtype=torch.float64))
-    p = integer_softmax(q, *multiplier, exp_table())
-    real = torch.softmax(q * scale, -1)
-    assert (p * 2.0**-15 - real).abs().max() <= 2**-10 + keys * 2**-21 + 2**-16
-    assert (p.sum(-1) - 2**15).abs().max() <= keys / 2
-
-
-def test_integer_softmax_equals_unbounded_integers_and_masked_keys_are_exactly_zero():
-    draw = torch.Generator().manual_seed(5)
-    q = torch.randint(-300, 301, (9, 12), generator=draw)
-    mask = torch.randint(0, 2, (9, 12), generator=draw)
-    mask[3] = 0
-    mask[4] = 1
-    q[mask == 0] += 5000
-    mantissa, shift = quantize_multiplier(torch.tensor(0.013 * EXP_STEPS_PER_NAT))
-    table = exp_table()
-    expected = [
-        softmax_by_hand(a, mantissa.item(), shift.item(), [int(t) for t in table.tolist()], b)
-        for a, b in zip(q.tolist(), mask.tolist())
-    ]
-    for dtype in (torch.float32, torch.float64, torch.int64):
-        p = integer_softmax(q.to(dtype), mantissa, shift, table, mask=mask)
-        assert p.tolist() == expected
-    assert (p[mask == 0] == 0).all() and p[3].sum() == 0
-    along_first = integer_softmax(q.T.double(), mantissa, shift, table, dim=0, mask=mask.T)
-    assert torch.equal(along_first.T, p)
-
-
-def test_integer_softmax_takes_the_largest_logits_and_one_scale_per_head():
-    q = whole(2**30 - 1, -(2**30) + 1, 2**30 - 1).expand(2, 3).contiguous()
-    multiplier = quantize_multiplier(torch.tensor([[1e-9], [10.0]], dtype=torch.float64) * EXP_STEPS_PER_NAT)
-    p = integer_softmax(q, *multiplier, exp_table())
-    real = torch.softmax(q * torch.tensor([[1e-9], [10.0]], dtype=torch.float64), -1)
-    assert (p * 2.0**-15 - real).abs().max() <= 2**-10 + 2**-14
+def test_a_lookup_clips_its_index_to_the_table():
+    table = torch.tensor([-7.0, 0.0, 3.0, 9.0])
+    assert table_lookup(whole(-2, -1, 0, 1), table, offset=-2).tolist() == table.tolist()
+    assert table_lookup(whole(-500, 500), table, offset=-2).tolist() == [-7, 9]
 
 
 # ------------------------------------------------------------------------------------------------- layer norm

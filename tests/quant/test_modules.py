@@ -1,6 +1,6 @@
 """Quantized layers and functions against integer arithmetic written out by hand, and against the float layer.
 
-"By hand" is numpy int64 and Python's own integers and fractions on the stored whole numbers; nothing of
+"By hand" is numpy int64 and Python's own integers and fractions on the stored integers; nothing of
 quant/ computes.
 """
 
@@ -138,7 +138,7 @@ def randomized(module: nn.Module, seed: int = 1) -> nn.Module:
 
 
 def input_codes(node: QuantModule, x: Tensor) -> np.ndarray:
-    """The whole numbers on the node's input grid, from its stored scale and limits."""
+    """The integers on the node's input grid, from its stored scale and limits."""
     grid = node.input_grid
     shape = grid.shape_for(x.ndim)
     scale, low, high = (t.reshape(shape).expand(x.shape).numpy() for t in (grid.scale, grid.qmin, grid.qmax))

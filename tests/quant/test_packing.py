@@ -1,4 +1,4 @@
-"""Packed whole numbers, against Python's own integers."""
+"""Packed integers, against Python's own integers."""
 
 import pytest
 import torch

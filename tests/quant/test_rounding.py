@@ -104,7 +104,7 @@ def test_adaround_stays_on_its_floor_when_the_scale_moves():
     rounding = AdaRound(w)
     assert torch.equal(
         rounding(w * 1.3), rounding(w)
-    )  # with whole numbers that follow, a weight would jump a step
+    )  # with integers that follow, a weight would jump a step
 
 
 def test_adaround_regularizer_counts_undecided_weights_and_leaves_masked_ones_out():

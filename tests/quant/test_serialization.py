@@ -417,7 +417,7 @@ def test_networks_that_do_not_fit_are_one_line(own_file):
 
 def test_float_checkpoint_and_quantized_model_are_not_taken_for_each_other(own_file, tmp_path):
     save_checkpoint(network("balle2018", 0), tmp_path / "float.safetensors", {"arch": "balle2018"})
-    with pytest.raises(InputError, match="float checkpoint.*main_ptq.py --checkpoint"):
+    with pytest.raises(InputError, match="float checkpoint.*main_ptq.py takes it as `checkpoint`"):
         QuantModel.load(tmp_path / "float.safetensors")
     torch.save(network("balle2018", 0).state_dict(), tmp_path / "float.pt")
     with pytest.raises(InputError, match="float.pt"):
@@ -463,7 +463,7 @@ def reforged(path, target, change) -> None:
     for seal in ("sha256", "sha256_header"):
         header.pop(seal)
     change(header, inside)
-    write_tensors(target, inside, {**header, "sha256_header": serialization._seal(header)}, compress=True)
+    write_tensors(target, inside, {**header, "sha256_header": serialization.seal(header)}, compress=True)
 
 
 def _changed(end: str, make):
@@ -545,7 +545,7 @@ def without(path, last: str) -> None:
     header["packed"] = {name: stated for name, stated in header["packed"].items() if name not in gone}
     del header["sha256_header"]
     kept = {name: tensor for name, tensor in tensors.items() if name not in gone}
-    write_tensors(path, kept, {**header, "sha256_header": serialization._seal(header)})
+    write_tensors(path, kept, {**header, "sha256_header": serialization.seal(header)})
 
 
 def test_older_files_of_float_inputs_load_with_adaround_and_are_refused_with_groups(tmp_path):

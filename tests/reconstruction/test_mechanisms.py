@@ -108,7 +108,7 @@ def test_a_rounding_border_moves_where_values_are_rounded_up():
     ):
         grid.border = None
         real = x.real() / grid.parameters_of_grid()[0].reshape(1, -1, 1, 1)
-        grid.start_border(len(grid.log_n))
+        grid.start_rounding_border(len(grid.log_n))
         grid.border.data += 0.25
         far = (real - torch.floor(real) - 0.75).abs() > 1e-3  # from the place where it turns
         found = grid(x).q
@@ -170,7 +170,7 @@ def test_act_drop_changes_what_is_learned_and_ends_with_it():
     )
     a, b = (quantize(codec("balle2018"), images(), c, lmbda=0.01, progress=False) for c in (plain, dropped))
     assert any(not torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values()))
-    assert b.runtime.dropping is None
+    assert b.runtime.act_drop is None
 
 
 def test_the_output_loss_is_the_distance_from_the_float_codec(monkeypatch):

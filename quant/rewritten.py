@@ -1,0 +1,94 @@
+"""A codec whose layers are nodes: its parts, without a forward.
+
+`quant.model.QuantModel` runs it. The writer and the reader of files need its parts alone.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from licq.quant.bits import Bits, check_layers
+from licq.quant.config import QuantConfig
+from licq.quant.functions import make_function
+from licq.quant.mac import QuantMAC
+from licq.quant.modules import QuantModule
+from licq.quant.rewriter import Rewrite, fixed_weights, rewrite
+from licq.quant.runtime import Runtime
+
+
+class RewrittenCodec(nn.Module):
+    """A copy of a codec with nodes in the place of its layers.
+
+    Args:
+        model: any module whose forward returns {"x_hat", "likelihoods"}; it is copied, not changed.
+        config: see `QuantConfig`.
+        bits: of single layers, {layer: {"w_bits": b, "a_bits": b}}. The other layers have the bits of
+            `config`. Products of attention have no weights and always have the bits of `config`.
+
+    Attributes:
+        model: the copy, on which the codec's own forward runs.
+        rewrite: what the rewriter replaced, and what it left alone.
+        functions: the nodes of functions (`a + b`, softmax ...), by name with "/" for ".".
+        runtime: the state of the forward passes.
+        frozen: the weights, scales and tables are final.
+        loaded: the model comes from a file. It has integers only, so nothing can be learned from it.
+        extra: what the writer of the file wanted to find again; JSON.
+        history: what calibration did, step by step; `reconstruction` writes it.
+        file_sha256: of the file that the model was last saved to or loaded from.
+
+    Raises:
+        InputError: `bits` names a layer that the codec does not have, or a layer has a forward hook.
+    """
+
+    config: QuantConfig
+    model: nn.Module
+    rewrite: Rewrite
+    functions: nn.ModuleDict
+    runtime: Runtime
+    frozen: bool
+    loaded: bool
+    extra: dict[str, Any]
+    history: dict[str, Any]
+    file_sha256: str | None
+
+    def __init__(self, model: nn.Module, config: QuantConfig, bits: Bits | None = None):
+        super().__init__()
+        self.config = config
+        runtime = Runtime(config, make_function)
+        # not through nn.Module's __setattr__: the runtime holds modules and must not become a submodule
+        object.__setattr__(self, "runtime", runtime)
+        self.model = fixed_weights(model)
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(False)
+        self.rewrite = rewrite(self.model, config, runtime)
+        self.functions = runtime.functions
+        check_layers(bits or {}, self.layers)
+        for name, sides in (bits or {}).items():
+            self.layers[name].set_bits(**sides)
+        self.frozen = self.loaded = False
+        self.extra, self.history = {}, {}
+        self.file_sha256 = None
+
+    @property
+    def nodes(self) -> dict[str, QuantModule]:
+        """Every node that has run, by name, in the order of first execution."""
+        return self.runtime.nodes
+
+    @property
+    def layers(self) -> dict[str, QuantMAC]:
+        """The multiply-accumulate layers by name, whether they have run or not. Each can have bits of its
+        own."""
+        return {name: node for name, node in self.rewrite.nodes.items() if isinstance(node, QuantMAC)}
+
+    def quantize_nodes(self, quantized: bool, names: Iterable[str] | None = None) -> None:
+        """Switch nodes between quantized and float. names: which; None: all."""
+        nodes = (
+            [*self.rewrite.nodes.values(), *self.runtime.functions.values()]
+            if names is None
+            else [self.nodes[name] for name in names]
+        )
+        for node in nodes:
+            for part in node.modules():
+                if isinstance(part, QuantModule):
+                    part.quantized = quantized
