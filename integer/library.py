@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -159,7 +159,7 @@ def expected_layout(structures: tuple[type[ctypes.Structure], ...] = STRUCTURES)
 
 
 def _offsets(structure: Any) -> Iterator[tuple[str, int]]:
-    fields: Any = structure._fields_
+    fields = cast(Any, structure._fields_)
     for name, kind in fields:
         start = getattr(structure, name).offset
         if issubclass(kind, ctypes.Union):
