@@ -163,7 +163,7 @@ def _offsets(structure: Any) -> Iterator[tuple[str, int]]:
     for name, kind in fields:
         start = getattr(structure, name).offset
         if issubclass(kind, ctypes.Union):
-            for member, group in kind._fields_:
+            for member, group in cast(Any, kind)._fields_:
                 yield from ((f"{member}.{field}", start + offset) for field, offset in _offsets(group))
         else:
             yield name, start
