@@ -1,6 +1,7 @@
 """What pyproject.toml cannot say: the version, where packages lie, which files they hold, the C kernels."""
 
 import re
+from glob import glob
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -8,7 +9,6 @@ from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).resolve().parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "support" / "version.py").read_text()).group(1)
-KERNELS = ["steps", "products", "winograd", "layer_norm", "attention", "layout"]
 PACKAGES = [
     "support",
     "workers",
@@ -62,8 +62,8 @@ setup(
     ext_modules=[
         Extension(
             "licq.integer._kernels",
-            [f"integer/{name}.c" for name in KERNELS],
-            depends=["integer/kernels.h", "integer/numbers.h"],
+            sorted(glob("integer/*.c", root_dir=HERE)),
+            depends=sorted(glob("integer/*.h", root_dir=HERE)),
             libraries=["m"],
             extra_compile_args=[*EXACT, "-fopenmp"],
             extra_link_args=["-fopenmp"],

@@ -1,1 +1,1 @@
-"""The integer program: what a frozen codec computes, as a list of operations on whole numbers."""
+"""The integer program: what a frozen codec computes, as a list of operations on integers."""

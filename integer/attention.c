@@ -1,6 +1,8 @@
-/* Attention, head by head: scores, softmax and weighted sums of a few queries at a time. */
+/* Attention head by head: scores, softmax and weighted sum of a few queries at a time. */
 
-#include "numbers.h"
+#include <stdlib.h>
+
+#include "arithmetic.h"
 
 enum { QUERIES = 16 };
 
@@ -59,7 +61,7 @@ AVX2 static void pair_products_avx2(const int16_t *restrict a, const int16_t *re
 
 static void multiply_pairs(const int16_t *a, const int16_t *b, int32_t *out, int rows, int pairs, int n) {
 #if X86
-    if (__builtin_cpu_supports("avx2")) {
+    if (HAS_AVX2) {
         pair_products_avx2(a, b, out, rows, pairs, n);
         return;
     }
@@ -79,7 +81,7 @@ static float softmax_factor(double total) {
     return (float)quotient * (float)power_of_two(16 - k);
 }
 
-/* `quant.integer_functions.fixed_softmax` of one row, times a scale, as int16 */
+/* `fixed_softmax` of quant/integer_functions.py of one row, times a scale, as int16 */
 CLONES static void softmax_row(int32_t *restrict score, const int32_t *restrict offset, int keys,
                                const float *table, int last, double scale, int low, int high,
                                int16_t *restrict out, float *restrict weight) {
@@ -94,9 +96,9 @@ CLONES static void softmax_row(int32_t *restrict score, const int32_t *restrict 
     for (int i = 0; i < keys; i++) weight[i] = table[score[i]];
     double total = 0;
     if (keys <= 4096) {
-        int32_t whole = 0;
-        for (int i = 0; i < keys; i++) whole += (int32_t)weight[i];
-        total = whole;
+        int32_t sum = 0;
+        for (int i = 0; i < keys; i++) sum += (int32_t)weight[i];
+        total = sum;
     } else
         for (int i = 0; i < keys; i++) total += weight[i];
     const float factor = softmax_factor(total);
@@ -107,7 +109,7 @@ CLONES static void softmax_row(int32_t *restrict score, const int32_t *restrict 
 }
 
 #if X86
-/* The same of a row of sums of products of queries and keys, with tie-free scales, for up to 4096 keys. Whole
+/* The same of a row of sums of products of queries and keys, with tie-free scales, for up to 4096 keys. Full
  * vectors of 8 are read and written. */
 AVX2 static void softmax_row_avx2(int32_t *score, const int32_t *offset, int head, const Attention *job,
                                   int16_t *out, float *weight) {
@@ -225,15 +227,15 @@ int attention(const Attention *job) {
                 multiply_pairs(rows, packed_k, scores, many, inner2, keys8);
                 for (int r = 0; r < many; r++) {
                     int32_t *score = scores + (int64_t)r * keys8;
-                    const int64_t place = (kind * job->heads + head) * job->queries + t + r;
-                    const int32_t *offset = job->offset ? job->offset + place * keys : 0;
+                    const int64_t row_number = (kind * job->heads + head) * job->queries + t + r;
+                    const int32_t *offset = job->offset ? job->offset + row_number * keys : 0;
                     int16_t *weight = weights + (int64_t)r * 2 * keys2;
-                    if (job->blank && job->blank[place]) {
+                    if (job->blank && job->blank[row_number]) {
                         memset(weight, 0, sizeof(int16_t) * keys);
                         continue;
                     }
 #if X86
-                    if (job->tie_free && keys <= 4096 && __builtin_cpu_supports("avx2")) {
+                    if (job->tie_free && keys <= 4096 && HAS_AVX2) {
                         softmax_row_avx2(score, offset, head, job, weight,
                                          row); /* may write into the next row, which comes next */
                         continue;
@@ -246,7 +248,8 @@ int attention(const Attention *job) {
                 }
                 multiply_pairs(weights, packed_v, results, many, keys2, width8);
                 for (int r = 0; r < many; r++)
-                    store(results + (int64_t)r * width8, &job->out, line * job->queries + t + r, 1, 1, width);
+                    store_pixels(results + (int64_t)r * width8, &job->out, line * job->queries + t + r, 1, 1,
+                                 width);
             }
         }
         free(packed_k);

@@ -36,18 +36,19 @@ def usable() -> bool:
     return different is None
 
 
-def _reference(program: Program, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _by_name(program: Program, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {str(name): tensor for name, tensor in run(program, inputs).items()}
 
 
 def executable(
     program: Program, threads: int | None = None, device: torch.device | str = "cpu"
 ) -> Executable:
-    """Whole numbers by name -> whole numbers by name: with the compiled kernels where they can be used, else
-    the reference.
+    """What computes a program: integers by name -> integers by name.
+
+    On the CPU the compiled kernels where they can be used; else the reference.
 
     threads: of the kernels; None: PyTorch's.
     """
     if torch.device(device).type == "cpu" and usable():
         return FastProgram(optimize(program), threads)
-    return partial(_reference, program.to(device))
+    return partial(_by_name, program.to(device))

@@ -1,8 +1,9 @@
-"""Programs on the CPU's integer units: layers fused with what follows them elementwise, run by the C kernels.
+"""Programs on the CPU's integer units: layers fused with what follows them elementwise.
 
-A group is one multiply-accumulate operation (or none) and the elementwise operations on its result; they run
-tile by tile, while the accumulators are in the cache, and only what other groups read is stored. Everything
-that has no kernel here runs as the reference does. Numbers are the reference's to the bit.
+A group is one multiply-accumulate operation (or none) and the elementwise operations on its result. The
+compiled kernels run it tile by tile, while the accumulators are in the cache, and store only what other
+groups read. An operation that has no kernel runs as the reference does. Results are the reference's to the
+bit.
 """
 
 import math
@@ -12,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from licq.integer.attention import AttentionLaunch
 from licq.integer.group_launch import GroupLaunch
 from licq.integer.groups import Group, constants_of, groups_of, operand_type
-from licq.integer.launches import AttentionLaunch, CopyLaunch, Launch, LayerNormLaunch, SingleLaunch, kernels
-from licq.integer.library import SLACK, library
+from licq.integer.launches import CopyLaunch, Launch, LayerNormLaunch, ReferenceLaunch
+from licq.integer.library import SLACK, kernels
+from licq.integer.memory import memory_slots, values_to_drop
 from licq.integer.program import Program
 from licq.quant import operations as ops
 from licq.quant.operations import Operation
@@ -28,45 +31,44 @@ class FastProgram:
         threads: of the kernels; None: PyTorch's.
 
     Raises:
-        RuntimeError: the package was installed without a C compiler; run `integer.reference.run` instead.
+        RuntimeError: there are no compiled kernels; run `integer.reference.run` instead.
     """
 
     def __init__(self, program: Program, threads: int | None = None):
-        if library() is None:
-            raise RuntimeError(
-                "no compiled kernels; install the package where there is a C compiler, or use the reference"
-            )
         self.program, self.threads = program, threads
+        self.eight_bits = bool(kernels().has_vnni())
         self.constants = constants_of(program)
         self.plan = groups_of(program)
-        self.eight_bits = bool(kernels().has_vnni())
-        self.readers = _readers(self.plan, program)
-        self.storage = {number: self._storage(number) for number in self.readers}
+        readers = _readers(self.plan, program)
+        self.storage = {number: self._storage(number, entries) for number, entries in readers.items()}
         self.launches = [self._launch(entry) for entry in self.plan]
-        self.dies = _deaths(self.launches, set(program.outputs.values()))
+        outputs = set(program.outputs.values())
+        self._drops = values_to_drop(self.launches, outputs)
         sizes = {
-            number: int(torch.Size(program.values[number].shape).numel()) * dtype.itemsize
+            number: math.prod(program.values[number].shape) * dtype.itemsize
             for number, (dtype, _) in self.storage.items()
         }
-        self.slots = _slots(self.launches, set(program.outputs.values()), sizes)
-        self.memory: dict[int, Tensor] = {}  # by slot
-        self.views: dict[tuple[int, tuple[int, ...], int], Tensor] = {}  # of the memory, see `new`
-        self.keeps = False
+        self._slots = memory_slots(self.launches, outputs, sizes)
+        self._memory: dict[int, Tensor] = {}  # by slot
+        self._views: dict[tuple[int, tuple[int, ...], int], Tensor] = {}  # of the memory, see `new`
+        self._keeps_values = False
 
     def _launch(self, entry: Group | Operation) -> Launch:
-        if isinstance(entry, Group):
-            return GroupLaunch(self, entry)
-        if isinstance(entry, ops.LayerNorm) and LayerNormLaunch.takes(entry, self.program):
-            return LayerNormLaunch(self, entry)
-        if isinstance(entry, ops.Attention) and AttentionLaunch.takes(entry, self.program):
-            return AttentionLaunch(self, entry)
-        if isinstance(entry, ops.Layout) and CopyLaunch.takes(entry):
-            return CopyLaunch(self, entry)
-        return SingleLaunch(self, entry)
+        match entry:
+            case Group():
+                return GroupLaunch(self, entry)
+            case ops.LayerNorm() if LayerNormLaunch.takes(entry, self.program):
+                return LayerNormLaunch(self, entry)
+            case ops.Attention() if AttentionLaunch.takes(entry, self.program):
+                return AttentionLaunch(self, entry)
+            case ops.Layout() if CopyLaunch.takes(entry):
+                return CopyLaunch(self, entry)
+            case _:
+                return ReferenceLaunch(self, entry)
 
-    def _storage(self, number: int) -> tuple[torch.dtype, int]:
-        """(type, offset) in which a value lies in memory."""
-        value, readers = self.program.values[number], self.readers[number]
+    def _storage(self, number: int, readers: list[Group | Operation]) -> tuple[torch.dtype, int]:
+        """The type in which a value lies in memory, and what is added to its integers there."""
+        value = self.program.values[number]
         products = [
             entry
             for entry in readers
@@ -74,23 +76,24 @@ class FastProgram:
         ]
         if not products or number in self.constants:
             return value.dtype, 0
-        numbers = value.range.with_zero  # with the padding of a convolution
-        only = len(products) == len(readers) and number not in self.program.outputs.values()
-        if self.eight_bits and only and numbers.high - numbers.low < 256:
-            return torch.uint8, -numbers.low
-        storage = operand_type(value.range)
-        assert storage is not None  # else a product would not read the value
-        return storage if only or not storage[1] else (value.dtype, 0)
+        padded = value.range.with_zero
+        only_products = len(products) == len(readers) and number not in self.program.outputs.values()
+        if self.eight_bits and only_products and padded.high - padded.low < 256:
+            return torch.uint8, -padded.low
+        operand = operand_type(value.range)
+        if operand is None or (operand[1] and not only_products):
+            return value.dtype, 0
+        return operand
 
     def __call__(self, inputs: Mapping[str, Tensor], keep: bool = False) -> dict[Any, Tensor]:
         """The outputs of the program by name; with `keep`, all that was stored, by number."""
         values: dict[int, Tensor] = dict(self.constants)
-        self.keeps = keep
-        numbers = {number: name for name, number in self.program.inputs.items()}
-        for place, launch in enumerate(self.launches):
-            launch.run(values, inputs, numbers)
+        self._keeps_values = keep
+        names = {number: name for name, number in self.program.inputs.items()}
+        for launch, drops in zip(self.launches, self._drops):
+            launch.run(values, inputs, names)
             if not keep:
-                for number in self.dies[place]:
+                for number in drops:
                     values.pop(number, None)
         if keep:
             return {
@@ -103,94 +106,46 @@ class FastProgram:
         }
 
     def new(self, number: int, shape: tuple[int, ...], channel_dim: int = -1) -> Tensor:
-        """Memory for a value, with bytes behind it that kernels may read; in the next run the same, so that
-        its pages are there.
+        """Memory for a value, with `SLACK` bytes behind it that kernels may read.
 
-        channel_dim: of the shape, the one whose numbers lie side by side.
+        The next run gets the same memory, so that its pages are there.
+
+        channel_dim: the dimension of the shape that is contiguous.
         """
-        slot = None if self.keeps else self.slots.get(number)
-        if slot is not None and (number, shape, channel_dim) in self.views:
-            return self.views[number, shape, channel_dim]
-        dtype, _ = self.storage[number]
-        size = math.prod(shape) * dtype.itemsize
-        memory = None if slot is None else self.memory.get(slot)
-        if memory is None or len(memory) < size + SLACK:
-            memory = torch.empty(size + SLACK, dtype=torch.uint8)
-            if slot is not None:
-                self.memory[slot] = memory
-                self.views = {key: view for key, view in self.views.items() if self.slots[key[0]] != slot}
+        slot = self._slots.get(number)
+        if slot is None or self._keeps_values:
+            return self._view(self._bytes(number, shape), number, shape, channel_dim)
+        key = (number, shape, channel_dim)
+        if key not in self._views:
+            memory = self._memory.get(slot)
+            if memory is None or len(memory) < self._size(number, shape) + SLACK:
+                memory = self._memory[slot] = self._bytes(number, shape)
+                self._views = {of: view for of, view in self._views.items() if self._slots[of[0]] != slot}
+            self._views[key] = self._view(memory, number, shape, channel_dim)
+        return self._views[key]
+
+    def _size(self, number: int, shape: tuple[int, ...]) -> int:
+        return math.prod(shape) * self.storage[number][0].itemsize
+
+    def _bytes(self, number: int, shape: tuple[int, ...]) -> Tensor:
+        return torch.empty(self._size(number, shape) + SLACK, dtype=torch.uint8)
+
+    def _view(self, memory: Tensor, number: int, shape: tuple[int, ...], channel_dim: int) -> Tensor:
         rows = [*shape]
         rows.append(rows.pop(channel_dim))
-        made = memory[:size].view(dtype).view(rows).movedim(-1, channel_dim)
-        if slot is not None:
-            self.views[number, shape, channel_dim] = made
-        return made
-
-
-def _slots(launches: list[Launch], outputs: set[int], sizes: Mapping[int, int]) -> dict[int, int]:
-    """The memory of each value that a kernel or a copy writes; values that are not needed at the same time
-    share one, of the same size first.
-
-    What PyTorch makes of a value may be a view of it, which then keeps the memory from others as long as it
-    is needed itself. A program's outputs have none: they leave it.
-    """
-    owners: dict[int, set[int]] = {}  # whose memory a value may be a view of
-    last: dict[int, int] = {}
-    for place, launch in enumerate(launches):
-        for number in launch.writes:
-            views = (
-                {owner for source in launch.reads for owner in owners.get(source, ())}
-                if isinstance(launch, SingleLaunch)
-                else set()
-            )
-            owners[number] = views if type(launch) is SingleLaunch else {number, *views}
-        for number in (*launch.reads, *launch.writes):
-            for owner in owners.get(number, ()):
-                last[owner] = max(last.get(owner, 0), len(launches) if number in outputs else place)
-    dying: dict[int, list[int]] = {}
-    for owner, place in last.items():
-        dying.setdefault(place, []).append(owner)
-    slots: dict[int, int] = {}
-    free: list[tuple[int, int]] = []  # size, slot
-    count = 0
-    for place, launch in enumerate(launches):
-        for number in launch.writes:
-            if type(launch) is SingleLaunch or last[number] == len(launches):
-                continue
-            found = next((entry for entry in free if entry[0] == sizes[number]), free[-1] if free else None)
-            if found is None:
-                slots[number], count = count, count + 1
-            else:
-                free.remove(found)
-                slots[number] = found[1]
-        free += [(sizes[owner], slots[owner]) for owner in dying.get(place, ()) if owner in slots]
-    return slots
+        typed = memory[: self._size(number, shape)].view(self.storage[number][0])
+        return typed.view(rows).movedim(-1, channel_dim)
 
 
 def _readers(plan: list[Group | Operation], program: Program) -> dict[int, list[Group | Operation]]:
-    """Which entries of the plan read each value that is stored."""
+    """The entries of the plan that read each value that is stored."""
     readers: dict[int, list[Group | Operation]] = {number: [] for number in program.outputs.values()}
     for entry in plan:
-        operations = entry.members if isinstance(entry, Group) else [entry]
-        own = (
-            {number for operation in operations for number in operation.outputs}
-            if isinstance(entry, Group)
-            else set()
+        members, computed = (
+            (entry.members, entry.computed) if isinstance(entry, Group) else ([entry], set[int]())
         )
-        for operation in operations:
+        for operation in members:
             for number in operation.inputs:
-                if number not in own and entry not in readers.setdefault(number, []):
+                if number not in computed and entry not in readers.setdefault(number, []):
                     readers[number].append(entry)
     return readers
-
-
-def _deaths(launches: list[Launch], outputs: set[int]) -> list[list[int]]:
-    last: dict[int, int] = {}
-    for place, launch in enumerate(launches):
-        for number in (*launch.reads, *launch.writes):
-            last[number] = place
-    dies: list[list[int]] = [[] for _ in launches]
-    for number, place in last.items():
-        if number not in outputs:
-            dies[place].append(number)
-    return dies

@@ -18,9 +18,11 @@ PRODUCTS = (ops.Conv2d, ops.ConvTranspose2d, ops.Linear)
 
 @dataclass
 class Group:
-    """Operations that run together. root: its multiply-accumulate operation, if any. channel_dim: of its
-    values.
+    """Operations that run together.
 
+    position: in the program, of the first operation.
+    root: the multiply-accumulate operation, if there is one. operations: elementwise, in order.
+    shape: of all values. channel_dim: the dimension along which parameters differ; None: none differ.
     shuffle: a pixel shuffle of the one value that others read, which is stored shuffled.
     """
 
@@ -36,6 +38,11 @@ class Group:
         """All operations, in their order."""
         return [part for part in (self.root, *self.operations, self.shuffle) if part is not None]
 
+    @property
+    def computed(self) -> set[int]:
+        """Numbers of the values that the group computes."""
+        return {number for operation in self.members for number in operation.outputs}
+
 
 def fits(operation: Operation, program: Program) -> bool:
     """Whether an operation's results, and what it computes them from, are numbers of 32 bits."""
@@ -44,7 +51,7 @@ def fits(operation: Operation, program: Program) -> bool:
 
 
 def has_kernel(operation: Operation, program: Program) -> TypeGuard[ops.MultiplyAccumulate]:
-    """Whether `kernels.c` has this multiply-accumulate operation."""
+    """Whether the compiled kernels have this multiply-accumulate operation."""
     if not isinstance(operation, PRODUCTS) or not fits(operation, program):
         return False
     if isinstance(operation, ops.Convolution):
@@ -55,9 +62,17 @@ def has_kernel(operation: Operation, program: Program) -> TypeGuard[ops.Multiply
     return source is not None and operation.weight.dtype == torch.int8
 
 
+def padding_of(conv: ops.Convolution) -> tuple[int, ...]:
+    """Zeros on each side along each axis, of a convolution whose padding is given in numbers."""
+    assert not isinstance(conv.padding, str)
+    return conv.padding
+
+
 def operand_type(numbers: Range) -> tuple[torch.dtype, int] | None:
-    """(int16, offset) in which a product can read numbers of a range and the zeros around an image; None
-    where 16 bits do not hold them."""
+    """(int16, offset) in which a product can read numbers of a range, and the zeros of the padding.
+
+    offset: is added to the numbers. None: 16 bits do not hold them.
+    """
     padded = numbers.with_zero
     if -(2**15) <= padded.low and padded.high < 2**15:
         return torch.int16, 0
@@ -65,15 +80,17 @@ def operand_type(numbers: Range) -> tuple[torch.dtype, int] | None:
 
 
 def constants_of(program: Program) -> dict[int, Tensor]:
+    """The constants of a program by number of their value."""
     return {op.outputs[0]: op.value for op in program.operations if isinstance(op, ops.Constant)}
 
 
 def parameters_of(operation: Operation) -> list[Tensor]:
+    """The attributes that may differ from channel to channel."""
     return list(operation.parameters().values())
 
 
 def varying_dim(parameters: list[Tensor], ndim: int) -> int | None:
-    """The one dimension along which parameters vary, -1 for none, None where there is more than one."""
+    """The one dimension of a result of `ndim` along which parameters vary; -1: none, None: more than one."""
     dims = {ndim - part.ndim + d for part in parameters for d, size in enumerate(part.shape) if size > 1}
     return -1 if not dims else dims.pop() if len(dims) == 1 else None
 
@@ -92,14 +109,14 @@ def groups_of(program: Program) -> list[Group | Operation]:
     position: dict[int, int] = {}
     group_of: dict[int, Group] = {}
     plan: list[Group | Operation] = []
-    for place, operation in enumerate(program.operations):
+    for index, operation in enumerate(program.operations):
         if isinstance(operation, ops.Constant):
             continue
         out = operation.outputs[0]
         shape = program.values[out].shape
         group = None
         if has_kernel(operation, program):
-            group = Group(place, operation, shape, len(shape) - 1 if isinstance(operation, ops.Linear) else 1)
+            group = Group(index, operation, shape, len(shape) - 1 if isinstance(operation, ops.Linear) else 1)
             plan.append(group)
         elif _may_join(operation, program, constants):
             data = [number for number in operation.inputs if number not in constants]
@@ -110,7 +127,7 @@ def groups_of(program: Program) -> list[Group | Operation]:
                 if varying in (-1, candidate.channel_dim) or candidate.channel_dim is None:
                     group = candidate
             if group is None and varying is not None:
-                group = Group(place, None, shape, None)
+                group = Group(index, None, shape, None)
                 plan.append(group)
             if group is not None:
                 group.operations.append(operation)
@@ -119,7 +136,7 @@ def groups_of(program: Program) -> list[Group | Operation]:
         if group is None:
             plan.append(operation)
         for number in operation.outputs:
-            position[number] = place if group is None else group.position
+            position[number] = index if group is None else group.position
             if group is not None:
                 group_of[number] = group
     return _with_shuffles(plan, program)
@@ -136,33 +153,23 @@ def _with_shuffles(plan: list[Group | Operation], program: Program) -> list[Grou
     for operation in program.operations:
         for number in operation.inputs:
             readers.setdefault(number, []).append(operation)
-    maker = {
-        number: entry
-        for entry in plan
-        if isinstance(entry, Group)
-        for part in entry.members
-        for number in part.outputs
-    }
+    maker = {number: entry for entry in plan if isinstance(entry, Group) for number in entry.computed}
     joined = []
     for entry in plan:
         if not isinstance(entry, ops.Layout) or entry.name != "pixel_shuffle":
             continue
         group = maker.get(entry.inputs[0])
-        if (
-            group is None
-            or group.root is None
-            or not isinstance(group.root, ops.Conv2d)
-            or group.channel_dim != 1
-            or group.shuffle is not None
-        ):
+        if group is None or not isinstance(group.root, ops.Conv2d):
             continue
-        own = {number for part in group.members for number in part.outputs}
+        if group.channel_dim != 1 or group.shuffle is not None:
+            continue
+        computed = group.computed
         inside = {*map(id, group.members), id(entry)}
-        alone = all(id(reader) in inside for number in own for reader in readers.get(number, ()))
+        alone = all(id(reader) in inside for number in computed for reader in readers.get(number, ()))
         if (
             alone
-            and own.isdisjoint(program.outputs.values())
-            and all(own.issuperset(part.inputs) for part in group.operations)
+            and computed.isdisjoint(program.outputs.values())
+            and all(computed.issuperset(part.inputs) for part in group.operations)
         ):
             group.shuffle = entry
             joined.append(id(entry))

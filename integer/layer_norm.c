@@ -1,6 +1,8 @@
-/* Layer normalization, row by row. */
+/* Layer normalization row by row, equal to `integer_layer_norm` of quant/integer_functions.py. */
 
-#include "numbers.h"
+#include <stdlib.h>
+
+#include "arithmetic.h"
 
 #define LAYER_NORM_NUDGE (1 + 0x1p-46)
 
@@ -32,7 +34,7 @@ int layer_norm(const LayerNorm *job) {
         for (int64_t r = 0; r < job->rows; r++) {
             if (failed) continue;
             norm_row(job->x + r * job->count, row, job);
-            store(row, &job->out, r, 1, 1, job->count);
+            store_pixels(row, &job->out, r, 1, 1, job->count);
         }
         free(row);
     }

@@ -1,188 +1,211 @@
-"""The compiled kernels as ctypes sees them: structures, numbers of steps and types."""
+"""The compiled kernels as ctypes sees them: the structures and constants of kernels.h, and their loading.
+
+kernels.h documents the fields. `library` compares the mirror here with what was compiled.
+"""
 
 import ctypes
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 S8, U8, S16, S32 = range(4)
 TYPES = {torch.int8: S8, torch.uint8: U8, torch.int16: S16, torch.int32: S32}
-LOAD, STORE, RESCALE, ADD, PRODUCT, NEG, ABS, SQUARE, CLAMP, LEAKY, TABLE, GDN, ADDC = range(13)
+LOAD, STORE, RESCALE, ADD, ADD_CHANNELS, MULTIPLY, NEG, ABS, SQUARE, CLAMP, LEAKY, TABLE, GDN = range(13)
+BLOCK = 16
+"""Outputs of a layer that a kernel computes at a time."""
 SLACK = 64
 """Bytes behind a tensor that a kernel may read, though it does not count them."""
-
-_POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+_FOLDER = Path(__file__).parent
 
 
 def _fields(kind: Any, names: str) -> list[tuple[str, Any]]:
     return [(name, kind) for name in names.split()]
 
 
+def _pointers(names: str) -> list[tuple[str, Any]]:
+    return _fields(ctypes.c_void_p, names)
+
+
+def _int32s(names: str) -> list[tuple[str, Any]]:
+    return _fields(ctypes.c_int32, names)
+
+
 class Array(ctypes.Structure):
-    """Numbers in memory, (pixels, channels); a stored number is the number plus `offset`."""
-
-    _fields_ = [("data", _POINTER), *_fields(_INT, "type offset")]
+    _fields_ = [*_pointers("data"), *_int32s("type offset")]
 
 
-class OfRescale(ctypes.Structure):
-    """same_limits: for all channels. tie_free: the multiplier is one of `integer.multipliers`."""
-
-    _fields_ = _fields(_INT, "same_limits tie_free")
+class RescaleStep(ctypes.Structure):
+    _fields_ = [*_pointers("multiplier low high factor"), *_int32s("limits_alike tie_free")]
 
 
-class OfLeaky(ctypes.Structure):
-    """tie_free: the multiplier is one of `integer.multipliers`."""
-
-    _fields_ = _fields(_INT, "tie_free")
+class LeakyStep(ctypes.Structure):
+    _fields_ = [*_pointers("multiplier"), *_int32s("tie_free")]
 
 
-class OfTable(ctypes.Structure):
-    """first: input of the first entry. last: number of entries - 1."""
-
-    _fields_ = _fields(_INT, "first last")
+class AddStep(ctypes.Structure):
+    _fields_ = _pointers("low high addend")
 
 
-class OfGdn(ctypes.Structure):
-    """root: of the norm, as GDN has it and GDN1 has not. vectors: the numbers have room in vectors of
-    four."""
-
-    _fields_ = _fields(_INT, "inverse root vectors")
+class ClampStep(ctypes.Structure):
+    _fields_ = _pointers("low high")
 
 
-class OfStore(ctypes.Structure):
-    """side: of the square of pixels that a pixel's channels are, or 0. width: pixels in a row."""
-
-    _fields_ = _fields(_INT, "side width")
+class TableStep(ctypes.Structure):
+    _fields_ = [*_pointers("entries"), *_int32s("first last")]
 
 
-class _OfKind(ctypes.Union):
+class GdnStep(ctypes.Structure):
+    _fields_ = [*_pointers("mantissa shift low high scale"), *_int32s("inverse with_root fits_float64")]
+
+
+class StoreStep(ctypes.Structure):
+    _fields_ = _int32s("shuffle_side row_pixels")
+
+
+class _StepUnion(ctypes.Union):
     _fields_ = [
-        ("rescale", OfRescale),
-        ("leaky", OfLeaky),
-        ("table", OfTable),
-        ("gdn", OfGdn),
-        ("store", OfStore),
+        ("rescale", RescaleStep),
+        ("leaky", LeakyStep),
+        ("add", AddStep),
+        ("clamp", ClampStep),
+        ("table", TableStep),
+        ("gdn", GdnStep),
+        ("store", StoreStep),
     ]
 
 
 class Step(ctypes.Structure):
-    """One elementwise operation on registers; kernels.h documents the fields."""
-
-    _anonymous_ = ("of_kind",)
-    _fields_ = [
-        *_fields(_INT, "op dst a b period"),
-        ("of_kind", _OfKind),
-        *_fields(_POINTER, "multiplier low high factor entries constant shift scale"),
-    ]
+    _anonymous_ = ("parameters",)
+    _fields_ = [*_int32s("op dst a b period"), ("parameters", _StepUnion)]
 
 
 class Product(ctypes.Structure):
-    """Products by taps; kernels.h documents the fields."""
-
     _fields_ = [
-        *_fields(_POINTER, "x weights bias padding taps"),
-        *_fields(
-            _INT, "type batch height width inputs count rows columns stride_rows stride_columns outputs"
-        ),
-        *_fields(_INT, "spread first_row first_column all_columns all_rows threads"),
+        *_pointers("x weights bias padding taps"),
+        *_int32s("type batch height width inputs count rows columns stride_rows stride_columns outputs"),
+        *_int32s("spread first_row first_column all_columns all_rows threads"),
     ]
 
 
 class Winograd(ctypes.Structure):
-    """Products by Winograd's algorithm; kernels.h documents the fields."""
-
     _fields_ = [
-        *_fields(_POINTER, "x weights bias padding starts phases"),
-        *_fields(_INT, "batch height width inputs stride first_y first_x rows columns outputs spread"),
-        *_fields(_INT, "all_columns all_rows parts threads"),
+        *_pointers("x weights bias padding starts phases"),
+        *_int32s("batch height width inputs stride first_y first_x rows columns outputs spread"),
+        *_int32s("all_columns all_rows parts threads"),
     ]
 
 
 class LayerNorm(ctypes.Structure):
-    """Layer normalization; kernels.h documents the fields."""
-
     _fields_ = [
-        *_fields(_POINTER, "x eps multiplier sign offset low high"),
-        ("rows", _LONG),
+        *_pointers("x eps multiplier sign offset low high"),
+        ("rows", ctypes.c_int64),
         ("eps_ceiling", ctypes.c_double),
-        *_fields(_INT, "count threads"),
+        *_int32s("count threads"),
         ("out", Array),
     ]
 
 
 class Attention(ctypes.Structure):
-    """Attention; kernels.h documents the fields."""
-
     _fields_ = [
-        *_fields(_POINTER, "q k v score_scale weight_scale offset blank kind table"),
-        ("batch", _LONG),
-        *_fields(_LONG * 3, "q_steps k_steps v_steps"),
-        *_fields(_INT, "heads queries keys inner width last score_low score_high weight_low weight_high"),
-        *_fields(_INT, "threads tie_free"),
+        *_pointers("q k v score_scale weight_scale offset blank kind table"),
+        ("batch", ctypes.c_int64),
+        *_fields(ctypes.c_int64 * 3, "q_steps k_steps v_steps"),
+        *_int32s("heads queries keys inner width last score_low score_high weight_low weight_high"),
+        *_int32s("threads tie_free"),
         ("out", Array),
     ]
 
 
-STRUCTURES = (Array, Step, Product, Winograd, LayerNorm, Attention)
+STRUCTURES: tuple[type[ctypes.Structure], ...] = (Array, Step, Product, Winograd, LayerNorm, Attention)
+_CONSTANTS = (
+    "S8 U8 S16 S32 LOAD STORE RESCALE ADD ADD_CHANNELS MULTIPLY NEG ABS SQUARE CLAMP LEAKY TABLE GDN BLOCK"
+).split()
+
+Layout = dict[str, tuple[int, int]]
+"""(offset, size) in bytes of each structure (at 0) and field by name, and (value, 0) of each constant."""
 
 
-class _Entry(ctypes.Structure):
-    _fields_ = [("name", ctypes.c_char_p), ("value", _LONG)]
-
-
-def compiled_layout(kernels: ctypes.CDLL) -> dict[str, int]:
-    """Sizes of structures and offsets of fields, as the C compiler laid them out; {} from kernels that do not
-    say."""
-    try:
-        function = kernels.layout
-    except AttributeError:
-        return {}
-    function.restype = ctypes.POINTER(_Entry)
-    entries, found, position = function(), {}, 0
-    while entries[position].name:
-        found[entries[position].name.decode()] = entries[position].value
-        position += 1
-    return found
-
-
-def expected_layout(structures: tuple[type[ctypes.Structure], ...] = STRUCTURES) -> dict[str, int]:
-    """Sizes of structures and offsets of fields, as ctypes lays them out."""
-    expected = {}
+def mirrored_layout(structures: Iterable[type[ctypes.Structure]] = STRUCTURES) -> Layout:
+    """The layout of the classes of this file."""
+    entries: Layout = {}
     for structure in structures:
-        expected[structure.__name__] = ctypes.sizeof(structure)
-        expected |= {f"{structure.__name__}.{name}": offset for name, offset in _offsets(structure)}
-    return expected
+        entries[structure.__name__] = (0, ctypes.sizeof(structure))
+        entries.update(_field_entries(structure, structure.__name__, 0))
+    return {**entries, **{name: (globals()[name], 0) for name in _CONSTANTS}}
 
 
-def _offsets(structure: Any) -> Iterator[tuple[str, int]]:
-    fields = cast(Any, structure._fields_)
-    for name, kind in fields:
-        start = getattr(structure, name).offset
-        if issubclass(kind, ctypes.Union):
-            for member, group in cast(Any, kind)._fields_:
-                yield from ((f"{member}.{field}", start + offset) for field, offset in _offsets(group))
+def _field_entries(structure: Any, prefix: str, start: int) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Entries of the fields of a structure or union that lies at byte `start`."""
+    anonymous = getattr(structure, "_anonymous_", ())
+    for name, kind in structure._fields_:
+        offset = start + getattr(structure, name).offset
+        if name in anonymous:
+            for member, member_kind in kind._fields_:
+                yield f"{prefix}.{member}", (offset, ctypes.sizeof(member_kind))
+                yield from _field_entries(member_kind, f"{prefix}.{member}", offset)
         else:
-            yield name, start
+            yield f"{prefix}.{name}", (offset, ctypes.sizeof(kind))
+
+
+def compiled_layout(kernels: ctypes.CDLL) -> Layout:
+    """The layout of kernels.h when `kernels` was compiled; empty for kernels too old to tell."""
+    if not hasattr(kernels, "layout_entry"):
+        return {}
+    kernels.layout_entry.restype = ctypes.c_char_p
+    offset, size = ctypes.c_int64(), ctypes.c_int64()
+    entries: Layout = {}
+    while name := kernels.layout_entry(len(entries), ctypes.byref(offset), ctypes.byref(size)):
+        entries[name.decode()] = (offset.value, size.value)
+    return entries
+
+
+def layout_difference(kernels: ctypes.CDLL) -> str | None:
+    """The first structure, field or constant that the compiled kernels have otherwise; None: all agree."""
+    compiled, mirrored = compiled_layout(kernels), mirrored_layout()
+    if not compiled:
+        return "no layout_entry"
+    names = (*mirrored, *compiled)
+    return next((name for name in names if compiled.get(name) != mirrored.get(name)), None)
 
 
 @lru_cache(maxsize=1)
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels; None where the package was installed without a C compiler, or where they are of
-    another version."""
-    for path in sorted(Path(__file__).parent.glob("_kernels*.so")):
+    """The compiled kernels; None where the package was installed without a C compiler.
+
+    None too, with a warning, where they were compiled from other sources than these.
+    """
+    stale = None
+    for path in sorted(_FOLDER.glob("_kernels*.so")):
         try:
             kernels = ctypes.CDLL(str(path))
         except OSError:
             continue
-        if compiled_layout(kernels) == expected_layout():
+        difference = layout_difference(kernels)
+        if difference is None:
             return kernels
+        stale = stale or f"{path.name} is of another version than its sources ({difference})"
+    if stale is not None:
         warnings.warn(
-            f"the compiled kernels {path.name} are of another version of licq, so the slower reference runs, "
-            "with the same bits; install licq again to build them",
+            f"{stale}: build the kernels again by make env or pip install -e . ; until then the slower "
+            "reference runs, with the same bits",
             stacklevel=2,
         )
     return None
+
+
+def kernels() -> ctypes.CDLL:
+    """The compiled kernels.
+
+    Raises:
+        RuntimeError: there are none; run `integer.reference.run` instead.
+    """
+    loaded = library()
+    if loaded is None:
+        raise RuntimeError(
+            "no compiled kernels; install the package where there is a C compiler, or use the reference"
+        )
+    return loaded

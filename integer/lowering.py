@@ -43,6 +43,7 @@ def lower(model: QuantModel, height: int, width: int, batch: int = 1) -> Program
     if not model.frozen:
         raise InputError("only a frozen model can be lowered; call freeze() after calibration")
     runtime = model.runtime
+    assert isinstance(runtime, Runtime)  # torch types what a module holds as Tensor | Module
     tracer = Tracer(runtime)
     runtime.begin()
     runtime.tracer = tracer

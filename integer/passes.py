@@ -71,11 +71,10 @@ def _readers(operations: Iterable[Operation]) -> dict[int, list[Operation]]:
 
 
 def without_duplicates(program: Program) -> Program:
-    """Operations of one kind on the same values with the same attributes run once; boundaries and outputs
-    follow.
+    """Without operations of the same kind, inputs and attributes as an earlier one.
 
-    So two roundings of one latent about one mean, one for the decoder and one for the estimate of the rate,
-    are one.
+    Boundaries and outputs refer to the earlier result. So two roundings of one latent about one mean, one for
+    the decoder and one for the estimate of the rate, become one.
     """
     alias: dict[int, int] = {}
     first: dict[tuple, Operation] = {}
@@ -117,12 +116,12 @@ def _digest(part: Any) -> Any:
 def without_unused(program: Program) -> Program:
     """Without operations that nothing needs."""
     needed = _named(program)
-    kept = []
+    needed_operations = []
     for operation in reversed(program.operations):
         if isinstance(operation, ops.Input) or needed.intersection(operation.outputs):
             needed.update(operation.inputs)
-            kept.append(operation)
-    return _with(program, kept[::-1])
+            needed_operations.append(operation)
+    return _with(program, needed_operations[::-1])
 
 
 def without_idle_rescales(program: Program) -> Program:
@@ -155,8 +154,10 @@ def _is_idle(program: Program, rescale: ops.Rescale) -> bool:
 
 
 def with_split_products(program: Program) -> Program:
-    """A layer whose outputs are cut into parts at once (queries, keys and values; scales and means) becomes a
-    layer for each part."""
+    """With a layer for each part, where the outputs of one layer are only cut into parts along the channels.
+
+    Such parts are queries, keys and values, or scales and means.
+    """
     readers, named, operations = _readers(program.operations), _named(program), []
     replaced: set[int] = set()
     for operation in program.operations:
@@ -196,10 +197,9 @@ def _cuts_channels(program: Program, product: Operation, cut: Operation) -> bool
 
 
 def with_early_elementwise(program: Program) -> Program:
-    """Elementwise operations on one value move in front of the layout functions that stand before them, as
-    far as they can.
+    """With elementwise operations of one value in front of the layout functions on whose results they work.
 
-    So a layer's results are requantized as they are made, and what is moved about is small.
+    So the results of a layer are requantized as they are computed, and layout functions move small numbers.
     """
     producers = program.producers()
     operations: list[Operation] = []
@@ -269,10 +269,10 @@ def _channels_of(number: int, program: Program, producers: dict[int, Operation])
 def _parameters_before(
     operation: ops.Unary, layouts: list[ops.Layout], shape: tuple[int, ...], dim: int
 ) -> dict[str, Tensor] | None:
-    """The operation's parameters in front of layout functions: numbers, or along dimension `dim` of `shape`;
-    None where there are none.
+    """The operation's parameters in front of layout functions; None where there are none.
 
-    A pad brings zeros in, so the operation must leave them as they are.
+    Each is one number, or varies along dimension `dim` of `shape`. A pad brings zeros in, so the operation
+    must leave them as they are.
     """
     stated = operation.parameters()
     pads = [layout for layout in layouts if layout.name == "pad"]
@@ -287,13 +287,15 @@ def _parameters_before(
     if not varying:
         return before
     view = [-1 if d == dim else 1 for d in range(len(shape))]
-    # where each number comes from: its place among the channels, from 1 on; pads bring 0
+    # the channel that each number comes from, counted from 1; pads bring 0
     came_from = torch.arange(1, shape[dim] + 1, dtype=torch.int16).reshape(view).expand(shape)
     for layout in layouts:
         arguments = [came_from if isinstance(part, Operand) else part for part in layout.arguments]
         came_from = layout_function(layout.name)(*arguments, **layout.options)
-    found = _along(came_from, varying, shape[dim])
-    return None if found is None else {**before, **{name: part.reshape(view) for name, part in found.items()}}
+    of_channels = _along(came_from, varying, shape[dim])
+    if of_channels is None:
+        return None
+    return {**before, **{name: part.reshape(view) for name, part in of_channels.items()}}
 
 
 def with_attention(program: Program) -> Program:
@@ -306,7 +308,7 @@ def with_attention(program: Program) -> Program:
         those = readers.get(number, [])
         return those[0] if number not in named and len(those) == 1 else None
 
-    fused: dict[int, Operation] = {}  # by the place of the last operation
+    fused: dict[int, Operation] = {}  # by the identity of the last operation
     inside: set[int] = set()
     for softmax in program.operations:
         if not isinstance(softmax, ops.Softmax):
@@ -341,28 +343,30 @@ def with_attention(program: Program) -> Program:
 
 
 def _along(came_from: Tensor, parameters: dict[str, Tensor], size: int) -> dict[str, Tensor] | None:
-    """Each parameter by place, (size,). They broadcast to `came_from`, which holds places + 1, or 0; None
-    where values clash."""
+    """Each parameter by channel, (size,); None where two numbers of one channel have different parameters.
+
+    came_from: the channel + 1 that each number comes from, or 0. The parameters broadcast to it.
+    """
     full = {
         name: part.reshape((1,) * (came_from.ndim - part.ndim) + part.shape)
         for name, part in parameters.items()
     }
     varies = [any(part.shape[d] > 1 for part in full.values()) for d in range(came_from.ndim)]
     sample = came_from[tuple(slice(None) if yes else slice(0, 1) for yes in varies)]
-    # the sample is enough, where places vary only as the parameters do
+    # the sample is enough, where channels vary only as the parameters do
     if not (bool((sample > 0).all()) and bool(((came_from == sample) | (came_from == 0)).all())):
         sample = came_from
-    places = sample.flatten().long()
-    inside = places > 0
-    places = places[inside] - 1
-    found = {}
+    channels = sample.flatten().long()
+    inside = channels > 0
+    channels = channels[inside] - 1
+    by_channel = {}
     for name, part in full.items():
         values = part.expand_as(sample).flatten()[inside]
         if not len(values):
             return None
-        result = values[:1].expand(size).clone()  # also for places that nothing reads
-        result[places] = values
-        if not torch.equal(result[places], values):
+        result = values[:1].expand(size).clone()  # also for channels that nothing reads
+        result[channels] = values
+        if not torch.equal(result[channels], values):
             return None
-        found[name] = result
-    return found
+        by_channel[name] = result
+    return by_channel

@@ -1,10 +1,12 @@
-/* Products into int32 accumulators, without saturation, whose ranges the program proves. */
+/* Products of layers tap by tap, and elementwise steps on arrays. */
 
-#include "numbers.h"
+#include <stdlib.h>
 
-static const int BYTES[] = {1, 1, 2, 4}; /* of S8, U8, S16, S32 */
+#include "arithmetic.h"
 
-/* acc[p][0..15] = bias + sum over taps and inputs; x[tap * GROUP + p]: where pixel p's inputs of a tap begin.
+static const int SIZE[] = {1, 1, 2, 4}; /* bytes of S8, U8, S16, S32 */
+
+/* acc[p][0..15] = bias + sum over taps and inputs. x[tap * GROUP + p]: where pixel p's inputs of a tap begin.
  * A row of acc may be shorter than 16: pixels are written in their order. */
 typedef void Micro(const char *const *x, int taps, int inputs, const char *weights, const int32_t *bias,
                    int32_t *acc, int64_t row);
@@ -96,26 +98,16 @@ micro_u8_vnni(const char *const *x, int taps, int inputs, const char *weights, c
 }
 #endif
 
-/* whether 8-bit products run on 8-bit instructions here: then inputs are best stored as U8, else as S16 */
-int has_vnni(void) {
-#if X86
-    return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl");
-#else
-    return 0;
-#endif
-}
-
 static Micro *micro_for(int type) {
 #if X86
-    if (type == U8 && has_vnni()) return micro_u8_vnni;
-    if (type == S16 && __builtin_cpu_supports("avx512bw")) return micro_s16_avx512;
-    if (type == S16 && __builtin_cpu_supports("avx2")) return micro_s16_avx2;
+    if (type == U8 && HAS_VNNI) return micro_u8_vnni;
+    if (type == S16 && HAS_AVX512) return micro_s16_avx512;
+    if (type == S16 && HAS_AVX2) return micro_s16_avx2;
 #endif
     return type == U8 ? micro_u8 : micro_s16;
 }
 
-/* The products of a layer, each tile followed by `steps`, whose register 0 holds the accumulators. Gives 1
+/* The products of a layer, each tile followed by `steps`, whose register 0 holds the accumulators. Returns 1
  * where memory ran out. */
 int products(const Product *job, const Step *steps, int step_count, const Array *arrays, int register_count) {
     Micro *micro = micro_for(job->type);
@@ -123,7 +115,7 @@ int products(const Product *job, const Step *steps, int step_count, const Array 
     int tile = TILE_NUMBERS / (blocks * BLOCK) / GROUP * GROUP;
     if (tile < GROUP) tile = GROUP;
     if (tile > job->columns + GROUP - 1) tile = (job->columns + GROUP - 1) / GROUP * GROUP;
-    const int size = BYTES[job->type], pack = 4 / size;
+    const int size = SIZE[job->type], pack = 4 / size;
     const int groups = (job->inputs + pack - 1) / pack;
     const int64_t block_bytes = (int64_t)job->count * groups * 4 * BLOCK;
     const int64_t lines = (int64_t)job->batch * job->rows;
@@ -132,8 +124,8 @@ int products(const Product *job, const Step *steps, int step_count, const Array 
 #pragma omp parallel num_threads(job->threads)
     {
         int32_t *registers = malloc(sizeof(int32_t) * register_size * register_count);
-        const char **places = malloc(sizeof(char *) * job->count * tile);
-        if (!registers || !places) failed = 1;
+        const char **inputs = malloc(sizeof(char *) * job->count * tile);
+        if (!registers || !inputs) failed = 1;
 #pragma omp for schedule(dynamic, 1)
         for (int64_t line = 0; line < lines; line++) {
             if (failed) continue;
@@ -145,11 +137,11 @@ int products(const Product *job, const Step *steps, int step_count, const Array 
                 for (int g = 0; g < padded; g += GROUP)
                     for (int tap = 0; tap < job->count; tap++)
                         for (int p = 0; p < GROUP; p++) {
-                            const int place = g + p < pixels ? g + p : pixels - 1;
+                            const int column = g + p < pixels ? g + p : pixels - 1;
                             const int y = i * job->stride_rows + job->taps[2 * tap];
-                            const int x = (j + place) * job->stride_columns + job->taps[2 * tap + 1];
+                            const int x = (j + column) * job->stride_columns + job->taps[2 * tap + 1];
                             const int inside = y >= 0 && y < job->height && x >= 0 && x < job->width;
-                            places[(g / GROUP * job->count + tap) * GROUP + p] =
+                            inputs[(g / GROUP * job->count + tap) * GROUP + p] =
                                 inside ? job->x +
                                              ((image * job->height + y) * job->width + x) * job->inputs * size
                                        : job->padding;
@@ -158,7 +150,7 @@ int products(const Product *job, const Step *steps, int step_count, const Array 
                  * writes over */
                 for (int block = blocks - 1; block >= 0; block--)
                     for (int g = 0; g < padded; g += GROUP)
-                        micro(places + (int64_t)g * job->count, job->count, job->inputs,
+                        micro(inputs + (int64_t)g * job->count, job->count, job->inputs,
                               job->weights + block * block_bytes, job->bias + block * BLOCK,
                               registers + (int64_t)g * outputs + block * BLOCK, outputs);
                 const int64_t pixel =
@@ -169,7 +161,30 @@ int products(const Product *job, const Step *steps, int step_count, const Array 
             }
         }
         free(registers);
-        free(places);
+        free(inputs);
+    }
+    return failed;
+}
+
+/* Steps on arrays alone, (pixels, channels). */
+int elementwise(int64_t pixels, int channels, const Step *steps, int step_count, const Array *arrays,
+                int register_count, int threads) {
+    int tile = TILE_NUMBERS / channels;
+    if (tile < 1) tile = 1;
+    const int64_t register_size = (int64_t)tile * channels, tiles = (pixels + tile - 1) / tile;
+    int failed = 0;
+#pragma omp parallel num_threads(threads)
+    {
+        int32_t *registers = malloc(sizeof(int32_t) * register_size * register_count);
+        if (!registers) failed = 1;
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < tiles; t++) {
+            if (failed) continue;
+            const int count = (int)(pixels - t * tile < tile ? pixels - t * tile : tile);
+            steps_on_tile(steps, step_count, arrays, registers, registers + register_size, register_size,
+                          t * tile, 1, count, channels);
+        }
+        free(registers);
     }
     return failed;
 }

@@ -1,128 +1,138 @@
-"""Products of a layer as jobs of the compiled kernels: by taps, or by Winograd's algorithm."""
+"""Multiply-accumulate operations as jobs of `products` in products.c, which sums tap by tap."""
 
-from typing import Any
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from licq.integer.library import S16, SLACK, U8, Product, Winograd
-from licq.integer.winograd import BLOCK, windows, winograd_weights
+from licq.integer.groups import padding_of
+from licq.integer.library import BLOCK, S16, SLACK, U8, Product
 from licq.quant import operations as ops
 
-OPERANDS = {torch.uint8: U8, torch.int16: S16}
-"""The types of inputs that `products` in products.c reads."""
-
-Tap = tuple[int, int, int, int]
-"""Row and column that are read, relative to the output's own; row and column in the kernel."""
+OPERAND_TYPES = {torch.uint8: U8, torch.int16: S16}
+"""What `products` reads."""
 
 
-def winograd_job(
-    layer: ops.MultiplyAccumulate, x_shape: tuple[int, ...], largest: int, shape: tuple[int, ...]
-) -> tuple[Winograd, list[Tensor]] | None:
-    """(the job, tensors that it points to), or None where it does not pay or may not be exact.
+@dataclass(frozen=True)
+class Tap:
+    """row, column: that the tap reads, relative to the output times the stride. ky, kx: in the kernel."""
 
-    x_shape, shape: of the input and of the result, (batch, channels, height, width). largest: input.
-    """
-    found = windows(layer, largest, shape)
-    if found is None:
-        return None
-    weights, starts, phases = winograd_weights(found)
-    outputs, inputs = layer.weight.shape[:2]
-    bias = torch.zeros(phases.shape[1] * BLOCK, dtype=torch.int32)
-    if layer.bias is not None:
-        bias[: found.spread**2 * outputs] = layer.bias.to(torch.int32).repeat(found.spread**2)
-    padding = torch.zeros(inputs, dtype=torch.int16)
-    parts = {"weights": weights, "bias": bias, "padding": padding, "starts": starts, "phases": phases}
-    job = Winograd(**{name: part.data_ptr() for name, part in parts.items()})
-    job.batch, _, job.height, job.width = x_shape
-    job.inputs, job.outputs, job.stride, job.spread = inputs, outputs, found.stride, found.spread
-    job.first_y, job.first_x = found.first
-    job.parts = len(found.parts)
-    job.all_rows, job.all_columns = shape[2:]
-    job.rows, job.columns = -(-job.all_rows // found.spread), -(-job.all_columns // found.spread)
-    return job, list(parts.values())
+    row: int
+    column: int
+    ky: int
+    kx: int
 
 
-def tap_jobs(
-    layer: ops.MultiplyAccumulate,
-    x_shape: tuple[int, ...],
-    x_type: tuple[torch.dtype, int],
+@dataclass(frozen=True)
+class _Phase:
+    """Outputs (i * spread + first_row, j * spread + first_column) of a layer, and the taps that they sum."""
+
+    taps: Sequence[Tap]
+    first_row: int = 0
+    first_column: int = 0
+
+
+def direct_products(
+    root: ops.MultiplyAccumulate,
     shape: tuple[int, ...],
+    out_shape: tuple[int, ...],
+    source_type: tuple[torch.dtype, int],
 ) -> tuple[list[Product], list[Tensor]]:
-    """(a job for each phase of the output, tensors that they point to).
+    """A job for each phase of the output, and the tensors that the jobs point to.
 
-    x_type: type of the input's stored numbers, and their offset.
+    Args:
+        shape, out_shape: of the input and of the result.
+        source_type: in which the input is read, and what is added to its integers there.
     """
-    dtype, offset = x_type
-    weight = layer.weight.to(torch.int64)
-    weight = weight[:, :, None, None] if isinstance(layer, ops.Linear) else weight
-    spread, phases = _phases(layer)
+    weight, (dtype, offset) = root.weight.to(torch.int64), source_type
+    stride, spread = (1, 1), 1
+    if isinstance(root, ops.Conv2d):
+        phases, stride = [_Phase(_conv_taps(root))], root.stride
+    elif isinstance(root, ops.ConvTranspose2d):
+        spread = root.stride[0]
+        rows_and_columns = [(a, b) for a in range(spread) for b in range(spread)]
+        phases = [_Phase(_phase_taps(root, phase), *phase) for phase in rows_and_columns]
+    else:
+        weight = weight[:, :, None, None]
+        phases = [_Phase([Tap(0, 0, 0, 0)])]
+        rows = (math.prod(shape[:-2]), shape[-2])
+        shape, out_shape = (1, shape[-1], *rows), (1, out_shape[-1], *rows)
     outputs, inputs = weight.shape[:2]
-    blocks = -(-outputs // BLOCK)
-    bias = torch.zeros(outputs, dtype=torch.int64) if layer.bias is None else layer.bias
-    jobs, memory = [], []
-    for (first_row, first_column), taps, stride in phases:
-        taps = [tap for tap in taps if bool(weight[:, :, tap[2], tap[3]].any())]  # a masked tap is none
-        used = [weight[:, :, ky, kx] for _, _, ky, kx in taps]
-        weights = torch.stack(used, 1) if used else weight.new_zeros(outputs, 0, inputs)
-        biases = torch.zeros(blocks * BLOCK, dtype=torch.int32)
-        biases[:outputs] = (bias - offset * weights.sum((1, 2))).to(torch.int32)
-        parts: dict[str, Tensor] = {
-            "weights": pack(weights, dtype),
-            "bias": biases,
-            "padding": torch.full((inputs + SLACK,), offset, dtype=dtype),
-            "taps": torch.tensor([tap[:2] for tap in taps], dtype=torch.int32).reshape(-1, 2).contiguous(),
-        }
-        memory += parts.values()
-        job = Product(**{name: part.data_ptr() for name, part in parts.items()})
-        job.type, job.inputs, job.count, job.outputs = OPERANDS[dtype], inputs, len(taps), outputs
-        job.stride_rows, job.stride_columns = stride
-        if isinstance(layer, ops.Linear):
-            job.batch, job.height, job.width = 1, int(torch.Size(x_shape[:-2]).numel()), x_shape[-2]
-            job.rows, job.columns = job.height, job.width
-            job.all_rows, job.all_columns = job.rows, job.columns
-        else:
-            job.batch, _, job.height, job.width = x_shape
-            job.all_rows, job.all_columns = shape[2:]
-            job.rows = -(-(job.all_rows - first_row) // spread)
-            job.columns = -(-(job.all_columns - first_column) // spread)
-        job.spread, job.first_row, job.first_column = spread, first_row, first_column
-        jobs.append(job)
-    return jobs, memory
+    bias = torch.zeros(outputs, dtype=torch.int64) if root.bias is None else root.bias
+    padding = torch.full((inputs + SLACK,), offset, dtype=dtype)
+    jobs, buffers = [], [padding]
+    for phase in phases:
+        taps = [tap for tap in phase.taps if bool(weight[:, :, tap.ky, tap.kx].any())]  # a masked tap is none
+        chosen = weight.new_zeros(outputs, len(taps), inputs)
+        for position, tap in enumerate(taps):
+            chosen[:, position] = weight[:, :, tap.ky, tap.kx]
+        full_bias = torch.zeros(-(-outputs // BLOCK) * BLOCK, dtype=torch.int32)
+        full_bias[:outputs] = (bias - offset * chosen.sum((1, 2))).to(torch.int32)
+        packed = pack(chosen, dtype)
+        read_from = torch.tensor([(tap.row, tap.column) for tap in taps], dtype=torch.int32)
+        buffers += [full_bias, packed, read_from]
+        jobs.append(
+            Product(
+                weights=packed.data_ptr(),
+                bias=full_bias.data_ptr(),
+                padding=padding.data_ptr(),
+                taps=read_from.data_ptr(),
+                type=OPERAND_TYPES[dtype],
+                batch=shape[0],
+                height=shape[2],
+                width=shape[3],
+                inputs=inputs,
+                count=len(taps),
+                rows=-(-(out_shape[2] - phase.first_row) // spread),
+                columns=-(-(out_shape[3] - phase.first_column) // spread),
+                stride_rows=stride[0],
+                stride_columns=stride[1],
+                outputs=outputs,
+                spread=spread,
+                first_row=phase.first_row,
+                first_column=phase.first_column,
+                all_columns=out_shape[3],
+                all_rows=out_shape[2],
+            )
+        )
+    return jobs, buffers
 
 
-def _phases(layer: ops.MultiplyAccumulate) -> tuple[int, list[tuple[tuple[int, int], list[Tap], Any]]]:
-    """(how far the outputs of a phase are apart, for each phase: its first output, its taps, the stride)."""
-    if isinstance(layer, ops.Linear):
-        return 1, [((0, 0), [(0, 0, 0, 0)], (1, 1))]
-    assert isinstance(layer, (ops.Conv2d, ops.ConvTranspose2d))
-    if isinstance(layer, ops.ConvTranspose2d):
-        spread = layer.stride[0]
-        firsts = [(a, b) for a in range(spread) for b in range(spread)]
-        return spread, [(first, _taps_of_phase(layer, first), (1, 1)) for first in firsts]
-    (dilation_y, dilation_x), (pad_y, pad_x) = layer.dilation, layer.pads
-    taps = [
-        (ky * dilation_y - pad_y, kx * dilation_x - pad_x, ky, kx)
-        for ky in range(layer.weight.shape[2])
-        for kx in range(layer.weight.shape[3])
+def _conv_taps(conv: ops.Conv2d) -> list[Tap]:
+    (dilation_y, dilation_x), (pad_y, pad_x) = conv.dilation, padding_of(conv)
+    height, width = conv.weight.shape[2:]
+    return [
+        Tap(ky * dilation_y - pad_y, kx * dilation_x - pad_x, ky, kx)
+        for ky in range(height)
+        for kx in range(width)
     ]
-    return 1, [((0, 0), taps, layer.stride)]
 
 
-def _taps_of_phase(conv: ops.ConvTranspose2d, phase: tuple[int, int]) -> list[Tap]:
+def _phase_taps(conv: ops.ConvTranspose2d, phase: tuple[int, int]) -> list[Tap]:
     """Taps of the outputs of one phase of a transposed convolution."""
 
     def along(axis: int) -> list[tuple[int, int]]:
-        stride, pad, dilation = conv.stride[axis], conv.pads[axis], conv.dilation[axis]
-        positions = [(phase[axis] + pad - k * dilation, k) for k in range(conv.weight.shape[2 + axis])]
-        return [(position // stride, k) for position, k in positions if position % stride == 0]
+        """(what is read, relative to the output's number in its phase; position in the kernel)"""
+        stride, pad, dilation = conv.stride[axis], padding_of(conv)[axis], conv.dilation[axis]
+        offsets = [(phase[axis] + pad - k * dilation, k) for k in range(conv.weight.shape[2 + axis])]
+        return [(offset // stride, k) for offset, k in offsets if offset % stride == 0]
 
-    return [(y, x, ky, kx) for y, ky in along(0) for x, kx in along(1)]
+    return [Tap(y, x, ky, kx) for y, ky in along(0) for x, kx in along(1)]
 
 
 def pack(weight: Tensor, x_dtype: torch.dtype) -> Tensor:
-    """(outputs, taps, inputs) in the kernels' order: blocks of 16 outputs, taps, inputs by four bytes,
-    outputs, inputs of the four bytes."""
+    """Weights in the order in which products.c reads them.
+
+    Args:
+        weight: (outputs, taps, inputs).
+        x_dtype: of the input, int16 or uint8. Of s = 2 or 4 inputs the numbers lie side by side: four bytes
+            of int16 weights, or of int8 ones.
+
+    Returns:
+        (blocks of 16 outputs, taps, inputs / s, 16, s), filled up with zeros.
+    """
     size = 2 if x_dtype == torch.int16 else 4
     outputs, taps, inputs = weight.shape
     blocks, parts = -(-outputs // BLOCK), -(-inputs // size)

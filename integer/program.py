@@ -66,8 +66,8 @@ class Program:
 
     def bottleneck(self, start: int, outputs: Iterable[int]) -> int:
         """The last value that every way from `start` to `outputs` leads through."""
-        wanted = set(outputs)
-        needed, derived = set(wanted), {start}
+        results = set(outputs)
+        needed, derived = set(results), {start}
         for operation in reversed(self.operations):
             if needed.intersection(operation.outputs):
                 needed.update(operation.inputs)
@@ -81,9 +81,9 @@ class Program:
         for operation in steps:
             for number in derived.intersection(operation.inputs):
                 readers[number] -= 1
-                if not readers[number] and number not in wanted:
+                if not readers[number] and number not in results:
                     alive.discard(number)
-            alive.update(number for number in operation.outputs if readers[number] or number in wanted)
+            alive.update(number for number in operation.outputs if readers[number] or number in results)
             if len(alive) == 1:
                 (last,) = alive
         return last

@@ -1,7 +1,7 @@
 """How far the results of a program reach: the part of an image that they depend on.
 
-A program runs on places instead of numbers. Every number carries the first and the last row, and column, of
-the image that it depends on, and every operation takes the extremes over what it reads; keys that a softmax
+A program runs on positions instead of numbers. Every number carries the first and the last row, and column,
+of the image that it depends on. Every operation takes the extremes over what it reads; keys that a softmax
 masks are not read. So a program of a few hundred pixels says how far from a cut the numbers of a large
 image's tile are those of the whole image (`integer.tiles`).
 """
@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from licq.integer.groups import padding_of
 from licq.integer.program import Program
 from licq.integer.reference import MEANING, Meaning, interpret
 from licq.quant import operations as ops
@@ -19,15 +20,17 @@ from licq.quant.integer_functions import MASKED
 from licq.quant.operations import Operation
 
 BATCH = 4
-"""Of the program that is traced: first rows, last rows, first columns, last columns."""
+"""Images of the program that is traced: for first rows, last rows, first columns and last columns."""
 _FAR = 2.0**20
 _NOTHING = 1.0  # depends on nothing, and may be other than zero; 0: is zero
 
 
 @dataclass(frozen=True)
 class Span:
-    """Along one axis, in pixels: results depend on so many before and after their own; the pattern repeats
-    every `period`."""
+    """How far results depend on the image along one axis.
+
+    before, after: so many pixels beside those of the result. period: of the pattern, in pixels.
+    """
 
     before: int
     after: int
@@ -47,22 +50,27 @@ def reach(program: Program, height: int, width: int, multiple: int) -> Reach | N
     Inputs and outputs have rows and columns as their last dimensions.
     """
     inputs = {
-        name: _places(program.values[number].shape, height, width) for name, number in program.inputs.items()
+        name: _positions(program.values[number].shape, height, width)
+        for name, number in program.inputs.items()
     }
-    found = list(interpret(program, inputs, _EXTREMES).values())
+    results = list(interpret(program, inputs, _EXTREMES).values())
     rows = _span(
-        [_distances(part.amax(tuple(range(1, part.ndim - 2)))[:2].amax(2), height) for part in found],
+        [_distances(part.amax(tuple(range(1, part.ndim - 2)))[:2].amax(2), height) for part in results],
         multiple,
     )
     columns = _span(
-        [_distances(part.amax(tuple(range(1, part.ndim - 2)))[2:].amax(1), width) for part in found], multiple
+        [_distances(part.amax(tuple(range(1, part.ndim - 2)))[2:].amax(1), width) for part in results],
+        multiple,
     )
     return Reach(rows, columns) if rows and columns else None
 
 
-def _places(shape: tuple[int, ...], height: int, width: int) -> Tensor:
-    """What an input's numbers depend on: themselves. First places are told as _FAR - place, last ones as _FAR
-    + place: both grow."""
+def _positions(shape: tuple[int, ...], height: int, width: int) -> Tensor:
+    """What the numbers of an input depend on: themselves.
+
+    A first position is stated as _FAR - position and a last one as _FAR + position, so that the extreme is
+    the maximum of both.
+    """
     parts = []
     for length, count, dim in ((height, shape[-2], -2), (width, shape[-1], -1)):
         size = length // count
@@ -74,14 +82,16 @@ def _places(shape: tuple[int, ...], height: int, width: int) -> Tensor:
     return torch.cat(parts)
 
 
-def _distances(places: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(2, n) -> for each pixel along an axis: distance to the first and to the last that it depends on,
-    whether these touch the ends."""
-    size = length // places.shape[1]
-    own = torch.arange(places.shape[1]) * size
-    first, last = _FAR - places[0], places[1] - _FAR
+def _distances(positions: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """For each pixel along an axis: how many before and after it depends on, and whether these end inside.
+
+    positions: (2, n), first and last ones.
+    """
+    size = length // positions.shape[1]
+    pixel = torch.arange(positions.shape[1]) * size
+    first, last = _FAR - positions[0], positions[1] - _FAR
     inside = (first > 0) & (last < length - 1)
-    before, after = (own - first).clamp(min=0), (last - own - size + 1).clamp(min=0)
+    before, after = (pixel - first).clamp(min=0), (last - pixel - size + 1).clamp(min=0)
     return before.repeat_interleave(size), after.repeat_interleave(size), inside.repeat_interleave(size)
 
 
@@ -101,7 +111,7 @@ def _span(parts: list[tuple[Tensor, Tensor, Tensor]], multiple: int) -> Span | N
     return None
 
 
-# ------------------------------------------------------------------------ what each operation makes of places
+# --------------------------------------------------------------------- what each operation makes of positions
 
 
 def _slim(x: Tensor) -> Tensor:
@@ -122,9 +132,19 @@ def _multiplied(operation: ops.Product, a: Tensor, b: Tensor) -> Tensor:
     return _larger(a, b).masked_fill((a == 0) | (b == 0), 0.0)
 
 
+def _pads(conv: ops.Conv2d) -> list[int]:
+    """Zeros above, below, on the left and on the right."""
+    if not isinstance(conv.padding, str):
+        return [pad for pad in conv.padding for _ in range(2)]
+    if conv.padding == "valid":
+        return [0] * 4
+    totals = [step * (size - 1) for step, size in zip(conv.dilation, conv.weight.shape[2:])]
+    return [pad for total in totals for pad in (total // 2, total - total // 2)]  # as PyTorch pads to "same"
+
+
 def _convolved(conv: ops.Conv2d, x: Tensor) -> Tensor:
-    rows, columns = conv.pads
-    x = F.pad(_slim(x).amax(1, keepdim=True), (columns, columns, rows, rows))
+    top, bottom, left, right = _pads(conv)
+    x = F.pad(_slim(x).amax(1, keepdim=True), (left, right, top, bottom))
     out = F.max_pool2d(x, conv.weight.shape[2:], conv.stride, 0, conv.dilation)
     return out.clamp(min=_NOTHING).expand(-1, conv.weight.shape[0], -1, -1)
 
@@ -137,7 +157,7 @@ def _deconvolved(conv: ops.ConvTranspose2d, x: Tensor) -> Tensor:
     sparse[:, :, :: stride[0], :: stride[1]] = x
     pads = []
     for axis in (1, 0):
-        edge = dilation[axis] * (kernel[axis] - 1) - conv.pads[axis]
+        edge = dilation[axis] * (kernel[axis] - 1) - padding_of(conv)[axis]
         pads += [edge, edge + conv.output_padding[axis]]
     out = F.max_pool2d(F.pad(sparse, pads), kernel, 1, 0, dilation)
     return out.clamp(min=_NOTHING).expand(-1, conv.weight.shape[0], -1, -1)

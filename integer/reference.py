@@ -1,8 +1,8 @@
 """What each operation means: a few lines of PyTorch, exact on any device (design, section 4).
 
 Products run as ordinary convolutions on integers held as floats: float32 where the proven range of the result
-stays below 2^24, so that no order of summation rounds, else float64. Values are kept in the integer type that
-the program proves to be enough, so a wrong proof would show.
+stays below 2^24, so that no order of summation rounds, else float64. Values are stored in the integer type
+that the program proves to be enough, so a wrong proof would show.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -47,9 +47,10 @@ def interpret(
     stored: Callable[[int, Tensor], Tensor] = lambda number, tensor: tensor,
     keep: bool = False,
 ) -> dict[Any, Tensor]:
-    """`run`, with another meaning for each kind of operation.
+    """The outputs of a program by name, with operations that mean what `meaning` says; with `keep`, every
+    value by number.
 
-    stored: makes of a result what is kept under its number.
+    stored: (number, result) -> what later operations read under that number.
     """
     numbers = {number: name for name, number in program.inputs.items()}
     last = _last_use(program)
@@ -151,8 +152,9 @@ def _convolved(convolve: Callable[..., Tensor]) -> Callable:
 
 
 def _deconvolved(operation: ops.ConvTranspose2d, x: Tensor, weight: Tensor) -> Tensor:
-    """weight: canonical, (outputs, inputs / groups, height, width)."""
-    groups = operation.groups
+    """weight: (outputs, inputs / groups, height, width)."""
+    groups, padding = operation.groups, operation.padding
+    assert not isinstance(padding, str)  # transposed convolutions have none by name
     outputs, per_group, *kernel = weight.shape
     weight = weight.reshape(groups, outputs // groups, per_group, *kernel).transpose(1, 2)
     weight = weight.reshape(-1, outputs // groups, *kernel)
@@ -161,7 +163,7 @@ def _deconvolved(operation: ops.ConvTranspose2d, x: Tensor, weight: Tensor) -> T
         weight,
         None,
         operation.stride,
-        operation.pads,
+        padding,
         operation.output_padding,
         groups,
         operation.dilation,

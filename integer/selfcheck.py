@@ -25,8 +25,8 @@ Check = tuple[str, Program, dict[str, Tensor]]
 def first_difference() -> str | None:
     """The kind of the first operation of which a kernel differs from the reference; None: all agree."""
     for kind, program, inputs in _checks():
-        expected, found = run(program, inputs), FastProgram(program)(inputs)
-        if any(not torch.equal(tensor, found[name]) for name, tensor in expected.items()):
+        expected, computed = run(program, inputs), FastProgram(program)(inputs)
+        if any(not torch.equal(tensor, computed[name]) for name, tensor in expected.items()):
             return kind
     return None
 
@@ -113,7 +113,7 @@ def _product(
 
 def _rescale(per_channel: bool, largest: int) -> Check:
     """Numbers up to the largest, and ties, which the powers of two make. Small ones allow a multiplier
-    without ties (`integer.multipliers.tie_free_multiplier`)."""
+    without ties (`integer.exactness`)."""
     shape = (1, 5, 20, 30)
     program = Program()
     x = program.input("x", shape, Range(-largest, largest))
@@ -222,7 +222,7 @@ def _attention() -> Check:
     )
     out = program.add(attention, (batch, heads, queries, inner), Range(-bound, bound))
     inputs = {
-        name: extremes(program.values[program.inputs[name]].shape, -127, 127, seed=place)
-        for place, name in enumerate("qkv")
+        name: extremes(program.values[program.inputs[name]].shape, -127, 127, seed=seed)
+        for seed, name in enumerate("qkv")
     }
     return _given(program, out, "attention", **inputs)

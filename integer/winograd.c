@@ -1,9 +1,9 @@
-/* Convolutions by a 3x3 window with a quarter of the multiplications: F(4x4, 3x3) of Winograd, exact in whole
- * numbers.
+/* Convolutions by a 3x3 window with a quarter of the multiplications: F(4x4, 3x3) of Winograd, exact on
+ * integers.
  *
  * A tile of 4x4 outputs needs 6x6 inputs d and a window g: y = A'[(G g G') . (B' d B)]A, with products number
- * by number, summed over the inputs. Over whole numbers G's rows are multiplied by 4, 6, 6, 24, 24 and 1 and
- * the sums by what is left of 24, so that the result is 24^2 y = 64 * 9 y. All of it is arithmetic modulo
+ * by number, summed over the inputs. To stay on integers, G's rows are multiplied by 4, 6, 6, 24, 24 and 1
+ * and the sums by what is left of 24, so that the result is 24^2 y = 64 * 9 y. All of it is arithmetic modulo
  * 2^32, in which sums may wrap around: 9 has an inverse, and of 64 y the lower 32 bits say y, as long as |y|
  * < 2^25. `integer/winograd.py` proves that, and that transformed inputs and windows fit 16 bits.
  *
@@ -12,20 +12,11 @@
  * 3 taps along an axis leaves out one or two of that axis' six products.
  */
 
-#include "kernels.h"
+#include <stdlib.h>
 
-enum { SIDE = 6, POSITIONS = 36, OUT = 4, MOST_TILES = 24, TOGETHER = 2 };
+#include "arithmetic.h"
 
-/* whether `winograd` runs here: with 8-bit instructions for products, the direct kernel is the faster one */
-int has_winograd(void) {
-#if X86
-    const int vnni = __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
-                     __builtin_cpu_supports("avx512vl");
-    return !vnni && __builtin_cpu_supports("avx2");
-#else
-    return 0;
-#endif
-}
+enum { SIDE = 6, POSITIONS = 36, OUT = 4, MAX_TILES = 24, TOGETHER = 2 };
 
 #if X86
 
@@ -92,9 +83,9 @@ AVX2 static inline void output_tile(const int32_t *m, int64_t step, const int32_
         output_side(half + row * SIDE, out);
         for (int i = 0; i < OUT; i++) {
             const __m256i y = _mm256_mullo_epi32(out[i], _mm256_set1_epi32(NINTH));
-            __m256i *place = (__m256i *)to[row * OUT + i];
-            const __m256i more = _mm256_loadu_si256(bias ? (const __m256i *)bias : place);
-            _mm256_storeu_si256(place, _mm256_add_epi32(_mm256_srai_epi32(y, TWOS[row] + TWOS[i]), more));
+            __m256i *target = (__m256i *)to[row * OUT + i];
+            const __m256i more = _mm256_loadu_si256(bias ? (const __m256i *)bias : target);
+            _mm256_storeu_si256(target, _mm256_add_epi32(_mm256_srai_epi32(y, TWOS[row] + TWOS[i]), more));
         }
     }
 }
@@ -143,14 +134,14 @@ AVX2 static void position_products(const char *v, int64_t phase_step, const int3
 typedef struct {
     int64_t image;
     int i, j;
-} Place; /* of a tile: its first output in an output phase */
+} TilePosition; /* of its first output in an output phase */
 
 /* where the inputs of a tile begin, (6, 6), in one phase; whether all lie inside the image */
-static inline int find_inputs(const Winograd *job, const Place *place, int phase, const char **from) {
-    const int s = job->stride, top = (place->i + job->first_y) * s + phase / s,
-              left = (place->j + job->first_x) * s + phase % s;
+static inline int find_inputs(const Winograd *job, const TilePosition *tile, int phase, const char **from) {
+    const int s = job->stride, top = (tile->i + job->first_y) * s + phase / s,
+              left = (tile->j + job->first_x) * s + phase % s;
     const int64_t pixel = job->inputs * 2, line = job->width * pixel;
-    const char *first = job->x + place->image * job->height * line + top * line + left * pixel;
+    const char *first = job->x + tile->image * job->height * line + top * line + left * pixel;
     const int inside =
         top >= 0 && top + (SIDE - 1) * s < job->height && left >= 0 && left + (SIDE - 1) * s < job->width;
     for (int a = 0; a < SIDE; a++)
@@ -163,20 +154,22 @@ static inline int find_inputs(const Winograd *job, const Place *place, int phase
 }
 
 /* whether the inputs of all phases are transformed at once, side by side in one row of 16 */
-static int side_by_side(const Winograd *job) { return job->stride * job->stride * job->inputs <= 16; }
+static int side_by_side(const Winograd *job) {
+    return job->stride * job->stride * job->inputs <= 16;
+}
 
 /* v: (position, phase, tile, row), or where phases are side by side (position, tile, row) */
-AVX2 static void transform_inputs(const Winograd *job, const Place *places, int tiles, int most, int16_t *v,
-                                  int64_t row) {
+AVX2 static void transform_inputs(const Winograd *job, const TilePosition *positions, int tiles,
+                                  int max_tiles, int16_t *v, int64_t row) {
     const int phases = job->stride * job->stride, inputs = job->inputs, together = side_by_side(job);
-    const int64_t step = (together ? 1 : phases) * most * row;
+    const int64_t step = (together ? 1 : phases) * max_tiles * row;
     const char *from[POSITIONS];
     int16_t few[POSITIONS][32];
     memset(few, 0, sizeof few);
     for (int t = 0; t < tiles; t++)
         for (int phase = 0; phase < phases; phase++) {
-            int16_t *to = v + ((int64_t)(together ? 0 : phase) * most + t) * row;
-            const int inside = find_inputs(job, places + t, phase, from);
+            int16_t *to = v + ((int64_t)(together ? 0 : phase) * max_tiles + t) * row;
+            const int inside = find_inputs(job, positions + t, phase, from);
             if (inputs < 16) {
                 const int start = together ? phase * inputs : 0;
                 if (inside) /* of 16 numbers those behind a phase's are written over by the next one's, or
@@ -200,15 +193,15 @@ AVX2 static void transform_inputs(const Winograd *job, const Place *places, int 
 
 /* The outputs of a block, from m (position, tile, 16), into acc (phase, row of a tile, tile, column, output),
  * whose first phase is `phase`; parts after the first are added. */
-AVX2 static void transform_outputs(const Winograd *job, const int32_t *m, int block, int tiles, int most,
+AVX2 static void transform_outputs(const Winograd *job, const int32_t *m, int block, int tiles, int max_tiles,
                                    int phase, int part, int32_t *acc) {
     const int outputs = job->outputs, first = block * BLOCK - phase * outputs;
-    const int64_t step = (int64_t)most * BLOCK;
+    const int64_t step = (int64_t)max_tiles * BLOCK;
     static const int32_t none[BLOCK];
     const int32_t *bias = part == 0 ? job->bias + block * BLOCK : none;
     /* Blocks come last to first: what the last of a pixel writes beyond it, the first of the next pixel
      * writes over. */
-    const int whole = outputs % BLOCK == 0 || (job->spread == 1 && outputs > BLOCK);
+    const int direct = outputs % BLOCK == 0 || (job->spread == 1 && outputs > BLOCK);
     const int there = job->spread * job->spread * outputs - block * BLOCK;
     int32_t results[OUT * OUT][BLOCK];
     for (int t = 0; t < tiles; t++) {
@@ -216,12 +209,13 @@ AVX2 static void transform_outputs(const Winograd *job, const int32_t *m, int bl
             int32_t *to[OUT * OUT];
             for (int r = 0; r < OUT; r++)
                 for (int c = 0; c < OUT; c++)
-                    to[r * OUT + c] = (whole ? acc + ((int64_t)(r * most + t) * OUT + c) * outputs + first
-                                             : results[r * OUT + c]) +
-                                      8 * h;
-            output_tile(m + t * BLOCK + 8 * h, step, whole && part ? 0 : bias + 8 * h, to);
+                    to[r * OUT + c] =
+                        (direct ? acc + ((int64_t)(r * max_tiles + t) * OUT + c) * outputs + first
+                                : results[r * OUT + c]) +
+                        8 * h;
+            output_tile(m + t * BLOCK + 8 * h, step, direct && part ? 0 : bias + 8 * h, to);
         }
-        if (whole) continue;
+        if (direct) continue;
         for (int o = 0;
              o < BLOCK && first + o < job->spread * job->spread *
                                           outputs;) { /* a block may end one phase and begin the next */
@@ -230,7 +224,7 @@ AVX2 static void transform_outputs(const Winograd *job, const int32_t *m, int bl
             for (int r = 0; r < OUT; r++)
                 for (int c = 0; c < OUT; c++) {
                     int32_t *to =
-                        acc + ((int64_t)((in_phase * OUT + r) * most + t) * OUT + c) * outputs + output;
+                        acc + ((int64_t)((in_phase * OUT + r) * max_tiles + t) * OUT + c) * outputs + output;
                     const int32_t *from = results[r * OUT + c] + o;
                     if (part == 0)
                         memcpy(to, from, 4 * count);
@@ -244,29 +238,31 @@ AVX2 static void transform_outputs(const Winograd *job, const int32_t *m, int bl
 
 /* The steps on the accumulators of an output phase, run by run of neighbouring pixels. */
 static void steps_on_tiles(const Winograd *job, const Step *steps, int step_count, const Array *arrays,
-                           const Place *places, int tiles, int most, int phase, int32_t *acc,
+                           const TilePosition *positions, int tiles, int max_tiles, int phase, int32_t *acc,
                            int32_t *registers, int64_t size) {
     const int spread = job->spread, a = phase / spread, b = phase % spread,
               chunk = (int)(size / job->outputs);
     const int rows = (job->all_rows - a + spread - 1) / spread,
               columns = (job->all_columns - b + spread - 1) / spread;
     for (int t = 0, end; t < tiles; t = end) {
-        for (end = t + 1; end < tiles && places[end].j; end++);
-        const int first = places[t].j,
+        for (end = t + 1; end < tiles && positions[end].j; end++);
+        const int first = positions[t].j,
                   many = (end - t) * OUT < columns - first ? (end - t) * OUT : columns - first;
-        for (int r = 0; r < OUT && places[t].i + r < rows; r++)
+        for (int r = 0; r < OUT && positions[t].i + r < rows; r++)
             for (int done = 0; done < many; done += chunk) {
                 const int64_t line =
-                    places[t].image * job->all_rows + (int64_t)(places[t].i + r) * spread + a;
+                    positions[t].image * job->all_rows + (int64_t)(positions[t].i + r) * spread + a;
                 steps_on_tile(steps, step_count, arrays,
-                              acc + ((int64_t)(r * most + t) * OUT + done) * job->outputs, registers, size,
-                              line * job->all_columns + (int64_t)(first + done) * spread + b, spread,
+                              acc + ((int64_t)(r * max_tiles + t) * OUT + done) * job->outputs, registers,
+                              size, line * job->all_columns + (int64_t)(first + done) * spread + b, spread,
                               many - done < chunk ? many - done : chunk, job->outputs);
             }
     }
 }
 
-static int smaller_of(int a, int b) { return a < b ? a : b; }
+static int smaller_of(int a, int b) {
+    return a < b ? a : b;
+}
 
 /* As `products`. */
 int winograd(const Winograd *job, const Step *steps, int step_count, const Array *arrays,
@@ -283,28 +279,28 @@ int winograd(const Winograd *job, const Step *steps, int step_count, const Array
     /* as many tiles as have transformed inputs of about half a megabyte, for weights are read once for all of
      * them */
     const int room = (int)(600000 / (POSITIONS * rows_of_phases * row * 2)) / GROUP * GROUP;
-    const int most = room < GROUP ? GROUP : smaller_of(room, MOST_TILES);
-    const int64_t phase_step = 2 * (rows_of_phases == 1 ? job->inputs : most * row);
+    const int max_tiles = room < GROUP ? GROUP : smaller_of(room, MAX_TILES);
+    const int64_t phase_step = 2 * (rows_of_phases == 1 ? job->inputs : max_tiles * row);
     const int64_t size = outputs < TILE_NUMBERS ? TILE_NUMBERS / outputs * outputs : outputs;
     int failed = 0;
 #pragma omp parallel num_threads(job->threads)
     {
-        int16_t *v = calloc((size_t)POSITIONS * rows_of_phases * most * row, 2);
-        int32_t *m = malloc(sizeof(int32_t) * TOGETHER * POSITIONS * most * BLOCK);
-        int32_t *acc = malloc(sizeof(int32_t) * ((int64_t)at_once * OUT * OUT * most * outputs + BLOCK));
+        int16_t *v = calloc((size_t)POSITIONS * rows_of_phases * max_tiles * row, 2);
+        int32_t *m = malloc(sizeof(int32_t) * TOGETHER * POSITIONS * max_tiles * BLOCK);
+        int32_t *acc = malloc(sizeof(int32_t) * ((int64_t)at_once * OUT * OUT * max_tiles * outputs + BLOCK));
         int32_t *registers = malloc(sizeof(int32_t) * size * register_count);
         if (!v || !m || !acc || !registers) failed = 1;
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t begin = 0; begin < tiles; begin += most) {
+        for (int64_t begin = 0; begin < tiles; begin += max_tiles) {
             if (failed) continue;
-            const int many = tiles - begin < most ? (int)(tiles - begin) : most;
-            Place places[MOST_TILES];
+            const int many = tiles - begin < max_tiles ? (int)(tiles - begin) : max_tiles;
+            TilePosition positions[MAX_TILES];
             for (int t = 0; t < many; t++) {
                 const int64_t tile = begin + t, line = tile / tile_columns;
-                places[t] = (Place){line / tile_rows, (int)(line % tile_rows) * OUT,
-                                    (int)(tile % tile_columns) * OUT};
+                positions[t] = (TilePosition){line / tile_rows, (int)(line % tile_rows) * OUT,
+                                              (int)(tile % tile_columns) * OUT};
             }
-            transform_inputs(job, places, many, most, v, row);
+            transform_inputs(job, positions, many, max_tiles, v, row);
             for (int phase = 0; phase < out_phases; phase += at_once) {
                 const int last = outputs % BLOCK == 0 ? (phase + 1) * outputs / BLOCK : blocks;
                 const int first = phase * outputs / BLOCK;
@@ -313,24 +309,24 @@ int winograd(const Winograd *job, const Step *steps, int step_count, const Array
                     for (int part = 0; part < job->parts; part++) {
                         for (int position = 0; position < POSITIONS; position++)
                             for (int n = 0; n < together; n++) {
-                                const int64_t place =
+                                const int64_t entry =
                                     ((int64_t)part * blocks + block + n) * POSITIONS + position;
                                 position_products(
-                                    (const char *)(v + (int64_t)position * rows_of_phases * most * row),
-                                    phase_step, job->phases + place * (in_phases + 1), row * 2, pairs,
-                                    job->weights + job->starts[place],
-                                    m + (int64_t)(n * POSITIONS + position) * most * BLOCK,
+                                    (const char *)(v + (int64_t)position * rows_of_phases * max_tiles * row),
+                                    phase_step, job->phases + entry * (in_phases + 1), row * 2, pairs,
+                                    job->weights + job->starts[entry],
+                                    m + (int64_t)(n * POSITIONS + position) * max_tiles * BLOCK,
                                     (many + GROUP - 1) / GROUP * GROUP,
                                     out_phases * outputs - (block + n) * BLOCK);
                             }
                         for (int n = together - 1; n >= 0; n--)
-                            transform_outputs(job, m + (int64_t)n * POSITIONS * most * BLOCK, block + n, many,
-                                              most, phase, part, acc);
+                            transform_outputs(job, m + (int64_t)n * POSITIONS * max_tiles * BLOCK, block + n,
+                                              many, max_tiles, phase, part, acc);
                     }
                 }
                 for (int p = 0; p < at_once; p++)
-                    steps_on_tiles(job, steps, step_count, arrays, places, many, most, phase + p,
-                                   acc + (int64_t)p * OUT * OUT * most * outputs, registers, size);
+                    steps_on_tiles(job, steps, step_count, arrays, positions, many, max_tiles, phase + p,
+                                   acc + (int64_t)p * OUT * OUT * max_tiles * outputs, registers, size);
             }
         }
         free(v);

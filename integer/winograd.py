@@ -7,14 +7,15 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from licq.integer.groups import padding_of
+from licq.integer.library import BLOCK, Winograd
 from licq.quant import operations as ops
 
-BLOCK = 16
 _POSITIONS = 36
 _TILE = 4
 _WINDOW = 3
 
-# Lavin and Gray's G, with rows times 4, 6, 6, 24, 24, 1: whole numbers.
+# Lavin and Gray's G, with rows times 4, 6, 6, 24, 24, 1: integers.
 _G = torch.tensor(
     [[1, 0, 0], [-1, -1, -1], [-1, 1, -1], [1, 2, 4], [1, -2, 4], [0, 0, 1]], dtype=torch.float64
 )
@@ -30,8 +31,9 @@ _GAIN = 0.7
 class Windows:
     """A convolution as one by 3x3 windows, from phases of the input to phases of the output.
 
-    weight: (out_phases, outputs, in_phases, inputs, 3, 3). first: where the windows' first taps lie relative
-    to the output.
+    weight: (out_phases, outputs, in_phases, inputs, 3, 3).
+    stride: of the convolution; in_phases is its square. spread: out_phases is its square.
+    first: row and column of the windows' first taps relative to the output.
     parts: the phases of the input, in lists whose sums of products stay below 2^25.
     """
 
@@ -43,23 +45,22 @@ class Windows:
 
 
 def _taps(conv: ops.Convolution, axis: int) -> list[tuple[int, int, int, int]]:
-    """(phase of the output, phase of the input, offset in it, place in the kernel) along one axis."""
-    stride, pad, dilation = conv.stride[axis], conv.pads[axis], conv.dilation[axis]
+    """(phase of the output, phase of the input, offset in it, position in the kernel) along one axis."""
+    stride, pad, dilation = conv.stride[axis], padding_of(conv)[axis], conv.dilation[axis]
     size = conv.weight.shape[2 + axis]
     if isinstance(conv, ops.Conv2d):
-        return [
-            (0, place % stride, place // stride, k) for k in range(size) for place in (k * dilation - pad,)
-        ]
-    places = [(phase, phase + pad - k * dilation, k) for phase in range(stride) for k in range(size)]
-    return [(phase, 0, place // stride, k) for phase, place, k in places if place % stride == 0]
+        inputs = [(k * dilation - pad, k) for k in range(size)]
+        return [(0, x % stride, x // stride, k) for x, k in inputs]
+    outputs = [(phase, phase + pad - k * dilation, k) for phase in range(stride) for k in range(size)]
+    return [(phase, 0, x // stride, k) for phase, x, k in outputs if x % stride == 0]
 
 
 def _used(taps: list[tuple[int, int, int, int]], first: int) -> dict[tuple[int, int], int]:
     """How many of the six products along an axis the window of two phases needs."""
-    there: dict[tuple[int, int], set[int]] = {}
-    for a, b, offset, _ in taps:
-        there.setdefault((a, b), set()).add(offset - first)
-    return {phases: 6 - (0 not in places) - (2 not in places) for phases, places in there.items()}
+    used: dict[tuple[int, int], set[int]] = {}
+    for out_phase, in_phase, offset, _ in taps:
+        used.setdefault((out_phase, in_phase), set()).add(offset - first)
+    return {phases: 6 - (0 not in offsets) - (2 not in offsets) for phases, offsets in used.items()}
 
 
 def windows(conv: ops.MultiplyAccumulate, largest_input: int, shape: tuple[int, ...]) -> Windows | None:
@@ -75,29 +76,28 @@ def windows(conv: ops.MultiplyAccumulate, largest_input: int, shape: tuple[int, 
     axes, first = [_taps(conv, axis) for axis in (0, 1)], []
     for taps in axes:
         offsets = [offset for _, _, offset, _ in taps]
-        places = range(max(offsets) - _WINDOW + 1, min(offsets) + 1)
-        if not places:
+        candidates = range(max(offsets) - _WINDOW + 1, min(offsets) + 1)
+        if not candidates:
             return None
-        first.append(min(places, key=lambda place: sum(_used(taps, place).values())))
+        first.append(min(candidates, key=lambda offset: sum(_used(taps, offset).values())))
     spread, stride = (1, stride[0]) if isinstance(conv, ops.Conv2d) else (stride[0], 1)
-    count = [sum(_used(taps, place).values()) for taps, place in zip(axes, first)]
+    count = [sum(_used(taps, offset).values()) for taps, offset in zip(axes, first)]
     padded = [-(-size // (spread * _TILE)) * spread * _TILE / size for size in shape[2:]]
     if count[0] * count[1] / _TILE**2 * padded[0] * padded[1] > _GAIN * len(axes[0]) * len(axes[1]):
         return None
-    made = torch.zeros(
-        spread**2, weight.shape[0], stride**2, weight.shape[1], _WINDOW, _WINDOW, dtype=torch.int64
-    )
+    outputs, inputs = weight.shape[:2]
+    full = torch.zeros(spread**2, outputs, stride**2, inputs, _WINDOW, _WINDOW, dtype=torch.int64)
     for (a, b, y, ky), (c, d, x, kx) in product(*axes):
-        made[a * spread + c, :, b * stride + d, :, y - first[0], x - first[1]] = weight[:, :, ky, kx].to(
-            torch.int64
-        )
-    parts = _parts(made.abs().sum((3, 4, 5)).flatten(0, 1) * largest_input)
-    return None if parts is None else Windows(made, stride, spread, (first[0], first[1]), parts)
+        full[a * spread + c, :, b * stride + d, :, y - first[0], x - first[1]] = weight[:, :, ky, kx].long()
+    parts = _parts(full.abs().sum((3, 4, 5)).flatten(0, 1) * largest_input)
+    return None if parts is None else Windows(full, stride, spread, (first[0], first[1]), parts)
 
 
 def _parts(largest: Tensor) -> list[list[int]] | None:
-    """Phases, each put into the first part that has room for it; largest: (outputs, phases), of their
-    sums."""
+    """Phases, each put into the first part that has room for it; None where one alone has too large sums.
+
+    largest: (outputs, phases), the largest sum of each.
+    """
     parts: list[list[int]] = []
     for phase in largest.amax(0).argsort(descending=True).tolist():
         part = next(
@@ -112,31 +112,69 @@ def _parts(largest: Tensor) -> list[list[int]] | None:
     return parts
 
 
-def winograd_weights(found: Windows) -> tuple[Tensor, Tensor, Tensor]:
-    """Transformed weights in the kernel's order, where each block of outputs at each position begins, and its
-    input phases.
+def winograd_weights(layer: Windows) -> tuple[Tensor, Tensor, Tensor]:
+    """Transformed weights in the order in which winograd.c reads them.
 
-    weights: int16, for every part, block of 16 (out_phase, output), position, and input phase with weights
-    there: (pairs of inputs, 16, 2).
-    starts: (parts, blocks, 36), in bytes. phases: (parts, blocks, 36, in_phases + 1), their number and which.
+    Returns:
+        weights: int16. For every part, block of 16 (out_phase, output), position of the transformed window,
+            and input phase with weights there: (pairs of inputs, 16, 2).
+        starts: (parts, blocks, 36), the byte at which the weights of each begin.
+        phases: (parts, blocks, 36, in_phases + 1), the number of the input phases, and which they are.
     """
-    out_phases, outputs, in_phases, inputs = found.weight.shape[:4]
+    out_phases, outputs, in_phases, inputs = layer.weight.shape[:4]
     blocks, pairs = -(-out_phases * outputs // BLOCK), -(-inputs // 2)
     full = torch.zeros(blocks * BLOCK, in_phases, pairs * 2, _POSITIONS, dtype=torch.int16)
-    transformed = _G @ found.weight.double() @ _G.T
+    transformed = _G @ layer.weight.double() @ _G.T
     full[: out_phases * outputs, :, :inputs] = transformed.to(torch.int16).reshape(
         -1, in_phases, inputs, _POSITIONS
     )
     ordered = (
         full.reshape(blocks, BLOCK, in_phases, pairs, 2, _POSITIONS).permute(0, 5, 2, 3, 1, 4).contiguous()
     )
-    there = (ordered != 0).flatten(3).any(-1)
-    weights, phases = [], torch.zeros(len(found.parts), blocks, _POSITIONS, in_phases + 1, dtype=torch.int32)
-    for part, members in enumerate(found.parts):
-        chosen = there & torch.isin(torch.arange(in_phases), torch.tensor(members))
+    nonzero = (ordered != 0).flatten(3).any(-1)
+    weights, phases = [], torch.zeros(len(layer.parts), blocks, _POSITIONS, in_phases + 1, dtype=torch.int32)
+    for part, members in enumerate(layer.parts):
+        chosen = nonzero & torch.isin(torch.arange(in_phases), torch.tensor(members))
         weights.append(ordered[chosen])
         phases[part, ..., 0] = chosen.sum(-1)
         phases[part, ..., 1:] = (~chosen).to(torch.int8).argsort(dim=-1, stable=True)
     number = phases[..., 0].flatten().to(torch.int64)
     starts = (number.cumsum(0) - number) * (pairs * BLOCK * 4)
     return torch.cat(weights), starts.contiguous(), phases
+
+
+def winograd_product(
+    root: ops.MultiplyAccumulate, shape: tuple[int, ...], largest_input: int, out_shape: tuple[int, ...]
+) -> tuple[Winograd, list[Tensor]] | None:
+    """A job of winograd.c, and the tensors that it points to; None where it does not pay or is not exact.
+
+    shape, out_shape: of the input and of the result, (batch, channels, height, width).
+    """
+    layer = windows(root, largest_input, out_shape)
+    if layer is None:
+        return None
+    weights, starts, phases = winograd_weights(layer)
+    outputs, inputs = root.weight.shape[:2]
+    bias = torch.zeros(phases.shape[1] * BLOCK, dtype=torch.int32)
+    if root.bias is not None:
+        bias[: layer.spread**2 * outputs] = root.bias.to(torch.int32).repeat(layer.spread**2)
+    padding = torch.zeros(inputs, dtype=torch.int16)
+    buffers = {"weights": weights, "bias": bias, "padding": padding, "starts": starts, "phases": phases}
+    job = Winograd(
+        batch=shape[0],
+        height=shape[2],
+        width=shape[3],
+        inputs=inputs,
+        stride=layer.stride,
+        first_y=layer.first[0],
+        first_x=layer.first[1],
+        rows=-(-out_shape[2] // layer.spread),
+        columns=-(-out_shape[3] // layer.spread),
+        outputs=outputs,
+        spread=layer.spread,
+        all_columns=out_shape[3],
+        all_rows=out_shape[2],
+        parts=len(layer.parts),
+        **{name: buffer.data_ptr() for name, buffer in buffers.items()},
+    )
+    return job, list(buffers.values())

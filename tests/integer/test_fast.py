@@ -1,20 +1,17 @@
 """The compiled kernels give the reference's numbers, and the passes leave every result as it is."""
 
-import ctypes
 import math
 from fractions import Fraction
 
 import pytest
 import torch
 
-from licq.integer import library as library_module
+from licq.integer.exactness import gdn_fits_float32, tie_free_multiplier
 from licq.integer.execution import executable, usable
 from licq.integer.fast import FastProgram
-from licq.integer.group_steps import takes_float32
 from licq.integer.groups import Group
-from licq.integer.library import STRUCTURES, compiled_layout, expected_layout, library
+from licq.integer.library import library
 from licq.integer.lowering import Tracer, lower
-from licq.integer.multipliers import tie_free_multiplier
 from licq.integer.passes import optimize
 from licq.integer.products import pack
 from licq.integer.program import Program
@@ -156,6 +153,13 @@ class AsWithVnni:
         return (lambda: 1) if name == "has_vnni" else getattr(library(), name)
 
 
+class WithoutVnni:
+    """The kernels, which say that there are no 8-bit instructions: values are stored as 16 bits then."""
+
+    def __getattr__(self, name):
+        return (lambda: 0) if name == "has_vnni" else getattr(library(), name)
+
+
 def layer(program, x, numbers, groups=1, padding=1):
     """A convolution 3x3 of value x of 8 channels, 16x16; the number of its result."""
     weight = extremes((8, 8 // groups, 3, 3), -127, 127, seed=groups).to(torch.int8)
@@ -175,8 +179,8 @@ def layer(program, x, numbers, groups=1, padding=1):
 @pytest.mark.parametrize("others", ["none", "grouped", "output"])
 def test_values_of_every_range_that_others_read_too(ends, others, eight_bits, monkeypatch):
     """Numbers that only an offset brings into 16 or 8 bits, beside readers that take them as they are, and a
-    border of zeros."""
-    monkeypatch.setattr("licq.integer.fast.library", AsWithVnni if eight_bits else library)
+    padding of zeros."""
+    monkeypatch.setattr("licq.integer.fast.kernels", AsWithVnni if eight_bits else WithoutVnni)
     numbers, program = Range(*ends), Program()
     x = program.input("x", (1, 8, 16, 16), numbers)
     for padding in (0, 1):
@@ -196,7 +200,7 @@ def test_values_of_every_range_that_others_read_too(ends, others, eight_bits, mo
 @pytest.mark.parametrize("ends", [(3, 32767), (-32767, -3)])
 def test_the_range_of_a_rescale_holds_the_end_next_to_zero(ends, eight_bits, monkeypatch):
     """3 / 128.5 is 0, which was proved to be 1 or more, and wrapped to 255 in 8 bits."""
-    monkeypatch.setattr("licq.integer.fast.library", AsWithVnni if eight_bits else library)
+    monkeypatch.setattr("licq.integer.fast.kernels", AsWithVnni if eight_bits else WithoutVnni)
     for multiplier in (
         torch.tensor([1 / 128.5]),
         torch.tensor([1 / 128.5, 2.0**-12] * 4).reshape(1, 8, 1, 1),
@@ -219,7 +223,7 @@ def test_the_range_of_a_rescale_holds_the_end_next_to_zero(ends, eight_bits, mon
 
 @needs_kernels
 def test_a_product_of_a_constant_reads_it_as_it_is(monkeypatch):
-    monkeypatch.setattr("licq.integer.fast.library", AsWithVnni)
+    monkeypatch.setattr("licq.integer.fast.kernels", AsWithVnni)
     tracer = Tracer(Runtime(QuantConfig()))
     constant = primitives.constant(extremes((1, 8, 16, 16), -100, 100, seed=5), tracer)
     tracer.program.outputs["out"] = layer(tracer.program, constant.number, Range(-100, 100))
@@ -377,7 +381,7 @@ def test_tie_free_multipliers_make_no_ties_and_move_no_product_over_one():
                 continue
             seen += 1
             exact = Fraction(int(mantissa)) / Fraction(2) ** int(shift)
-            # whole numbers whose products lie at ties and next to them
+            # integers whose products lie at ties and next to them
             ties = torch.randint(0, min(limit, int(exact * largest)) + 1, (40,), generator=draw).tolist()
             near = {
                 n
@@ -448,7 +452,7 @@ def test_gdn_at_and_next_to_halves(inverse, exponent):
     gdn = ops.Gdn((x, norm), mantissa=mantissa, shift=shift, inverse=inverse, algorithm="gdn", **ends)
     out = program.add(gdn, x_shape, Range(-32768, 32767))
     program.outputs["out"] = out
-    assert takes_float32(gdn, program.values[x].range.largest)
+    assert gdn_fits_float32(gdn, program.values[x].range.largest)
     draw = torch.Generator().manual_seed(5)
     norms = (4 ** (torch.arange(48) % 16))[None] + torch.tensor([-1, 0, 1, 2])[:, None].repeat(16, 1)
     numbers = torch.randint(-32767, 32768, x_shape, generator=draw)
@@ -477,15 +481,15 @@ def test_gdn_where_the_gain_brings_it_as_near_to_a_half_as_it_can(inverse):
             low * (high / low) ** torch.rand(1, shape[1], 1, 1, generator=draw, dtype=torch.float64)
         ).floor()
 
-    number, root, wanted = random(1, 32768), random(1, 2**31).sqrt(), random(1, 32768) + 0.5
-    gain = wanted / number * (1 / root if inverse else root)
+    number, root, half = random(1, 32768), random(1, 2**31).sqrt(), random(1, 32768) + 0.5
+    gain = half / number * (1 / root if inverse else root)
     shift = 21 - gain.log2().floor().long()
     mantissa = (gain * torch.exp2(shift.double())).round().long()
     ends = {"low": torch.full_like(mantissa, -32767), "high": torch.full_like(mantissa, 32767)}
     gdn = ops.Gdn((x, norm), mantissa=mantissa, shift=shift, inverse=inverse, algorithm="gdn", **ends)
     out = program.add(gdn, shape, Range(-32767, 32767))
     program.outputs["out"] = out
-    assert takes_float32(gdn, program.values[x].range.largest)
+    assert gdn_fits_float32(gdn, program.values[x].range.largest)
     numbers = (number.long() * torch.tensor([1, -1, 1, -1])[:, None]).expand(shape)
     norms = (root.square().round().long() + torch.arange(-4, 4)).expand(shape).clamp(0, 2**31 - 1)
     assert_same(program, FastProgram(program), {"x": numbers.to(torch.int16), "norm": norms.to(torch.int32)})
@@ -523,26 +527,3 @@ def test_without_kernels_the_reference_runs(monkeypatch):
     if library() is not None:
         assert isinstance(executable(program), FastProgram)
         assert torch.equal(executable(program)(pixels())["pixels"], run(program, pixels())["pixels"])
-
-
-# ------------------------------------------------------------------------------------------------ structures
-
-
-@needs_kernels
-def test_structures_are_laid_out_as_the_compiler_has_them():
-    compiled = compiled_layout(library())
-    assert compiled == expected_layout() and len(compiled) > 100
-    assert compiled["Step.rescale.same_limits"] == compiled["Step.store.side"]  # one union
-
-
-@needs_kernels
-def test_kernels_of_another_version_are_told_and_not_used(monkeypatch):
-    class Step(ctypes.Structure):  # as of a version that had one field less
-        _fields_ = library_module.Step._fields_[:-1]
-        _anonymous_ = library_module.Step._anonymous_
-
-    others = tuple(kind for kind in STRUCTURES if kind is not library_module.Step)
-    expected = expected_layout((*others, Step))
-    monkeypatch.setattr(library_module, "expected_layout", lambda: expected)
-    with pytest.warns(UserWarning, match="another version of licq.*install licq again"):
-        assert library_module.library.__wrapped__() is None

@@ -10,9 +10,12 @@ from licq.codec.plan import Plan
 from licq.codec.sizes import Sizes, analysis_part
 from licq.integer.lowering import lower
 from licq.integer.passes import without_duplicates
+from licq.integer.program import Program
 from licq.integer.reach import BATCH, Span, reach
 from licq.integer.reference import run
 from licq.integer.tiles import Tiled, cuts
+from licq.quant import operations as ops
+from licq.quant.operations import Range
 from tests.codec.test_files import DIGEST, pixels
 from tests.frozen_codecs import frozen
 from tests.tiny_codecs import SIZES
@@ -102,3 +105,19 @@ def test_tiles_are_used_from_a_size_on():
     sizes = Sizes(lambda height, width, batch: lower(model, height, width, batch), tile=256)
     assert not isinstance(Plan(lower(model, 256, 256), sizes, 1).synthesis[0], Tiled)
     assert isinstance(Plan(lower(model, 256, 320), sizes, 1).synthesis[0], Tiled)
+
+
+@pytest.mark.parametrize(("kernel", "before", "after"), [(3, 1, 1), (4, 1, 2)])
+def test_reach_of_a_convolution_padded_to_the_same_size(kernel, before, after):
+    program = Program()
+    numbers = program.input("pixels", (BATCH, 3, 64, 64), Range(0, 255))
+    weight = torch.ones(2, 3, kernel, kernel, dtype=torch.int8)
+    options = {"stride": (1, 1), "padding": "same", "dilation": (1, 1), "groups": 1}
+    conv = ops.Conv2d((numbers,), weight=weight, bias=None, bound=255 * 3 * kernel**2, **options)
+    program.outputs["out"] = program.add(conv, (BATCH, 2, 64, 64), Range(0, conv.bound))
+    found = reach(program, 64, 64, 1)
+    assert found.rows == found.columns == Span(before, after, 1)
+    image = torch.zeros(BATCH, 3, 64, 64, dtype=torch.uint8)
+    image[:, :, 30, 30] = 1  # read by the results that lie `after` before it to `before` after it
+    rows = run(program, {"pixels": image})["out"][0, 0].sum(1).nonzero().flatten()
+    assert rows.tolist() == list(range(30 - after, 30 + before + 1))
