@@ -255,7 +255,7 @@ def _shares_memory(a: Tensor, b: Tensor) -> bool:
 
 
 def runtime_of(arguments: Iterable[Any]) -> Any:
-    """The runtime of the first quantized tensor among arguments, lists and tuples of them; None where there is
+    """The runtime of the first quantized tensor among arguments, also in lists and tuples; None: there is
     none."""
     for argument in arguments:
         if isinstance(argument, QTensor):
