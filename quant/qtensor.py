@@ -7,7 +7,7 @@ node that the runtime has for this point of the forward.
 
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,28 +16,13 @@ from licq.quant.symbols import Recorder
 from licq.support.errors import InputError
 
 
-class Host(Protocol):
-    """What a quantized tensor asks of the forward that it flows through; `quant.runtime.Runtime` is one."""
-
-    tracer: Recorder | None
-
-    @property
-    def where(self) -> str:
-        """The module that runs, for a message."""
-        ...
-
-    def dispatch(self, function: Callable, args: tuple, kwargs: dict) -> Any:
-        """Run a torch function whose arguments hold quantized tensors."""
-        ...
-
-
 class QTensor:
     """Values `q * scale` in the integer state, plain values `q` in the real state (`scale` is None).
 
     q:       float tensor, of integers in the integer state; or a symbol while a program is written down.
     scale:   float64 tensor, 0-dimensional (per tensor) or with q's number of dimensions and broadcastable to
     it.
-    runtime: the `Host`; None for a tensor that no forward runs on.
+    runtime: the `quant.runtime.Runtime`; None for a tensor that no forward runs on.
     pixels:  true for the image that enters the codec: 8-bit samples, exact on a grid of 1/255.
     latent:  true for y_hat, z_hat and parts of them: values that came out of a rounding at a boundary of the
     codec.
@@ -270,7 +255,7 @@ def _shares_memory(a: Tensor, b: Tensor) -> bool:
 
 
 def runtime_of(arguments: Iterable[Any]) -> Any:
-    """The host of the first quantized tensor among arguments, lists and tuples of them; None where there is
+    """The runtime of the first quantized tensor among arguments, also in lists and tuples; None: there is
     none."""
     for argument in arguments:
         if isinstance(argument, QTensor):
