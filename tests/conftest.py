@@ -62,7 +62,7 @@ def zoo(tmp_path_factory):
 
 @pytest.fixture
 def job(tmp_path, zoo, make_image):
-    """Arguments of a run of a second or two; results go to tmp_path/out."""
+    """Arguments of a run of a second: nothing is learned, split or balanced. Results go to tmp_path/out."""
     for seed in (1, 2):
         make_image(f"{seed}.png", 96, 64, seed, tmp_path / "eval")
         make_image(f"{seed}.png", 80, 72, seed + 10, tmp_path / "calib")
@@ -75,7 +75,7 @@ def job(tmp_path, zoo, make_image):
         "--num_calib": 2,
         "--crops_per_image": 1,
         "--iters": 0,
-        "--set": "joint_iters=0",
+        "--set": ["joint_iters=0", "balance=0", "split=0", "stress=false", "round_init=nearest"],
         "--device": "cpu",
         "--out": tmp_path / "out",
         "--quiet": True,

@@ -19,12 +19,13 @@ TIMES = {
 
 
 def words(job: dict, **changes) -> list[str]:
-    """The command line; a change of value None drops the flag."""
+    """The command line; a change of value None drops the flag, a list repeats it."""
     flags = job | {f"--{name}": value for name, value in changes.items()}
-    given = [
-        [flag] if value is True else [flag, str(value)] for flag, value in flags.items() if value is not None
-    ]
-    return sum(given, [])
+    given = []
+    for flag, value in flags.items():
+        for one in value if isinstance(value, list) else [] if value is None else [value]:
+            given += [flag] if one is True else [flag, str(one)]
+    return given
 
 
 def run(job: dict, **changes) -> int:

@@ -206,6 +206,7 @@ def test_an_engine_that_fails_is_left_out_and_named(monkeypatch, capsys):
     assert capsys.readouterr().err == "codec, g_a, bad: ValueError: no such layer\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["minnen2018", "lu2022"])
 def test_peers_table_of_pytorch_and_licq(arch, monkeypatch, capsys):
     threads = torch.get_num_threads()

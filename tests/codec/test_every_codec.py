@@ -8,7 +8,7 @@ from licq.reconstruction.api import quantize
 from licq.reconstruction.config import PtqConfig
 from tests.tiny_codecs import SIZES, images, tiny_codec
 
-QUICK = ("balle2018", "minnen2018-mean", "qvrf-balle2018")
+QUICK = ("balle2018", "qvrf-balle2018")
 
 
 def test_every_architecture_has_a_tiny_codec():

@@ -67,7 +67,8 @@ def test_wheel_and_sdist_hold_every_file_that_is_no_code_too(wheel, sdist):
 
 
 @pytest.mark.parametrize(
-    "kind", ["from_wheel", "editable", pytest.param("from_sdist", marks=pytest.mark.slow)]
+    "kind",
+    ["from_wheel", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("editable", "from_sdist"))],
 )
 def test_installed_licq_answers_at_once_from_a_users_folder(kind, request, user_folder):
     environment = request.getfixturevalue(kind)

@@ -51,7 +51,8 @@ def codec(arch: str = "minnen2018") -> nn.Module:
 
 
 def method(rounding: str = "learned_offset", quant: dict | None = None, **knobs) -> PtqConfig:
-    knobs = {"iters": 4, "joint_iters": 4, "batch": 2, **knobs}
+    # balancing and harder crops take as long as everything else, and have tests of their own
+    knobs = {"iters": 4, "joint_iters": 4, "batch": 2, "balance": 0.0, "stress": False, **knobs}
     return PtqConfig("test", QuantConfig(rounding=rounding, **(quant or {})), ReconstructionConfig(**knobs))
 
 
@@ -143,7 +144,7 @@ def test_a_block_and_the_gdn_behind_a_convolution_are_one_unit():
 
 
 @pytest.mark.parametrize("arch", SIZES)
-@pytest.mark.parametrize("kind", ["layer", "block"])
+@pytest.mark.parametrize("kind", [pytest.param("layer", marks=pytest.mark.slow), "block"])
 def test_a_forward_behind_the_cached_prefix_is_the_whole_forward(arch, kind):
     batches = list(images(2).split(1))
     qmodel = observed(codec(arch), batches)
@@ -215,8 +216,15 @@ def test_divergence_is_that_of_the_distributions():
 # --------------------------------------------------------------------------------------------------- learning
 
 
+QUICK_LOSSES = [("rd", "stage"), ("rd_direct", "network"), ("stage", "block"), ("kl", "layer")]
+
+
 @pytest.mark.parametrize(
-    ("loss", "unit"), [*zip(LOSSES, itertools.cycle(UNITS)), ("rd", "network"), ("mse", "block")]
+    ("loss", "unit"),
+    [
+        pair if pair in QUICK_LOSSES else pytest.param(*pair, marks=pytest.mark.slow)
+        for pair in [*zip(LOSSES, itertools.cycle(UNITS)), ("rd", "network"), ("mse", "block")]
+    ],
 )
 def test_every_loss_and_unit_runs_and_does_not_worsen_its_own_measure(loss, unit):
     config = method(loss=loss, unit=unit, quant={"w_bits": 6, "a_bits": 6})
@@ -256,7 +264,13 @@ def test_without_units_the_network_still_learns_jointly():
     assert len(history["units"]) == 1 and history["joint"] is None
 
 
-@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize(
+    "rounding",
+    [
+        name if name in ("learned_offset", "adaround") else pytest.param(name, marks=pytest.mark.slow)
+        for name in ROUNDINGS
+    ],
+)
 def test_every_rounding_ends_in_integers_and_keeps_the_mask(rounding):
     qmodel = quantize(codec("minnen2018"), images(), method(rounding), lmbda=0.01, progress=False)
     node = qmodel.nodes["context_prediction"]
@@ -309,7 +323,7 @@ def uninterrupted():
     return config, quantize(codec(), images(), config, lmbda=0.01, progress=False)
 
 
-@pytest.mark.parametrize("survive", [1, 3, 6, 10])
+@pytest.mark.parametrize("survive", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 6, 10))])
 def test_a_killed_calibration_goes_on_to_the_same_numbers(tmp_path, monkeypatch, uninterrupted, survive):
     config, whole = uninterrupted
     saves = []

@@ -34,7 +34,7 @@ def test_every_preset_makes_a_model_that_files_keep(name, tmp_path):
     }
     qmodel = quantize(
         codec("balle2018"),
-        images(),
+        images(2),
         PtqConfig.from_preset(name, joint_iters=0, **few),
         lmbda=0.01,
         progress=False,

@@ -14,7 +14,7 @@ from licq.support.files import write_json
 from tests.main_jobs import contents, refused, report_of, run
 from tests.runs.test_bit_search import drawn_layers
 
-NARROW = {"set": "balance=0", "bits_choices": "4,8", "no-baseline": True}
+NARROW = {"set": ["balance=0", "joint_iters=2"], "bits_choices": "4,8", "no-baseline": True}
 
 
 def test_a_budget_is_met_written_and_read_again(job, capsys, tmp_path):
@@ -49,7 +49,7 @@ def test_a_budget_is_met_written_and_read_again(job, capsys, tmp_path):
         capsys, job, "bits.budget_size", "--resume", untouched=False, resume=True, budget_size=5, **NARROW
     )
     job["--out"] = tmp_path / "again"
-    assert run(job, bits_file=tmp_path / "bits.json", **{"set": "balance=0", "no-baseline": True}) == 0
+    assert run(job, bits_file=tmp_path / "bits.json", **{"set": NARROW["set"], "no-baseline": True}) == 0
     again = report_of(job)["points"][0]
     assert again["quant"] == point["quant"] and again["bits"]["layers"] == bits
     capsys.readouterr()
@@ -62,7 +62,7 @@ def test_a_budget_is_met_written_and_read_again(job, capsys, tmp_path):
         untouched=False,
         resume=True,
         bits_file=tmp_path / "bits.json",
-        **{"set": "balance=0", "no-baseline": True},
+        **{"set": NARROW["set"], "no-baseline": True},
     )
 
 

@@ -27,7 +27,13 @@ def varied_bits(codec: QuantModel) -> dict:
 
 
 @pytest.mark.parametrize(
-    "name, strict", [("balle2018", False), ("minnen2018", False), ("cheng2020", False), ("minnen2018", True)]
+    "name, strict",
+    [
+        ("balle2018", False),
+        pytest.param("minnen2018", False, marks=pytest.mark.slow),
+        pytest.param("cheng2020", False, marks=pytest.mark.slow),
+        ("minnen2018", True),
+    ],
 )
 def test_the_program_of_mixed_bits_equals_the_model(name, strict, tmp_path):
     model = tiny_codec(name)

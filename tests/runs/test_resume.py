@@ -9,7 +9,12 @@ from licq.models.checkpoint_files import read_tensors
 from licq.reconstruction.state import StateFolder
 from tests.main_jobs import contents, refused, report_of, run, without_times
 
-LEARNING = {"quality": "1,3", "unit": "stage", "iters": 2, "set": "joint_iters=2"}
+LEARNING = {
+    "quality": "1,3",
+    "unit": "stage",
+    "iters": 2,
+    "set": ["joint_iters=2", "balance=0", "stress=false"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +91,7 @@ def test_resuming_with_other_settings_is_refused(job, capsys, tmp_path, make_ima
     for changes, expected in (
         ({"w_bits": 6}, "w_bits 8, now 6"),
         ({"seed": 4}, "seed 0, now 4"),
-        ({"set": "batch=1"}, "batch"),
+        ({"set": ["batch=1", *job["--set"]]}, "batch"),
         ({"num_calib": 3}, "num_calib 2, now 3"),
         ({"crops_per_image": 2}, "crops_per_image 1, now 2"),
     ):

@@ -38,10 +38,10 @@ def outcome(codec, x):
 @pytest.mark.parametrize(
     "name",
     [
-        "qvrf-balle2018",
+        pytest.param("qvrf-balle2018", marks=pytest.mark.slow),
         "qvrf-minnen2018",
-        "qvrf-cheng2020",
-        "balle2018-vbr",
+        pytest.param("qvrf-cheng2020", marks=pytest.mark.slow),
+        pytest.param("balle2018-vbr", marks=pytest.mark.slow),
         "minnen2018-mean-vbr",
         "minnen2018-vbr",
     ],
