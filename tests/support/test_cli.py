@@ -7,10 +7,19 @@ import warnings
 import pytest
 import torch
 
+from licq.support import cli
 from licq.support.cli import ArgumentParser, explain, main_guard
 from licq.support.determinism import seed_everything, set_threads, versions
 from licq.support.errors import InputError, InputWarning
 from licq.support.progress import progress
+
+
+@pytest.fixture(autouse=True)
+def _no_command_runs():
+    """A test before may have parsed a command line in this process."""
+    token = cli._parser.set(None)
+    yield
+    cli._parser.reset(token)
 
 
 def raising(error):
@@ -144,7 +153,7 @@ MAIN = parser_of(
         ("give `checkpoint` an existing file", "give --checkpoint an existing file"),
         ("`lmbda` 0.0 is not positive", "--lambda 0.0 is not positive"),
         ("no images in `images`", "no images in --eval"),  # of evaluate
-        ("give other `paths` or `exclude` none of them", "give other --calib or --eval none of them"),
+        ("give other `files` or `exclude` none of them", "give other --calib or --eval none of them"),
         ("free some space in `folder`, or `out`", "free some space in --out, or --out"),
         ("say `lmbda=0.01`", "say --lambda 0.01"),
         ("pass `strict_int8=True`", "pass --strict_int8"),

@@ -16,19 +16,18 @@ from licq.support.errors import InputError
 from licq.workers.engine import Engine
 from licq.workers.task import Task
 
-TESTS = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
 def _entry(monkeypatch):
-    monkeypatch.syspath_prepend(TESTS)
-    monkeypatch.setenv("PYTHONPATH", f"{TESTS}{os.pathsep}{TESTS.parent}")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
 
 def tasks(folder: Path, *kinds: str, **changes) -> list[Task]:
     return [
-        Task(f"{kind}{number}", "sweep_entry", (kind,), str(folder / f"{kind}{number}"), **changes)
+        Task(f"{kind}{number}", "tests.sweep_entry", (kind,), str(folder / f"{kind}{number}"), **changes)
         for number, kind in enumerate(kinds)
     ]
 
@@ -90,7 +89,7 @@ def test_workers_end_with_their_command(tmp_path, ended):
 def a_worker_ends_with_its_command(engine: str, tmp_path: Path, ended: signal.Signals) -> None:
     code = (
         "from licq.workers.engine import Engine; from licq.workers.task import Task\n"
-        f"task = Task('slow', 'sweep_entry', ('slow',), {str(tmp_path / 'slow')!r})\n"
+        f"task = Task('slow', 'tests.sweep_entry', ('slow',), {str(tmp_path / 'slow')!r})\n"
         f"for _ in {engine}.run([task], 'test', 'run'): pass"
     )
     # in the background of a shell, where these tests may run, interrupts are ignored, and children inherit

@@ -17,7 +17,7 @@ from tests.main_jobs import contents, run, without_times, words
 from tests.workers.test_engine import a_worker_ends_with_its_command, outcomes, tasks, until
 
 ray = pytest.importorskip("ray")
-TESTS = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def cluster():
     from ray.cluster_utils import Cluster
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", f"{TESTS}{os.pathsep}{TESTS.parent}")
+        patch.setenv("PYTHONPATH", str(ROOT))
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         small = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
         nodes = Cluster(initialize_head=True, head_node_args=small | {"num_gpus": 0})
@@ -35,6 +35,7 @@ def cluster():
         nodes.shutdown()
 
 
+@pytest.mark.slow
 def test_a_killed_worker_costs_its_last_unit(cluster, tmp_path):
     ended = outcomes(
         Engine(ray=cluster, threads=1, gpu_share=0), tasks(tmp_path, "killed", "good", "refused", "defect")
@@ -50,9 +51,13 @@ def test_a_killed_worker_costs_its_last_unit(cluster, tmp_path):
     assert (killed / "log.txt").read_text().count("process ") == 2
 
 
+@pytest.mark.slow
 def test_a_task_that_no_node_can_run_is_refused(cluster, tmp_path):
     with pytest.raises(InputError, match="no node of the Ray cluster has 64 processors"):
         outcomes(Engine(ray=cluster, threads=64), tasks(tmp_path, "good"))
+
+
+def test_an_address_of_rays_client_is_refused(tmp_path):
     with pytest.raises(InputError, match="client's address"):
         outcomes(Engine(ray="ray://head:10001", threads=1), tasks(tmp_path, "good"))
 
