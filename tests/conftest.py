@@ -5,6 +5,7 @@ import os
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from licq.models.checkpoints import save_checkpoint
@@ -61,8 +62,24 @@ def zoo(tmp_path_factory):
 
 
 @pytest.fixture
-def job(tmp_path, zoo, make_image):
-    """Arguments of a run of a second: nothing is learned, split or balanced. Results go to tmp_path/out."""
+def blank_figures(monkeypatch):
+    """Figures are files of their type without a drawing: to draw them takes half of a small run's time, and
+    tests/report looks at them. A test file that looks at figures itself overrides this."""
+
+    def save(figure, file, format=None, **_):
+        kind = format or os.path.splitext(file)[1][1:]
+        if kind == "svg":
+            file.write(b'<svg xmlns="http://www.w3.org/2000/svg"/>')
+        else:
+            Image.new("L", (8, 8)).save(file, kind)
+
+    monkeypatch.setattr(Figure, "savefig", save)
+
+
+@pytest.fixture
+def job(tmp_path, zoo, make_image, blank_figures):
+    """Arguments of a run of a second: nothing is learned, split or balanced, and no figure is drawn. Results
+    go to tmp_path/out."""
     for seed in (1, 2):
         make_image(f"{seed}.png", 96, 64, seed, tmp_path / "eval")
         make_image(f"{seed}.png", 80, 72, seed + 10, tmp_path / "calib")

@@ -272,7 +272,8 @@ def test_without_units_the_network_still_learns_jointly():
     ],
 )
 def test_every_rounding_ends_in_integers_and_keeps_the_mask(rounding):
-    qmodel = quantize(codec("minnen2018"), images(), method(rounding), lmbda=0.01, progress=False)
+    config = method(rounding, iters=2, joint_iters=2)
+    qmodel = quantize(codec("minnen2018"), images(2), config, lmbda=0.01, progress=False)
     node = qmodel.nodes["context_prediction"]
     mask = node.weight_quantizer.mask.bool().expand(node.weight_int.shape)
     assert int(node.weight_int[~mask].abs().max()) == 0
@@ -303,7 +304,7 @@ def test_steps_too_large_are_taken_back():
 def test_the_float_codec_is_not_changed():
     model = codec("minnen2018")
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    quantize(model, images(), method(), lmbda=0.01, progress=False)
+    quantize(model, images(2), method(iters=2, joint_iters=2), lmbda=0.01, progress=False)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
@@ -311,7 +312,8 @@ def test_the_float_codec_is_not_changed():
 
 
 def test_the_same_seed_gives_the_same_numbers_and_another_seed_others():
-    runs = [quantize(codec(), images(), method(seed=seed), lmbda=0.01, progress=False) for seed in (0, 0, 1)]
+    model, x = codec("balle2018"), images(2)
+    runs = [quantize(model, x, method(seed=seed), lmbda=0.01, progress=False) for seed in (0, 0, 1)]
     first, second, third = ([*run.state_dict().values()] for run in runs)
     assert all(torch.equal(a, b) for a, b in zip(first, second))
     assert any(not torch.equal(a, b) for a, b in zip(first, third))
@@ -320,7 +322,7 @@ def test_the_same_seed_gives_the_same_numbers_and_another_seed_others():
 @pytest.fixture(scope="module")
 def uninterrupted():
     config = method(unit="stage", joint_iters=12)
-    return config, quantize(codec(), images(), config, lmbda=0.01, progress=False)
+    return config, quantize(codec("balle2018"), images(), config, lmbda=0.01, progress=False)
 
 
 @pytest.mark.parametrize("survive", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 6, 10))])
@@ -337,8 +339,10 @@ def test_a_killed_calibration_goes_on_to_the_same_numbers(tmp_path, monkeypatch,
 
     monkeypatch.setattr(state_module.StateFolder, "save", dying)
     with pytest.raises(KeyboardInterrupt):
-        quantize(codec(), images(), config, lmbda=0.01, folder=tmp_path, progress=False)
-    again = quantize(codec(), images(), config, lmbda=0.01, folder=tmp_path, resume=True, progress=False)
+        quantize(codec("balle2018"), images(), config, lmbda=0.01, folder=tmp_path, progress=False)
+    again = quantize(
+        codec("balle2018"), images(), config, lmbda=0.01, folder=tmp_path, resume=True, progress=False
+    )
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), again.state_dict().values()))
     for key in ("j_start", "j_units", "j_end"):
         assert whole.history[key] == again.history[key]
@@ -350,10 +354,14 @@ def test_a_killed_calibration_goes_on_to_the_same_numbers(tmp_path, monkeypatch,
 
 
 def test_resume_with_other_settings_is_refused(tmp_path):
-    quantize(codec(), images(), method(), lmbda=0.01, folder=tmp_path, progress=False)
+    first, other = (
+        method(iters=1, unit="network", joint_iters=1, round_init="nearest", seed=seed) for seed in (0, 5)
+    )
+    given = {"model": codec("balle2018"), "images": images(2), "lmbda": 0.01, "folder": tmp_path}
+    quantize(config=first, progress=False, **given)
     with pytest.raises(InputError, match="other settings"):
-        quantize(codec(), images(), method(seed=5), lmbda=0.01, folder=tmp_path, resume=True, progress=False)
-    quantize(codec(), images(), method(seed=5), lmbda=0.01, folder=tmp_path, progress=False)
+        quantize(config=other, resume=True, progress=False, **given)
+    quantize(config=other, progress=False, **given)
 
 
 # ---------------------------------------------------------------------------------------------------- presets

@@ -25,8 +25,13 @@ from tests.main_jobs import refused, run
 from tests.tiny_codecs import images, tiny_codec
 
 OBJECTIVE = Objective(0.01)
-QUICK = {"set": "balance=0"}
+QUICK = {"set": ["balance=0", "split=0", "stress=false", "round_init=nearest"]}
 FACTORS, COARSE = (0.4, 0.8, 1.0), (0.8, 1.0)
+
+
+@pytest.fixture
+def blank_figures():
+    """Figures are drawn here: they are looked at."""
 
 
 @pytest.fixture(autouse=True)

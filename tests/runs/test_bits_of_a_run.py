@@ -14,7 +14,11 @@ from licq.support.files import write_json
 from tests.main_jobs import contents, refused, report_of, run
 from tests.runs.test_bit_search import drawn_layers
 
-NARROW = {"set": ["balance=0", "joint_iters=2"], "bits_choices": "4,8", "no-baseline": True}
+NARROW = {
+    "set": ["joint_iters=0", "balance=0", "split=0", "stress=false", "round_init=nearest"],
+    "bits_choices": "4,8",
+    "no-baseline": True,
+}
 
 
 def test_a_budget_is_met_written_and_read_again(job, capsys, tmp_path):

@@ -44,21 +44,26 @@ def _stop_after(monkeypatch, owner, name: str, count: int):
     monkeypatch.setattr(owner, name, stopping)
 
 
+@pytest.mark.parametrize(
+    "stops",
+    [
+        [("save", 2), ("evaluate", 2)],
+        pytest.param(
+            [("evaluate", 1), ("evaluate", 3), ("save", 1), ("save", 2), ("evaluate", 1)],
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=len,
+)
 def test_run_stopped_anywhere_and_resumed_gives_the_same_report(
-    job, finished, reference, monkeypatch, capsys, tmp_path
+    job, finished, reference, monkeypatch, capsys, tmp_path, stops
 ):
     import licq.evaluation.evaluate
 
-    stops = [
-        (licq.evaluation.evaluate, "evaluate", 1),
-        (licq.evaluation.evaluate, "evaluate", 3),
-        (StateFolder, "save", 1),
-        (StateFolder, "save", 2),
-        (licq.evaluation.evaluate, "evaluate", 1),
-    ]
-    for owner, name, count in stops:  # every attempt goes on where the one before was stopped
+    owners = {"evaluate": licq.evaluation.evaluate, "save": StateFolder}
+    for name, count in stops:  # every attempt goes on where the one before was stopped
         with monkeypatch.context() as patch:
-            _stop_after(patch, owner, name, count)
+            _stop_after(patch, owners[name], name, count)
             assert run(job, resume=True, **LEARNING) == 130
         assert "--resume" in capsys.readouterr().err and not (tmp_path / "out" / "report.json").exists()
     assert run(job, resume=True, **LEARNING) == 0
@@ -76,12 +81,13 @@ def test_run_stopped_anywhere_and_resumed_gives_the_same_report(
 
 
 def test_same_seed_gives_the_same_report_and_another_does_not(job, finished):
-    assert run(job, **LEARNING) == 0
-    assert without_times(report_of(job)) == finished
-    assert run(job, seed=1, **LEARNING) == 0
-    other = without_times(report_of(job))
-    assert [point["fp32"] for point in other["points"]] == [point["fp32"] for point in finished["points"]]
-    assert [point["quant"] for point in other["points"]] != [point["quant"] for point in finished["points"]]
+    first, points = LEARNING | {"quality": 1}, []
+    for seed in (0, 1):
+        assert run(job, seed=seed, **first) == 0
+        points += without_times(report_of(job))["points"]
+    same, other = points
+    assert same == next(point for point in finished["points"] if point["quality"] == 1)
+    assert other["fp32"] == same["fp32"] and other["quant"] != same["quant"]
 
 
 def test_resuming_with_other_settings_is_refused(job, capsys, tmp_path, make_image):

@@ -236,7 +236,7 @@ def test_bits_are_searched_once_for_all_rates(variable_job, tmp_path, monkeypatc
             quality="2,8",
             budget_size=6,
             bits_choices="4,8",
-            **{"set": "balance=0", "no-baseline": True},
+            **{"no-baseline": True},
         )
         == 0
     )

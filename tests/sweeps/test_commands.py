@@ -27,7 +27,7 @@ def result(folder: Path, name: str) -> dict:
     return without_times(json.loads((folder / "runs" / name / "report.json").read_text()))
 
 
-@pytest.mark.parametrize("older", [False, True])
+@pytest.mark.parametrize("older", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_sweep_stopped_and_resumed_gives_the_runs_of_single_commands(
     job, file, tmp_path, capsys, monkeypatch, older
 ):
@@ -152,13 +152,25 @@ def evaluate(*words) -> int:
     )
 
 
-def test_an_evaluation_in_parts_writes_the_report_of_one(job, tmp_path, make_image, capsys, monkeypatch):
+def seven_images_to_evaluate(job, tmp_path, make_image) -> list:
+    """The words of an evaluation, but for the name of its results' folder."""
     for seed in range(3, 8):
         make_image(f"{seed}.png", 96, 64, seed, tmp_path / "eval")
     assert run(job, **{"no-baseline": True}) == 0
-    words = ["--model", tmp_path / "out", "--data", tmp_path / "eval", "--out"]
+    return ["--model", tmp_path / "out", "--data", tmp_path / "eval", "--out"]
+
+
+@pytest.mark.slow
+def test_an_evaluation_in_worker_processes_writes_the_report_of_one(job, tmp_path, make_image):
+    words = seven_images_to_evaluate(job, tmp_path, make_image)
     assert evaluate(*words, tmp_path / "whole") == 0
     assert evaluate(*words, tmp_path / "workers", "--workers", 2) == 0
+    assert contents(tmp_path / "whole") == contents(tmp_path / "workers")
+
+
+def test_an_evaluation_in_parts_writes_the_report_of_one(job, tmp_path, make_image, capsys, monkeypatch):
+    words = seven_images_to_evaluate(job, tmp_path, make_image)
+    assert evaluate(*words, tmp_path / "whole") == 0
     with monkeypatch.context() as patch:  # stopped in the second of three parts, then resumed
         patch.setattr("licq.runs.shards._MAX_IMAGES", 3)
         original, calls = licq.evaluation.evaluate.evaluate, []
@@ -185,7 +197,7 @@ def test_an_evaluation_in_parts_writes_the_report_of_one(job, tmp_path, make_ima
         "q1/crops.png",
         "compressai/quantized.json",
     } <= set(whole)
-    assert whole == contents(tmp_path / "parts") == contents(tmp_path / "workers")
+    assert whole == contents(tmp_path / "parts")
 
 
 def test_an_evaluation_in_parts_fails_in_one_line(job, tmp_path, make_image, capsys):

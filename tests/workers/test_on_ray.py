@@ -35,6 +35,7 @@ def cluster():
         nodes.shutdown()
 
 
+@pytest.mark.slow
 def test_a_killed_worker_costs_its_last_unit(cluster, tmp_path):
     ended = outcomes(
         Engine(ray=cluster, threads=1, gpu_share=0), tasks(tmp_path, "killed", "good", "refused", "defect")
@@ -50,9 +51,13 @@ def test_a_killed_worker_costs_its_last_unit(cluster, tmp_path):
     assert (killed / "log.txt").read_text().count("process ") == 2
 
 
+@pytest.mark.slow
 def test_a_task_that_no_node_can_run_is_refused(cluster, tmp_path):
     with pytest.raises(InputError, match="no node of the Ray cluster has 64 processors"):
         outcomes(Engine(ray=cluster, threads=64), tasks(tmp_path, "good"))
+
+
+def test_an_address_of_rays_client_is_refused(tmp_path):
     with pytest.raises(InputError, match="client's address"):
         outcomes(Engine(ray="ray://head:10001", threads=1), tasks(tmp_path, "good"))
 
