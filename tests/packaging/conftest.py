@@ -1,5 +1,6 @@
 """Distributions of the project, and fresh environments to install them in."""
 
+import os
 import shutil
 import site
 import subprocess
@@ -81,15 +82,26 @@ def wheel(source, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def wheel_without_kernels(source, tmp_path_factory) -> Path:
+    """As on a machine that has no C compiler: built in a second or two."""
+    return _built("build_wheel", source, tmp_path_factory.mktemp("without_kernels"), CC="false")
+
+
+@pytest.fixture(scope="session")
 def sdist(source, tmp_path_factory) -> Path:
     return _built("build_sdist", source, tmp_path_factory.mktemp("sdist"))
 
 
-def _built(what: str, source: Path, folder: Path) -> Path:
+def _built(what: str, source: Path, folder: Path, **variables: str) -> Path:
     """What pip has setuptools do, with the setuptools that is installed here."""
     code = f"import sys; from setuptools import build_meta; build_meta.{what}(sys.argv[1])"
     done = subprocess.run(
-        [sys.executable, "-c", code, folder], cwd=source, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code, folder],
+        cwd=source,
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     (built,) = folder.iterdir()

@@ -281,15 +281,15 @@ def test_every_rounding_ends_in_integers_and_keeps_the_mask(rounding):
 
 
 def test_learning_lowers_j_on_the_calibration_images_at_low_bits():
-    config = method(loss="rd_direct", iters=20, joint_iters=40, quant={"w_bits": 4, "a_bits": 6})
+    config = method(loss="rd_direct", iters=10, joint_iters=30, quant={"w_bits": 4, "a_bits": 6})
     history = quantize(codec("balle2018"), images(), config, lmbda=0.05, progress=False).history
     assert history["j_end"] < history["j_start"]
 
 
 def test_input_mix_draws_on_the_float_prefix():
-    config = method(loss="mse", input_mix=0.5, unit="layer", joint_iters=0)
-    plain = method(loss="mse", unit="layer", joint_iters=0)
-    model, x = codec("balle2018"), images()
+    config = method(loss="mse", input_mix=0.5, unit="stage", joint_iters=0)
+    plain = method(loss="mse", unit="stage", joint_iters=0)
+    model, x = codec("balle2018"), images(2)
     a, b = (quantize(model, x, c, lmbda=0.01, progress=False) for c in (config, plain))
     assert any(not torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values()))
 

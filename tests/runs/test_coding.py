@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -44,6 +45,7 @@ def test_folders_of_images(saved, tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.slow
 def test_several_jobs_write_the_files_of_one(saved, tmp_path, capsys):
     model = saved / "q1" / "model.safetensors"
     for jobs, tile, status in ((1, 0, 0), (2, 64, 2)):

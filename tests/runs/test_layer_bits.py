@@ -38,7 +38,9 @@ def varied_bits(codec: QuantModel) -> dict:
 def test_the_program_of_mixed_bits_equals_the_model(name, strict, tmp_path):
     model = tiny_codec(name)
     bits = varied_bits(QuantModel(model, QuantConfig()))
-    config = PtqConfig.from_preset(joint_iters=0, stress=False, measured=2, observed=2, strict_int8=strict)
+    config = PtqConfig.from_preset(
+        joint_iters=0, stress=False, measured=2, observed=2, balance=0.0, strict_int8=strict
+    )
     codec = quantize(model, images(2), config, lmbda=LAMBDA, bits=bits, progress=False)
     for layer, node in codec.layers.items():
         own = {"w_bits": 8, "a_bits": 8} | bits.get(layer, {})
@@ -65,7 +67,7 @@ def test_the_program_of_mixed_bits_equals_the_model(name, strict, tmp_path):
 
 def test_the_bits_of_the_model_named_for_every_layer_change_nothing():
     model = tiny_codec("balle2018")
-    config = PtqConfig.from_preset(joint_iters=2, stress=False, w_bits=6, a_bits=7)
+    config = PtqConfig.from_preset(joint_iters=2, stress=False, balance=0.0, w_bits=6, a_bits=7)
     same = {name: {"w_bits": 6, "a_bits": 7} for name in QuantModel(model, QuantConfig()).layers}
     one, other = (
         quantize(model, images(2), config, lmbda=LAMBDA, bits=bits, progress=False) for bits in (None, same)
