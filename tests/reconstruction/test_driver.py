@@ -287,9 +287,9 @@ def test_learning_lowers_j_on_the_calibration_images_at_low_bits():
 
 
 def test_input_mix_draws_on_the_float_prefix():
-    config = method(loss="mse", input_mix=0.5, unit="stage", joint_iters=0)
-    plain = method(loss="mse", unit="stage", joint_iters=0)
-    model, x = codec("balle2018"), images(2)
+    config = method(loss="mse", input_mix=0.5, unit="layer", joint_iters=0)
+    plain = method(loss="mse", unit="layer", joint_iters=0)
+    model, x = codec("balle2018"), images()
     a, b = (quantize(model, x, c, lmbda=0.01, progress=False) for c in (config, plain))
     assert any(not torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values()))
 
@@ -312,8 +312,7 @@ def test_the_float_codec_is_not_changed():
 
 
 def test_the_same_seed_gives_the_same_numbers_and_another_seed_others():
-    model, x = codec("balle2018"), images(2)
-    runs = [quantize(model, x, method(seed=seed), lmbda=0.01, progress=False) for seed in (0, 0, 1)]
+    runs = [quantize(codec(), images(), method(seed=seed), lmbda=0.01, progress=False) for seed in (0, 0, 1)]
     first, second, third = ([*run.state_dict().values()] for run in runs)
     assert all(torch.equal(a, b) for a, b in zip(first, second))
     assert any(not torch.equal(a, b) for a, b in zip(first, third))
@@ -398,7 +397,7 @@ def test_offsets_and_weights_are_learned_by_the_rounding_schemes_that_do_so():
             match=f"`learn={knob}` needs `rounding={scheme}`, not adaround",
         ):
             PtqConfig.from_preset("licq", **{**knobs, "rounding": "adaround"})
-    with pytest.raises(InputError, match="--set split=0.1"):
+    with pytest.raises(InputError, match="`split=0.1`"):
         PtqConfig.from_preset("licq", transform="split")
 
 
