@@ -1,15 +1,14 @@
-"""What all tests share: no network, no data of the developer's machine, small images on request."""
+"""What all tests share: no network, no data of the developer's machine, small images on request.
+
+PyTorch is imported by the fixtures that need it: the process that hands tests out to others reads this file,
+too, and would spend seconds on it."""
 
 import os
 
 import numpy as np
 import pytest
-import torch
-from matplotlib.figure import Figure
 from PIL import Image
 
-from licq.models.checkpoints import save_checkpoint
-from licq.models.registry import LAMBDAS, create_model
 from tests.main_jobs import ARCH
 
 
@@ -44,6 +43,11 @@ def make_image(tmp_path):
 @pytest.fixture(scope="session")
 def zoo(tmp_path_factory):
     """Folder with tiny-q1 and tiny-q3, weights large enough that their latents are not all zero."""
+    import torch
+
+    from licq.models.checkpoints import save_checkpoint
+    from licq.models.registry import LAMBDAS, create_model
+
     folder = tmp_path_factory.mktemp("zoo")
     for quality in (1, 3):
         torch.manual_seed(quality)
@@ -62,9 +66,10 @@ def zoo(tmp_path_factory):
 
 
 @pytest.fixture
-def blank_figures(monkeypatch):
+def blank_figures():
     """Figures are files of their type without a drawing: to draw them takes half of a small run's time, and
-    tests/report looks at them. A test file that looks at figures itself overrides this."""
+    tests/report looks at them. A test that needs them drawn calls `undo` of this."""
+    from matplotlib.figure import Figure
 
     def save(figure, file, format=None, **_):
         kind = format or os.path.splitext(file)[1][1:]
@@ -73,7 +78,9 @@ def blank_figures(monkeypatch):
         else:
             Image.new("L", (8, 8)).save(file, kind)
 
-    monkeypatch.setattr(Figure, "savefig", save)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", save)
+        yield patch
 
 
 @pytest.fixture

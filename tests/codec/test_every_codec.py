@@ -26,7 +26,7 @@ def test_every_architecture_has_a_tiny_codec():
     assert {name for name in list_models() if name.startswith("qvrf-") or name.endswith("-vbr")} <= set(SIZES)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, pytest.param(8, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SIZES]
 )

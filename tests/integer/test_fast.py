@@ -74,7 +74,7 @@ def test_every_setting_of_the_quantizer(name, config):
 
 
 @needs_kernels
-@pytest.mark.parametrize("name", ["cheng2020", "tic"])
+@pytest.mark.parametrize("name", ["cheng2020", pytest.param("tic", marks=pytest.mark.slow)])
 def test_batches_sizes_and_threads(name):
     codec = frozen(name)
     program = optimize(lower(codec, 64, 192, batch=2))

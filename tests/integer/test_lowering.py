@@ -133,8 +133,10 @@ def test_what_is_no_integer_program_is_refused():
     [
         "balle2018",
         "minnen2018",
-        "lu2022",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("tic", "chen2021", "balle2018-vbr")),
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("lu2022", "tic", "chen2021", "balle2018-vbr")
+        ),
     ],
 )
 def test_on_a_gpu_every_number_is_there(name):

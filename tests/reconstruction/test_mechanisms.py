@@ -25,15 +25,20 @@ from tests.reconstruction.test_driver import codec, images, method, outcome
 FEW = {"iters": 2, "search_evals": 12}
 
 
-@pytest.mark.parametrize("name", list_presets())
+# their rounding, losses and ranges are those of brecq, aquant, hamp-lic and rdo-ptq, which stay
+LIKE_OTHERS = ("adaround", "mse-layer", "pd-quant", "qdrop", "rdo-ptq-public")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow) if name in LIKE_OTHERS else name for name in list_presets()],
+)
 def test_every_preset_makes_a_model_that_files_keep(name, tmp_path):
     few = {
         key: value
         for key, value in FEW.items()
         if key != "iters" or PtqConfig.from_preset(name).reconstruction.iters
     }
-    if name != "licq":  # which has all that the others have by default
-        few |= {"balance": 0.0, "stress": False}
     qmodel = quantize(
         codec("balle2018"),
         images(2),
@@ -71,7 +76,7 @@ def test_few_bits_know_the_knobs_of_the_preset_below(tmp_path):
     assert own.quant == base.quant and own.reconstruction == dataclasses.replace(base.reconstruction, seed=1)
 
 
-@pytest.mark.parametrize("granularity", ["channel", "tensor"])
+@pytest.mark.parametrize("granularity", [pytest.param("channel", marks=pytest.mark.slow), "tensor"])
 def test_a_learned_rounding_border_is_lowered_and_kept(tmp_path, granularity):
     quant = {"a_granularity": granularity}
     config = method(loss="mse", unit="layer", learn=("border",), lr_rounding=0.1, joint_iters=0, quant=quant)

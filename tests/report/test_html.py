@@ -261,7 +261,7 @@ def _lossless():
         "crops deleted",
     ],
 )
-def test_page_without_some_parts(tmp_path, content, gone):
+def test_page_without_some_parts(tmp_path, content, gone, blank_figures):
     write_report(tmp_path, report_of(content))
     page, _ = read(tmp_path)
     assert set(page.ids) == SECTIONS - {"warnings", "float"} - gone

@@ -15,8 +15,8 @@ from tests.main_jobs import ARCH, contents, report_of, run
 ROOT = Path(main_ptq.__file__).parent
 
 
-def test_run_writes_the_report_and_the_models(job, capsys, tmp_path, monkeypatch):
-    monkeypatch.undo()  # figures are drawn
+def test_run_writes_the_report_and_the_models(job, capsys, tmp_path, blank_figures):
+    blank_figures.undo()  # figures are drawn
     assert run(job, quality="1,3") == 0
     printed = capsys.readouterr()
     assert (

@@ -223,6 +223,7 @@ def test_qualities_and_factors_that_a_codec_lacks_are_refused(variable_job, tmp_
     one_line(capsys, "--rate_factor is for quantized variable-rate codecs")
 
 
+@pytest.mark.slow
 def test_bits_are_searched_once_for_all_rates(variable_job, tmp_path, monkeypatch):
     original, searched = layer_search.measure_layers, []
     monkeypatch.setattr(
