@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
-from licq.integer.program import INT32
 from licq.quant import operations as ops
-from licq.quant.fixedpoint import multiplier_value
+from licq.quant.fixedpoint import INT32, multiplier_value
 
 
 def tie_free_multiplier(mantissa: Tensor, shift: Tensor, largest: int, limit: int = INT32) -> Tensor | None:

@@ -8,8 +8,9 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
-from licq.integer.program import INT32, Program
+from licq.integer.program import Program
 from licq.quant import operations as ops
+from licq.quant.fixedpoint import INT32
 from licq.quant.operations import Operation, Range
 
 PRODUCTS = (ops.Conv2d, ops.ConvTranspose2d, ops.Linear)

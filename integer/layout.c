@@ -180,7 +180,7 @@ int has_vnni(void) {
     return HAS_VNNI;
 }
 
-/* whether `winograd` runs here: with 8-bit instructions for products, the direct kernel is the faster one */
+/* whether `winograd` runs here: not beside 8-bit instructions, for which inputs are stored in 8 bits */
 int has_winograd(void) {
     return HAS_AVX2 && !HAS_VNNI;
 }

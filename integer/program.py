@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from licq.quant.fixedpoint import INT32
 from licq.quant.operations import Boundary, Input, Operation, Range
-
-INT32 = 2**31 - 1
 
 
 @dataclass

@@ -29,9 +29,8 @@ from licq.integer.library import (
     TABLE,
     Step,
 )
-from licq.integer.program import INT32
 from licq.quant import operations as ops
-from licq.quant.fixedpoint import multiplier_value
+from licq.quant.fixedpoint import INT32, multiplier_value
 from licq.quant.operations import Operation, Range
 
 _WITHOUT_PARAMETERS = {ops.Product: MULTIPLY, ops.Neg: NEG, ops.Abs: ABS, ops.Square: SQUARE}

@@ -16,6 +16,9 @@ MANTISSA_BITS = 22
 """Bits of a multiplier's mantissa: times an int32 accumulator (31 bits and sign) that is 53, exact in
 float64."""
 
+INT32 = 2**31 - 1
+"""The largest int32: what an accumulator of the kernels holds."""
+
 EXACT_FLOAT32 = 2**24
 """Integers below this are exact in float32, and so are their sums in any order as long as these stay
 below."""

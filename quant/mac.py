@@ -20,9 +20,6 @@ from licq.support.errors import InputError
 LARGEST_BIAS = 2**30
 """Of a bias in units of the accumulator, which leaves the other half to the products."""
 
-LARGEST_ACCUMULATOR = 2**31 - 1
-"""The largest magnitude of an int32 accumulator."""
-
 
 class QuantMAC(QuantModule):
     """A layer that multiplies and accumulates: y = W x + b.

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from licq.quant.bits import SIDES, Bits
 from licq.quant.config import FLOAT_BITS, QuantConfig
-from licq.quant.fixedpoint import quantize_multiplier, requantize
+from licq.quant.fixedpoint import INT32, quantize_multiplier, requantize
 from licq.quant.functions import QuantMatMul, QuantWide
 from licq.quant.loading import load_quantized
-from licq.quant.mac import LARGEST_ACCUMULATOR, QuantMAC
+from licq.quant.mac import QuantMAC
 from licq.quant.modules import QuantModule
 from licq.quant.qtensor import QTensor, to_real
 from licq.quant.quantizer import Quantizer
@@ -291,7 +291,7 @@ class QuantModel(RewrittenCodec):
             "beyond_int32": {
                 name: float(bound)
                 for name, node in self.nodes.items()
-                if (bound := getattr(node, "bound", None)) is not None and float(bound) > LARGEST_ACCUMULATOR
+                if (bound := getattr(node, "bound", None)) is not None and float(bound) > INT32
             },
         }
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from licq.quant.config import FLOAT_BITS
-from licq.quant.fixedpoint import int_range
-from licq.quant.mac import LARGEST_ACCUMULATOR, QuantMAC
+from licq.quant.fixedpoint import INT32, int_range
+from licq.quant.mac import QuantMAC
 from licq.quant.model import QuantModel
 from licq.reconstruction.sensitivity import Sensitivity, input_noise, kernel_power, taps, weight_noise
 from licq.support.progress import progress as progress_bar
@@ -43,7 +43,7 @@ def balance_scales(
         before, start = _noise(node, sensitivity, share), log_n.data.clone()
         log_n.data = _balanced(node, sensitivity, share).to(log_n)
         node.start_weights()
-        if _noise(node, sensitivity, share) > before or node.learned_bound() > LARGEST_ACCUMULATOR:
+        if _noise(node, sensitivity, share) > before or node.learned_bound() > INT32:
             log_n.data = start
             node.start_weights()
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from licq.quant.config import FLOAT_BITS
-from licq.quant.mac import LARGEST_ACCUMULATOR, QuantMAC
+from licq.quant.fixedpoint import INT32
+from licq.quant.mac import QuantMAC
 from licq.quant.model import QuantModel
 from licq.reconstruction.sensitivity import Sensitivity, input_noise
 
@@ -99,4 +100,4 @@ def _fits(node: QuantMAC, channels: Tensor) -> bool:
     The other half is for what follows: it changes the weights a little.
     """
     _split(node, channels)
-    return bool(node.learned_bound() <= LARGEST_ACCUMULATOR / 2)
+    return bool(node.learned_bound() <= INT32 / 2)

@@ -7,10 +7,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from licq.integer.lowering import lower
 from licq.integer.passes import without_duplicates
-from licq.integer.program import INT32
 from licq.integer.reference import run
 from licq.models.registry import get_architecture, list_models
 from licq.quant.config import QuantConfig
+from licq.quant.fixedpoint import INT32
 from licq.quant.model import QuantModel
 from licq.support.determinism import exact_products
 from licq.support.errors import InputError
