@@ -16,6 +16,7 @@ from licq.data.datasets import Dataset, open_dataset
 from licq.data.images import load_image
 from licq.data.padding import crop_back, pad_to_multiple
 from licq.evaluation.metrics import bpp_from_likelihoods, ms_ssim, mse, psnr_from_mse, to_pixels
+from licq.quant.clipping import counting
 from licq.quant.model import QuantModel
 from licq.support.errors import InputError
 from licq.support.progress import progress as progress_bar
@@ -65,12 +66,15 @@ class Report:
     per_image:  one result an image, in the order of the images.
     bpp_source: "estimate" (likelihoods) or "bitstream" (bytes that were written and decoded).
     seconds:    that it took.
+    clipped:    of each node of a quantized codec that clips, the share of its input values that it clips; None
+        where that was not counted.
     """
 
     name: str
     per_image: tuple[ImageResult, ...]
     bpp_source: str
     seconds: float
+    clipped: dict[str, float] | None = None
 
     def mean(self) -> dict[str, float | None]:
         """Means over the images: {"bpp", "bpp_estimated", "psnr" (of the images' dB), "ms_ssim"}.
@@ -99,6 +103,7 @@ class Report:
             "bpp_source": self.bpp_source,
             "seconds": self.seconds,
             "images": self.images_as_dicts(),
+            **({} if self.clipped is None else {"clipped": self.clipped}),
         }
 
     @classmethod
@@ -108,7 +113,7 @@ class Report:
             ImageResult(**{**image, "psnr": math.inf if image["psnr"] is None else image["psnr"]})
             for image in stored["images"]
         )
-        return cls(stored["name"], images, stored["bpp_source"], stored["seconds"])
+        return cls(stored["name"], images, stored["bpp_source"], stored["seconds"], stored.get("clipped"))
 
     @classmethod
     def joined(cls, reports: Sequence["Report"]) -> "Report":
@@ -132,6 +137,7 @@ def evaluate(
     device: torch.device | str | None = None,
     codec: Codec | None = None,
     real: bool | None = None,
+    count_clipped: bool = False,
     progress: bool = True,
 ) -> Report:
     """Measure the rate and the distortion of a codec on each image by itself.
@@ -152,6 +158,7 @@ def evaluate(
         codec: what writes the files of `model`; default one made here.
         real: True asks for files, False for the estimate alone; default files of a frozen `QuantModel` whose
             forward has a bitstream, else the estimate.
+        count_clipped: also count the values that the quantizers of a `QuantModel` clip, for `Report.clipped`.
         progress: show a bar with the time left.
 
     Returns:
@@ -181,7 +188,8 @@ def evaluate(
     if codec is not None:
         codec.settle_rate()
     started = time.monotonic()
-    with _evaluating(model):
+    nodes = model.nodes if count_clipped and isinstance(model, QuantModel) else {}
+    with _evaluating(model), counting(nodes) as counter:
         results = [
             _evaluate_one(model, picture, index, pad, device, codec)
             for index, picture in enumerate(
@@ -190,7 +198,10 @@ def evaluate(
                 )
             )
         ]
-    return Report(name, tuple(results), "bitstream" if codec else "estimate", time.monotonic() - started)
+    clipped = counter.shares() if nodes else None
+    return Report(
+        name, tuple(results), "bitstream" if codec else "estimate", time.monotonic() - started, clipped
+    )
 
 
 def _pictures(

@@ -106,8 +106,8 @@ class QuantModel(RewrittenCodec):
 
         Args:
             batches: images (B, 3, H, W) in 0..1.
-            harder: more of them, for the ranges alone: the mean squares that noise models need are those of
-                `batches`.
+            harder: more of them, for ranges from the largest values alone: the mean squares that noise models
+                need, and what estimators that clip look at, are those of `batches`.
 
         Raises:
             InputError: the model comes from a file, is not float32, or licq cannot run its forward or runs it

@@ -41,8 +41,11 @@ class RangeObserver:
 
         Args:
             rows: (channels, values).
-            ranges_only: the batch does not count for the energy.
+            ranges_only: the batch counts for the ends alone. Where a range estimator needs samples, it does not
+                count at all: the estimator clips on purpose, and what it clips is the method's choice.
         """
+        if ranges_only and self.keeps_samples:
+            return
         low, high = rows.amin(1), rows.amax(1)
         squares = torch.zeros_like(low) if ranges_only else rows.square().mean(1) * rows.shape[1]
         if self.low is None or self.high is None or self._squares is None:

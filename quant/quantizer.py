@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from licq.quant.clipping import ClipCounter
 from licq.quant.config import FLOAT_BITS, SYMMETRY
 from licq.quant.fixedpoint import int_range, round_ste
 from licq.quant.grid import Grid
@@ -40,7 +41,8 @@ class Quantizer(Grid):
             least 1/2 + border.
         border_dim: the dimension of the border's channels.
         energy: mean square of each channel.
-        ranges_only: what is observed from here on does not count for the energy.
+        ranges_only: what is observed from here on counts for the ends of the range alone.
+        clip_counter: while `quant.clipping.counting` lasts, it is told what is clipped.
     """
 
     border: nn.Parameter | None
@@ -68,6 +70,7 @@ class Quantizer(Grid):
         self.border_dim = 1 if channel_dim is None else channel_dim
         self.register_buffer("energy", torch.zeros(()))
         self.ranges_only = False
+        self.clip_counter: ClipCounter | None = None
         self.observer = RangeObserver(self.spec.method != "max")
 
     # -------------------------------------------------------------------------------------------- observation
@@ -223,6 +226,8 @@ class Quantizer(Grid):
             numbers = x.q
             if self.border is not None:
                 numbers = add(numbers, constant(-self.rounding_border_in(x.scale, step, x.ndim), tracer))
+            if self.clip_counter is not None:
+                self.clip_counter.add(self, rescale(numbers, multiplier), qmin, qmax)
             if act_drop is None:
                 q = rescale(numbers, multiplier, qmin, qmax, ratio)
             else:
@@ -244,6 +249,8 @@ class Quantizer(Grid):
                 )
             shares = shares - self._rounding_border_for(x.ndim)
         q = round_ste(shares.to(torch.float32))
+        if self.clip_counter is not None:
+            self.clip_counter.add(self, q, qmin, qmax)
         return torch.minimum(torch.maximum(q, qmin.to(q.dtype)), qmax.to(q.dtype)).to(torch.float32)
 
 

@@ -16,7 +16,7 @@ from licq.reconstruction.config import PtqConfig, ReconstructionConfig
 from licq.reconstruction.objective import Objective
 from licq.reconstruction.sensitivity import Sensitivity
 from licq.reconstruction.state import StateFolder
-from licq.reconstruction.stress import stressed
+from licq.reconstruction.stress import flat, stressed
 from licq.support.progress import progress as progress_bar
 
 
@@ -105,11 +105,17 @@ class Calibration:
         """J is measured on the first so many of `batches`."""
         return len(self.measured_batches)
 
+    @property
+    def flat_batches(self) -> tuple[Tensor, ...]:
+        """Flat pictures of the crops' size, in batches; none where the knobs leave them out."""
+        return flat(self.crops).split(self.knobs.batch) if self.knobs.flat else ()
+
     def observed_model(self, quant: QuantConfig) -> QuantModel:
         """The codec with these settings, its ranges observed on the crops, and with `stress` on harder."""
         harder: tuple[Tensor, ...] = ()
         if self.knobs.stress:
             harder = stressed(self.crops[: self.knobs.measured]).split(self.knobs.batch)
+        harder += self.flat_batches
         qmodel = QuantModel(self.model, quant, self.bits).to(self.device)
         with progress_bar(
             total=len(self.observed_batches) + len(harder),

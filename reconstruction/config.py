@@ -128,7 +128,12 @@ class ReconstructionConfig:
 
     stress: bool = True
     """First ranges are also observed on the crops with strong, rotated colours and with strong contrasts
-    (`reconstruction.stress`)."""
+    (`reconstruction.stress`). An estimator that clips does not see them."""
+
+    flat: bool = True
+    """Ranges also hold flat pictures: white, black, grey and saturated colours (`reconstruction.stress`). An
+    estimator that clips ("mse", "percentile" ...) does not see them. Rounding that starts at "gptq" also keeps
+    the outputs of flat areas (`reconstruction.flat_areas`)."""
 
     split: float = 0.1
     """Channel splitting (after Zhao et al. 2019): share of multiply-accumulate operations that may be added.
@@ -247,6 +252,12 @@ class PtqConfig:
         object.__setattr__(
             self, "reconstruction", dataclasses.replace(self.reconstruction, learn=tuple(learn))
         )
+
+    @property
+    def clips(self) -> bool:
+        """Whether the method's activation ranges may be smaller than what values reach."""
+        knobs = self.reconstruction
+        return self.quant.a_range != "max" or "range_a" in knobs.learn or not knobs.flat
 
     @classmethod
     def from_preset(cls, preset: str = "licq", **overrides: Any) -> "PtqConfig":

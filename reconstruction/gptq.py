@@ -23,6 +23,7 @@ from licq.quant.qtensor import QTensor
 from licq.quant.rounding import ROUNDINGS
 from licq.quant.weights import per_output
 from licq.reconstruction.columns import columns, output_size, phases
+from licq.reconstruction.flat_areas import Area, in_order, towards
 from licq.support.errors import InputError
 from licq.support.progress import progress as progress_bar
 
@@ -37,7 +38,11 @@ _LARGE = 1024  # rows of H from which float32 must do: damped as it is, it is fa
 
 @torch.no_grad()
 def compensate_rounding(
-    qmodel: QuantModel, batches: Sequence[Tensor], seed: int = 0, progress: bool = True
+    qmodel: QuantModel,
+    batches: Sequence[Tensor],
+    flat: Sequence[Tensor] = (),
+    seed: int = 0,
+    progress: bool = True,
 ) -> None:
     """Start the rounding of every convolution and linear layer of an observed model at GPTQ's integers.
 
@@ -47,6 +52,8 @@ def compensate_rounding(
 
     Args:
         batches: images (B, 3, H, W) in 0..1, from which the inputs of the layers come; on the float codec.
+        flat: flat pictures (B, 3, H, W), on whose areas the layers' outputs stay those of the float codec; see
+            `reconstruction.flat_areas`.
         seed: of the positions that are drawn where there are more than enough.
 
     Raises:
@@ -75,7 +82,7 @@ def compensate_rounding(
     }
     groups = list(_groups(layers))
     bar = progress_bar(
-        total=len(groups) * len(batches) + len(layers),
+        total=len(groups) * (len(batches) + bool(flat)) + len(layers),
         desc="compensating rounding",
         unit="step",
         enabled=progress,
@@ -93,9 +100,17 @@ def compensate_rounding(
             finally:
                 for hook in hooks:
                     hook.remove()
-            for name, node in group.items():
-                _start_rounding(node, moments.pop(name))
+
+            def start(name: str, areas: Sequence[Area] | None = None) -> None:
+                if name in moments:
+                    _start_rounding(qmodel.layers[name], moments.pop(name), areas)
+                    bar.update()
+
+            if flat:
+                in_order(qmodel, list(group), torch.cat(list(flat)), start)
                 bar.update()
+            for name in group:
+                start(name)
 
 
 def turned(batches: Sequence[Tensor]) -> list[Tensor]:
@@ -181,21 +196,25 @@ class _Moment:
         self.counts[number] += x.shape[1]
 
 
-def _start_rounding(node: QuantMAC, moment: _Moment) -> None:
+def _start_rounding(node: QuantMAC, moment: _Moment, areas: Sequence[Area] | None) -> None:
+    """areas: what each phase meets in flat areas, and what it should give."""
     quantizer = node.weight_quantizer
     weight, reference = node.folded_weight()
     scale = quantizer.scale(weight, node.min_scale(reference))
+    unit = per_output(scale * reference / node.input_grid.refinement, weight.flatten(1))  # of the accumulator
     real = (weight / per_output(scale, weight)).float()
     flat = real.flatten(1)
     mask = None if quantizer.mask is None else (quantizer.mask != 0).expand(weight.shape).flatten(1)
     limits = int_range(quantizer.bits)
     w_int = round_half_away(flat).clamp(*limits)
-    for weights, total, count in zip(moment.weights, moment.totals, moment.counts):
+    for number, (weights, count) in enumerate(zip(moment.weights, moment.counts)):
         if count * _RARE >= len(weights):
             at = weights.to(flat.device)
-            w_int[:, at] = gptq(
-                flat[:, at], cast(Tensor, total) / count, limits, None if mask is None else mask[:, at]
-            )
+            start, h = flat[:, at], cast(Tensor, moment.totals[number]) / count
+            if areas is not None and mask is None:
+                area = areas[number]
+                start, h = towards(start, h, Area(area.inputs, area.outputs / unit))
+            w_int[:, at] = gptq(start, h, limits, None if mask is None else mask[:, at])
     w_int = w_int.reshape(weight.shape)
     quantizer.rounding.start_at(w_int, real)
 

@@ -86,7 +86,7 @@ def compensate(calibration: Calibration) -> None:
     batches = calibration.observed_batches
     if len(calibration.crops) < knobs.observed:
         batches = turned(batches)
-    compensate_rounding(qmodel, batches, knobs.seed, calibration.progress)
+    compensate_rounding(qmodel, batches, calibration.flat_batches, knobs.seed, calibration.progress)
     state.save("start", {"seconds": time.monotonic() - started}, parameters)
 
 

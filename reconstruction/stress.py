@@ -1,4 +1,4 @@
-"""Calibration crops made harder, for ranges that also hold what a few photographs do not show."""
+"""Harder crops and flat pictures, for ranges that also hold what a few photographs do not show."""
 
 import torch
 import torch.nn.functional as F
@@ -6,6 +6,10 @@ from torch import Tensor
 
 SATURATION = 2.5
 CONTRAST = 2.5
+_CORNERS = tuple((float(red), float(green), float(blue)) for red in (0, 1) for green in (0, 1) for blue in (0, 1))
+_GREY = (128 / 255,) * 3
+# colours of _CORNERS at the four corners of each smooth picture
+_SMOOTH = torch.tensor([[0, 4, 6, 7], [0, 1, 3, 7], [2, 0, 7, 5]])
 
 
 def stressed(crops: Tensor) -> Tensor:
@@ -25,6 +29,25 @@ def stressed(crops: Tensor) -> Tensor:
     rotated = [strong, strong[:, [1, 2, 0]], strong[:, [2, 0, 1]]]
     samples = torch.round(torch.cat([*rotated, _sharp(crops)]).clamp(0, 1) * 255) / 255
     return torch.cat([samples, planes.repeat(4, 1, 1, 1)], 1)
+
+
+def flat(crops: Tensor) -> Tensor:
+    """Flat and smooth pictures of the crops' size, (12, 3, H, W) 8-bit samples in 0..1.
+
+    Black, white, grey and the six saturated colours, and three pictures that go smoothly from colour to colour.
+    Documents, slides and screenshots have large areas of these. There a channel that varies around 0 on
+    photographs stays at one value, which can lie far outside of what photographs reach.
+
+    Args:
+        crops: (n, 3, H, W). Channels behind the third, of a variable-rate codec's crops, are taken in turn.
+    """
+    height, width = crops.shape[-2:]
+    plain = F.interpolate(torch.tensor([*_CORNERS, _GREY])[:, :, None, None], size=(height, width))
+    corners = torch.tensor(_CORNERS)[_SMOOTH].movedim(-1, 1).unflatten(-1, (2, 2))
+    smooth = F.interpolate(corners, size=(height, width), mode="bilinear", align_corners=True)
+    samples = torch.round(torch.cat([plain, smooth]) * 255) / 255
+    planes = crops[torch.arange(len(samples)) % len(crops), 3:]
+    return torch.cat([samples.to(crops), planes], 1)
 
 
 def _sharp(crops: Tensor) -> Tensor:

@@ -56,6 +56,7 @@ def make_point(
         "peak_memory_mb": peak_memory_mb,
         "model_bytes": model_bytes,
         "fp32_model_bytes": fp32_model_bytes,
+        **({} if quant is None or quant.clipped is None else {"clipped": quant.clipped}),
         "images_per": {
             codec: report.images_as_dicts() for codec, report in measured.items() if report is not None
         },

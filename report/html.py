@@ -50,6 +50,8 @@ def render_html(report: dict, folder: Path) -> str:
             deltas=_deltas_table(report),
             rises=_rises(report),
             remaining=tables.REMAINING,
+            clipped=tables.clipped_table(report),
+            clipped_note=tables.CLIPPED,
             crops=_crops(report, folder),
             cost=tables.cost_table(report),
             bits=tables.layer_bits_tables(report),

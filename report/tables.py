@@ -200,6 +200,22 @@ def remaining_table(report: dict) -> Table:
     return Table(header, rows, text=(4,))
 
 
+CLIPPED = (
+    "Values of the evaluation images that lie outside of a layer's static range, as a share of all values that "
+    "the layer takes. They were counted because the method sets ranges that may clip."
+)
+
+
+def clipped_table(report: dict) -> Table:
+    """The share of values that each layer clips; no rows where that was not counted."""
+    rows = []
+    for point in report["points"]:
+        if (shares := point.get("clipped")) is not None:
+            layers = ", ".join(f"{name} {100 * share:.3g}%" for name, share in shares.items())
+            rows.append([point["quality"], len(shares), layers or "none"])
+    return Table(["quality", "layers that clip", "share of their values"], rows, text=(2,))
+
+
 def settings_table(report: dict) -> Table:
     settings = {
         key: report[key]

@@ -12,8 +12,10 @@ from licq.report.labels import (
     title,
 )
 from licq.report.tables import (
+    CLIPPED,
     REMAINING,
     bd_table,
+    clipped_table,
     cost_table,
     layer_bits_tables,
     points_table,
@@ -38,6 +40,7 @@ def render_markdown(report: dict) -> str:
         cost_table(report).markdown(),
         *_layer_bits_section(report),
         *_remaining_section(report),
+        *_clipped_section(report),
     ]
     if "kept_in_float" in report:
         parts += ["## Left in float", _bullets(left_in_float(report)) or "Nothing."]
@@ -63,6 +66,11 @@ def _layer_bits_section(report: dict) -> list[str]:
 def _remaining_section(report: dict) -> list[str]:
     table = remaining_table(report)
     return ["## Where the loss remains", table.markdown(), REMAINING] if table.rows else []
+
+
+def _clipped_section(report: dict) -> list[str]:
+    table = clipped_table(report)
+    return ["## Values clipped", table.markdown(), CLIPPED] if table.rows else []
 
 
 def render_summary(report: dict) -> str:

@@ -66,11 +66,17 @@ class Quality:
         parts = {"fp32", "quant", "crops"} | ({"baseline"} if self.run.args.baseline else set())
         return parts <= self.folder.parts.keys()
 
-    def measure(self, model: nn.Module) -> dict:
+    def measure(self, model: nn.Module, count_clipped: bool = False) -> dict:
         """`model` on the run's evaluation images, as `Report.to_dict`."""
         run = self.run
         return evaluation.evaluate(
-            model, run.dataset, pad=run.multiple, device=run.device, real=False, progress=run.progress
+            model,
+            run.dataset,
+            pad=run.multiple,
+            device=run.device,
+            real=False,
+            count_clipped=count_clipped,
+            progress=run.progress,
         ).to_dict()
 
     def report(self, part: str) -> Report:
@@ -257,7 +263,7 @@ def _quantized_part(quality: Quality) -> dict[str, Any]:
         resume=run.args.resume,
         progress=run.progress,
     )
-    report = quality.measure(codec)
+    report = quality.measure(codec, count_clipped=run.config.clips)
     codec.save(quality.folder.model, _header(quality, codec))
     layer_bits = quality.layer_bits and described_bits(quality.layer_bits, codec, run)
     return {

@@ -1,0 +1,127 @@
+"""Weights that keep a layer's outputs in flat areas, where rounding errors do not average out.
+
+On a photograph the rounding of a layer's inputs is noise: it differs from position to position. In a flat area
+every position has the same inputs, so it has the same error, and the next layer adds that up over its taps.
+The errors of nine flat pictures are few against a layer's weights. A small change of the weights takes them
+back, and hardly shows on photographs: it is found by least squares on both, before the weights are rounded.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from licq.quant.layers import QuantLinear
+from licq.quant.mac import QuantMAC
+from licq.quant.model import QuantModel
+from licq.quant.qtensor import QTensor
+from licq.reconstruction.columns import columns, output_size, phases
+from licq.reconstruction.targets import tensor_of
+
+WEIGHT = 0.1  # of the error in flat areas beside that on photographs
+_POSITIONS = 64  # of each flat picture; most lie inside, some at a border
+_DAMPING = 1e-3  # of the mean diagonal
+
+
+class Area(NamedTuple):
+    """What the weights of one phase of a layer meet in flat areas.
+
+    inputs: (D, n), the integers of the layer's input quantizer at n positions.
+    outputs: (outputs, n), what the products should sum to.
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+
+
+@torch.no_grad()
+def in_order(
+    qmodel: QuantModel, names: Sequence[str], pictures: Tensor, start: Callable[[str, Sequence[Area]], None]
+) -> None:
+    """Call `start` for each layer, in their order, with its areas behind a quantized prefix.
+
+    One forward in float gives the outputs, one on integers the inputs: a layer is started where that forward
+    comes to it, and then takes part in it.
+
+    Args:
+        names: layers in the order of execution. All layers before them have been started.
+        pictures: flat ones, (n, 3, H, W).
+        start: (name, an area for each phase) -> None; called for layers that run once.
+    """
+    layers = {name: qmodel.layers[name] for name in names}
+    calls, last = [(name, 0) for name in names], (names[-1], 0)
+    qmodel.quantize_nodes(False)
+    with qmodel.runtime.recording(calls, stop_after=last) as targets:
+        qmodel(pictures)
+    qmodel.quantize_nodes(True)
+
+    def watch(name: str, node: QuantMAC):
+        def hook(_, inputs):
+            start(name, _areas(node, inputs[0], tensor_of(targets[name, 0]), len(pictures)))
+
+        return node.register_forward_pre_hook(hook)
+
+    hooks = [watch(name, node) for name, node in layers.items() if node.calls == 1]
+    try:
+        with qmodel.runtime.recording([], stop_after=last):
+            qmodel(pictures)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        qmodel.quantize_nodes(False)
+
+
+def _areas(node: QuantMAC, x: QTensor, y: Tensor, count: int) -> list[Area]:
+    """The areas of a layer's phases.
+
+    Args:
+        x: the layer's inputs on flat pictures, behind a quantized prefix.
+        y: its outputs on them in float.
+        count: of the pictures.
+    """
+    x_int, bias = node.input_grid(x).q, node.float_bias()
+    y = y.movedim(node.channel_dim, 0)
+    if bias is not None:
+        y = y - bias.reshape(-1, *[1] * (y.ndim - 1))
+    if isinstance(node, QuantLinear):
+        rows = x_int.reshape(-1, x_int.shape[-1])  # of windows, whose order is that of the pictures
+        at = _spread(len(rows), count * _POSITIONS)
+        return [Area(rows[at].T, y.flatten(1)[:, at])]
+    size, areas = output_size(node, x_int), []
+    for phase in phases(node):
+        lengths = [len(range(f, n, s)) for f, n, s in zip(phase.first, size, phase.step)]
+        positions = torch.unravel_index(_spread(math.prod(lengths), _POSITIONS), lengths)
+        at = [index * s + f for index, s, f in zip(positions, phase.step, phase.first)]
+        inputs = torch.cat([columns(node, image[0], phase, at) for image in x_int.split(1)], 1)
+        areas.append(Area(inputs, y[(slice(None), slice(None), *at)].flatten(1)))
+    return areas
+
+
+def _spread(count: int, limit: int) -> Tensor:
+    """At most `limit` of `count` indices, evenly spread."""
+    return torch.arange(count) if count <= limit else torch.linspace(0, count - 1, limit).long()
+
+
+def towards(weight: Tensor, moment: Tensor, area: Area) -> tuple[Tensor, Tensor]:
+    """Real weights that give an area's outputs, and hardly other ones elsewhere.
+
+    The change d has the smallest d H d^T + `WEIGHT` / n |(w + d) X - Y|^2.
+
+    Args:
+        weight: w, (outputs, D).
+        moment: H of photographs, (D, D).
+        area: X and Y, in the units in which w meets X.
+
+    Returns:
+        (w + d, H with the area's positions added).
+    """
+    x, h = area.inputs.double(), moment.double()
+    share = WEIGHT / x.shape[1]
+    together = h + share * (x @ x.T)
+    damped = together.clone()
+    damped.diagonal().add_(_DAMPING * h.diagonal().mean().clamp(min=1e-12))
+    error = weight.double() @ x - area.outputs.double()
+    change = torch.linalg.solve(damped, share * (x @ error.T)).T
+    return weight - change.to(weight), together.to(moment)
