@@ -23,6 +23,7 @@ from licq.report.changes import image_deltas, predicted_rises
 from licq.report.crops import PANELS, busiest_window, save_crops, split_panels
 from licq.report.html import render_html
 from licq.report.labels import percent
+from licq.report.text import render_markdown
 from tests.report.test_build import CURVE, Codec, points, report_of, result
 
 SECTIONS = {"warnings", "curves", "bd-rate", "images", "layers", "crops", "cost", "float", "settings"}
@@ -379,3 +380,16 @@ def test_crops_are_of_the_image_that_changes_most_and_where_it_does(tmp_path, lm
     assert np.array_equal(panels[2] - panels[1], np.pad(np.full((64, 64, 3), 3), ((96, 0), (96, 0), (0, 0))))
     assert np.array_equal(panels[3], 64 * (panels[2] - panels[1]))
     assert all(codec.training for codec in codecs)  # as they were
+
+
+def test_a_report_says_what_a_clipping_method_clipped(tmp_path):
+    counted = points(2)
+    counted[0]["clipped"] = {"g_s.2": 0.0125, "h_s.0": 0.00004}
+    counted[1]["clipped"] = {}
+    report = report_of(counted)
+    page = Page(render_html(report, tmp_path))
+    assert "clipped" in page.ids and "g_s.2 1.25%, h_s.0 0.004%" in page.cells and "none" in page.cells
+    assert "## Values clipped" in render_markdown(report)
+    plain = report_of(points(2))
+    assert "clipped" not in Page(render_html(plain, tmp_path)).ids
+    assert "Values clipped" not in render_markdown(plain)
