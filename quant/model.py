@@ -17,6 +17,7 @@ from licq.quant.functions import QuantMatMul, QuantWide
 from licq.quant.loading import load_quantized
 from licq.quant.mac import QuantMAC
 from licq.quant.modules import QuantModule
+from licq.quant.network_checks import check_network, uncompiled
 from licq.quant.qtensor import QTensor, to_real
 from licq.quant.quantizer import Quantizer
 from licq.quant.rewritten import RewrittenCodec
@@ -29,6 +30,7 @@ from licq.support.files import sha256
 
 PIXEL = 1 / 255
 CLEAR_MISMATCH = 0.05  # of an output's standard deviation
+_MAX_QUOTED = 300  # characters of another library's message
 
 _FINAL = "a model from a file is final: its float weights are not in it; quantize the codec again"
 
@@ -48,7 +50,8 @@ class QuantModel(RewrittenCodec):
             `config`. Products of attention have no weights and always have the bits of `config`.
 
     Raises:
-        InputError: `bits` names a layer that the codec does not have, or a layer has a forward hook.
+        InputError: `bits` names a layer that the codec does not have, a layer has a forward hook, or a part
+            of the model is scripted, traced or quantized already, or is a lazy layer that never ran.
     """
 
     def __init__(self, model: nn.Module, config: QuantConfig, bits: Bits | None = None):
@@ -110,16 +113,12 @@ class QuantModel(RewrittenCodec):
                 need, and what estimators that clip look at, are those of `batches`.
 
         Raises:
-            InputError: the model comes from a file, is not float32, or licq cannot run its forward or runs it
-                wrongly.
+            InputError: the model comes from a file, its weights are absent or not float32, or licq cannot run
+                its forward or runs it wrongly.
         """
         if self.loaded:
             raise InputError(_FINAL)
-        for parameter in self.model.parameters():
-            if parameter.is_floating_point() and parameter.dtype != torch.float32:
-                raise InputError(
-                    f"the network's weights are {parameter.dtype}; convert it with .float() first"
-                )
+        check_network(self.model)
         self.quantize_nodes(False)
         runtime = self.runtime
         runtime.observing = True
@@ -159,8 +158,9 @@ class QuantModel(RewrittenCodec):
                 raise
             runtime = self.runtime
             position = f"{runtime.calling} in {runtime.where}" if runtime.calling else runtime.where
+            said = " ".join(str(error).split())[:_MAX_QUOTED]
             raise InputError(
-                f"licq cannot run this network: {position}: {type(error).__name__}: {error}"
+                f"licq cannot run this network: {position}: {type(error).__name__}: {said}"
             ) from error
 
     def _compare_with_source(
@@ -177,7 +177,7 @@ class QuantModel(RewrittenCodec):
             return
         try:
             with torch.random.fork_rng([batch.device] if batch.is_cuda else []):
-                source = copy.deepcopy(source).eval().to(batch.device)
+                source = uncompiled(copy.deepcopy(source)).eval().to(batch.device)
                 if batch.shape[1] > 3:
                     source.rate = batch[:, 3:4, :1, :1]
                 elif hasattr(source, "rate"):  # a variable-rate codec may have been set to another one here

@@ -14,6 +14,7 @@ from licq.quant import activations, boundaries, functions, layers, norms
 from licq.quant.blocks import BLOCKS, QuantBlock
 from licq.quant.config import QuantConfig
 from licq.quant.modules import REPLACEMENTS, QuantModule
+from licq.quant.network_checks import uncompiled
 from licq.quant.runtime import Runtime
 from licq.support.errors import InputError
 
@@ -122,8 +123,8 @@ def refuse_hooks(module: nn.Module, name: str) -> None:
 
 
 def fixed_weights(model: nn.Module) -> nn.Module:
-    """A copy of the model in which weights that a hook computes (weight_norm, spectral_norm and prune of
-    torch.nn.utils) are parameters."""
+    """A copy of the model, without torch.compile, in which weights that a hook computes (weight_norm,
+    spectral_norm and prune of torch.nn.utils) are parameters."""
     # such a weight has a history of operations until the next forward, and deepcopy takes none with one
     computed = {
         id(value): value.detach().clone()
@@ -131,7 +132,7 @@ def fixed_weights(model: nn.Module) -> nn.Module:
         for value in vars(module).values()
         if isinstance(value, Tensor) and not value.is_leaf
     }
-    model = copy.deepcopy(model, computed).eval()
+    model = uncompiled(copy.deepcopy(model, computed)).eval()
     for module in model.modules():
         for hook in list(module._forward_pre_hooks.values()):
             if isinstance(hook, WeightNorm):

@@ -13,6 +13,7 @@ from licq.quant.config import QuantConfig
 from licq.quant.functions import make_function
 from licq.quant.mac import QuantMAC
 from licq.quant.modules import QuantModule
+from licq.quant.network_checks import check_code
 from licq.quant.rewriter import Rewrite, fixed_weights, rewrite
 from licq.quant.runtime import Runtime
 
@@ -38,7 +39,8 @@ class RewrittenCodec(nn.Module):
         file_sha256: of the file that the model was last saved to or loaded from.
 
     Raises:
-        InputError: `bits` names a layer that the codec does not have, or a layer has a forward hook.
+        InputError: `bits` names a layer that the codec does not have, a layer has a forward hook, or a part
+            of the model is scripted, traced or quantized already, or is a lazy layer that never ran.
     """
 
     config: QuantConfig
@@ -54,6 +56,7 @@ class RewrittenCodec(nn.Module):
 
     def __init__(self, model: nn.Module, config: QuantConfig, bits: Bits | None = None):
         super().__init__()
+        check_code(model)
         self.config = config
         runtime = Runtime(config, make_function)
         # not through nn.Module's __setattr__: the runtime holds modules and must not become a submodule

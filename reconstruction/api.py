@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from licq.quant.bits import Bits
 from licq.quant.model import QuantModel
+from licq.quant.network_checks import check_network
 from licq.reconstruction.calibration import Calibration, run_steps
 from licq.reconstruction.config import PtqConfig
 from licq.reconstruction.crops import Images, calibration_crops
@@ -75,8 +76,10 @@ def quantize(
         peak memory (`peak_memory_mb`).
 
     Raises:
-        InputError: images that cannot be read, or crops of a wrong shape, range or size; a lambda that is not
-            positive; an unknown metric; bits of an unknown layer; a folder of another calibration.
+        InputError: a network that is not float32 or has no numbers yet (lazy layers, the meta device); a part
+            of it that is scripted, traced or quantized already; images that cannot be read, or crops of a
+            wrong shape, range or size; a lambda that is not positive; an unknown metric; bits of an unknown
+            layer; a folder of another calibration.
 
     Example:
         >>> qmodel = licq.quantize(MyCodec().eval(), "my_photos/", lmbda=0.0067)
@@ -84,6 +87,7 @@ def quantize(
         >>> qmodel = licq.quantize(MyCodec().eval(), ["a.png", "b.png"], config, lmbda=0.0067, num_images=2)
         >>> qmodel.save("model.safetensors")
     """
+    check_network(model)
     config = config or PtqConfig.from_preset()
     objective = Objective(lmbda, metric)
     seed = config.reconstruction.seed
@@ -124,6 +128,7 @@ def prepare_calibration(
     Returns:
         The calibration; its `qmodel` is observed and not frozen.
     """
+    check_network(model)
     calibration = Calibration(model, crops, config, objective, bits, device, progress=progress)
     run_steps(calibration, PREPARATION)
     return calibration
