@@ -19,6 +19,7 @@ from licq.integer.lowering import lower
 from licq.integer.program import Program
 from licq.models.registry import architecture_of, get_architecture
 from licq.quant.model import QuantModel
+from licq.support.determinism import plain_torch
 from licq.support.errors import InputError
 from licq.support.files import sha256
 
@@ -53,6 +54,7 @@ class Codec:
         InputError: the model is not frozen.
     """
 
+    @plain_torch()
     def __init__(
         self,
         model: QuantModel,
@@ -87,6 +89,7 @@ class Codec:
         """
         return cls(QuantModel.load(path), None, threads, **options)
 
+    @plain_torch()
     def encode(self, pixels: Tensor, level: float | None = None) -> bytes:
         """Encode an image.
 
@@ -114,6 +117,7 @@ class Codec:
         plan = self._plan(padded.shape[-2], padded.shape[-1], gain)
         return Container(self.digest, width, height, gain, (self._coder.encode(plan, padded),)).to_bytes()
 
+    @plain_torch()
     def decode(self, data: bytes) -> Tensor:
         """Decode an image.
 
@@ -141,6 +145,7 @@ class Codec:
         plan = self._plan(like.shape[-2], like.shape[-1], content.gain)
         return crop_back(self._coder.decode(plan, content.streams[0]), unpad)[0].contiguous()
 
+    @plain_torch()
     def inspect(self, pixels: Tensor, batch: int = 1, device: torch.device | str = "cpu") -> dict:
         """What the integer program computes for an image, without any coding of symbols.
 

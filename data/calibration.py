@@ -10,12 +10,14 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from licq.data.images import load_image
+from licq.support.determinism import plain_torch
 from licq.support.errors import InputError
 from licq.support.files import sha256
 
 _TRIES = 64  # draws of another position before a repeated crop of the same image is accepted
 
 
+@plain_torch()
 def sample_crops(
     files: Sequence[str | Path],
     num: int = 10,

@@ -18,6 +18,7 @@ from licq.data.padding import crop_back, pad_to_multiple
 from licq.evaluation.metrics import bpp_from_likelihoods, ms_ssim, mse, psnr_from_mse, to_pixels
 from licq.quant.clipping import counting
 from licq.quant.model import QuantModel
+from licq.support.determinism import plain_torch
 from licq.support.errors import InputError
 from licq.support.progress import progress as progress_bar
 
@@ -128,6 +129,7 @@ def delta_j_percent(reference: Report, other: Report, lmbda: float, metric: str 
     return 100.0 * (other.cost(lmbda, metric) - before) / before
 
 
+@plain_torch()
 def evaluate(
     model: nn.Module,
     images: Dataset | str | Path | Tensor | Sequence[Path | str] | Sequence[Tensor],
@@ -232,6 +234,7 @@ def _codec_of(model: nn.Module, multiple: int) -> Codec | None:
     return codec
 
 
+@plain_torch()
 def decoded_pixels(model: nn.Module, path: Path, pad: int, device: torch.device) -> Tensor:
     """What `model` makes of an image file, as `evaluate` measures it.
 

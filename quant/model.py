@@ -24,7 +24,7 @@ from licq.quant.rewritten import RewrittenCodec
 from licq.quant.runtime import StopForward
 from licq.quant.saving import save_quantized
 from licq.support.cli import explain
-from licq.support.determinism import exact_products
+from licq.support.determinism import exact_products, plain_torch
 from licq.support.errors import InputError
 from licq.support.files import sha256
 
@@ -54,6 +54,7 @@ class QuantModel(RewrittenCodec):
             of the model is scripted, traced or quantized already, or is a lazy layer that never ran.
     """
 
+    @plain_torch()
     def __init__(self, model: nn.Module, config: QuantConfig, bits: Bits | None = None):
         super().__init__(model, config, bits)
         # until the first forward has been compared with the network that was given
@@ -61,9 +62,11 @@ class QuantModel(RewrittenCodec):
 
     # ------------------------------------------------------------------------------------------------ running
 
+    @plain_torch()
     def forward(self, x: Tensor) -> dict:
         """x: (B, 3, H, W) in 0..1, 8-bit samples -> {"x_hat", "likelihoods"} as plain tensors.
 
+        Autocast and other settings of PyTorch around it change nothing, see `plain_torch`.
         A frozen model gives x_hat as 8-bit samples / 255, rounded and clipped by the integer program.
         A variable-rate codec also takes (B, 5, H, W), where each image has its own gain; see
         `models.qvrf.VariableRate`.
@@ -103,6 +106,7 @@ class QuantModel(RewrittenCodec):
 
     # -------------------------------------------------------------------------------------------- calibration
 
+    @plain_torch()
     @torch.no_grad()
     def observe(self, batches: Iterable[Tensor], harder: Iterable[Tensor] = ()) -> None:
         """Run the float codec on calibration images and set every static range from what was seen.
@@ -209,6 +213,7 @@ class QuantModel(RewrittenCodec):
             if (name, 0) not in ran:
                 self.runtime.remove_function(name)
 
+    @plain_torch()
     def freeze(self) -> None:
         """End calibration: integer weights, final scales and tables. The forward is the integer program
         from here on."""
@@ -219,6 +224,7 @@ class QuantModel(RewrittenCodec):
             node.freeze()
         self.frozen = True
 
+    @plain_torch()
     def thaw(self) -> None:
         """Back to a model that can learn.
 
@@ -234,6 +240,7 @@ class QuantModel(RewrittenCodec):
 
     # -------------------------------------------------------------------------------------------------- files
 
+    @plain_torch()
     def save(self, path: str | Path, extra: Mapping[str, Any] | None = None) -> int:
         """Write the frozen model as one safetensors file; returns its size in bytes.
 
@@ -248,6 +255,7 @@ class QuantModel(RewrittenCodec):
         return size
 
     @classmethod
+    @plain_torch()
     def load(
         cls, path: str | Path, model: nn.Module | None = None, device: torch.device | str | None = None
     ) -> "QuantModel":

@@ -17,8 +17,10 @@ from licq.reconstruction.crops import Images, calibration_crops
 from licq.reconstruction.objective import Objective
 from licq.reconstruction.state import StateFolder, fingerprint
 from licq.reconstruction.steps import PREPARATION, STEPS
+from licq.support.determinism import plain_torch
 
 
+@plain_torch(learning=True)
 def quantize(
     model: nn.Module,
     images: Images,
@@ -42,6 +44,9 @@ def quantize(
     Quantization for Learned Image Compression" (IEEE TCSVT 34(5), 2024; arXiv 2211.02854). The default,
     "licq", compensates rounding (GPTQ), then learns ranges, rounding and biases of all layers together on
     eq. 12.
+
+    What the caller has set for all of PyTorch (`no_grad`, `inference_mode`, autocast, a default type or
+    device) changes nothing: see `support.determinism.plain_torch`.
 
     Args:
         model: the float codec, in evaluation mode. Its forward maps (B, 3, H, W) in 0..1 to {"x_hat": (B, 3,
@@ -108,6 +113,7 @@ def quantize(
     return qmodel
 
 
+@plain_torch(learning=True)
 def prepare_calibration(
     model: nn.Module,
     crops: Tensor,

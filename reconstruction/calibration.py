@@ -87,6 +87,8 @@ class Calibration:
             parameter = next(self.model.parameters(), None)
             self.device = self.crops.device if parameter is None else parameter.device
         self.crops = self.crops.to(self.device)
+        if self.crops.is_inference():  # gradients cannot be taken through such a tensor
+            self.crops = self.crops.clone()
         self.quant = self.config.quant
         knobs = self.knobs
         parts = torch.tensor_split(self.crops, (knobs.measured, max(knobs.observed, knobs.measured)))

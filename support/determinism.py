@@ -12,6 +12,9 @@ import torch
 from licq.support.errors import InputError
 from licq.support.version import __version__
 
+_AUTOCAST = ("cpu", "cuda", "mps", "xpu")
+_DENORMAL = 2.0**-1030
+
 
 def seed_everything(seed: int) -> None:
     """Seed Python's, numpy's and torch's generators (all devices).
@@ -59,6 +62,40 @@ def exact_products(device: torch.device) -> Iterator[None]:
             yield
     finally:
         torch.set_float32_matmul_precision(precision)
+
+
+@contextlib.contextmanager
+def plain_torch(learning: bool = False) -> Iterator[None]:
+    """While this lasts, what a caller has set for all of PyTorch changes no number.
+
+    Autocast and inference mode are off. New tensors are float32 and on the CPU where nothing else is said.
+    Products of float32 are not shortened (`torch.set_float32_matmul_precision`), and denormal numbers stay.
+    Also a decorator.
+
+    Args:
+        learning: gradients are on. Otherwise they are on where the caller has them on.
+    """
+    with contextlib.ExitStack() as stack:
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))  # which switches gradients on
+            stack.enter_context(torch.no_grad())
+        if learning:
+            stack.enter_context(torch.enable_grad())
+        for kind in _AUTOCAST:
+            if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        if torch.get_default_dtype() != torch.float32:
+            stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+            torch.set_default_dtype(torch.float32)
+        if torch.empty(0).device.type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        if torch.get_float32_matmul_precision() != "highest":
+            stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+            torch.set_float32_matmul_precision("highest")
+        if not torch.full((), _DENORMAL, dtype=torch.float64).mul(0.5):
+            stack.callback(torch.set_flush_denormal, True)
+            torch.set_flush_denormal(False)
+        yield
 
 
 def versions() -> dict[str, str]:
