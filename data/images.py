@@ -62,9 +62,7 @@ def load_pixels(path: str | Path) -> np.ndarray:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
-                _refuse_unless_rgb8(path, image)
-                image.load()
-                return np.array(image, dtype=np.uint8)
+                return rgb_pixels(image, path)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         limit = (Image.MAX_IMAGE_PIXELS or 0) // 10**6
         raise InputError(
@@ -82,7 +80,18 @@ def load_pixels(path: str | Path) -> np.ndarray:
         raise InputError(f"{path}: is truncated or damaged ({error}); get an intact copy") from error
 
 
-def _refuse_unless_rgb8(path: Path, image: Image.Image) -> None:
+def rgb_pixels(image: Image.Image, name: str | Path) -> np.ndarray:
+    """The pixels of an open image, uint8 (H, W, 3).
+
+    Raises:
+        InputError: another kind of image, as `load_image` says; the message begins with `name`.
+    """
+    _refuse_unless_rgb8(name, image)
+    image.load()
+    return np.array(image, dtype=np.uint8)
+
+
+def _refuse_unless_rgb8(path: str | Path, image: Image.Image) -> None:
     frames = getattr(image, "n_frames", 1)
     if frames > 1:
         raise InputError(

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL.Image import Image
 from torch import Tensor, nn
 
 from licq.codec.api import Codec
@@ -15,12 +17,17 @@ from licq.codec.container import MODEL_BYTES
 from licq.data.datasets import Dataset, open_dataset
 from licq.data.images import load_image
 from licq.data.padding import crop_back, pad_to_multiple
+from licq.data.samples import samples_of
 from licq.evaluation.metrics import bpp_from_likelihoods, ms_ssim, mse, psnr_from_mse, to_pixels
 from licq.quant.clipping import counting
 from licq.quant.model import QuantModel
+from licq.quant.outputs import codec_output
 from licq.support.determinism import plain_torch
 from licq.support.errors import InputError
 from licq.support.progress import progress as progress_bar
+
+Picture = Path | str | Tensor | np.ndarray | Image
+Images = Dataset | Picture | Sequence[Picture]
 
 
 @dataclass(frozen=True)
@@ -132,7 +139,7 @@ def delta_j_percent(reference: Report, other: Report, lmbda: float, metric: str 
 @plain_torch()
 def evaluate(
     model: nn.Module,
-    images: Dataset | str | Path | Tensor | Sequence[Path | str] | Sequence[Tensor],
+    images: Images,
     *,
     name: str | None = None,
     pad: int = 64,
@@ -152,7 +159,8 @@ def evaluate(
         model: a float codec or a `QuantModel`: its call on (1, 3, H, W) in 0..1 returns {"x_hat": of the same
             shape, "likelihoods": {name: tensor}}. It is in evaluation mode for the duration.
         images: the name of a data set ("kodak", "clic", "photos" ...), a folder, an image file, several image
-            files, a `Dataset`, or tensors in 0..1: (n, 3, H, W), or a list of (3, H, W) or (1, 3, H, W).
+            files, a `Dataset`, or images in memory: (n, 3, H, W), or a list of (3, H, W) or (1, 3, H, W), as
+            tensors or numpy arrays in 0..1 or of uint8; also Pillow images.
         name: what the report calls the images; default the data set's name, else "images".
         pad: images are padded with zeros to multiples of this many pixels, see `pad_to_multiple`. The rate
             counts per pixel of the image without padding.
@@ -206,9 +214,7 @@ def evaluate(
     )
 
 
-def _pictures(
-    images: Dataset | str | Path | Tensor | Sequence[Path | str] | Sequence[Tensor],
-) -> tuple[list[Path | str | Tensor], str]:
+def _pictures(images: Images) -> tuple[list[Picture], str]:
     """The images one by one, and the name of their data set or "images"."""
     if isinstance(images, (str, Path)) and not Path(images).expanduser().is_file():
         images = open_dataset(images)
@@ -216,7 +222,7 @@ def _pictures(
         return list(images.paths), images.name
     if isinstance(images, (str, Path)):
         return [Path(images).expanduser()], "images"
-    if isinstance(images, Tensor) and images.ndim == 3:
+    if isinstance(images, (Tensor, np.ndarray)) and images.ndim == 3 or isinstance(images, Image):
         return [images], "images"
     return list(images), "images"
 
@@ -266,7 +272,7 @@ def _evaluating(model: nn.Module):
 def _decode(model: nn.Module, x: Tensor, label: str, pad: int) -> tuple[Tensor, float]:
     """x_hat (1, 3, H, W) of x (1, 3, H, W), and the estimated bpp; refused where they are no numbers."""
     padded, unpad = pad_to_multiple(x, pad)
-    output = model(padded)
+    output = codec_output(model(padded))
     x_hat, likelihoods = output["x_hat"], output["likelihoods"]
     if x_hat.shape != padded.shape:
         raise InputError(
@@ -289,15 +295,15 @@ def _decode(model: nn.Module, x: Tensor, label: str, pad: int) -> tuple[Tensor, 
 
 def _evaluate_one(
     model: nn.Module,
-    picture: Path | str | Tensor,
+    picture: Picture,
     index: int,
     pad: int,
     device: torch.device | str,
     codec: Codec | None,
 ) -> ImageResult:
-    label = f"image {index}" if isinstance(picture, Tensor) else Path(picture).name
-    x = (picture if isinstance(picture, Tensor) else load_image(picture)).to(device)
-    if codec is not None and isinstance(picture, Tensor):
+    label = Path(picture).name if isinstance(picture, (str, Path)) else f"image {index}"
+    x = (load_image(picture) if isinstance(picture, (str, Path)) else samples_of(picture, label)).to(device)
+    if codec is not None and not isinstance(picture, (str, Path)):
         x = to_pixels(x).div(255.0)  # a file holds 8-bit samples
     x = x.reshape(1, *x.shape[-3:])
     height, width = x.shape[-2:]

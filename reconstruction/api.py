@@ -13,7 +13,7 @@ from licq.quant.model import QuantModel
 from licq.quant.network_checks import check_network
 from licq.reconstruction.calibration import Calibration, run_steps
 from licq.reconstruction.config import PtqConfig
-from licq.reconstruction.crops import Images, calibration_crops
+from licq.reconstruction.crops import Images, calibration_crops, given_crops
 from licq.reconstruction.objective import Objective
 from licq.reconstruction.state import StateFolder, fingerprint
 from licq.reconstruction.steps import PREPARATION, STEPS
@@ -52,11 +52,13 @@ def quantize(
         model: the float codec, in evaluation mode. Its forward maps (B, 3, H, W) in 0..1 to {"x_hat": (B, 3,
             H, W), "likelihoods": {name: likelihoods of a latent's elements}}. It is not changed.
         images: a folder of images, a list of files, the name of a data set ("kodak", "photos-calib" ...), or
-            a tensor of crops. Of files, crops are drawn as the command line draws them, seeded by
-            `config.reconstruction.seed`. A tensor is taken as it is: float (n, 3, H, W), 8-bit samples in
-            0..1. A variable-rate codec needs (n, 5, H, W), with the gain and the lambda of each crop
-            (`models.qvrf.VariableRate.with_planes`); crops drawn from files get those of all its levels in
-            turn. J is measured on the first `config.reconstruction.measured` crops.
+            crops. Of files, crops are drawn as the command line draws them, seeded by
+            `config.reconstruction.seed`. Crops are taken as they are: a tensor or a numpy array (n, 3, H, W),
+            float samples in 0..1 or uint8 in 0..255, numpy arrays also (n, H, W, 3); or a list of such images
+            (3, H, W), of batches of them, or of Pillow images, all of one size. The integers see samples
+            rounded to 8 bits. A variable-rate codec needs (n, 5, H, W), with the gain and the lambda of each
+            crop (`models.qvrf.VariableRate.with_planes`); crops drawn from files get those of all its levels
+            in turn. J is measured on the first `config.reconstruction.measured` crops.
         config: the method; default `PtqConfig.from_preset("licq")`, 8 bits for weights and activations.
         lmbda: weight of the distortion in J = R + lambda * D that the codec was trained with; R in bits per
             pixel. Crops of a variable-rate codec have their own.
@@ -135,6 +137,7 @@ def prepare_calibration(
         The calibration; its `qmodel` is observed and not frozen.
     """
     check_network(model)
+    crops = given_crops(model, crops, objective.metric)
     calibration = Calibration(model, crops, config, objective, bits, device, progress=progress)
     run_steps(calibration, PREPARATION)
     return calibration

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from PIL import Image
 
 import licq
 from licq.evaluation.evaluate import evaluate
@@ -42,3 +43,23 @@ def test_the_model_is_in_evaluation_mode_only_for_the_duration():
     model = tiny_codec("balle2018").train()
     report = evaluate(model, images(1), progress=False)
     assert model.training and torch.isfinite(torch.tensor(report.mean()["psnr"]))
+
+
+def test_images_in_memory_are_checked_and_have_many_forms():
+    model, x = tiny_codec("balle2018"), images(1)
+    pixels = (x * 255).round().to(torch.uint8)
+    array = pixels[0].permute(1, 2, 0).numpy()
+    expected = evaluate(model, x, progress=False).mean()
+    for form in (
+        x[0],
+        pixels,
+        [x.numpy()[0]],
+        array,
+        [array],
+        Image.fromarray(array),
+        [Image.fromarray(array)],
+    ):
+        assert evaluate(model, form, progress=False).mean() == expected
+    for wrong, words in ((255 * x, "images / 255"), (2 * x - 1, r"\+ 1\) / 2"), (x / 0, "not finite")):
+        with pytest.raises(InputError, match=f"^image 0 .*{words}"):
+            evaluate(model, wrong, progress=False)

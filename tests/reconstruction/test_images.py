@@ -2,8 +2,11 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torch import nn
 
 import licq
 from licq.data.calibration import draw_levels, sample_crops
@@ -40,6 +43,76 @@ def test_a_folder_its_files_and_its_crops_are_quantized_alike(folder):
     for source in (folder, str(folder), list(images_in(folder)), [str(path) for path in images_in(folder)]):
         assert_equal(expected, quantize(model, source, config, lmbda=0.01, progress=False, **drawn))
     assert_equal(expected, licq.quantize(model, folder, config, lmbda=0.01, progress=False, **drawn))
+
+
+FORMS = {
+    "float64": lambda x: x.double(),
+    "with gradients": lambda x: x.clone().requires_grad_(),
+    "uint8": lambda x: bytes_of(x),
+    "list": list,
+    "generator": iter,
+    "batches": lambda x: list(x.split(1)),
+    "list of uint8": lambda x: tuple(bytes_of(x)),
+    "numpy": lambda x: x.numpy(),
+    "numpy, other order of bytes": lambda x: x.numpy().astype(">f4"),
+    "numpy, flipped twice": lambda x: x.numpy()[:, :, ::-1].copy()[:, :, ::-1],
+    "numpy, channels last": lambda x: bytes_of(x).permute(0, 2, 3, 1).numpy(),
+    "list of numpy": lambda x: list(bytes_of(x).permute(0, 2, 3, 1).numpy()),
+    "Pillow": lambda x: [Image.fromarray(image) for image in bytes_of(x).permute(0, 2, 3, 1).numpy()],
+}
+
+
+def bytes_of(x: torch.Tensor) -> torch.Tensor:
+    return (x * 255).round().to(torch.uint8)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_images_in_memory_have_many_forms(form):
+    crops = images(2)
+    given = calibration_crops(tiny_codec("balle2018"), FORMS[form](crops), "mse", 0, 10, 256, 8, (1, 2))
+    assert given.dtype == torch.float32 and not given.requires_grad and torch.equal(given, crops)
+
+
+def test_a_data_set_and_an_array_of_names_are_files(folder):
+    model = tiny_codec("balle2018")
+    expected = calibration_crops(model, folder, "mse", 0, 2, 64, 1, (1,))
+    names = [str(path) for path in images_in(folder)]
+    for source in (open_dataset(folder), np.array(names), iter(names)):
+        assert torch.equal(calibration_crops(model, source, "mse", 0, 2, 64, 1, (1,)), expected)
+
+
+class Halving(nn.Module):
+    """A codec of no registry that returns images whose sides are multiples of 4."""
+
+    def __init__(self):
+        super().__init__()
+        self.down, self.up = nn.Conv2d(3, 4, 4, 4), nn.ConvTranspose2d(4, 3, 4, 4)
+
+    def forward(self, x):
+        y = torch.round(self.down(x))
+        return {"x_hat": self.up(y), "likelihoods": {"y": torch.full_like(y, 0.5)}}
+
+
+def test_a_size_that_a_foreign_codec_does_not_return_is_refused():
+    with pytest.raises(
+        InputError, match=r"50x50 pixels into x_hat of shape \(1, 3, 48, 48\); give images whose"
+    ):
+        quantize(Halving(), torch.rand(1, 3, 50, 50), lmbda=0.01)
+    assert calibration_crops(Halving(), torch.rand(1, 3, 52, 48), "mse", 0, 1, 1, 1, (1,)).shape[2] == 52
+
+
+def test_the_probe_of_the_size_draws_no_random_number_and_leaves_the_codec_alone():
+    class Drawing(Halving):
+        def forward(self, x):
+            torch.rand(1)
+            return super().forward(x)
+
+    model = Drawing().train()
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    calibration_crops(model, images(1), "mse", 0, 1, 1, 1, (1,))
+    assert torch.equal(torch.rand(1), expected) and model.training
 
 
 def test_a_data_set_is_named_and_its_crops_are_the_command_lines_by_default(monkeypatch):
@@ -83,6 +156,10 @@ def test_a_variable_rate_codec_of_unknown_lambdas_asks_for_planes(folder):
         quantize(tiny_codec("qvrf-balle2018"), folder, lmbda=0.01, metric="ms-ssim", crop=192)
 
 
+def ramp(low: float, high: float) -> torch.Tensor:
+    return torch.linspace(low, high, 3 * 64 * 64).reshape(1, 3, 64, 64)
+
+
 @pytest.mark.parametrize(
     "source, changes, words",
     [
@@ -90,7 +167,10 @@ def test_a_variable_rate_codec_of_unknown_lambdas_asks_for_planes(folder):
         (["nowhere.png"], {"crop": 64}, "nowhere.png"),
         ([], {}, "`images` holds no files"),
         (None, {}, "`images` holds an object of type NoneType"),
-        ([torch.zeros(3, 64, 64)], {}, "`images` holds an object of type Tensor"),
+        ([None], {}, "`images` holds an object of type NoneType"),
+        (["a.png", torch.zeros(3, 64, 64)], {}, "`images` holds files and tensors"),
+        ([torch.zeros(3, 64, 64), torch.zeros(3, 64, 128)], {}, "different sizes.*64x64, 128x64"),
+        ([torch.zeros(3, 64, 64), torch.zeros(1, 64, 64)], {}, r"shape \(1, 64, 64\)"),
         ("photos-calib", {"crop": 100}, "`crop` 100 is no multiple of 64.*choose 64"),
         ("photos-calib", {"crop": 0}, "choose 1 or more"),
         ("photos-calib", {"num_images": 0}, "choose 1 or more"),
@@ -106,8 +186,27 @@ def test_a_variable_rate_codec_of_unknown_lambdas_asks_for_planes(folder):
             {},
             "float32 that reach from 255 to 255; give float samples in 0..1",
         ),
-        (torch.zeros(1, 3, 64, 64, dtype=torch.uint8), {}, "uint8"),
-        (torch.full((1, 3, 64, 64), torch.nan), {}, "nan"),
+        (torch.full((1, 3, 64, 64), 40.0), {}, "from 40 to 40; .*0..1: images / 255"),  # dark
+        (
+            torch.linspace(-1, 1, 3 * 64 * 64).reshape(1, 3, 64, 64),
+            {},
+            r"from -1 to 1; .*\(images \+ 1\) / 2",
+        ),
+        (ramp(-0.02, 1.03), {}, r"0..1: images.clip\(0, 1\)"),
+        (4 * images(1) - 2, {}, "without a normalization by mean and deviation"),
+        (300 * images(1) + 1, {}, "0..1, divided by the largest value"),
+        (torch.zeros(1, 3, 64, 64, dtype=torch.int64), {}, "type int64; give float samples"),
+        (np.zeros((1, 64, 64, 3), np.uint16), {}, "type uint16; give float samples"),
+        (np.zeros((1, 64, 64, 3), np.complex64), {}, "type complex64; give float samples"),
+        (np.zeros((64, 64), np.uint8), {}, r"shape \(64, 64\); \(n, 3, H, W\) is needed"),
+        (torch.full((1, 3, 64, 64), torch.nan), {}, "not finite"),
+        (torch.full((1, 3, 64, 64), torch.inf), {}, "not finite"),
+        (
+            torch.zeros(1, 3, 50, 50),
+            {},
+            r"turns .*50x50 pixels into x_hat of shape \(1, 3, 64, 64\).*multiples of 64",
+        ),
+        ([Image.new("RGBA", (64, 64))], {}, "calibration images: is RGB with alpha"),
         (torch.zeros(1, 3, 64, 64), {"metric": "ms-ssim"}, "64x64 pixels are too small for MS-SSIM"),
         (torch.zeros(1, 3, 64, 64), {"metric": "psnr"}, "`metric` psnr is unknown"),
         (torch.zeros(1, 3, 64, 64), {"lmbda": 0}, "`lmbda` 0 is not positive"),
