@@ -16,10 +16,12 @@ from licq.quant import operations as ops
 from licq.quant import primitives
 from licq.quant.model import PIXEL, QuantModel
 from licq.quant.operations import Boundary, Operand, Operation, Range
+from licq.quant.outputs import codec_output
 from licq.quant.qtensor import QTensor
 from licq.quant.runtime import Runtime
 from licq.quant.symbols import Symbol, flat
 from licq.quant.torch_functions import function_name
+from licq.support.cli import explain
 from licq.support.errors import InputError
 
 LAYOUT = frozenset(
@@ -51,9 +53,8 @@ def lower(model: QuantModel, height: int, width: int, batch: int = 1) -> Program
         pixels = tracer.input("pixels", (batch, 3, height, width), Range(0, 255))
         scale = torch.as_tensor(PIXEL, dtype=torch.float64)
         with torch.no_grad():
-            output = model.model(QTensor(pixels, scale, runtime, pixels=True))
+            x_hat = _forward(model, QTensor(pixels, scale, runtime, pixels=True))
             tracer.node = "x_hat"
-            x_hat = output["x_hat"]
             limits = torch.tensor(0), torch.tensor(255)
             samples = primitives.rescale(x_hat.q, x_hat.full_scale() * 255, *limits)
             assert isinstance(samples, Symbol)
@@ -61,6 +62,26 @@ def lower(model: QuantModel, height: int, width: int, batch: int = 1) -> Program
         runtime.tracer = None
     tracer.program.outputs["pixels"] = samples.number
     return tracer.program
+
+
+def _forward(model: QuantModel, image: QTensor) -> QTensor:
+    """x_hat of the codec's own forward, on symbols.
+
+    Raises:
+        InputError: a part of it has no integer form. Whatever its code raises on symbols names the module.
+    """
+    try:
+        x_hat = codec_output(model.model(image))["x_hat"]
+    except Exception as error:
+        if explain(error) is not None:
+            raise
+        said = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"the model cannot be lowered: {model.runtime.where}: {type(error).__name__}: {said}"
+        ) from error
+    if not isinstance(x_hat, QTensor) or not x_hat.is_integer or not isinstance(x_hat.q, Symbol):
+        raise InputError("x_hat does not follow from the image in integers, so the model cannot be lowered")
+    return x_hat
 
 
 class Tracer:

@@ -18,6 +18,7 @@ from licq.quant.loading import load_quantized
 from licq.quant.mac import QuantMAC
 from licq.quant.modules import QuantModule
 from licq.quant.network_checks import check_network, uncompiled
+from licq.quant.outputs import codec_output
 from licq.quant.qtensor import QTensor, to_real
 from licq.quant.quantizer import Quantizer
 from licq.quant.rewritten import RewrittenCodec
@@ -44,7 +45,8 @@ class QuantModel(RewrittenCodec):
     """A codec rewritten for quantization. Its forward maps an image as the codec's does.
 
     Args:
-        model: any module whose forward returns {"x_hat", "likelihoods"}; it is copied, not changed.
+        model: any module whose forward returns {"x_hat", "likelihoods"}, the likelihoods by name, in a list
+            or as one tensor; it is copied, not changed.
         config: see `QuantConfig`.
         bits: of single layers, {layer: {"w_bits": b, "a_bits": b}}. The other layers have the bits of
             `config`. Products of attention have no weights and always have the bits of `config`.
@@ -64,7 +66,8 @@ class QuantModel(RewrittenCodec):
 
     @plain_torch()
     def forward(self, x: Tensor) -> dict:
-        """x: (B, 3, H, W) in 0..1, 8-bit samples -> {"x_hat", "likelihoods"} as plain tensors.
+        """x: (B, 3, H, W) in 0..1, 8-bit samples -> {"x_hat", "likelihoods"} as plain tensors, the
+        likelihoods by name (see `quant.outputs.codec_output`).
 
         Autocast and other settings of PyTorch around it change nothing, see `plain_torch`.
         A frozen model gives x_hat as 8-bit samples / 255, rounded and clipped by the integer program.
@@ -86,7 +89,7 @@ class QuantModel(RewrittenCodec):
             scale = torch.as_tensor(PIXEL, dtype=torch.float64, device=x.device)
             image = QTensor(torch.round(x * 255), scale, runtime, pixels=True)
         with exact_products(x.device) if self.frozen else nullcontext():
-            output = self.model(image)
+            output = codec_output(self.model(image))
         x_hat = output["x_hat"]
         if self.frozen and isinstance(x_hat, QTensor) and x_hat.is_integer:
             x_hat = self._pixels(x_hat)
@@ -186,7 +189,7 @@ class QuantModel(RewrittenCodec):
                     source.rate = batch[:, 3:4, :1, :1]
                 elif hasattr(source, "rate"):  # a variable-rate codec may have been set to another one here
                     source.rate = self.model.rate
-                expected = source(batch[:, :3].clone())
+                expected = codec_output(source(batch[:, :3].clone()))
                 pairs = {"x_hat": (output["x_hat"], expected["x_hat"])}
                 pairs |= {
                     f"likelihoods {key}": (output["likelihoods"][key], p)

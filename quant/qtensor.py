@@ -27,6 +27,7 @@ class QTensor:
     latent:  true for y_hat, z_hat and parts of them: values that came out of a rounding at a boundary of the
     codec.
     levels:  true for probabilities on the levels of `QuantConfig.softmax`.
+    forward: the number of the forward that made it (`Runtime.number`).
 
     The tensors in q and scale never change: an operation in place puts new ones into these slots. A quantized
     tensor knows its views and what it is a view of (`aliases`). After an operation in place on one of them,
@@ -40,6 +41,7 @@ class QTensor:
         "pixels",
         "latent",
         "levels",
+        "forward",
         "aliases",
         "overwritten",
         "__weakref__",
@@ -62,6 +64,7 @@ class QTensor:
             latent,
             levels,
         )
+        self.forward: int = 0 if runtime is None else runtime.number
         self.aliases: list[weakref.ref[QTensor]] = []
 
     # ------------------------------------------------------------------------------------------ what it holds

@@ -19,6 +19,7 @@ from licq.quant.config import QuantConfig
 from licq.quant.dispatch import dispatch
 from licq.quant.fixedpoint import fixed_point_scale, round_ste
 from licq.quant.qtensor import QTensor, to_real
+from licq.quant.symbols import Symbol
 from licq.quant.torch_functions import function_name
 from licq.support.errors import InputError
 
@@ -58,6 +59,7 @@ class Runtime:
             clipping) -> a mix of both. None: no QDrop.
         tracer: where the forward is written down as a program (`integer.lowering`); None: it computes.
         calling: the PyTorch function that runs, for the message where it fails.
+        number: of the forward; each has another one.
     """
 
     def __init__(self, config: QuantConfig, make_function: MakeFunction | None = None):
@@ -70,6 +72,7 @@ class Runtime:
         self.act_drop: Callable[[Tensor, Tensor], Tensor] | None = None
         self.tracer: Any = None
         self.calling = ""
+        self.number = 0
         self._path: list[str] = [""]
         self._counts: list[Counter[str]] = [Counter()]
         self._calls: Counter[str] = Counter()
@@ -114,11 +117,13 @@ class Runtime:
         """Start a forward of the whole codec."""
         self._path, self._counts, self._calls = [""], [Counter()], Counter()
         self.calling = ""
+        self.number += 1
 
     # ----------------------------------------------------------------------------------------- running a node
 
     def execute(self, node: Named, inputs: tuple, run: Callable[[], Any]) -> Any:
         """The output of a node: a recorded one, see `replaying`, or that of `run`."""
+        self._refuse_kept(inputs, node.name)
         call = (node.name, self._calls[node.name])
         self._calls[node.name] += 1
         if call == self._stop_before:
@@ -229,8 +234,25 @@ class Runtime:
         return QTensor(round_ste((value / scale).float()), scale, self)
 
     def dispatch(self, function: Callable, args: tuple, kwargs: dict) -> Any:
-        """Run a torch function whose arguments hold quantized tensors."""
+        """Run a torch function whose arguments hold quantized tensors.
+
+        Raises:
+            InputError: one of them was kept from another forward, and this one or that one is written down.
+        """
+        self._refuse_kept((*args, *kwargs.values()), self.where)
         return dispatch(self, function, args, kwargs)
+
+    def _refuse_kept(self, arguments: Iterable[Any], where: str) -> None:
+        """Raises InputError where a program would read what another forward has computed."""
+        for argument in arguments:
+            if isinstance(argument, (list, tuple)):
+                self._refuse_kept(argument, where)
+            elif isinstance(argument, QTensor) and argument.forward != self.number:
+                if self.tracer is not None or argument.readable and isinstance(argument.q, Symbol):
+                    raise InputError(
+                        f"{where} reads a tensor that the network has kept from an earlier forward, so the "
+                        "model cannot be lowered; compute it from the image each time, or make it a buffer"
+                    )
 
     def in_float(self, function: Callable, args: tuple, kwargs: dict) -> Any:
         """Run a function without integer algorithm on real numbers, and note that for the report.

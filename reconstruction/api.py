@@ -50,7 +50,8 @@ def quantize(
 
     Args:
         model: the float codec, in evaluation mode. Its forward maps (B, 3, H, W) in 0..1 to {"x_hat": (B, 3,
-            H, W), "likelihoods": {name: likelihoods of a latent's elements}}. It is not changed.
+            H, W), "likelihoods": {name: likelihoods of a latent's elements}}; a list of them or one tensor
+            also serves. It is not changed.
         images: a folder of images, a list of files, the name of a data set ("kodak", "photos-calib" ...), or
             crops. Of files, crops are drawn as the command line draws them, seeded by
             `config.reconstruction.seed`. Crops are taken as they are: a tensor or a numpy array (n, 3, H, W),

@@ -7,6 +7,7 @@ import torch
 from pytorch_msssim import ms_ssim
 from torch import Tensor
 
+from licq.quant.outputs import codec_output
 from licq.support.errors import InputError
 
 MS_SSIM_SIDE = 161  # pixels: the smallest side that MS-SSIM's five scales fit into
@@ -15,7 +16,8 @@ MS_SSIM_SIDE = 161  # pixels: the smallest side that MS-SSIM's five scales fit i
 def rate(output: dict, x: Tensor) -> Tensor:
     """R: bits per pixel of each image, (B,): -log2 of the likelihoods of every latent, summed."""
     pixels = x.shape[-1] * x.shape[-2]
-    bits = sum(-torch.log2(p).flatten(1).sum(1) for p in output["likelihoods"].values())
+    likelihoods = codec_output(output)["likelihoods"]
+    bits = sum(-torch.log2(p).flatten(1).sum(1) for p in likelihoods.values())
     return cast(Tensor, bits) / pixels
 
 

@@ -126,7 +126,7 @@ def uses(loaded: QuantModel) -> tuple:
     data = codec.encode(PIXELS)
     x_hat = loaded(OTHER)["x_hat"]
     report = licq.evaluate(loaded, OTHER, progress=False)
-    behind_the_name = data[7:]
+    behind_the_name = data[13:]
     return behind_the_name, codec.decode(data).tolist(), x_hat.tolist(), report.mean(), report.bpp_source
 
 
