@@ -16,6 +16,7 @@ import torch
 from compressai.entropy_models import EntropyBottleneck
 from torch import Tensor
 
+from licq.models.wrappers import behind_prefixes, wrapped
 from licq.support.errors import InputError
 from licq.support.files import atomic_path
 
@@ -25,8 +26,6 @@ _PACKED = "_cdf_steps"
 _COMPRESSED = "xz"  # the one tensor of a compressed file
 _HEADER = "header"  # inside it, beside the tensors: the metadata
 _MAX_RATIO = 64  # of the sizes of a file's content and of its xz: no file of licq reaches it
-_WRAPPERS = ("state_dict", "model_state_dict", "model", "network", "net")
-_LAMBDA_KEYS = ("lambda", "lmbda")
 _OLD_BOTTLENECK = re.compile(
     r"(.*\b(?:entropy_bottleneck|factorized_entropy_func)\.)_(matri|bias|factor)(?:x|es|ces|s)?\.?(\d+)"
 )
@@ -41,14 +40,24 @@ class CheckpointFile:
             uses.
         metadata: what the file states of arch, kwargs, quality, lambda and metric, and what else its writer
             has added.
+        alternatives: other tensors of the file that may be the network's, the likeliest first: (where they
+            are, name -> tensor). Parts of `state_dict` behind a prefix of their names, other dictionaries.
+        place: where `state_dict` is in the file; empty at its top.
     """
 
     state_dict: dict[str, Tensor]
     metadata: dict[str, Any] = field(default_factory=dict)
+    alternatives: tuple[tuple[str, dict[str, Tensor]], ...] = ()
+    place: str = ""
+
+    @property
+    def candidates(self) -> tuple[tuple[str, dict[str, Tensor]], ...]:
+        """`state_dict` and its alternatives, each with the place where it is."""
+        return ((self.place, self.state_dict), *self.alternatives)
 
 
 def read_file(path: str | Path) -> CheckpointFile:
-    """Read a state_dict, bare or wrapped, from a PyTorch file (zip or legacy) or a safetensors file.
+    """Read the state_dicts, bare or wrapped, of a PyTorch file (zip or legacy) or a safetensors file.
 
     Nothing in the file is executed. Constants of layers (bounds such as 1e-9) are left out where the file has
     them in half precision, which they do not survive; every layer has its own.
@@ -64,9 +73,22 @@ def read_file(path: str | Path) -> CheckpointFile:
             raise InputError(
                 f"{path} is a quantized model, not a checkpoint; main_eval.py takes it as `model`"
             )
+        found = [("", tensors, metadata), *((f"{p}*", part, {}) for p, part in behind_prefixes(tensors))]
     else:
-        tensors, metadata = _unwrap(_read_pytorch(path, head), path)
-    return CheckpointFile(_clean(tensors, path), metadata)
+        found = list(wrapped(_read_pytorch(path, head)))
+        if not found:
+            raise InputError(
+                f"{path} holds no state_dict; save the weights with torch.save(model.state_dict(), PATH)"
+            )
+    different: dict[tuple, tuple[str, dict[str, Tensor]]] = {}
+    for place, tensors, _ in found:  # a prefix that names lose anyway makes no other candidate
+        key = tuple(sorted((rename_key(name), id(tensor)) for name, tensor in tensors.items()))
+        if key not in different:
+            different[key] = place, _clean(tensors)
+    (place, state_dict), *others = different.values()
+    if not others:
+        refuse_diverged(state_dict, path)
+    return CheckpointFile(state_dict, found[0][2], tuple(others), place)
 
 
 def write_file(path: str | Path, state_dict: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
@@ -167,6 +189,7 @@ def rename_key(key: str) -> str:
     """
     while key.startswith(("module.", "_orig_mod.")):
         key = key.partition(".")[2]
+    key = key.replace("._orig_mod.", ".")  # of a compiled part
     key = key.replace(".downsample.", ".skip.")
     old = _OLD_BOTTLENECK.fullmatch(key)
     if old and _BOTTLENECK_HAS_LISTS:
@@ -267,23 +290,7 @@ def _read_pytorch(path: Path, head: bytes) -> Any:
         ) from error
 
 
-def _unwrap(content: Any, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state_dict inside a training checkpoint, and the lambda that stands beside it."""
-    metadata: dict[str, Any] = {}
-    while isinstance(content, Mapping):
-        if content and all(isinstance(value, Tensor) for value in content.values()):
-            return dict(content), metadata
-        for key in _LAMBDA_KEYS:
-            value = content.get(key)
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
-                metadata["lambda"] = float(value)
-        content = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None)
-    raise InputError(
-        f"{path} holds no state_dict; save the weights with torch.save(model.state_dict(), PATH)"
-    )
-
-
-def _clean(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+def _clean(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     state_dict: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         name = rename_key(key)
@@ -291,12 +298,15 @@ def _clean(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
             if tensor.dtype in (torch.float16, torch.bfloat16) and _is_layer_constant(name):
                 continue
             tensor = tensor.float()
-            if not bool(torch.isfinite(tensor).all()):
-                raise InputError(
-                    f"{path} holds numbers that are not finite ({name}); its training has diverged"
-                )
         state_dict[name] = tensor
     return state_dict
+
+
+def refuse_diverged(state_dict: Mapping[str, Tensor], path: str | Path) -> None:
+    """Raises InputError where tensors hold NaN or Inf; `path` is where they were read."""
+    for name, tensor in state_dict.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise InputError(f"{path} holds numbers that are not finite ({name}); its training has diverged")
 
 
 def _is_layer_constant(name: str) -> bool:

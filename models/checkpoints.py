@@ -7,9 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from licq.models.checkpoint_files import CDF_STATE, CheckpointFile, read_file, write_file
+from licq.models.checkpoint_files import (
+    CDF_STATE,
+    CheckpointFile,
+    read_file,
+    refuse_diverged,
+    write_file,
+)
 from licq.models.embedded import embedded_checkpoint, embedded_qualities, rates_of
-from licq.models.identify import check_quality, identify, matching_network, sizes_of
+from licq.models.identify import check_quality, identify, identify_file, matching_network, sizes_of
 from licq.models.pretrained import pretrained_checkpoint
 from licq.models.registry import get_architecture, list_models, mark_architecture
 from licq.support.errors import InputError
@@ -19,6 +25,7 @@ __all__ = [
     "embedded_qualities",
     "fill_network",
     "identify",
+    "identify_file",
     "load_checkpoint",
     "load_model",
     "rates_of",
@@ -39,9 +46,12 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint, in float32, by the names that the installed CompressAI gives them.
 
     Raises:
-        InputError: the file is missing, empty, damaged, no checkpoint, or needs code to be unpickled.
+        InputError: the file is missing, empty, damaged, no checkpoint, or needs code to be unpickled; or the
+            tensors hold NaN or Inf.
     """
-    return read_file(path).state_dict
+    state_dict = read_file(path).state_dict
+    refuse_diverged(state_dict, path)
+    return state_dict
 
 
 def load_checkpoint(
@@ -49,8 +59,10 @@ def load_checkpoint(
 ) -> nn.Module:
     """The network of a checkpoint, in eval mode, on the CPU.
 
-    Takes CompressAI's .pth.tar files, those of TinyLIC and TIC, bare or wrapped state_dicts, and licq's own
-    safetensors. Widths are read off the tensors. CDF tables come from the file, or are made.
+    Takes CompressAI's .pth.tar files, those of TinyLIC and TIC, state_dicts that are bare, wrapped or behind
+    a prefix such as Lightning's `model.` (`models.wrappers`), and licq's own safetensors. Where several
+    networks of a file fit, the first is taken, weights before their moving averages, with an `InputWarning`.
+    Widths are read off the tensors. CDF tables come from the file, or are made.
 
     Args:
         arch: the architecture that it must be, or the file of a plug-in; None: the one that the file states,

@@ -48,7 +48,7 @@ def rates_of(path: Path) -> list[int]:
     Raises:
         InputError: the file is no such checkpoint.
     """
-    gains = read_file(path).state_dict.get("Gain")
+    gains = next((tensors["Gain"] for _, tensors in read_file(path).candidates if "Gain" in tensors), None)
     if gains is None:
         raise InputError(
             f"{path} is no checkpoint of a variable-rate codec (it has no Gain); give another file as "

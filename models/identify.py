@@ -1,15 +1,17 @@
 """Which architecture, of which sizes, the tensors of a checkpoint belong to."""
 
+import warnings
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from licq.models.checkpoint_files import CheckpointFile, read_file
+from licq.models.checkpoint_files import CheckpointFile, read_file, refuse_diverged
 from licq.models.registry import Architecture, get_architecture, list_models
-from licq.support.errors import InputError
+from licq.support.errors import InputError, InputWarning
 
 
 def identify(state_dict: Mapping[str, Tensor]) -> str | None:
@@ -38,26 +40,59 @@ def matching_network(
     Raises:
         InputError: the checkpoint is not of this architecture, or of none that is known.
     """
-    state_dict, metadata = content.state_dict, content.metadata
-    arch = arch or identify(state_dict)
+    arch = arch or identify_file(content)
     if arch is None:
-        likely = max(list_models(), key=lambda name: _likeness(name, state_dict))
+        likely, _ = max(
+            ((name, _likeness(name, tensors)) for _, tensors in content.candidates for name in list_models()),
+            key=lambda pair: pair[1],
+        )
         hint = (
             f"; nearest is {likely}: pass `arch` {likely} to see what differs"
-            if _likeness(likely, state_dict) > 0.3
+            if any(_likeness(likely, tensors) > 0.3 for _, tensors in content.candidates)
             else ""
         )
         raise InputError(
             f"{path} is a checkpoint of no known architecture ({', '.join(list_models())}){hint}"
         )
     architecture = get_architecture(arch)
-    state_dict = _with_companions(path, state_dict, architecture)
+    tried = []
+    for place, tensors in content.candidates:
+        network, differences = _network_of(path, tensors, content.metadata, architecture)
+        if network is not None:
+            _remark_on_others(path, content, place, network[2])
+            refuse_diverged(network[3], path)
+            return network
+        tried.append((_likeness(arch, tensors), differences))
+    other = identify_file(content)
+    if other is not None:
+        raise InputError(f"{path} is no checkpoint of {arch}; this looks like {other}: pass `arch` {other}")
+    _, differences = max(tried, key=lambda entry: entry[0])
+    raise InputError(
+        f"{path} is no checkpoint of {arch}: {differences[0]}"
+        + (f", and {len(differences) - 1} more" if len(differences) > 1 else "")
+        + "; give another file as `checkpoint` or its architecture as `arch`"
+    )
+
+
+def identify_file(content: CheckpointFile) -> str | None:
+    """The registered architecture that tensors of a file have exactly the names and shapes of, or None."""
+    return next((name for _, tensors in content.candidates if (name := identify(tensors))), None)
+
+
+_Network = tuple[Architecture, dict[str, Any], nn.Module, Mapping[str, Tensor]]
+
+
+def _network_of(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], architecture: Architecture
+) -> tuple[_Network | None, list[str]]:
+    """(what `matching_network` returns for these tensors or None, how they differ)."""
+    state_dict: Mapping[str, Tensor] = _with_companions(path, tensors, architecture)
     if architecture.adapt is not None:
         state_dict = architecture.adapt(state_dict)
     differences = ["its sizes cannot be told"]
     stated = (
         [metadata["kwargs"]]
-        if metadata.get("arch") == arch and isinstance(metadata.get("kwargs"), dict)
+        if metadata.get("arch") == architecture.name and isinstance(metadata.get("kwargs"), dict)
         else []
     )
     for kwargs in (*stated, sizes_of(architecture, state_dict)):
@@ -70,15 +105,28 @@ def matching_network(
             continue
         differences = _differences(model, state_dict)
         if not differences:
-            return architecture, architecture.complete(kwargs), model, state_dict
-    other = identify(content.state_dict)
-    if other is not None:
-        raise InputError(f"{path} is no checkpoint of {arch}; this looks like {other}: pass `arch` {other}")
-    raise InputError(
-        f"{path} is no checkpoint of {arch}: {differences[0]}"
-        + (f", and {len(differences) - 1} more" if len(differences) > 1 else "")
-        + "; give another file as `checkpoint` or its architecture as `arch`"
-    )
+            return (architecture, architecture.complete(kwargs), model, state_dict), []
+    return None, differences
+
+
+def _remark_on_others(path: Path, content: CheckpointFile, taken: str, model: nn.Module) -> None:
+    """Warn where the file has other weights for the network than those that are taken."""
+    parameters = dict(model.named_parameters())
+    candidates = dict(content.candidates)
+    weights = {name: tensor for name, tensor in candidates[taken].items() if name in parameters}
+    others = [
+        place
+        for place, tensors in candidates.items()
+        if all(name in tensors and tensors[name].shape == tensor.shape for name, tensor in weights.items())
+        and not all(torch.equal(tensors[name], tensor) for name, tensor in weights.items())
+    ]
+    if others:
+        warnings.warn(
+            f"{path} has weights in several places that fit; those at {taken or 'its top'} are taken, not "
+            f"those at {' or '.join(place or 'its top' for place in others)}: to use those, save them alone",
+            InputWarning,
+            stacklevel=2,
+        )
 
 
 def sizes_of(architecture: Architecture, state_dict: Mapping[str, Tensor]) -> dict[str, Any] | None:

@@ -13,7 +13,7 @@ from torch import nn
 from licq.models.checkpoints import (
     embedded_checkpoint,
     embedded_qualities,
-    identify,
+    identify_file,
     load_checkpoint,
     rates_of,
     read_checkpoint,
@@ -210,7 +210,7 @@ def _identify(path: Path) -> Architecture:
     content = read_checkpoint(path)
     name = content.metadata.get("arch")
     if name not in list_models():
-        name = identify(content.state_dict)
+        name = identify_file(content)
     if name is None:
         raise InputError(
             f"{path} is a checkpoint of no known architecture ({', '.join(list_models())}); give another "

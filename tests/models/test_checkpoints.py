@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import warnings
 
 import pytest
 import safetensors
@@ -22,7 +23,7 @@ from licq.models.checkpoints import (
     save_checkpoint,
 )
 from licq.models.registry import create_model, get_architecture, list_models, register_model
-from licq.support.errors import InputError
+from licq.support.errors import InputError, InputWarning
 from licq.support.files import sha256
 from tests.formula import as_published
 
@@ -79,6 +80,27 @@ FORMATS = {
     "wrapped twice": lambda state: {"model": {"state_dict": state}},
     "DataParallel": lambda state: {f"module.{key}": value for key, value in state.items()},
     "compiled": lambda state: {f"_orig_mod.module.{key}": value for key, value in state.items()},
+    "wrapped in weights": lambda state: {"weights": state, "epoch": 1},
+    "wrapped in params": lambda state: {"params": state},
+    "Lightning": lambda state: {
+        "state_dict": {
+            **{f"model.{key}": value for key, value in state.items()},
+            "criterion.window": torch.full((3,), torch.inf),
+        },
+        "pytorch-lightning_version": "2.4.0",
+    },
+    "Lightning, compiled": lambda state: {
+        "state_dict": {f"net._orig_mod.{key}": value for key, value in state.items()}
+    },
+    "Lightning around a module": lambda state: {f"model.codec.{key}": value for key, value in state.items()},
+    "compiled parts": lambda state: {
+        key.replace("g_a.", "g_a._orig_mod.", 1): value for key, value in state.items()
+    },
+    "averages alone": lambda state: {"params_ema": state},
+    "averaged model": lambda state: {
+        "n_averaged": torch.tensor(7),
+        **{f"module.{key}": value for key, value in state.items()},
+    },
     "CompressAI 1.1": old_style,
     "CompressAI 1.0": oldest_style,
     "without CDF buffers": lambda state: {
@@ -99,6 +121,64 @@ def test_every_format_gives_the_same_network(name, is_zip, model, image, tmp_pat
     assert not loaded.training
     with torch.no_grad():
         torch.testing.assert_close(loaded(image), model(image), rtol=0, atol=0)
+
+
+def test_lightnings_prefix_in_safetensors(model, image, tmp_path):
+    state = {f"model.{key}": value.contiguous() for key, value in model.state_dict().items()}
+    safetensors.torch.save_file(state, tmp_path / "c.safetensors")
+    loaded = as_published(load_checkpoint(tmp_path / "c.safetensors"))
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(image), model(image), rtol=0, atol=0)
+
+
+AVERAGED = {
+    "two dictionaries": (
+        lambda state, other: {"ema": other, "state_dict": state},
+        "those at state_dict are taken, not those at ema",
+    ),
+    "two prefixes": (
+        lambda state, other: {
+            "state_dict": {
+                **{f"ema_model.{key}": value for key, value in other.items()},
+                **{f"model.{key}": value for key, value in state.items()},
+            }
+        },
+        r"those at state_dict model\.\* are taken, not those at state_dict ema_model\.\*",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", AVERAGED)
+def test_weights_are_taken_before_their_moving_averages_with_one_remark(name, model, tmp_path):
+    state = dict(model.state_dict())
+    make, words = AVERAGED[name]
+    other = {key: value + 1 if key.endswith("bias") else value for key, value in state.items()}
+    torch.save(make(state, other), tmp_path / "c.pth")
+    with pytest.warns(InputWarning, match=words) as told:
+        loaded = load_checkpoint(tmp_path / "c.pth", "minnen2018")
+    assert len(told) == 1
+    assert torch.equal(loaded.g_a[0].bias, model.g_a[0].bias)
+    torch.save(make(state, state), tmp_path / "same.pth")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_checkpoint(tmp_path / "same.pth", "minnen2018")
+
+
+def test_what_is_wrong_behind_a_prefix_is_told_without_it(model, tmp_path):
+    state = {f"model.{key}": value for key, value in model.state_dict().items()}
+    del state["model.h_s.2.weight"]
+    torch.save({"state_dict": state}, tmp_path / "c.pth")
+    assert ": h_s.2.weight is missing;" in refusal(tmp_path / "c.pth", "minnen2018")
+    assert "nearest is minnen2018" in refusal(tmp_path / "c.pth")
+    assert "looks like minnen2018" in refusal(_saved(model, "model.", tmp_path / "d.pth"), "balle2018")
+    state["model.h_s.2.weight"] = torch.full_like(model.h_s[2].weight, torch.nan)
+    torch.save({"state_dict": state}, tmp_path / "c.pth")
+    assert "not finite (h_s.2.weight)" in refusal(tmp_path / "c.pth")
+
+
+def _saved(model, prefix, path):
+    torch.save({f"{prefix}{key}": value for key, value in model.state_dict().items()}, path)
+    return path
 
 
 def test_a_network_without_cdf_tables_gets_them_and_can_code(model, image, tmp_path):
