@@ -36,6 +36,8 @@ class Codec:
         data = codec.encode(pixels)                    # uint8 (3, H, W) -> bytes
         pixels = codec.decode(data)                    # bytes -> uint8 (3, H, W)
 
+    Grey images are uint8 (1, H, W), there and back. They are coded as three equal channels.
+
     A file names the model that decodes it by the first bytes of the SHA-256 of the model's own file. For a
     model that was saved or loaded, that file is known. For any other it is the one that `model.save(path)`
     writes. So a model that is to be saved with `extra` is saved first, and given to `Codec` then.
@@ -94,7 +96,7 @@ class Codec:
         """Encode an image.
 
         Args:
-            pixels: uint8 (3, H, W), of any size up to 2^26 pixels.
+            pixels: uint8 (3, H, W), or (1, H, W) of a grey image, of any size up to 2^26 pixels.
             level: the rate of a variable-rate codec, from 1 (smallest files) to the number of its levels,
                 whole or not; None: the rate that the model is set to.
 
@@ -105,17 +107,19 @@ class Codec:
             InputError: pixels of another type or shape, or too many; a level that the codec does not have; a
                 codec whose forward has no bitstream.
         """
-        if pixels.dtype != torch.uint8 or pixels.ndim != 3 or pixels.shape[0] != 3 or not pixels.numel():
+        if pixels.dtype != torch.uint8 or pixels.ndim != 3 or len(pixels) not in (1, 3) or not pixels.numel():
             raise InputError(
                 f"an image of type {pixels.dtype} and shape {tuple(pixels.shape)} cannot be encoded; give "
-                "uint8 (3, H, W) as `pixels`"
+                "uint8 (3, H, W), or (1, H, W) of a grey image, as `pixels`"
             )
         gain = self.gain(level)
         height, width = pixels.shape[-2:]
         self._check_size(height, width)
-        padded, _ = pad_to_multiple(pixels[None], self.multiple)
+        grey = len(pixels) == 1
+        padded, _ = pad_to_multiple(pixels.expand(3, -1, -1)[None], self.multiple)
         plan = self._plan(padded.shape[-2], padded.shape[-1], gain)
-        return Container(self.digest, width, height, gain, (self._coder.encode(plan, padded),)).to_bytes()
+        stream = self._coder.encode(plan, padded)
+        return Container(self.digest, width, height, gain, (stream,), grey).to_bytes()
 
     @plain_torch()
     def decode(self, data: bytes) -> Tensor:
@@ -125,7 +129,8 @@ class Codec:
             data: the content of a .licq file that was encoded with this model.
 
         Returns:
-            uint8 (3, H, W), on the CPU.
+            uint8 (3, H, W), on the CPU; (1, H, W) of an image that was encoded as such: the mean of the three
+            decoded channels, (R + G + B + 1) // 3.
 
         Raises:
             InputError: the file is damaged, or of another model.
@@ -143,7 +148,10 @@ class Codec:
             torch.empty((1, 1, content.height, content.width), device="meta"), self.multiple
         )
         plan = self._plan(like.shape[-2], like.shape[-1], content.gain)
-        return crop_back(self._coder.decode(plan, content.streams[0]), unpad)[0].contiguous()
+        pixels = crop_back(self._coder.decode(plan, content.streams[0]), unpad)[0].contiguous()
+        if content.grey:
+            pixels = ((pixels.sum(0, keepdim=True, dtype=torch.int16) + 1) // 3).to(torch.uint8)
+        return pixels
 
     @plain_torch()
     def inspect(self, pixels: Tensor, batch: int = 1, device: torch.device | str = "cpu") -> dict:

@@ -1,7 +1,8 @@
 """The format of a .licq file.
 
     bytes     2  "LQ"
-              1  version in its lower four bits; 16: a gain follows; 32 times the number of streams less one
+              1  version in its lower three bits; 8: the image is grey; 16: a gain follows; 32 times the
+                 number of streams less one
               4  the model: first bytes of the SHA-256 of its file
     varints      width, height, the gain of a variable-rate codec times 2^16, the lengths of all streams but
                  the last
@@ -30,7 +31,7 @@ MAX_GAIN = 2**10
 here symbols stay far inside the range of the entropy coder."""
 TILE = 2048
 """By default, images of more than TILE x TILE pixels are computed in tiles."""
-_VERSION_BITS, _WITH_GAIN, _STREAMS = 15, 16, 32  # parts of the third byte
+_VERSION_BITS, _GREY, _WITH_GAIN, _STREAMS = 7, 8, 16, 32  # parts of the third byte
 _DAMAGED = "the file is truncated or damaged; get an intact copy or encode the image again"
 
 
@@ -45,6 +46,7 @@ class Container:
             stored, because the way from a level to a gain goes through logarithms, which differ between
             machines.
         streams: what the entropy coder has written.
+        grey: the image has one channel; it is coded as three equal ones.
     """
 
     model: bytes
@@ -52,10 +54,11 @@ class Container:
     height: int
     gain: int
     streams: tuple[bytes, ...]
+    grey: bool = False
 
     def to_bytes(self) -> bytes:
         """The file."""
-        kind = VERSION + _WITH_GAIN * bool(self.gain) + _STREAMS * (len(self.streams) - 1)
+        kind = VERSION + _GREY * self.grey + _WITH_GAIN * bool(self.gain) + _STREAMS * (len(self.streams) - 1)
         numbers = (self.width, self.height, *([self.gain] if self.gain else ()), *map(len, self.streams[:-1]))
         head = MAGIC + bytes([kind]) + self.model + b"".join(map(_varint, numbers))
         sums = b"".join(_checksum(head, stream) for stream in self.streams)
@@ -104,7 +107,7 @@ class Container:
                 raise InputError(_DAMAGED)
             streams.append(stream)
             position += length
-        return cls(model, width, height, gain, tuple(streams))
+        return cls(model, width, height, gain, tuple(streams), bool(kind & _GREY))
 
 
 def _checksum(head: bytes, stream: bytes) -> bytes:

@@ -35,7 +35,7 @@ def sample_crops(
     crops on every machine, and more crops per image begin with the same ones.
 
     Args:
-        files: 8-bit RGB images.
+        files: 8-bit images, see `data.images.load_image`.
         num: images to draw.
         crop: side of a crop, in pixels.
         seed: of the draws.

@@ -1,4 +1,7 @@
-"""Image files in, tensors out; anything that is not plain 8-bit RGB is refused, with the way to mend it."""
+"""Image files in, tensors out: 8-bit RGB, grey, or a palette of RGB.
+
+Everything else is refused, with the way to mend it.
+"""
 
 import warnings
 from pathlib import Path
@@ -10,17 +13,13 @@ from torch import Tensor
 
 from licq.support.errors import InputError
 
-MIN_SIDE = 8  # pixels; the smallest image that a codec with four stride-2 stages says anything about
-
 _ORIENTATION = 0x0112  # EXIF tag
 
 # A silent conversion would change what is measured, so the user converts, and sees what is lost.
 _TO_RGB = "convert it to 8-bit RGB with ImageMagick: convert IN -alpha remove -colorspace sRGB PNG24:OUT.png"
+_TAKEN = {"RGB": "RGB", "L": "grey", "1": "black and white", "P": "a palette image"}
 _MODES = {
-    "1": "black and white (1 bit)",
-    "L": "grey",
     "LA": "grey with alpha",
-    "P": "a palette image",
     "PA": "a palette image with alpha",
     "RGBA": "RGB with alpha",
     "RGBa": "RGB with alpha",
@@ -35,21 +34,28 @@ _MODES = {
 
 
 def load_image(path: str | Path) -> Tensor:
-    """The pixels of an 8-bit RGB image file, float32 (3, H, W) in 0..1.
+    """The pixels of an 8-bit image file, float32 (3, H, W) in 0..1.
+
+    Grey and black-and-white images have three equal channels; a palette's colours are looked up.
 
     Pixels are taken as stored: an EXIF orientation is not applied and an ICC profile is ignored, as in every
     published number on these data sets.
 
     Raises:
-        InputError: missing, not an image, truncated, 16-bit, grey, CMYK, palette, alpha, more than one frame,
-            too large to be decoded safely, or smaller than 8 pixels on a side.
+        InputError: missing, not an image, truncated, 16-bit, CMYK, alpha or a transparent colour, more than
+            one frame, or too large to be decoded safely.
     """
     pixels = load_pixels(path)
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous().to(torch.float32).div_(255.0)
 
 
 def load_pixels(path: str | Path) -> np.ndarray:
-    """The pixels of an 8-bit RGB image file, uint8 (H, W, 3).
+    """The pixels of an 8-bit image file, uint8 (H, W, 3); what `load_image` says is true of them."""
+    return _three(stored_pixels(path))
+
+
+def stored_pixels(path: str | Path) -> np.ndarray:
+    """The pixels of an 8-bit image file, uint8 (H, W, 3), or (H, W, 1) of a grey or black-and-white one.
 
     Pixels are taken as stored, and other kinds of images are refused, as `load_image` says.
     """
@@ -62,7 +68,7 @@ def load_pixels(path: str | Path) -> np.ndarray:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
-                return rgb_pixels(image, path)
+                return _pixels_of(image, path)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         limit = (Image.MAX_IMAGE_PIXELS or 0) // 10**6
         raise InputError(
@@ -86,12 +92,24 @@ def rgb_pixels(image: Image.Image, name: str | Path) -> np.ndarray:
     Raises:
         InputError: another kind of image, as `load_image` says; the message begins with `name`.
     """
-    _refuse_unless_rgb8(name, image)
+    return _three(_pixels_of(image, name))
+
+
+def _three(pixels: np.ndarray) -> np.ndarray:
+    return pixels if pixels.shape[2] == 3 else np.repeat(pixels, 3, axis=2)
+
+
+def _pixels_of(image: Image.Image, name: str | Path) -> np.ndarray:
+    """uint8 (H, W, 3) or (H, W, 1); exact: 1 bit is 0 or 255, a palette's entries are 8-bit RGB."""
+    _refuse_unless_8_bit(name, image)
     image.load()
-    return np.array(image, dtype=np.uint8)
+    if image.mode in ("1", "P"):
+        image = image.convert("L" if image.mode == "1" else "RGB")
+    pixels = np.array(image, dtype=np.uint8)
+    return pixels if pixels.ndim == 3 else pixels[:, :, None]
 
 
-def _refuse_unless_rgb8(path: str | Path, image: Image.Image) -> None:
+def _refuse_unless_8_bit(path: str | Path, image: Image.Image) -> None:
     frames = getattr(image, "n_frames", 1)
     if frames > 1:
         raise InputError(
@@ -100,16 +118,12 @@ def _refuse_unless_rgb8(path: str | Path, image: Image.Image) -> None:
         )
     if _is_16_bit(image):
         raise InputError(f"{path}: has 16 bits per channel; {_TO_RGB}")
-    if image.mode != "RGB":
+    if image.mode not in _TAKEN:
         kind = _MODES.get(image.mode, f"of mode {image.mode}")
         raise InputError(f"{path}: is {kind}; {_TO_RGB}")
-    if "transparency" in image.info:
-        raise InputError(f"{path}: is RGB with a transparent colour; {_TO_RGB}")
-    width, height = image.size
-    if min(width, height) < MIN_SIDE:
-        raise InputError(
-            f"{path}: is {width}x{height}, smaller than {MIN_SIDE} pixels on a side; give a larger image"
-        )
+    see_through = image.mode == "P" and image.palette is not None and image.palette.mode.endswith("A")
+    if "transparency" in image.info or see_through:
+        raise InputError(f"{path}: is {_TAKEN[image.mode]} with a transparent colour; {_TO_RGB}")
 
 
 def _is_16_bit(image: Image.Image) -> bool:

@@ -215,9 +215,9 @@ def encode(args: argparse.Namespace) -> int:
 def _encode_one(piece: _Piece) -> tuple[Path, int, int, bool]:
     import torch
 
-    from licq.data.images import is_turned, load_pixels
+    from licq.data.images import is_turned, stored_pixels
 
-    pixels = torch.from_numpy(load_pixels(piece.source)).permute(2, 0, 1)
+    pixels = torch.from_numpy(stored_pixels(piece.source)).permute(2, 0, 1)
     data = _codec_of(piece).encode(pixels, piece.level)
     with atomic_path(piece.target) as temporary:
         temporary.write_bytes(data)
@@ -276,7 +276,8 @@ def _decode_one(piece: _Piece) -> None:
     from PIL import Image
 
     pixels = _named(piece.source, _codec_of(piece).decode, _read(piece.source))
-    image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+    array = pixels.permute(1, 2, 0).contiguous().numpy()
+    image = Image.fromarray(array if len(pixels) == 3 else array[:, :, 0])
     with atomic_path(piece.target) as temporary:
         image.save(temporary, format=_format(piece.target))
 
@@ -313,9 +314,10 @@ def info(args: argparse.Namespace) -> int:
         data = _read(source)
         content = _named(source, Container.from_bytes, data)
         payload = sum(map(len, content.streams))
+        grey = " grey" if content.grey else ""
         rate = f", gain {content.gain * GAIN_UNIT:.4f}" if content.gain else ""
         print(
-            f"{source}: {content.width}x{content.height}, model {content.model.hex()}{rate}, "
+            f"{source}: {content.width}x{content.height}{grey}, model {content.model.hex()}{rate}, "
             f"{len(content.streams)} stream{'s' if len(content.streams) > 1 else ''} of {payload} bytes, "
             f"{len(data)} bytes in all, {8 * len(data) / (content.width * content.height):.4f} bits per pixel"
         )

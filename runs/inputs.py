@@ -49,7 +49,7 @@ def find_evaluation_set(name_or_folder: str | None) -> tuple[Dataset, str | None
 
 
 def check_images(dataset: Dataset, metric: str = "mse", progress: bool = False) -> None:
-    """Raises InputError for an image that is not 8-bit RGB, or too small for the metric."""
+    """Raises InputError for an image that `load_image` refuses, or that is too small for the metric."""
     for path in progress_bar(
         dataset.paths, desc="reading images", unit="image", enabled=progress, leave=False
     ):

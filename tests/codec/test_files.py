@@ -115,7 +115,7 @@ def test_a_codec_knows_the_file_of_its_model(tmp_path):
     assert late[:7] == Codec(model, bytes.fromhex(sha256(path))).encode(image)[:7]
 
 
-@pytest.mark.parametrize("image", [torch.rand(3, 64, 64), torch.zeros(1, 64, 64, dtype=torch.uint8)])
+@pytest.mark.parametrize("image", [torch.rand(3, 64, 64), torch.zeros(2, 64, 64, dtype=torch.uint8)])
 def test_what_is_no_8_bit_rgb_image_is_not_encoded(image):
     with pytest.raises(InputError, match="give uint8"):
         codec_of("balle2018").encode(image)
@@ -289,6 +289,22 @@ def test_every_shorter_file_and_every_flipped_bit_is_noticed():
             changed = bytearray(data)
             changed[index] ^= 1 << bit
             refused(codec, bytes(changed))
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (3, 7), (64, 5), (64, 80)])
+def test_grey_images_and_small_ones(height, width):
+    codec = codec_of("balle2018")
+    colour = pixels(height, width)
+    data = codec.encode(colour)
+    assert data[2] == 2 and torch.equal(codec.decode(data), simulated("balle2018", colour))
+    grey = colour[:1]
+    data, equal = codec.encode(grey), codec.encode(grey.expand(3, -1, -1))
+    # one bit in the third byte, and so another checksum
+    assert data[2] == equal[2] + 8 and len(data) == len(equal) and data[13:] == equal[13:]
+    decoded, channels = codec.decode(data), codec.decode(equal).long()
+    assert decoded.dtype == torch.uint8 and decoded.shape == grey.shape
+    assert torch.equal(decoded[0].long(), (channels.double().mean(0)).round().long())
+    assert not Container.from_bytes(equal).grey and Container.from_bytes(data).grey
 
 
 def test_another_model_and_another_format_are_told():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from licq.data.images import is_turned, load_image, load_pixels
+from licq.data.images import is_turned, load_image, load_pixels, stored_pixels
 from licq.support.errors import InputError
 
 
@@ -64,15 +64,14 @@ BAD = {
         "16 bits",
     ),
     "deep.ppm": (lambda path: path.write_bytes(b"P6 16 16 65535\n" + bytes(16 * 16 * 6)), "16 bits"),
-    "grey.jpg": (lambda path: save(path, "L"), "is grey"),
-    "bits.png": (lambda path: save(path, "1"), "1 bit"),
     "cmyk.jpg": (lambda path: save(path, "CMYK"), "is CMYK"),
-    "palette.png": (lambda path: save(path, "P"), "palette"),
+    "palette.png": (lambda path: save(path, "P", transparency=0), "palette image with a transparent colour"),
+    "grey-key.png": (lambda path: save(path, "L", transparency=0), "grey with a transparent colour"),
+    "bits-key.png": (lambda path: save(path, "1", transparency=0), "white with a transparent colour"),
+    "see-through.gif": (lambda path: save(path, "P", transparency=0), "transparent"),
     "alpha.png": (lambda path: save(path, "RGBA"), "RGB with alpha"),
     "greyalpha.png": (lambda path: save(path, "LA"), "grey with alpha"),
     "key.png": (lambda path: save(path, "RGB", transparency=(0, 0, 0)), "transparent"),
-    "one.png": (lambda path: save(path, "RGB", (1, 1)), "1x1, smaller than 8"),
-    "narrow.png": (lambda path: save(path, "RGB", (64, 7)), "64x7, smaller than 8"),
     "film.webp": (
         lambda path: save(path, "RGB", save_all=True, append_images=[Image.new("RGB", (16, 16), "red")]),
         "2 pictures",
@@ -96,6 +95,31 @@ def test_unusable_image_is_refused_in_one_line(name, tmp_path):
         load_image(tmp_path / name)
     message = str(caught.value)
     assert words in message and name in message and "\n" not in message and ";" in message
+
+
+def drawn(mode, size=(20, 12)):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+    return noise.quantize(7) if mode == "P" else noise.convert(mode)
+
+
+@pytest.mark.parametrize("suffix", ["png", "bmp", "tif", "gif"])
+@pytest.mark.parametrize("mode", ["L", "1", "P"])
+def test_grey_and_palette_arrive_as_their_exact_colours(mode, suffix, tmp_path):
+    image = drawn(mode)
+    image.save(tmp_path / f"image.{suffix}")
+    expected = np.asarray(image.convert("RGB"))
+    assert np.array_equal(load_pixels(tmp_path / f"image.{suffix}"), expected)
+    assert load_image(tmp_path / f"image.{suffix}").shape == (3, 12, 20)
+    stored = stored_pixels(tmp_path / f"image.{suffix}")
+    # a GIF has a palette, which may be one of greys
+    assert stored.shape == (12, 20, 3 if mode == "P" else 1) or suffix == "gif"
+    assert np.array_equal(np.broadcast_to(stored, expected.shape), expected)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 3), (1, 64)])
+def test_small_images_are_taken(size, tmp_path):
+    drawn("RGB", size).save(tmp_path / "small.png")
+    assert load_pixels(tmp_path / "small.png").shape == (size[1], size[0], 3)
 
 
 @pytest.mark.parametrize("name", ["cut.png", "cut.jpg", "cut.webp"])

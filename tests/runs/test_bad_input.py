@@ -107,7 +107,7 @@ def test_overflowing_codec_names_the_image(job, capsys, zoo, tmp_path):
 
 
 def _picture(width=64, height=64, mode="RGB"):
-    channels = {"RGB": 3, "CMYK": 4}.get(mode)
+    channels = {"RGB": 3, "RGBA": 4, "CMYK": 4}.get(mode)
     shape = (height, width) + ((channels,) if channels else ())
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8), mode)
 
@@ -115,12 +115,10 @@ def _picture(width=64, height=64, mode="RGB"):
 def _write_bad(kind: str, folder: Path) -> Path:
     """A file that is refused, in the folder; returns its path."""
     path = folder / ("bad.tif" if kind in ("CMYK", "animated") else "bad.png")
-    if kind == "1-pixel":
-        _picture(1, 1).save(path)
-    elif kind == "16-bit":
+    if kind == "16-bit":
         Image.fromarray(np.arange(4096, dtype=np.uint16).reshape(64, 64)).save(path)
-    elif kind == "grey":
-        _picture(mode="L").save(path)
+    elif kind == "alpha":
+        _picture(mode="RGBA").save(path)
     elif kind == "CMYK":
         _picture(mode="CMYK").save(path)
     elif kind == "animated":
@@ -137,9 +135,8 @@ def _write_bad(kind: str, folder: Path) -> Path:
 @pytest.mark.parametrize(
     "kind, word",
     [
-        ("1-pixel", "smaller than 8 pixels"),
         ("16-bit", "16 bits"),
-        ("grey", "grey"),
+        ("alpha", "RGB with alpha"),
         ("CMYK", "CMYK"),
         ("animated", "2 pictures"),
         ("truncated", "truncated or damaged"),

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import main_eval
+from licq.codec.api import Codec
 from licq.data.images import load_image, load_pixels
 from licq.data.padding import crop_back, pad_to_multiple
 from licq.quant.model import QuantModel
@@ -34,6 +35,39 @@ def test_images_to_files_and_back(saved, tmp_path, capsys):
         padded, unpad = pad_to_multiple(load_image(source)[None])
         expected = crop_back(QuantModel.load(model)(padded)["x_hat"], unpad)[0]
     assert np.array_equal(decoded, (expected * 255).round().permute(1, 2, 0).to(torch.uint8).numpy())
+
+
+def test_grey_palette_and_small_images(saved, tmp_path, capsys):
+    """Grey comes back as grey pixels, the others as RGB; all can be measured."""
+    model, folder = saved / "q1" / "model.safetensors", tmp_path / "kinds"
+    folder.mkdir()
+    image = Image.open(tmp_path / "eval" / "1.png")
+    image.convert("L").save(folder / "grey.png")
+    image.convert("1").save(folder / "bits.png")
+    image.quantize(9).save(folder / "palette.png")
+    image.crop((5, 5, 10, 8)).save(folder / "small.png")
+    image.convert("L").crop((5, 5, 6, 6)).save(folder / "one.tif")
+    assert command("encode", folder, "-o", tmp_path / "coded", "--model", model, "--quiet") == 0
+    assert command("info", tmp_path / "coded" / "grey.licq") == 0
+    assert "grey.licq: 96x64 grey, model" in capsys.readouterr().out
+    assert command("decode", tmp_path / "coded", "-o", tmp_path / "back", "--model", saved, "--quiet") == 0
+    back = {path.stem: Image.open(path) for path in (tmp_path / "back").iterdir()}
+    assert {name: (picture.mode, picture.size) for name, picture in back.items()} == {
+        "grey": ("L", (96, 64)),
+        "bits": ("L", (96, 64)),
+        "palette": ("RGB", (96, 64)),
+        "small": ("RGB", (5, 3)),
+        "one": ("L", (1, 1)),
+    }
+    colour = codec_pixels(model, load_pixels(folder / "grey.png"))
+    assert np.array_equal(np.asarray(back["grey"]), (colour.sum(2, dtype=np.int64) + 1) // 3)
+    line = ("--model", model, "--data", folder, "--real", "--out", tmp_path / "measured", "--quiet")
+    assert command(*line) == 0
+
+
+def codec_pixels(model: Path, pixels: np.ndarray) -> np.ndarray:
+    codec = Codec.load(model)
+    return codec.decode(codec.encode(torch.from_numpy(pixels).permute(2, 0, 1))).permute(1, 2, 0).numpy()
 
 
 def test_folders_of_images(saved, tmp_path, capsys):
