@@ -18,6 +18,7 @@ from licq.reconstruction.objective import Objective
 from licq.reconstruction.state import StateFolder, fingerprint
 from licq.reconstruction.steps import PREPARATION, STEPS
 from licq.support.determinism import plain_torch
+from licq.support.errors import InputError
 
 
 @plain_torch(learning=True)
@@ -95,7 +96,7 @@ def quantize(
         >>> qmodel = licq.quantize(MyCodec().eval(), ["a.png", "b.png"], config, lmbda=0.0067, num_images=2)
         >>> qmodel.save("model.safetensors")
     """
-    check_network(model)
+    _check_float(model)
     config = config or PtqConfig.from_preset()
     objective = Objective(lmbda, metric)
     seed = config.reconstruction.seed
@@ -137,11 +138,18 @@ def prepare_calibration(
     Returns:
         The calibration; its `qmodel` is observed and not frozen.
     """
-    check_network(model)
+    _check_float(model)
     crops = given_crops(model, crops, objective.metric)
     calibration = Calibration(model, crops, config, objective, bits, device, progress=progress)
     run_steps(calibration, PREPARATION)
     return calibration
+
+
+def _check_float(model: nn.Module) -> None:
+    """Raises InputError where `model` is no float network that can be quantized."""
+    if isinstance(model, QuantModel):
+        raise InputError("the network is a `QuantModel`, quantized already; give the float codec")
+    check_network(model)
 
 
 def peak_memory_mb(device: torch.device | str) -> float:

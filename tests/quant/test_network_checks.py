@@ -101,6 +101,13 @@ def test_what_cannot_be_quantized_is_refused_before_any_work(name, monkeypatch):
         assert "\n" not in str(refusal.value)
 
 
+def test_a_quantized_model_is_not_quantized_again():
+    config = PtqConfig.from_preset("nearest")
+    qmodel = quantize(Small().eval(), images(1), config, lmbda=0.01, progress=False)
+    with pytest.raises(InputError, match="quantized already; give the float codec"):
+        quantize(qmodel, images(1), config, lmbda=0.01)
+
+
 def test_a_lazy_layer_that_has_run_is_like_any_other():
     model = lazy().eval()
     model(images(1))

@@ -134,7 +134,9 @@ def uses(loaded: QuantModel) -> tuple:
 def test_a_setting_around_the_calls_changes_nothing(name, expected, tmp_path):
     qmodel, results = expected
     model, crops = tiny_codec("balle2018"), images(2)
+    in_float = licq.evaluate(model, OTHER, progress=False).mean()
     with AROUND[name]():
+        assert licq.evaluate(model, OTHER, progress=False).mean() == in_float
         made = quantize(model, crops, few(), lmbda=0.01, progress=False)
         made.save(tmp_path / "m.safetensors")
         assert uses(QuantModel.load(tmp_path / "m.safetensors")) == results
