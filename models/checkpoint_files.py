@@ -123,13 +123,13 @@ def pack_cdfs(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     `_quantized_cdf`, int32 (rows, longest), of whose rows the first `_cdf_length` entries count, becomes
     `_cdf_steps`, uint16 (sum of lengths - rows,). A Gaussian's table takes a fifteenth then. A table whose
-    rows do not begin at 0, or that has a difference beyond 16 bits, is left as it is.
+    rows do not begin at 0, that has a difference beyond 16 bits, or that is no table, is left as it is.
     """
     packed = dict(state_dict)
     for name, cdf in state_dict.items():
         prefix, _, last = name.rpartition(".")
         lengths = state_dict.get(f"{prefix}._cdf_length")
-        if last != CDF_STATE[0] or lengths is None or cdf.numel() == 0:
+        if last != CDF_STATE[0] or lengths is None or not _is_table(cdf, lengths):
             continue
         rows = [row[:length] for row, length in zip(cdf.cpu(), lengths.flatten().tolist())]
         steps = torch.cat([row.diff() for row in rows])
@@ -140,6 +140,13 @@ def pack_cdfs(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 del packed[name]
                 packed.update(entry)
     return packed
+
+
+def _is_table(cdf: Tensor, lengths: Tensor) -> bool:
+    """Whether these can be the rows of a CDF table, and how many of their entries count."""
+    if cdf.ndim != 2 or not cdf.numel() or lengths.numel() != len(cdf) or lengths.is_floating_point():
+        return False
+    return 0 < int(lengths.min()) and int(lengths.max()) <= cdf.shape[1]
 
 
 def unpack_cdfs(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -10,10 +10,17 @@ import torch
 from compressai.entropy_models import EntropyBottleneck, GaussianConditional, GaussianMixtureConditional
 from torch import Tensor, nn
 
+from licq.models.checkpoint_files import CDF_STATE
 from licq.models.layers import RoundAboutMeans, WholeGaussianConditional
 from licq.models.vbr import OffsetNet, VariableBottleneck, WholeOffsetNet
 from licq.quant.config import QuantConfig
-from licq.quant.density import DensityTables, density_tables, factorized_table
+from licq.quant.density import (
+    BottleneckTables,
+    DensityTables,
+    bottleneck_tables,
+    density_tables,
+    factorized_table,
+)
 from licq.quant.fixedpoint import round_half_away, round_ste
 from licq.quant.modules import QuantModule, replaces
 from licq.quant.primitives import (
@@ -97,10 +104,40 @@ class QuantRound(QuantBoundary):
 @replaces(EntropyBottleneck)
 class QuantEntropyBottleneck(QuantBoundary):
     """EntropyBottleneck (Balle 2018): z_hat from integers, its likelihood under the learned factorized
-    density."""
+    density.
+
+    replaced: the tables that the checkpoint held were not those of its densities. Freezing makes them anew.
+    """
 
     kind = "entropy_bottleneck"
     module: EntropyBottleneck
+    replaced = False
+
+    def freeze(self) -> None:
+        super().freeze()
+        self.make_tables()
+
+    def make_tables(self) -> None:
+        """Make the tables with which symbols are coded from the densities.
+
+        Raises:
+            InputError: the densities have no tables.
+        """
+        try:
+            made = bottleneck_tables(self.module)
+        except InputError as error:
+            raise InputError(f"{self.name}: {error}") from error
+        had = self.tables
+        self.replaced |= had is not None and made.differ(had)
+        device = self.module.quantiles.device
+        for name, table in zip(CDF_STATE, (made.cdf, made.offsets, made.lengths), strict=True):
+            self.module._buffers[name] = table.to(device)
+
+    @property
+    def tables(self) -> BottleneckTables | None:
+        """The tables with which symbols are coded; None where there are none."""
+        cdf, offsets, lengths = (self.module.get_buffer(name) for name in CDF_STATE)
+        return BottleneckTables(cdf, lengths, offsets) if cdf.numel() else None
 
     def forward(self, x, training=None):
         return super().forward(x)
@@ -394,8 +431,7 @@ class QuantVariableBottleneck(QuantEntropyBottleneck):
         super().__init__(module, config)
         self.register_buffer("cumulative", None)
 
-    def freeze(self) -> None:
-        super().freeze()
+    def make_tables(self) -> None:
         medians = self.module._get_medians().detach().flatten()
         on_grid = round_half_away(medians.double() / self.unit) * self.unit
         self.cumulative = factorized_table(self.module, on_grid).to(medians.device)

@@ -12,6 +12,7 @@ from licq.quant.config import QuantConfig
 from licq.quant.file_checks import check_certificates, wrong_numbers
 from licq.quant.grid import Grid
 from licq.quant.mac import QuantMAC
+from licq.quant.rewriter import unwrapped
 from licq.quant.rewritten import RewrittenCodec
 from licq.quant.rounding import AdaRound
 from licq.quant.saved_parts import GRID_ATTRIBUTES, layer_sizes, named_nodes, named_tensors, unread_tensors
@@ -57,6 +58,7 @@ def load_quantized(
 def _network(path: str | Path, header: Mapping[str, Any], network: nn.Module | None) -> nn.Module:
     arch, cls = header["arch"], header["class"]
     if network is not None:
+        network = unwrapped(network)
         if type(network).__qualname__ != cls:
             raise InputError(
                 f"{path} is a quantized {cls}, not a {type(network).__qualname__}; pass a new {cls}"

@@ -13,7 +13,7 @@ from licq.quant.config import QuantConfig
 from licq.quant.functions import make_function
 from licq.quant.mac import QuantMAC
 from licq.quant.modules import QuantModule
-from licq.quant.rewriter import Rewrite, fixed_weights, rewrite
+from licq.quant.rewriter import Rewrite, fixed_weights, rewrite, unwrapped
 from licq.quant.runtime import Runtime
 
 
@@ -21,7 +21,8 @@ class RewrittenCodec(nn.Module):
     """A copy of a codec with nodes in the place of its layers.
 
     Args:
-        model: any module whose forward returns {"x_hat", "likelihoods"}; it is copied, not changed.
+        model: any module whose forward returns {"x_hat", "likelihoods"}; it is copied, not changed. One in
+            `nn.DataParallel` counts as itself.
         config: see `QuantConfig`.
         bits: of single layers, {layer: {"w_bits": b, "a_bits": b}}. The other layers have the bits of
             `config`. Products of attention have no weights and always have the bits of `config`.
@@ -58,7 +59,7 @@ class RewrittenCodec(nn.Module):
         runtime = Runtime(config, make_function)
         # not through nn.Module's __setattr__: the runtime holds modules and must not become a submodule
         object.__setattr__(self, "runtime", runtime)
-        self.model = fixed_weights(model)
+        self.model = fixed_weights(unwrapped(model))
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
         self.rewrite = rewrite(self.model, config, runtime)

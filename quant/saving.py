@@ -34,7 +34,6 @@ def save_quantized(codec: RewrittenCodec, path: str | Path, extra: Mapping[str, 
         raise InputError(
             "only a frozen model is a program that can be saved; call freeze() after calibration"
         )
-    make_tables(codec)
     unread, constants, first_names = unread_tensors(codec), _constants(codec), dict(named_tensors(codec))
     tensors = {
         name: tensor.detach().cpu()
@@ -43,19 +42,6 @@ def save_quantized(codec: RewrittenCodec, path: str | Path, extra: Mapping[str, 
     }
     content = {"constants": sorted(constants), "extra": dict(extra or {})}
     return write_quantized(path, {**_description(codec), **content}, tensors)
-
-
-def make_tables(codec: RewrittenCodec) -> None:
-    """Make the CDF tables, where there are none. They are part of the model: whoever decodes reads them and
-    never makes them (design, section 4)."""
-    empty = any(
-        tensor.numel() == 0
-        for name, tensor in codec.state_dict().items()
-        if name.rpartition(".")[2] in CDF_STATE
-    )
-    update = getattr(codec.model, "update", None)
-    if empty and callable(update):
-        update()
 
 
 def _description(codec: RewrittenCodec) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from licq.quant.bits import Bits
 from licq.quant.model import QuantModel
+from licq.quant.rewriter import unwrapped
 from licq.reconstruction.calibration import Calibration, run_steps
 from licq.reconstruction.config import PtqConfig
 from licq.reconstruction.crops import Images, calibration_crops
@@ -44,7 +45,8 @@ def quantize(
 
     Args:
         model: the float codec, in evaluation mode. Its forward maps (B, 3, H, W) in 0..1 to {"x_hat": (B, 3,
-            H, W), "likelihoods": {name: likelihoods of a latent's elements}}. It is not changed.
+            H, W), "likelihoods": {name: likelihoods of a latent's elements}}. It is not changed. One in
+            `nn.DataParallel` counts as itself.
         images: a folder of images, a list of files, the name of a data set ("kodak", "photos-calib" ...), or
             a tensor of crops. Of files, crops are drawn as the command line draws them, seeded by
             `config.reconstruction.seed`. A tensor is taken as it is: float (n, 3, H, W), 8-bit samples in
@@ -84,7 +86,7 @@ def quantize(
         >>> qmodel = licq.quantize(MyCodec().eval(), ["a.png", "b.png"], config, lmbda=0.0067, num_images=2)
         >>> qmodel.save("model.safetensors")
     """
-    config = config or PtqConfig.from_preset()
+    model, config = unwrapped(model), config or PtqConfig.from_preset()
     objective = Objective(lmbda, metric)
     seed = config.reconstruction.seed
     crops = calibration_crops(model, images, metric, seed, num_images, crop, crops_per_image, crop_reductions)

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from licq.quant.bits import Bits
 from licq.quant.config import QuantConfig
 from licq.quant.model import QuantModel
+from licq.quant.rewriter import unwrapped
 from licq.reconstruction.config import PtqConfig, ReconstructionConfig
 from licq.reconstruction.objective import Objective
 from licq.reconstruction.sensitivity import Sensitivity
@@ -83,6 +84,7 @@ class Calibration:
     """Those that set ranges and that rounding is compensated on; the first ones are `measured_batches`."""
 
     def __post_init__(self):
+        self.model = unwrapped(self.model)
         if self.device is None:
             parameter = next(self.model.parameters(), None)
             self.device = self.crops.device if parameter is None else parameter.device
