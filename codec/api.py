@@ -1,6 +1,5 @@
 """`licq.Codec`: images to .licq files and back, with a quantized model."""
 
-import tempfile
 from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +18,8 @@ from licq.integer.lowering import lower
 from licq.integer.program import Program
 from licq.models.registry import architecture_of, get_architecture
 from licq.quant.model import QuantModel
+from licq.quant.saving import model_identity
 from licq.support.errors import InputError
-from licq.support.files import sha256
 
 _PLANS = 2  # sizes whose programs are kept
 
@@ -35,13 +34,14 @@ class Codec:
         data = codec.encode(pixels)                    # uint8 (3, H, W) -> bytes
         pixels = codec.decode(data)                    # bytes -> uint8 (3, H, W)
 
-    A file names the model that decodes it by the first bytes of the SHA-256 of the model's own file. For a
-    model that was saved or loaded, that file is known. For any other it is the one that `model.save(path)`
-    writes. So a model that is to be saved with `extra` is saved first, and given to `Codec` then.
+    A file names the model that decodes it by the first bytes of the model's identity, a hash of the program
+    and its tables (`quant.identity`). It is the same before the model is saved and after it is loaded, and
+    for a calibration that is repeated or resumed with the same result. Files of earlier versions name the
+    SHA-256 of the model's file; a model that was saved or loaded decodes those of its file, too.
 
     Args:
         model: a frozen model, as `licq.quantize` returns it.
-        digest: the SHA-256 of the model's file, 32 bytes; None: as above.
+        digest: what files name the model by, 4 bytes or more; None: its identity.
         threads: CPU threads; None: PyTorch's choice. The result does not depend on them.
         multiple: images are padded to sides that are multiples of it; None: that of the model's
             architecture, 64 where it has none.
@@ -67,7 +67,7 @@ class Codec:
         known = architecture_of(model.model)
         self.multiple = multiple or (get_architecture(known[0]).multiple if known else 64)
         self.model, self.threads = model, threads
-        self.digest = (_digest_of(model) if digest is None else digest)[:MODEL_BYTES]
+        self.digest = (bytes.fromhex(model_identity(model)) if digest is None else digest)[:MODEL_BYTES]
         self.variable = hasattr(model.model, "set_level")
         self._network: Any = model.model
         self._coder = Coder(model)
@@ -127,7 +127,7 @@ class Codec:
             InputError: the file is damaged, or of another model.
         """
         content = Container.from_bytes(data)
-        if content.model != self.digest:
+        if content.model not in self._names():
             raise InputError(
                 f"the file is of another model ({content.model.hex()}, this one is {self.digest.hex()}); "
                 "give that one as `model`"
@@ -201,6 +201,11 @@ class Codec:
         """
         self._set_gain(self.gain(None))
 
+    def _names(self) -> tuple[bytes, ...]:
+        """What files of this model may name it by."""
+        file = self.model.file_sha256
+        return (self.digest,) if file is None else (self.digest, bytes.fromhex(file)[:MODEL_BYTES])
+
     def _check_size(self, height: int, width: int) -> None:
         """Raises InputError where the image has too many pixels with its padding."""
         padded = [-(-side // self.multiple) * self.multiple for side in (height, width)]
@@ -226,15 +231,3 @@ class Codec:
 
     def _lowered(self, height: int, width: int, batch: int = 1) -> Program:
         return lower(self.model, height, width, batch)
-
-
-def _digest_of(model: QuantModel) -> bytes:
-    """The SHA-256 of the model's file; of a model without one, of the file that `save` would write."""
-    if model.file_sha256 is not None:
-        return bytes.fromhex(model.file_sha256)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.safetensors"
-        model.save(path)
-        digest = bytes.fromhex(sha256(path))
-    model.file_sha256 = None  # that file is gone
-    return digest

@@ -50,7 +50,7 @@ def load_quantized(
             if (problem := wrong_numbers(node)) is not None:
                 raise InputError(f"{path}: {name}: {problem}; quantize the codec again")
         check_certificates(codec.nodes, path)
-        codec.extra = header["extra"]
+        codec.extra, codec.identity = header["extra"], header["identity"]
     codec.frozen = codec.loaded = True
     return codec if device is None else codec.to(device)
 

@@ -258,7 +258,7 @@ class QuantModel(RewrittenCodec):
         for node in self.nodes.values():
             node.thaw()
         self.frozen = False
-        self.file_sha256 = None
+        self.file_sha256 = self.identity = None
 
     # -------------------------------------------------------------------------------------------------- files
 

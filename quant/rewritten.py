@@ -37,6 +37,7 @@ class RewrittenCodec(nn.Module):
         extra: what the writer of the file wanted to find again; JSON.
         history: what calibration did, step by step; `reconstruction` writes it.
         file_sha256: of the file that the model was last saved to or loaded from.
+        identity: of the frozen program, once it is known; see `quant.identity`.
 
     Raises:
         InputError: `bits` names a layer that the codec does not have, or a layer has a forward hook.
@@ -52,6 +53,7 @@ class RewrittenCodec(nn.Module):
     extra: dict[str, Any]
     history: dict[str, Any]
     file_sha256: str | None
+    identity: str | None
 
     def __init__(self, model: nn.Module, config: QuantConfig, bits: Bits | None = None):
         super().__init__()
@@ -69,7 +71,7 @@ class RewrittenCodec(nn.Module):
             self.layers[name].set_bits(**sides)
         self.frozen = self.loaded = False
         self.extra, self.history = {}, {}
-        self.file_sha256 = None
+        self.file_sha256 = self.identity = None
 
     @property
     def nodes(self) -> dict[str, QuantModule]:

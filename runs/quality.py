@@ -265,6 +265,7 @@ def _quantized_part(quality: Quality) -> dict[str, Any]:
         "history": codec.history,
         "coverage": codec.coverage(),
         "model_sha256": sha256(quality.folder.model),
+        "model_identity": codec.identity,
         "model_bytes": quality.folder.model.stat().st_size,
         "fp32_model_bytes": 4 * sum(parameter.numel() for parameter in quality.network.parameters()),
         **({"bits": layer_bits} if layer_bits else {}),
