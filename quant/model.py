@@ -259,6 +259,7 @@ class QuantModel(RewrittenCodec):
             node.thaw()
         self.frozen = False
         self.file_sha256 = self.identity = None
+        self.checked = {}
 
     # -------------------------------------------------------------------------------------------------- files
 

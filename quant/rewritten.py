@@ -35,6 +35,8 @@ class RewrittenCodec(nn.Module):
         frozen: the weights, scales and tables are final.
         loaded: the model comes from a file. It has integers only, so nothing can be learned from it.
         extra: what the writer of the file wanted to find again; JSON.
+        checked: what was checked of the frozen model, JSON: "repeatable" by `reconstruction.repeatability`, "files"
+            by `codec.api`.
         history: what calibration did, step by step; `reconstruction` writes it.
         file_sha256: of the file that the model was last saved to or loaded from.
         identity: of the frozen program, once it is known; see `quant.identity`.
@@ -52,6 +54,7 @@ class RewrittenCodec(nn.Module):
     loaded: bool
     extra: dict[str, Any]
     history: dict[str, Any]
+    checked: dict[str, Any]
     file_sha256: str | None
     identity: str | None
 
@@ -70,7 +73,7 @@ class RewrittenCodec(nn.Module):
         for name, sides in (bits or {}).items():
             self.layers[name].set_bits(**sides)
         self.frozen = self.loaded = False
-        self.extra, self.history = {}, {}
+        self.extra, self.history, self.checked = {}, {}, {}
         self.file_sha256 = self.identity = None
 
     @property

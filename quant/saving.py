@@ -41,7 +41,7 @@ def save_quantized(codec: RewrittenCodec, path: str | Path, extra: Mapping[str, 
     header, tensors = _content(codec)
     if codec.identity is None or not codec.loaded:
         codec.identity = identity_of(header, tensors)
-    content = {"identity": codec.identity, "extra": dict(extra or {})}
+    content = {"identity": codec.identity, "checked": codec.checked, "extra": dict(extra or {})}
     return write_quantized(path, {**header, **content}, tensors)
 
 

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from licq.quant.bits import Bits
 from licq.quant.model import QuantModel
 from licq.quant.rewriter import unwrapped
-from licq.reconstruction.calibration import Calibration, run_steps
+from licq.reconstruction.calibration import Calibration, device_of, run_steps
 from licq.reconstruction.config import PtqConfig
 from licq.reconstruction.crops import Images, calibration_crops
 from licq.reconstruction.objective import Objective
+from licq.reconstruction.repeatability import check_frozen, check_source
 from licq.reconstruction.state import StateFolder, fingerprint
 from licq.reconstruction.steps import PREPARATION, STEPS
 
@@ -77,7 +78,8 @@ def quantize(
         peak memory (`peak_memory_mb`).
 
     Raises:
-        InputError: images that cannot be read, or crops of a wrong shape, range or size; a lambda that is not
+        InputError: a codec that draws random numbers, keeps state between images or mixes the images of a batch;
+            images that cannot be read, or crops of a wrong shape, range or size; a lambda that is not
             positive; an unknown metric; bits of an unknown layer; a folder of another calibration.
 
     Example:
@@ -91,6 +93,7 @@ def quantize(
     seed = config.reconstruction.seed
     crops = calibration_crops(model, images, metric, seed, num_images, crop, crops_per_image, crop_reductions)
     started = time.monotonic()
+    check_source(model, crops, device_of(model, crops) if device is None else device)
     settings = [config.to_dict(), lmbda, metric, *([dict(bits)] if bits else [])]
     state = StateFolder(
         None if folder is None else Path(folder) / "units", fingerprint(model, crops, *settings), resume
@@ -99,6 +102,7 @@ def quantize(
     run_steps(calibration, STEPS)
     qmodel, history = calibration.qmodel, calibration.history
     qmodel.freeze()
+    qmodel.checked["repeatable"] = check_frozen(qmodel, calibration.crops)
     history["seconds_by_step"] = calibration.seconds_by_step
     history["seconds"] = time.monotonic() - started + calibration.resumed_seconds
     history["peak_memory_mb"] = peak_memory_mb(next(qmodel.parameters()).device)

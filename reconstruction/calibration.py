@@ -86,8 +86,7 @@ class Calibration:
     def __post_init__(self):
         self.model = unwrapped(self.model)
         if self.device is None:
-            parameter = next(self.model.parameters(), None)
-            self.device = self.crops.device if parameter is None else parameter.device
+            self.device = device_of(self.model, self.crops)
         self.crops = self.crops.to(self.device)
         self.quant = self.config.quant
         knobs = self.knobs
@@ -122,6 +121,12 @@ class Calibration:
         ) as bar:
             qmodel.observe(_counted(self.observed_batches, bar), _counted(harder, bar))
         return qmodel
+
+
+def device_of(model: nn.Module, crops: Tensor) -> torch.device:
+    """Where the model is; where the crops are, if it has no parameters."""
+    parameter = next(model.parameters(), None)
+    return crops.device if parameter is None else parameter.device
 
 
 def _counted(batches: Iterable[Tensor], bar: tqdm) -> Iterator[Tensor]:
