@@ -22,6 +22,7 @@ from licq.quant.saving import model_identity
 from licq.support.errors import InputError
 
 _PLANS = 2  # sizes whose programs are kept
+_CHECKED_SIDE = 128  # pixels of the part of an image that a model is checked on
 
 
 class Codec:
@@ -98,15 +99,22 @@ class Codec:
         Returns:
             The content of a .licq file.
 
+        The first image of a model that no file says to be checked is also a check of the model, see `check`.
+
         Raises:
             InputError: pixels of another type or shape, or too many; a level that the codec does not have; a
-                codec whose forward has no bitstream.
+                codec whose forward has no bitstream, or whose files decode to other pixels than its own.
         """
         if pixels.dtype != torch.uint8 or pixels.ndim != 3 or pixels.shape[0] != 3 or not pixels.numel():
             raise InputError(
                 f"an image of type {pixels.dtype} and shape {tuple(pixels.shape)} cannot be encoded; give "
                 "uint8 (3, H, W) as `pixels`"
             )
+        if "files" not in self.model.checked:
+            self.check(pixels, level)
+        return self._encoded(pixels, level)
+
+    def _encoded(self, pixels: Tensor, level: float | None) -> bytes:
         gain = self.gain(level)
         height, width = pixels.shape[-2:]
         self._check_size(height, width)
@@ -140,6 +148,44 @@ class Codec:
         )
         plan = self._plan(like.shape[-2], like.shape[-1], content.gain)
         return crop_back(self._coder.decode(plan, content.streams[0]), unpad)[0].contiguous()
+
+    @torch.no_grad()
+    def check(self, pixels: Tensor, level: float | None = None) -> dict[str, Any]:
+        """Check that a file decodes to the pixels of the quantized network's own forward.
+
+        The file is of the image's first 128 x 128 pixels. A second codec, which shares no program with this
+        one, decodes it. The result is kept as `checked["files"]` of the model, and in its file.
+
+        Args:
+            pixels: uint8 (3, H, W).
+            level: of a variable-rate codec, as in `encode`.
+
+        Returns:
+            {"height", "width", "bytes"} of what was encoded; {"none": why} for a codec without bitstream.
+
+        Raises:
+            InputError: the pixels differ: the forward depends on something else than the image.
+        """
+        model = self.model
+        self.gain(level)
+        piece = pixels[:, :_CHECKED_SIDE, :_CHECKED_SIDE].contiguous()
+        try:
+            data = self._encoded(piece, level)
+        except InputError as error:
+            model.checked["files"] = {"none": str(error)}
+            return model.checked["files"]
+        fresh = Codec(model, self.digest, self.threads, self.multiple, tile=None)
+        padded, unpad = pad_to_multiple(piece[None], self.multiple)
+        device = next(model.buffers()).device
+        x_hat = model(padded.to(device, torch.float32) / 255)["x_hat"].cpu()
+        expected = crop_back((x_hat * 255).round().to(torch.uint8), unpad)[0]
+        if not torch.equal(fresh.decode(data), expected):
+            raise InputError(
+                "a file of this model does not decode to the pixels of its own forward, which depends on something "
+                "else than the image (random numbers, earlier images?); mend the codec and quantize it again"
+            )
+        model.checked["files"] = {"height": piece.shape[-2], "width": piece.shape[-1], "bytes": len(data)}
+        return model.checked["files"]
 
     def inspect(self, pixels: Tensor, batch: int = 1, device: torch.device | str = "cpu") -> dict:
         """What the integer program computes for an image, without any coding of symbols.

@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -349,8 +349,23 @@ def _model_line(file: Path) -> str:
     return (
         f"{file}: {header['arch'] or header['class']}{'' if quality is None else f' quality {quality}'}, "
         f"W{config['w_bits']}A{config['a_bits']}, {file.stat().st_size} bytes, "
-        f"identity {header['identity']}, SHA-256 of the file {sha256(file)}"
+        f"identity {header['identity']}, SHA-256 of the file {sha256(file)}; {_said_to_be_checked(header)}"
     )
+
+
+def _said_to_be_checked(header: Mapping[str, Any]) -> str:
+    """What a model's file says was checked, in words."""
+    checked = header.get("checked", {})
+    files, repeatable = checked.get("files", {}), checked.get("repeatable")
+    parts = []
+    if repeatable:
+        exactly = " to the bit" if repeatable["exact"] else ""
+        parts.append(f"an image alone, again and in a batch gives the same pixels{exactly}")
+    if "none" in files:
+        parts.append(f"it has no files: {files['none']}")
+    elif files:
+        parts.append(f"a file of {files['width']}x{files['height']} pixels decodes to its own pixels")
+    return f"checked: {', '.join(parts)}" if parts else "not checked yet"
 
 
 def _named(source: Path, function: Callable, data: bytes):
