@@ -181,8 +181,9 @@ class Codec:
         expected = crop_back((x_hat * 255).round().to(torch.uint8), unpad)[0]
         if not torch.equal(fresh.decode(data), expected):
             raise InputError(
-                "a file of this model does not decode to the pixels of its own forward, which depends on something "
-                "else than the image (random numbers, earlier images?); mend the codec and quantize it again"
+                "a file of this model does not decode to the pixels of its own forward, which depends on "
+                "something else than the image (random numbers, earlier images?); mend the codec and "
+                "quantize it again"
             )
         model.checked["files"] = {"height": piece.shape[-2], "width": piece.shape[-1], "bytes": len(data)}
         return model.checked["files"]

@@ -39,8 +39,8 @@ def lower(model: QuantModel, height: int, width: int, batch: int = 1) -> Program
     A variable-rate codec is lowered at the rate that it is set to.
 
     Raises:
-        InputError: the model is not frozen, a part of it has no integer form, or its forward cannot run on symbols:
-            it works with tensors of an earlier image.
+        InputError: the model is not frozen, a part of it has no integer form, or its forward cannot run on
+            symbols: it works with tensors of an earlier image.
     """
     if not model.frozen:
         raise InputError("only a frozen model can be lowered; call freeze() after calibration")
@@ -63,8 +63,8 @@ def lower(model: QuantModel, height: int, width: int, batch: int = 1) -> Program
         if explain(error) is not None:
             raise
         raise InputError(
-            f"the model cannot be lowered: {runtime.where}: {type(error).__name__}: {error}; does its forward keep "
-            "tensors of an earlier image?"
+            f"the model cannot be lowered: {runtime.where}: {type(error).__name__}: {error}; does its "
+            "forward keep tensors of an earlier image?"
         ) from error
     finally:
         runtime.tracer = None

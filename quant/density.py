@@ -116,7 +116,8 @@ def bottleneck_tables(bottleneck: EntropyBottleneck) -> BottleneckTables:
     parameters = (exact.quantiles, *exact.matrices, *exact.biases, *exact.factors)
     if not all(bool(torch.isfinite(parameter).all()) for parameter in parameters):
         raise InputError(
-            "the parameters of its densities are not finite; its training has diverged, give another checkpoint"
+            "the parameters of its densities are not finite; its training has diverged, give another "
+            "checkpoint"
         )
     span = float(exact.quantiles[:, 0].diff().clamp(min=0).ceil().sum(1).max()) + 3
     if span > MOST_BINS:

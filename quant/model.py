@@ -241,8 +241,8 @@ class QuantModel(RewrittenCodec):
             node.replaced = False
         if names:
             warnings.warn(
-                f"the checkpoint's entropy tables of {', '.join(names)} are not those of its densities (it was "
-                "trained on, or update() was not called); they are made anew",
+                f"the checkpoint's entropy tables of {', '.join(names)} are not those of its densities (it "
+                "was trained on, or update() was not called); they are made anew",
                 InputWarning,
                 stacklevel=3,
             )

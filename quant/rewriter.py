@@ -10,14 +10,14 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from licq.models.vbr import RateFunction
-from licq.quant import activations, boundaries, functions, layers, norms
+from licq.quant import activations, boundaries, functions, layers, norms, offsets
 from licq.quant.blocks import BLOCKS, QuantBlock
 from licq.quant.config import QuantConfig
 from licq.quant.modules import REPLACEMENTS, QuantModule
 from licq.quant.runtime import Runtime
 from licq.support.errors import InputError
 
-NODE_MODULES = (activations, boundaries, functions, layers, norms)
+NODE_MODULES = (activations, boundaries, functions, layers, norms, offsets)
 """Imported for the kinds of layers that they register with `replaces`."""
 
 

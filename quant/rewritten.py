@@ -35,8 +35,8 @@ class RewrittenCodec(nn.Module):
         frozen: the weights, scales and tables are final.
         loaded: the model comes from a file. It has integers only, so nothing can be learned from it.
         extra: what the writer of the file wanted to find again; JSON.
-        checked: what was checked of the frozen model, JSON: "repeatable" by `reconstruction.repeatability`, "files"
-            by `codec.api`.
+        checked: what was checked of the frozen model, JSON: "repeatable" by `reconstruction.repeatability`,
+            "files" by `codec.api`.
         history: what calibration did, step by step; `reconstruction` writes it.
         file_sha256: of the file that the model was last saved to or loaded from.
         identity: of the frozen program, once it is known; see `quant.identity`.

@@ -46,7 +46,7 @@ def save_quantized(codec: RewrittenCodec, path: str | Path, extra: Mapping[str, 
 
 
 def model_identity(codec: RewrittenCodec) -> str:
-    """The identity of a frozen model; of one from a file that of the file. See `quant.identity.identity_of`."""
+    """The identity of a frozen model; of one from a file that of the file. See `quant.identity`."""
     if codec.identity is None:
         codec.identity = identity_of(*_content(codec))
     return codec.identity

@@ -78,8 +78,8 @@ def quantize(
         peak memory (`peak_memory_mb`).
 
     Raises:
-        InputError: a codec that draws random numbers, keeps state between images or mixes the images of a batch;
-            images that cannot be read, or crops of a wrong shape, range or size; a lambda that is not
+        InputError: a codec that draws random numbers, keeps state between images or mixes the images of a
+            batch; images that cannot be read, or crops of a wrong shape, range or size; a lambda that is not
             positive; an unknown metric; bits of an unknown layer; a folder of another calibration.
 
     Example:

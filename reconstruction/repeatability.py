@@ -55,15 +55,15 @@ def check_source(model: nn.Module, crops: Tensor, device: torch.device | str) ->
         if where is not None:
             draws = f"it draws from {drew}" if drew else codec.changed()
             raise InputError(
-                "the codec gives other numbers for an image when it runs again, or behind another image: from "
-                f"{where}{f' ({draws})' if draws else ''}; {_MEND}"
+                "the codec gives other numbers for an image when it runs again, or behind another image: "
+                f"from {where}{f' ({draws})' if draws else ''}; {_MEND}"
             )
         with restored(device):  # two pairs, for the rounding of a sum may decide in one of them
             mixed = _mixed(model, first, _loud(second)) and _mixed(model, second, _loud(first))
         if mixed:
             raise InputError(
-                f"the codec's {mixed[0]} of an image depends on the other images of its batch, from {mixed[1]} on "
-                f"(a mean over the batch?); {_MEND}"
+                f"the codec's {mixed[0]} of an image depends on the other images of its batch, from "
+                f"{mixed[1]} on (a mean over the batch?); {_MEND}"
             )
         return
 
@@ -76,8 +76,8 @@ def check_frozen(model: QuantModel, crops: Tensor) -> dict[str, Any]:
         crops: as `quantize` takes them.
 
     Returns:
-        What the model's file says of it: {"height", "width"} of the crops, and "exact": whether equal means to
-        the bit, as it does where nothing is in float.
+        What the model's file says of it: {"height", "width"} of the crops, and "exact": whether equal means
+        to the bit, as it does where nothing is in float.
 
     Raises:
         InputError: the pixels differ; the message names the first node whose numbers do.
@@ -138,8 +138,8 @@ def _refuse_random(
     if drawn and not all(near(values, redrawn[name]) for name, values in expected.items()):
         what, where = drawn[0]
         raise InputError(
-            f"the codec draws random numbers in evaluation ({what} in {where}), and its output depends on them; "
-            f"{_MEND}. Let it draw them in training alone: `if self.training`"
+            f"the codec draws random numbers in evaluation ({what} in {where}), and its output depends on "
+            f"them; {_MEND}. Let it draw them in training alone: `if self.training`"
         )
 
 
@@ -177,7 +177,9 @@ def _mixed(model: nn.Module, first: Tensor, second: Tensor) -> tuple[str, str] |
 
 def _part(tensor: Any, index: int) -> Any:
     """The first or second half of what a batch of two gives."""
-    return tensor.chunk(2)[index] if isinstance(tensor, Tensor) and tensor.ndim and len(tensor) > 1 else tensor
+    return (
+        tensor.chunk(2)[index] if isinstance(tensor, Tensor) and tensor.ndim and len(tensor) > 1 else tensor
+    )
 
 
 def _differ(a: Tensor, b: Tensor) -> bool:

@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -322,10 +322,11 @@ def _worked(
 def info(args: argparse.Namespace) -> int:
     """Print a line on every .licq file and quantized model; returns the exit status."""
     from licq.codec.container import GAIN_UNIT, Container
+    from licq.runs.model_line import model_line
 
     for source in files_of(args.inputs, frozenset({SUFFIX})):
         if source.suffix == _MODEL:
-            print(_model_line(source))
+            print(model_line(source))
             continue
         data = _read(source)
         content = _named(source, Container.from_bytes, data)
@@ -337,35 +338,6 @@ def info(args: argparse.Namespace) -> int:
             f"{len(data)} bytes in all, {8 * len(data) / (content.width * content.height):.4f} bits per pixel"
         )
     return 0
-
-
-def _model_line(file: Path) -> str:
-    """What a quantized model's file says of it."""
-    from licq.quant.serialization import read_quantized
-    from licq.support.files import sha256
-
-    header = read_quantized(file)[0]
-    config, quality = header["config"], (header["extra"] or {}).get("quality")
-    return (
-        f"{file}: {header['arch'] or header['class']}{'' if quality is None else f' quality {quality}'}, "
-        f"W{config['w_bits']}A{config['a_bits']}, {file.stat().st_size} bytes, "
-        f"identity {header['identity']}, SHA-256 of the file {sha256(file)}; {_said_to_be_checked(header)}"
-    )
-
-
-def _said_to_be_checked(header: Mapping[str, Any]) -> str:
-    """What a model's file says was checked, in words."""
-    checked = header.get("checked", {})
-    files, repeatable = checked.get("files", {}), checked.get("repeatable")
-    parts = []
-    if repeatable:
-        exactly = " to the bit" if repeatable["exact"] else ""
-        parts.append(f"an image alone, again and in a batch gives the same pixels{exactly}")
-    if "none" in files:
-        parts.append(f"it has no files: {files['none']}")
-    elif files:
-        parts.append(f"a file of {files['width']}x{files['height']} pixels decodes to its own pixels")
-    return f"checked: {', '.join(parts)}" if parts else "not checked yet"
 
 
 def _named(source: Path, function: Callable, data: bytes):

@@ -277,8 +277,8 @@ def _quantized_part(quality: Quality) -> dict[str, Any]:
 
 
 def _check_files(quality: Quality, codec: QuantModel) -> None:
-    """Check that the model's files decode to its own pixels, on a calibration crop. The model's file says what
-    was found.
+    """Check that the model's files decode to its own pixels, on a calibration crop. The model's file says
+    what was found.
 
     Raises:
         InputError: they do not.

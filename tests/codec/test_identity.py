@@ -27,9 +27,7 @@ def image() -> torch.Tensor:
 
 def learned(model: nn.Module, folder=None, **options) -> QuantModel:
     config = PtqConfig.from_preset("nearest", iters=2, learn=["range_a"], unit="stage")
-    return quantize(
-        model, images(2), config, lmbda=0.01, folder=folder, progress=False, **options
-    )
+    return quantize(model, images(2), config, lmbda=0.01, folder=folder, progress=False, **options)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +99,9 @@ def test_files_of_earlier_versions_decode_with_the_model_that_they_name(tmp_path
     assert read_identity(old) == QuantModel.load(old).identity == read_identity(tmp_path / "new.safetensors")
     written = Codec(QuantModel.load(old), bytes.fromhex(sha256(old))).encode(image())
     assert Container.from_bytes(written).model.hex() == sha256(old)[:8]
-    assert torch.equal(Codec.load(old).decode(written), Codec.load(old).decode(Codec.load(old).encode(image())))
+    assert torch.equal(
+        Codec.load(old).decode(written), Codec.load(old).decode(Codec.load(old).encode(image()))
+    )
     with pytest.raises(InputError, match="another model"):
         Codec.load(tmp_path / "new.safetensors").decode(written)
     (tmp_path / "a.licq").write_bytes(written)

@@ -35,9 +35,7 @@ def image() -> torch.Tensor:
     return (images(1, 64, 192, 5)[0] * 255).round().to(torch.uint8)
 
 
-@pytest.mark.parametrize(
-    "function", [lambda middle, y: y + 0.05 * torch.randn(y.shape), counter_attribute]
-)
+@pytest.mark.parametrize("function", [lambda middle, y: y + 0.05 * torch.randn(y.shape), counter_attribute])
 def test_a_model_of_an_earlier_version_whose_files_lie_does_not_encode(function):
     """Its files decoded to other pixels with each load of the model."""
     model = frozen_as_it_is(codec(function))

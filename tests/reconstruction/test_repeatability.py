@@ -1,7 +1,6 @@
 """A codec whose numbers do not follow from the image alone is refused by name, before any work."""
 
 import random
-import time
 
 import numpy as np
 import pytest
