@@ -51,7 +51,7 @@ def load_quantized(
                 raise InputError(f"{path}: {name}: {problem}; quantize the codec again")
         check_certificates(codec.nodes, path)
         codec.extra, codec.identity = header["extra"], header["identity"]
-        codec.checked = dict(header.get("checked", {}))
+        codec.checked = {key: dict(found) for key, found in header.get("checked", {}).items()}
     codec.frozen = codec.loaded = True
     return codec if device is None else codec.to(device)
 

@@ -20,12 +20,14 @@ from licq.quant.functions import QuantMatMul, QuantWide
 from licq.quant.loading import load_quantized
 from licq.quant.mac import QuantMAC
 from licq.quant.modules import QuantModule
+from licq.quant.probe import check_probe
 from licq.quant.qtensor import QTensor, to_real
 from licq.quant.quantizer import Quantizer
 from licq.quant.rewriter import unwrapped
 from licq.quant.rewritten import RewrittenCodec
 from licq.quant.runtime import StopForward
 from licq.quant.saving import save_quantized
+from licq.quant.serialization import refusing
 from licq.support.cli import explain
 from licq.support.determinism import exact_products
 from licq.support.errors import InputError, InputWarning
@@ -287,10 +289,14 @@ class QuantModel(RewrittenCodec):
                 matter.
 
         Raises:
-            InputError: no such file, damaged, not a quantized model, or of another network.
+            InputError: no such file, damaged, not a quantized model, or of another network, also of one that
+                computes other pixels.
         """
         loaded = load_quantized(cls, path, model, device)
         loaded.file_sha256 = sha256(path)
+        if not type(loaded.model).__module__.startswith(("licq.", "compressai.")):
+            with refusing(f"{path} does not run on an image ({{error}}); quantize the codec again"):
+                check_probe(loaded, str(path))
         return loaded
 
     # ------------------------------------------------------------------------------------------------- report

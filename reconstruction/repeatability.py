@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from licq.models.registry import architecture_of, get_architecture
 from licq.quant.model import CLEAR_MISMATCH, QuantModel, float_sides
+from licq.quant.probe import probe
 from licq.quant.rewriter import fixed_weights
 from licq.reconstruction.recorded import Event, Recorded, first_difference, near, said, tensors_of
 from licq.support.errors import InputError
@@ -76,8 +77,8 @@ def check_frozen(model: QuantModel, crops: Tensor) -> dict[str, Any]:
         crops: as `quantize` takes them.
 
     Returns:
-        What the model's file says of it: {"height", "width"} of the crops, and "exact": whether equal means
-        to the bit, as it does where nothing is in float.
+        What the model's file says of it: {"height", "width"} of the crops, "exact": whether equal means to
+        the bit, as it does where nothing is in float, and then "pixels", see `quant.probe`.
 
     Raises:
         InputError: the pixels differ; the message names the first node whose numbers do.
@@ -98,7 +99,10 @@ def check_frozen(model: QuantModel, crops: Tensor) -> dict[str, Any]:
                         f"the quantized codec computes other pixels for the same image {how}, from "
                         f"{_first_node(model, first, x)} on; {_MEND}"
                     )
-        return {"height": first.shape[-2], "width": first.shape[-1], "exact": exact}
+        size = first.shape[-2], first.shape[-1]
+        found = {"height": size[0], "width": size[1], "exact": exact}
+        has_one_rate = not hasattr(model.model, "rate")
+        return found | ({"pixels": probe(model, *size)} if exact and has_one_rate else {})
     return {}
 
 

@@ -180,7 +180,10 @@ def test_the_quantized_codec_is_asked_to_the_bit(name, tmp_path):
     model = quantize(
         tiny_codec(name), images(2), PtqConfig.from_preset("nearest"), lmbda=0.01, progress=False
     )
-    assert model.checked == {"repeatable": {"height": 64, "width": 64, "exact": True}}
+    stated = model.checked["repeatable"]
+    assert (
+        stated.items() >= {"height": 64, "width": 64, "exact": True}.items() and len(stated["pixels"]) == 16
+    )
     model.save(tmp_path / "m.safetensors")
     assert QuantModel.load(tmp_path / "m.safetensors").checked == model.checked
     node = model.nodes["g_s.2"]
@@ -204,3 +207,26 @@ def test_a_codec_that_takes_only_its_crops_is_checked_at_that_size():
 
     with pytest.raises(InputError, match="random numbers"):
         check_source(codec(of_one_size), images(2, 96, 96), "cpu")
+
+
+def test_a_network_that_computes_something_else_than_the_quantized_one_is_refused(tmp_path):
+    """A constant of Python is in no file; neither is what a network keeps of an image that it has seen before
+    it is quantized."""
+
+    def gained(gain):
+        return lambda middle, y: y * gain
+
+    config = PtqConfig.from_preset("nearest")
+    model = quantize(codec(gained(1.5)), images(2), config, lmbda=0.01, progress=False)
+    model.save(tmp_path / "m.safetensors")
+    QuantModel.load(tmp_path / "m.safetensors", model=codec(gained(1.5)))
+    with pytest.raises(InputError, match="gives other pixels in this Codec") as caught:
+        QuantModel.load(tmp_path / "m.safetensors", model=codec(gained(1.25)))
+    assert "\n" not in str(caught.value)
+
+    used = codec(first_image)
+    used(images(1, seed=8))
+    model = quantize(used, images(2), config, lmbda=0.01, progress=False)
+    model.save(tmp_path / "m.safetensors")
+    with pytest.raises(InputError, match="parameter or buffer"):
+        QuantModel.load(tmp_path / "m.safetensors", model=codec(first_image))
