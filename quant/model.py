@@ -36,6 +36,9 @@ from licq.support.files import sha256
 PIXEL = 1 / 255
 CLEAR_MISMATCH = 0.05  # of an output's standard deviation
 
+_REMARKED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Networks whose entropy tables have been remarked on; several models can be made of one."""
+
 _FINAL = "a model from a file is final: its float weights are not in it; quantize the codec again"
 
 
@@ -61,6 +64,7 @@ class QuantModel(RewrittenCodec):
     def __init__(self, model: nn.Module, config: QuantConfig, bits: Bits | None = None):
         model = unwrapped(model)
         super().__init__(model, config, bits)
+        self._origin = weakref.ref(model)
         # until the first forward has been compared with the network that was given
         self._source: tuple[weakref.ref[nn.Module], int] | None = (weakref.ref(model), _version(model))
 
@@ -241,7 +245,10 @@ class QuantModel(RewrittenCodec):
         names = [node.name for node in nodes if node.replaced]
         for node in nodes:
             node.replaced = False
-        if names:
+        origin = self._origin()
+        if names and origin not in _REMARKED:
+            if origin is not None:
+                _REMARKED.add(origin)
             warnings.warn(
                 f"the checkpoint's entropy tables of {', '.join(names)} are not those of its densities (it "
                 "was trained on, or update() was not called); they are made anew",
