@@ -81,6 +81,7 @@ VOLATILE = {
     "model_bytes",
     "created",
     "model_sha256",
+    "model_identity",
     "seconds_by_step",
     "resumed_seconds",
 }

@@ -1,6 +1,5 @@
 """`licq.Codec`: images to .licq files and back, with a quantized model."""
 
-import tempfile
 from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
@@ -19,11 +18,12 @@ from licq.integer.lowering import lower
 from licq.integer.program import Program
 from licq.models.registry import architecture_of, get_architecture
 from licq.quant.model import QuantModel
+from licq.quant.saving import model_identity
 from licq.support.determinism import plain_torch
 from licq.support.errors import InputError
-from licq.support.files import sha256
 
 _PLANS = 2  # sizes whose programs are kept
+_CHECKED_SIDE = 128  # pixels of the part of an image that a model is checked on
 
 
 class Codec:
@@ -38,13 +38,14 @@ class Codec:
 
     Grey images are uint8 (1, H, W), there and back. They are coded as three equal channels.
 
-    A file names the model that decodes it by the first bytes of the SHA-256 of the model's own file. For a
-    model that was saved or loaded, that file is known. For any other it is the one that `model.save(path)`
-    writes. So a model that is to be saved with `extra` is saved first, and given to `Codec` then.
+    A file names the model that decodes it by the first bytes of the model's identity, a hash of the program
+    and its tables (`quant.identity`). It is the same before the model is saved and after it is loaded, and
+    for a calibration that is repeated or resumed with the same result. Files of earlier versions name the
+    SHA-256 of the model's file; a model that was saved or loaded decodes those of its file, too.
 
     Args:
         model: a frozen model, as `licq.quantize` returns it.
-        digest: the SHA-256 of the model's file, 32 bytes; None: as above.
+        digest: what files name the model by, 4 bytes or more; None: its identity.
         threads: CPU threads; None: PyTorch's choice. The result does not depend on them.
         multiple: images are padded to sides that are multiples of it; None: that of the model's
             architecture, 64 where it has none.
@@ -71,7 +72,7 @@ class Codec:
         known = architecture_of(model.model)
         self.multiple = multiple or (get_architecture(known[0]).multiple if known else 64)
         self.model, self.threads = model, threads
-        self.digest = (_digest_of(model) if digest is None else digest)[:MODEL_BYTES]
+        self.digest = (bytes.fromhex(model_identity(model)) if digest is None else digest)[:MODEL_BYTES]
         self.variable = hasattr(model.model, "set_level")
         self._network: Any = model.model
         self._coder = Coder(model)
@@ -103,15 +104,22 @@ class Codec:
         Returns:
             The content of a .licq file.
 
+        The first image of a model that no file says to be checked is also a check of the model, see `check`.
+
         Raises:
             InputError: pixels of another type or shape, or too many; a level that the codec does not have; a
-                codec whose forward has no bitstream.
+                codec whose forward has no bitstream, or whose files decode to other pixels than its own.
         """
         if pixels.dtype != torch.uint8 or pixels.ndim != 3 or len(pixels) not in (1, 3) or not pixels.numel():
             raise InputError(
                 f"an image of type {pixels.dtype} and shape {tuple(pixels.shape)} cannot be encoded; give "
                 "uint8 (3, H, W), or (1, H, W) of a grey image, as `pixels`"
             )
+        if "files" not in self.model.checked:
+            self.check(pixels, level)
+        return self._encoded(pixels, level)
+
+    def _encoded(self, pixels: Tensor, level: float | None) -> bytes:
         gain = self.gain(level)
         height, width = pixels.shape[-2:]
         self._check_size(height, width)
@@ -136,7 +144,7 @@ class Codec:
             InputError: the file is damaged, or of another model.
         """
         content = Container.from_bytes(data)
-        if content.model != self.digest:
+        if content.model not in self._names():
             raise InputError(
                 f"the file is of another model ({content.model.hex()}, this one is {self.digest.hex()}); "
                 "give that one as `model`"
@@ -152,6 +160,45 @@ class Codec:
         if content.grey:
             pixels = ((pixels.sum(0, keepdim=True, dtype=torch.int16) + 1) // 3).to(torch.uint8)
         return pixels
+
+    @plain_torch()
+    def check(self, pixels: Tensor, level: float | None = None) -> dict[str, Any]:
+        """Check that a file decodes to the pixels of the quantized network's own forward.
+
+        The file is of the image's first 128 x 128 pixels. A second codec, which shares no program with this
+        one, decodes it. The result is kept as `checked["files"]` of the model, and in its file.
+
+        Args:
+            pixels: uint8 (3, H, W), or (1, H, W).
+            level: of a variable-rate codec, as in `encode`.
+
+        Returns:
+            {"height", "width", "bytes"} of what was encoded; {"none": why} for a codec without bitstream.
+
+        Raises:
+            InputError: the pixels differ: the forward depends on something else than the image.
+        """
+        model = self.model
+        self.gain(level)
+        piece = pixels[:, :_CHECKED_SIDE, :_CHECKED_SIDE].expand(3, -1, -1).contiguous()
+        try:
+            data = self._encoded(piece, level)
+        except InputError as error:
+            model.checked["files"] = {"none": str(error)}
+            return model.checked["files"]
+        fresh = Codec(model, self.digest, self.threads, self.multiple, tile=None)
+        padded, unpad = pad_to_multiple(piece[None], self.multiple)
+        device = next(model.buffers()).device
+        x_hat = model(padded.to(device, torch.float32) / 255)["x_hat"].cpu()
+        expected = crop_back((x_hat * 255).round().to(torch.uint8), unpad)[0]
+        if not torch.equal(fresh.decode(data), expected):
+            raise InputError(
+                "a file of this model does not decode to the pixels of its own forward, which depends on "
+                "something else than the image (random numbers, earlier images?); mend the codec and "
+                "quantize it again"
+            )
+        model.checked["files"] = {"height": piece.shape[-2], "width": piece.shape[-1], "bytes": len(data)}
+        return model.checked["files"]
 
     @plain_torch()
     def inspect(self, pixels: Tensor, batch: int = 1, device: torch.device | str = "cpu") -> dict:
@@ -214,6 +261,11 @@ class Codec:
         """
         self._set_gain(self.gain(None))
 
+    def _names(self) -> tuple[bytes, ...]:
+        """What files of this model may name it by."""
+        file = self.model.file_sha256
+        return (self.digest,) if file is None else (self.digest, bytes.fromhex(file)[:MODEL_BYTES])
+
     def _check_size(self, height: int, width: int) -> None:
         """Raises InputError where the image has too many pixels with its padding."""
         padded = [-(-side // self.multiple) * self.multiple for side in (height, width)]
@@ -239,15 +291,3 @@ class Codec:
 
     def _lowered(self, height: int, width: int, batch: int = 1) -> Program:
         return lower(self.model, height, width, batch)
-
-
-def _digest_of(model: QuantModel) -> bytes:
-    """The SHA-256 of the model's file; of a model without one, of the file that `save` would write."""
-    if model.file_sha256 is not None:
-        return bytes.fromhex(model.file_sha256)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.safetensors"
-        model.save(path)
-        digest = bytes.fromhex(sha256(path))
-    model.file_sha256 = None  # that file is gone
-    return digest

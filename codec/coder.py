@@ -13,10 +13,10 @@ from torch import Tensor
 
 from licq.codec.latents import Latent
 from licq.codec.plan import Context, Gathering, Plan, Step
+from licq.codec.row_checks import check_tables
 from licq.codec.tables import GaussianRows, MixtureRows, Rows, SteppedRows, bottleneck_rows
 from licq.quant.boundaries import QuantEntropyBottleneck, QuantGaussianMixture, QuantVariableBottleneck
 from licq.quant.model import QuantModel
-from licq.quant.saving import make_tables
 from licq.support.errors import InputError
 
 # CompressAI's decoder reads on behind the end of a stream. Bytes that one byte of a hostile stream, and each
@@ -30,10 +30,14 @@ _Tables = GaussianRows | MixtureRows | SteppedRows | tuple[list[list[int]], list
 
 
 class Coder:
-    """Codes latents with the tables of a frozen model."""
+    """Codes latents with the tables of a frozen model.
+
+    Raises:
+        InputError: the model has no usable tables.
+    """
 
     def __init__(self, model: QuantModel):
-        make_tables(model)
+        check_tables(model)
         self.bits = model.config.boundary_bits
         self._tables: dict[str, _Tables] = {}  # of each entropy model, by its name
         for node in model.nodes.values():
@@ -103,6 +107,8 @@ class Coder:
             else:
                 cdfs, offsets = tables.of(latent.step or 0) if isinstance(tables, SteppedRows) else tables
                 channels = np.arange(block.start, block.stop) // shape[1]
+                if shape[0] > len(cdfs):
+                    raise InputError(f"{latent.node}: it has {shape[0]} channels and {len(cdfs)} tables")
                 rows = Rows(channels, np.zeros(len(channels), dtype=np.int64), cdfs, offsets)
             yield block, rows
 

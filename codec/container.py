@@ -3,7 +3,8 @@
     bytes     2  "LQ"
               1  version in its lower three bits; 8: the image is grey; 16: a gain follows; 32 times the
                  number of streams less one
-              4  the model: first bytes of the SHA-256 of its file
+              4  the model: first bytes of its identity, the SHA-256 of its program and tables. Earlier
+                 versions of licq put the SHA-256 of the model's file there; a decoder takes both
     varints      width, height, the gain of a variable-rate codec times 2^16, the lengths of all streams but
                  the last
     bytes  4 each  for each stream the CRC-32 of the bytes above (without checksums) and of the stream
@@ -40,7 +41,7 @@ class Container:
     """The content of a .licq file.
 
     Args:
-        model: the first `MODEL_BYTES` bytes of the SHA-256 of the model's file.
+        model: the first `MODEL_BYTES` bytes of the model's identity, or of the SHA-256 of its file.
         width, height: of the image, in pixels.
         gain: of a variable-rate codec, in units of `GAIN_UNIT`; 0 for a codec of one rate. A level is not
             stored, because the way from a level to a gain goes through logarithms, which differ between

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
+from licq.codec.row_checks import checked_rows
 from licq.quant.density import (
     FACTORIZED_BITS,
     INVERSE_BITS,
@@ -134,11 +135,14 @@ def frequencies(cumulative: np.ndarray) -> np.ndarray:
 
     Returns:
         (..., edges + 1); the last bin is for everything outside.
+
+    Raises:
+        InputError: the distribution function does not rise.
     """
     bins = cumulative.shape[-1]
     share = cumulative - cumulative[..., :1]
     counted = np.arange(bins) + ((share * ((1 << PRECISION) - bins)) >> NORMAL_BITS)
-    return np.concatenate((counted, np.full((*counted.shape[:-1], 1), 1 << PRECISION)), -1)
+    return checked_rows(np.concatenate((counted, np.full((*counted.shape[:-1], 1), 1 << PRECISION)), -1))
 
 
 class MixtureRows:

@@ -228,7 +228,11 @@ def _pictures(images: Images) -> tuple[list[Picture], str]:
 
 
 def _codec_of(model: nn.Module, multiple: int) -> Codec | None:
-    """What writes files of a model; None where it is not quantized, not frozen, or has no bitstream."""
+    """What writes files of a model; None where it is not quantized, not frozen, or has no bitstream.
+
+    Raises:
+        InputError: its files do not decode to its own pixels.
+    """
     if not isinstance(model, QuantModel) or not model.frozen:
         return None
     try:
@@ -236,6 +240,8 @@ def _codec_of(model: nn.Module, multiple: int) -> Codec | None:
         codec.settle_rate()
         codec.encode(torch.zeros((3, multiple, multiple), dtype=torch.uint8))
     except InputError:
+        if "files" not in model.checked:  # there is a file, and it decodes to other pixels
+            raise
         return None
     return codec
 

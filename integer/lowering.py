@@ -40,7 +40,8 @@ def lower(model: QuantModel, height: int, width: int, batch: int = 1) -> Program
     A variable-rate codec is lowered at the rate that it is set to.
 
     Raises:
-        InputError: the model is not frozen, or a part of it has no integer form.
+        InputError: the model is not frozen, a part of it has no integer form, or its forward cannot run on
+            symbols: it works with tensors of an earlier image.
     """
     if not model.frozen:
         raise InputError("only a frozen model can be lowered; call freeze() after calibration")
@@ -58,6 +59,13 @@ def lower(model: QuantModel, height: int, width: int, batch: int = 1) -> Program
             limits = torch.tensor(0), torch.tensor(255)
             samples = primitives.rescale(x_hat.q, x_hat.full_scale() * 255, *limits)
             assert isinstance(samples, Symbol)
+    except Exception as error:
+        if explain(error) is not None:
+            raise
+        raise InputError(
+            f"the model cannot be lowered: {runtime.where}: {type(error).__name__}: {error}; does its "
+            "forward keep tensors of an earlier image?"
+        ) from error
     finally:
         runtime.tracer = None
     tracer.program.outputs["pixels"] = samples.number

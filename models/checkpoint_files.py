@@ -114,7 +114,11 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def write_tensors(
-    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], compress: bool = False
+    path: str | Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, Any],
+    compress: bool = False,
+    outside: Mapping[str, str] | None = None,
 ) -> None:
     """Write a safetensors file, complete or not at all.
 
@@ -124,20 +128,39 @@ def write_tensors(
         compress: write one tensor, `xz`: the bytes of a safetensors file with the tensors and the metadata,
             compressed. Without, the many names and small tensors of a quantized model are a third of its
             file.
+        outside: what of the metadata a compressed file also states in its own header; see `read_outside`.
 
     Raises:
         InputError: the file cannot be written.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    stated = json.dumps({**metadata, "sha256": _digest(tensors)}, sort_keys=True)
+    stated = json.dumps({**metadata, "sha256": digest_of(tensors)}, sort_keys=True)
     if compress:
         inside = safetensors.torch.save(
             {**tensors, _HEADER: torch.frombuffer(bytearray(stated.encode()), dtype=torch.uint8)}
         )
         tensors = {_COMPRESSED: torch.frombuffer(bytearray(lzma.compress(inside)), dtype=torch.uint8)}
-        stated = json.dumps({"size": len(inside), "sha256": _digest(tensors)}, sort_keys=True)
+        own = {"size": len(inside), "sha256": digest_of(tensors)}
+        stated = json.dumps({**(outside or {}), **own}, sort_keys=True)
     with atomic_path(path) as temporary:
         temporary.write_bytes(safetensors.torch.save(tensors, metadata={"licq": stated}))
+
+
+def read_outside(path: str | Path) -> dict[str, Any]:
+    """What a safetensors file states in its own header; nothing else is read, and nothing is verified.
+
+    Raises:
+        InputError: no such file, or none of this format.
+    """
+    path = Path(path)
+    if _head(path)[8:9] != b"{":
+        raise _damaged(path, "it is no safetensors file")
+    try:
+        with safetensors.safe_open(path, "pt") as stream:
+            stated = json.loads((stream.metadata() or {}).get("licq", "{}"))
+    except (safetensors.SafetensorError, json.JSONDecodeError, OSError) as error:
+        raise _damaged(path, error) from error
+    return stated if isinstance(stated, dict) else {}
 
 
 def pack_cdfs(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -145,13 +168,13 @@ def pack_cdfs(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     `_quantized_cdf`, int32 (rows, longest), of whose rows the first `_cdf_length` entries count, becomes
     `_cdf_steps`, uint16 (sum of lengths - rows,). A Gaussian's table takes a fifteenth then. A table whose
-    rows do not begin at 0, or that has a difference beyond 16 bits, is left as it is.
+    rows do not begin at 0, that has a difference beyond 16 bits, or that is no table, is left as it is.
     """
     packed = dict(state_dict)
     for name, cdf in state_dict.items():
         prefix, _, last = name.rpartition(".")
         lengths = state_dict.get(f"{prefix}._cdf_length")
-        if last != CDF_STATE[0] or lengths is None or cdf.numel() == 0:
+        if last != CDF_STATE[0] or lengths is None or not _is_table(cdf, lengths):
             continue
         rows = [row[:length] for row, length in zip(cdf.cpu(), lengths.flatten().tolist())]
         steps = torch.cat([row.diff() for row in rows])
@@ -162,6 +185,13 @@ def pack_cdfs(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 del packed[name]
                 packed.update(entry)
     return packed
+
+
+def _is_table(cdf: Tensor, lengths: Tensor) -> bool:
+    """Whether these can be the rows of a CDF table, and how many of their entries count."""
+    if cdf.ndim != 2 or not cdf.numel() or lengths.numel() != len(cdf) or lengths.is_floating_point():
+        return False
+    return 0 < int(lengths.min()) and int(lengths.max()) <= cdf.shape[1]
 
 
 def unpack_cdfs(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -236,10 +266,13 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except (safetensors.SafetensorError, json.JSONDecodeError, OSError) as error:
         raise _damaged(path, error) from error
     expected = metadata.pop("sha256", None)
-    if (expected is not None or tensors.keys() == {_COMPRESSED}) and expected != _digest(tensors):
+    if (expected is not None or tensors.keys() == {_COMPRESSED}) and expected != digest_of(tensors):
         raise _damaged(path, "its tensors do not have the SHA-256 that it states")
     if tensors.keys() == {_COMPRESSED}:
-        tensors, metadata = _decompress(path, tensors[_COMPRESSED], metadata.get("size"))
+        outside = metadata
+        tensors, metadata = _decompress(path, tensors[_COMPRESSED], outside.pop("size", None))
+        if any(metadata.get(key) != value for key, value in outside.items()):
+            raise _damaged(path, "its header states something else than its content")
     try:
         return unpack_cdfs(tensors), metadata
     except (KeyError, RuntimeError, ValueError) as error:
@@ -260,7 +293,7 @@ def _decompress(path: Path, content: Tensor, size: Any) -> tuple[dict[str, Tenso
             raise ValueError("its header is no JSON object")
     except (lzma.LZMAError, safetensors.SafetensorError, ValueError, KeyError) as error:
         raise _damaged(path, error) from error
-    if metadata.pop("sha256", None) != _digest(tensors):
+    if metadata.pop("sha256", None) != digest_of(tensors):
         raise _damaged(path, "its tensors do not have the SHA-256 that it states")
     return tensors, metadata
 
@@ -313,8 +346,8 @@ def _is_layer_constant(name: str) -> bool:
     return name.rpartition(".")[2] in ("bound", "pedestal", "scale_bound", "target", "mask", "attn_mask")
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, types, shapes and bytes, in the order of the names."""
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256, 64 hexadecimal digits, over names, types, shapes and bytes, in the order of the names."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name]

@@ -10,22 +10,26 @@ import torch
 from compressai.entropy_models import EntropyBottleneck, GaussianConditional, GaussianMixtureConditional
 from torch import Tensor, nn
 
+from licq.models.checkpoint_files import CDF_STATE
 from licq.models.layers import RoundAboutMeans, WholeGaussianConditional
-from licq.models.vbr import OffsetNet, VariableBottleneck, WholeOffsetNet
+from licq.models.vbr import VariableBottleneck
 from licq.quant.config import QuantConfig
-from licq.quant.density import DensityTables, density_tables, factorized_table
+from licq.quant.density import (
+    BottleneckTables,
+    DensityTables,
+    bottleneck_tables,
+    density_tables,
+    factorized_table,
+)
 from licq.quant.fixedpoint import round_half_away, round_ste
 from licq.quant.modules import QuantModule, replaces
 from licq.quant.primitives import (
     add,
     boundary,
-    clamp,
     constant,
     likelihood,
-    product,
     rescale,
     subtract,
-    table,
 )
 from licq.quant.qtensor import QTensor, to_real
 from licq.quant.quantizer import Quantizer
@@ -97,10 +101,40 @@ class QuantRound(QuantBoundary):
 @replaces(EntropyBottleneck)
 class QuantEntropyBottleneck(QuantBoundary):
     """EntropyBottleneck (Balle 2018): z_hat from integers, its likelihood under the learned factorized
-    density."""
+    density.
+
+    replaced: the tables that the checkpoint held were not those of its densities. Freezing makes them anew.
+    """
 
     kind = "entropy_bottleneck"
     module: EntropyBottleneck
+    replaced = False
+
+    def freeze(self) -> None:
+        super().freeze()
+        self.make_tables()
+
+    def make_tables(self) -> None:
+        """Make the tables with which symbols are coded from the densities.
+
+        Raises:
+            InputError: the densities have no tables.
+        """
+        try:
+            made = bottleneck_tables(self.module)
+        except InputError as error:
+            raise InputError(f"{self.name}: {error}") from error
+        had = self.tables
+        self.replaced |= had is not None and made.differ(had)
+        device = self.module.quantiles.device
+        for name, table in zip(CDF_STATE, (made.cdf, made.offsets, made.lengths), strict=True):
+            self.module._buffers[name] = table.to(device)
+
+    @property
+    def tables(self) -> BottleneckTables | None:
+        """The tables with which symbols are coded; None where there are none."""
+        cdf, offsets, lengths = (self.module.get_buffer(name) for name in CDF_STATE)
+        return BottleneckTables(cdf, lengths, offsets) if cdf.numel() else None
 
     def forward(self, x, training=None):
         return super().forward(x)
@@ -261,124 +295,6 @@ class QuantGaussianMixture(QuantGaussianConditional):
         )
 
 
-@replaces(OffsetNet)
-class QuantOffsets(QuantBoundary):
-    """`models.vbr.OffsetNet`: y_hat with offsets from a table over the scale. Each gain has its own table.
-
-    A table is made when its gain first occurs, with the same bits on every machine. So it is not in the
-    model's file.
-    """
-
-    kind = "offsets"
-    module: OffsetNet
-
-    def __init__(self, module: OffsetNet, config: QuantConfig):
-        super().__init__(module, config)
-        self.scale_grid = Quantizer(config.table_bits, config.frac_bits, headroom=1.25, symmetry="one_sided")
-        self._tables: dict[float, Tensor] = {}
-
-    def wraps(self, index: int) -> bool:
-        return index != 2
-
-    def forward(self, y, scales, means, gain):
-        return super().forward(y, scales, gain, means)
-
-    def real(self, y: Tensor, scales: Tensor, gain: Tensor, means: Tensor | None) -> Tensor:
-        return self.module(y, scales, means, gain)
-
-    def observe(self, inputs: tuple, output: Any) -> None:
-        _, scales, gain, _ = inputs
-        self.scale_grid.observe(scales.real() * gain)
-
-    def table(self, gain: float) -> Tensor:
-        """The offset for every integer of the scale's quantizer, in units of `unit`."""
-        if gain not in self._tables:
-            step, low, high = self.scale_grid.parameters_of_grid()
-            scales = torch.arange(int(low), int(high) + 1, device=step.device) * step.detach()
-            self._tables[gain] = round_half_away(
-                self.module.table(scales, gain).to(step.device) / self.unit
-            ).float()
-        return self._tables[gain]
-
-    @torch.no_grad()
-    def offsets(self, symbols: Tensor, scales: QTensor, gain: Tensor) -> Tensor:
-        """What is added to the symbols, in units of `unit`; 0 where a symbol is 0. gain: float64."""
-        index, first = self.scale_grid(scales * gain).q, self._first_scale()
-        tables = [self.table(float(value)) for value in gain.flatten()]
-        if len(tables) == 1:
-            offsets = table(index, tables[0], first)
-        else:  # an image each
-            offsets = torch.cat([table(part, one, first) for one, part in zip(tables, index.split(1))])
-        return product(offsets, clamp(symbols, -1, 1))
-
-    def _first_scale(self) -> int:
-        """The smallest integer of the scale's quantizer."""
-        return int(self.scale_grid.parameters_of_grid()[1])
-
-    def _gain(self, gain: Tensor) -> Tensor:
-        """The gain in float64.
-
-        Raises:
-            InputError: several gains, while the forward is written down as a program.
-        """
-        if self.runtime.tracer is not None and gain.numel() > 1:
-            raise InputError(
-                "a program has one rate: lower a model that is set to it, for images without planes"
-            )
-        return gain.double()
-
-    def integer(self, y: QTensor, scales: QTensor, gain: Tensor, means: QTensor | None) -> QTensor:
-        y, mean, gain = self.grid(y), None if means is None else self.grid(means).q, self._gain(gain)
-        symbols = rescale(y.q if mean is None else subtract(y.q, mean), gain * self.unit)
-        moved = add(rescale(symbols, 1 / self.unit), self.offsets(symbols, scales, gain))
-        values = rescale(moved, 1 / gain)
-        values = values if mean is None else add(values, mean)
-        boundary("offsets", self.name, y.q, symbols, values, means=mean)
-        return self.latent(values, y)
-
-    def freeze(self) -> None:
-        super().freeze()
-        self._tables = {}
-
-    def thaw(self) -> None:
-        super().thaw()
-        self._tables = {}
-
-
-@replaces(WholeOffsetNet)
-class QuantWholeOffsets(QuantOffsets):
-    """`models.vbr.WholeOffsetNet`: y_hat from symbols that are rounded already, moved by shares in units of
-    2^-12."""
-
-    kind = "whole_offsets"
-    module: WholeOffsetNet
-    share_bits = 12
-
-    def shares(self) -> Tensor:
-        """The share for every integer of the scale's quantizer."""
-        step, low, high = self.scale_grid.parameters_of_grid()
-        scales = torch.arange(int(low), int(high) + 1, device=step.device) * step.detach().double()
-        return round_half_away(self.module.shares(scales) * 2**self.share_bits).float()
-
-    def integer(self, symbols: QTensor, scales: QTensor, gain: Tensor, means: QTensor) -> QTensor:
-        symbols, mean, gain = self.grid(symbols), self.grid(means).q, self._gain(gain)
-        residual = subtract(symbols.q, rescale(mean, gain))
-        nearest = rescale(residual, self.unit)
-        sign = clamp(nearest, -1, 1)
-        is_near, is_far = (
-            table(sign, torch.tensor(ones, dtype=torch.float32, device=mean.device), -1)
-            for ones in ([0, 1, 0], [1, 0, 1])
-        )
-        half = round(0.5 / self.unit)
-        near = clamp(product(residual, is_near), -half, half)
-        with torch.no_grad():
-            share = table(self.scale_grid(scales * gain).q, self.shares(), self._first_scale())
-        moved_near = rescale(product(near, share), 2.0**-self.share_bits)
-        moved_far = add(product(residual, is_far), self.offsets(nearest, scales, gain))
-        values = rescale(add(moved_near, moved_far), 1 / gain)
-        return self.latent(add(values, mean), symbols)
-
-
 @replaces(VariableBottleneck)
 class QuantVariableBottleneck(QuantEntropyBottleneck):
     """`models.vbr.VariableBottleneck`: z_hat in steps, whose size each image chooses.
@@ -394,8 +310,7 @@ class QuantVariableBottleneck(QuantEntropyBottleneck):
         super().__init__(module, config)
         self.register_buffer("cumulative", None)
 
-    def freeze(self) -> None:
-        super().freeze()
+    def make_tables(self) -> None:
         medians = self.module._get_medians().detach().flatten()
         on_grid = round_half_away(medians.double() / self.unit) * self.unit
         self.cumulative = factorized_table(self.module, on_grid).to(medians.device)

@@ -15,6 +15,8 @@ from compressai.entropy_models import EntropyBottleneck, EntropyBottleneckVbr
 from scipy.special import ndtr
 from torch import Tensor
 
+from licq.support.errors import InputError
+
 LEVELS = 192
 SMALLEST, LARGEST = 0.11, 256.0  # standard deviations
 """CompressAI's bounds (`SCALES_MIN`, `SCALES_MAX`), between which it has 64 levels."""
@@ -25,6 +27,7 @@ INVERSE_BITS = 20
 FACTORIZED_BITS = 20
 POINT_BITS = 3  # the distribution functions of z have a value every 2^-3
 FURTHEST = 64  # from the median
+MOST_BINS = 2**14  # of a row of an entropy bottleneck
 
 
 class DensityTables(NamedTuple):
@@ -39,6 +42,34 @@ class DensityTables(NamedTuple):
     thresholds: Tensor
     inverses: Tensor
     normal: Tensor
+
+
+class BottleneckTables(NamedTuple):
+    """Tables of an entropy bottleneck as CompressAI's coder takes them, all int32.
+
+    cdf: (channels, longest), cumulative frequencies from 0 to 2^16; rows are filled up with zeros.
+    lengths: (channels,), entries of a row that count.
+    offsets: (channels,), the integer of a row's first bin, relative to the median.
+    """
+
+    cdf: Tensor
+    lengths: Tensor
+    offsets: Tensor
+
+    def differ(self, other: "BottleneckTables", counts: int = 4) -> bool:
+        """Whether rows reach elsewhere, or frequencies differ by more than rounding does between machines.
+
+        Args:
+            counts: cumulative frequencies differ by up to so many.
+        """
+        if self.cdf.shape != other.cdf.shape or any(
+            a.shape != b.shape or not torch.equal(a.long().cpu(), b.long().cpu())
+            for a, b in zip(self[1:], other[1:])
+        ):
+            return True
+        rows = torch.arange(self.cdf.shape[1]) < self.lengths.cpu()[:, None]
+        change = (self.cdf.long().cpu() - other.cdf.long().cpu()).abs() * rows
+        return bool((change > counts).any())
 
 
 def density_tables(boundary_bits: int, smallest: float = SMALLEST) -> DensityTables:
@@ -71,3 +102,28 @@ def factorized_table(bottleneck: EntropyBottleneck | EntropyBottleneckVbr, media
     reach = int((inside - middle).abs().max()) + 1 if len(inside) else 1
     reach = min(reach, middle)
     return (cumulative[:, middle - reach : middle + reach + 1] * 2**FACTORIZED_BITS).round().long()
+
+
+@torch.no_grad()
+def bottleneck_tables(bottleneck: EntropyBottleneck) -> BottleneckTables:
+    """The tables that CompressAI's `update(force=True)` makes of the densities, computed on the CPU. Tables
+    that the bottleneck has, and an `update` of its own, do not count.
+
+    Raises:
+        InputError: the densities are no numbers, or reach over more than `MOST_BINS` integers.
+    """
+    exact = copy.deepcopy(bottleneck).cpu()
+    parameters = (exact.quantiles, *exact.matrices, *exact.biases, *exact.factors)
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in parameters):
+        raise InputError(
+            "the parameters of its densities are not finite; its training has diverged, give another "
+            "checkpoint"
+        )
+    span = float(exact.quantiles[:, 0].diff().clamp(min=0).ceil().sum(1).max()) + 3
+    if span > MOST_BINS:
+        raise InputError(
+            f"its quantiles are {span:.0f} integers apart, of which {MOST_BINS} fit into a table; train them "
+            "with CompressAI's aux_loss()"
+        )
+    EntropyBottleneck.update(exact, force=True)
+    return BottleneckTables(exact._quantized_cdf, exact._cdf_length.int(), exact._offset.int())

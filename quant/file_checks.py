@@ -19,6 +19,7 @@ from licq.quant.norms import QuantGDN, QuantLayerNorm
 from licq.support.errors import InputError
 
 _PRECISION = 16  # bits of a stored CDF's total
+_REACH_BITS = 24  # of a symbol
 
 
 def wrong_numbers(node: QuantModule) -> str | None:
@@ -131,14 +132,17 @@ def _bottleneck(node: QuantEntropyBottleneck) -> str | None:
             if usable and _rises(cumulative) and _inside(cumulative, 0, 2**FACTORIZED_BITS)
             else "its distribution functions do not rise"
         )
-    cdf, lengths = inner.get_buffer("_quantized_cdf"), inner.get_buffer("_cdf_length").flatten()
-    offsets = inner.get_buffer("_offset").flatten()
-    if not cdf.numel():
-        return None
+    return None if node.tables is None else wrong_rows(*node.tables, channels)
+
+
+def wrong_rows(cdf: Tensor, lengths: Tensor, offsets: Tensor, channels: int) -> str | None:
+    """What is wrong with the tables of an entropy bottleneck, see `quant.density.BottleneckTables`."""
+    lengths, offsets = lengths.flatten(), offsets.flatten()
     if not (
         cdf.ndim == 2
         and len(cdf) == len(lengths) == len(offsets) == channels
         and _inside(lengths, 3, cdf.shape[1])
+        and _inside(offsets, -(2**_REACH_BITS), 2**_REACH_BITS)
     ):
         return "its tables of frequencies have other sizes"
     rows = (row[:length].long() for row, length in zip(cdf, lengths.tolist()))

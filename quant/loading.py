@@ -12,6 +12,7 @@ from licq.quant.config import QuantConfig
 from licq.quant.file_checks import check_certificates, wrong_numbers
 from licq.quant.grid import Grid
 from licq.quant.mac import QuantMAC
+from licq.quant.rewriter import unwrapped
 from licq.quant.rewritten import RewrittenCodec
 from licq.quant.rounding import AdaRound
 from licq.quant.saved_parts import GRID_ATTRIBUTES, layer_sizes, named_nodes, named_tensors, unread_tensors
@@ -49,7 +50,8 @@ def load_quantized(
             if (problem := wrong_numbers(node)) is not None:
                 raise InputError(f"{path}: {name}: {problem}; quantize the codec again")
         check_certificates(codec.nodes, path)
-        codec.extra = header["extra"]
+        codec.extra, codec.identity = header["extra"], header["identity"]
+        codec.checked = {key: dict(found) for key, found in header.get("checked", {}).items()}
     codec.frozen = codec.loaded = True
     return codec if device is None else codec.to(device)
 
@@ -57,6 +59,7 @@ def load_quantized(
 def _network(path: str | Path, header: Mapping[str, Any], network: nn.Module | None) -> nn.Module:
     arch, cls = header["arch"], header["class"]
     if network is not None:
+        network = unwrapped(network)
         if type(network).__qualname__ != cls:
             raise InputError(
                 f"{path} is a quantized {cls}, not a {type(network).__qualname__}; pass a new {cls}"

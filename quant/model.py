@@ -1,6 +1,7 @@
 """A quantized codec: the codec's own forward on integers."""
 
 import copy
+import warnings
 import weakref
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
@@ -11,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from licq.quant.bits import SIDES, Bits
+from licq.quant.boundaries import QuantEntropyBottleneck
 from licq.quant.config import FLOAT_BITS, QuantConfig
+from licq.quant.file_checks import wrong_numbers
 from licq.quant.fixedpoint import INT32, quantize_multiplier, requantize
 from licq.quant.functions import QuantMatMul, QuantWide
 from licq.quant.loading import load_quantized
@@ -19,19 +22,25 @@ from licq.quant.mac import QuantMAC
 from licq.quant.modules import QuantModule
 from licq.quant.network_checks import check_network, uncompiled
 from licq.quant.outputs import codec_output
+from licq.quant.probe import check_probe
 from licq.quant.qtensor import QTensor, to_real
 from licq.quant.quantizer import Quantizer
+from licq.quant.rewriter import unwrapped
 from licq.quant.rewritten import RewrittenCodec
 from licq.quant.runtime import StopForward
 from licq.quant.saving import save_quantized
+from licq.quant.serialization import refusing
 from licq.support.cli import explain
 from licq.support.determinism import exact_products, plain_torch
-from licq.support.errors import InputError
+from licq.support.errors import InputError, InputWarning
 from licq.support.files import sha256
 
 PIXEL = 1 / 255
 CLEAR_MISMATCH = 0.05  # of an output's standard deviation
 _MAX_QUOTED = 300  # characters of another library's message
+
+_REMARKED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Networks whose entropy tables have been remarked on; several models can be made of one."""
 
 _FINAL = "a model from a file is final: its float weights are not in it; quantize the codec again"
 
@@ -46,7 +55,7 @@ class QuantModel(RewrittenCodec):
 
     Args:
         model: any module whose forward returns {"x_hat", "likelihoods"}, the likelihoods by name, in a list
-            or as one tensor; it is copied, not changed.
+            or as one tensor; it is copied, not changed. One in `nn.DataParallel` counts as itself.
         config: see `QuantConfig`.
         bits: of single layers, {layer: {"w_bits": b, "a_bits": b}}. The other layers have the bits of
             `config`. Products of attention have no weights and always have the bits of `config`.
@@ -58,7 +67,9 @@ class QuantModel(RewrittenCodec):
 
     @plain_torch()
     def __init__(self, model: nn.Module, config: QuantConfig, bits: Bits | None = None):
+        model = unwrapped(model)
         super().__init__(model, config, bits)
+        self._origin = weakref.ref(model)
         # until the first forward has been compared with the network that was given
         self._source: tuple[weakref.ref[nn.Module], int] | None = (weakref.ref(model), _version(model))
 
@@ -219,13 +230,38 @@ class QuantModel(RewrittenCodec):
     @plain_torch()
     def freeze(self) -> None:
         """End calibration: integer weights, final scales and tables. The forward is the integer program
-        from here on."""
+        from here on.
+
+        The tables of entropy models are made of their densities, whatever tables a checkpoint held.
+
+        Raises:
+            InputError: a density has no tables, or a node has numbers that no program can run on.
+        """
         if self.loaded:
             return
         self.quantize_nodes(True)
-        for node in self.nodes.values():
+        for name, node in self.nodes.items():
             node.freeze()
+            if (problem := wrong_numbers(node)) is not None:
+                raise InputError(f"{name}: {problem}; its training or its calibration has diverged")
+        self._remark_replaced_tables()
         self.frozen = True
+
+    def _remark_replaced_tables(self) -> None:
+        nodes = [node for node in self.nodes.values() if isinstance(node, QuantEntropyBottleneck)]
+        names = [node.name for node in nodes if node.replaced]
+        for node in nodes:
+            node.replaced = False
+        origin = self._origin()
+        if names and origin not in _REMARKED:
+            if origin is not None:
+                _REMARKED.add(origin)
+            warnings.warn(
+                f"the checkpoint's entropy tables of {', '.join(names)} are not those of its densities (it "
+                "was trained on, or update() was not called); they are made anew",
+                InputWarning,
+                stacklevel=3,
+            )
 
     @plain_torch()
     def thaw(self) -> None:
@@ -239,7 +275,8 @@ class QuantModel(RewrittenCodec):
         for node in self.nodes.values():
             node.thaw()
         self.frozen = False
-        self.file_sha256 = None
+        self.file_sha256 = self.identity = None
+        self.checked = {}
 
     # -------------------------------------------------------------------------------------------------- files
 
@@ -269,10 +306,14 @@ class QuantModel(RewrittenCodec):
                 matter.
 
         Raises:
-            InputError: no such file, damaged, not a quantized model, or of another network.
+            InputError: no such file, damaged, not a quantized model, or of another network, also of one that
+                computes other pixels.
         """
         loaded = load_quantized(cls, path, model, device)
         loaded.file_sha256 = sha256(path)
+        if not type(loaded.model).__module__.startswith(("licq.", "compressai.")):
+            with refusing(f"{path} does not run on an image ({{error}}); quantize the codec again"):
+                check_probe(loaded, str(path))
         return loaded
 
     # ------------------------------------------------------------------------------------------------- report

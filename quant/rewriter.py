@@ -10,7 +10,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from licq.models.vbr import RateFunction
-from licq.quant import activations, boundaries, functions, layers, norms
+from licq.quant import activations, boundaries, functions, layers, norms, offsets
 from licq.quant.blocks import BLOCKS, QuantBlock
 from licq.quant.config import QuantConfig
 from licq.quant.modules import REPLACEMENTS, QuantModule
@@ -18,7 +18,7 @@ from licq.quant.network_checks import uncompiled
 from licq.quant.runtime import Runtime
 from licq.support.errors import InputError
 
-NODE_MODULES = (activations, boundaries, functions, layers, norms)
+NODE_MODULES = (activations, boundaries, functions, layers, norms, offsets)
 """Imported for the kinds of layers that they register with `replaces`."""
 
 
@@ -120,6 +120,18 @@ def refuse_hooks(module: nn.Module, name: str) -> None:
                 f"{name} has a forward hook ({known}), which an integer layer would not run; "
                 "remove it first, or do what it does in a module's forward"
             )
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The codec inside `nn.DataParallel`, `DistributedDataParallel` or what `torch.compile` gives; any other
+    module as it is."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif isinstance(inside := getattr(model, "_orig_mod", None), nn.Module):
+            model = inside
+        else:
+            return model
 
 
 def fixed_weights(model: nn.Module) -> nn.Module:

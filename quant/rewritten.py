@@ -14,7 +14,7 @@ from licq.quant.functions import make_function
 from licq.quant.mac import QuantMAC
 from licq.quant.modules import QuantModule
 from licq.quant.network_checks import check_code
-from licq.quant.rewriter import Rewrite, fixed_weights, rewrite
+from licq.quant.rewriter import Rewrite, fixed_weights, rewrite, unwrapped
 from licq.quant.runtime import Runtime
 
 
@@ -22,7 +22,8 @@ class RewrittenCodec(nn.Module):
     """A copy of a codec with nodes in the place of its layers.
 
     Args:
-        model: any module whose forward returns {"x_hat", "likelihoods"}; it is copied, not changed.
+        model: any module whose forward returns {"x_hat", "likelihoods"}; it is copied, not changed. One in
+            `nn.DataParallel` counts as itself.
         config: see `QuantConfig`.
         bits: of single layers, {layer: {"w_bits": b, "a_bits": b}}. The other layers have the bits of
             `config`. Products of attention have no weights and always have the bits of `config`.
@@ -35,8 +36,11 @@ class RewrittenCodec(nn.Module):
         frozen: the weights, scales and tables are final.
         loaded: the model comes from a file. It has integers only, so nothing can be learned from it.
         extra: what the writer of the file wanted to find again; JSON.
+        checked: what was checked of the frozen model, JSON: "repeatable" by `reconstruction.repeatability`,
+            "files" by `codec.api`.
         history: what calibration did, step by step; `reconstruction` writes it.
         file_sha256: of the file that the model was last saved to or loaded from.
+        identity: of the frozen program, once it is known; see `quant.identity`.
 
     Raises:
         InputError: `bits` names a layer that the codec does not have, a layer has a forward hook, or a part
@@ -52,7 +56,9 @@ class RewrittenCodec(nn.Module):
     loaded: bool
     extra: dict[str, Any]
     history: dict[str, Any]
+    checked: dict[str, Any]
     file_sha256: str | None
+    identity: str | None
 
     def __init__(self, model: nn.Module, config: QuantConfig, bits: Bits | None = None):
         super().__init__()
@@ -61,7 +67,7 @@ class RewrittenCodec(nn.Module):
         runtime = Runtime(config, make_function)
         # not through nn.Module's __setattr__: the runtime holds modules and must not become a submodule
         object.__setattr__(self, "runtime", runtime)
-        self.model = fixed_weights(model)
+        self.model = fixed_weights(unwrapped(model))
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
         self.rewrite = rewrite(self.model, config, runtime)
@@ -70,8 +76,8 @@ class RewrittenCodec(nn.Module):
         for name, sides in (bits or {}).items():
             self.layers[name].set_bits(**sides)
         self.frozen = self.loaded = False
-        self.extra, self.history = {}, {}
-        self.file_sha256 = None
+        self.extra, self.history, self.checked = {}, {}, {}
+        self.file_sha256 = self.identity = None
 
     @property
     def nodes(self) -> dict[str, QuantModule]:

@@ -6,7 +6,11 @@ import json
 from torch import Tensor, nn
 
 from licq.models.checkpoint_files import CDF_STATE
-from licq.quant.boundaries import QuantGaussianConditional, QuantVariableBottleneck
+from licq.quant.boundaries import (
+    QuantEntropyBottleneck,
+    QuantGaussianConditional,
+    QuantVariableBottleneck,
+)
 from licq.quant.config import FLOAT_BITS
 from licq.quant.grid import Grid
 from licq.quant.mac import QuantMAC
@@ -74,6 +78,8 @@ def _unread_of(module: nn.Module, ran: bool, cdfs: list[str]) -> list[str]:
         if module.weight_int is not None:
             return ["module", "weight_quantizer", "log_n_bias", "bias_change"]
         return [] if ran else [""]
+    if isinstance(module, (QuantEntropyBottleneck, QuantGaussianConditional)) and not ran:
+        return cdfs
     if isinstance(module, QuantGaussianConditional) and module.normal is not None:
         return cdfs  # its symbols are coded with `density`
     if isinstance(module, QuantVariableBottleneck) and module.cumulative is not None:

@@ -1,11 +1,15 @@
 """A frozen model as a file: what of it is written."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from licq.models.checkpoint_files import CDF_STATE
 from licq.models.registry import architecture_of, create_network
+from licq.quant.identity import identity_of
 from licq.quant.mac import QuantMAC
 from licq.quant.rewritten import RewrittenCodec
 from licq.quant.saved_parts import (
@@ -34,28 +38,30 @@ def save_quantized(codec: RewrittenCodec, path: str | Path, extra: Mapping[str, 
         raise InputError(
             "only a frozen model is a program that can be saved; call freeze() after calibration"
         )
-    make_tables(codec)
+    header, tensors = _content(codec)
+    if codec.identity is None or not codec.loaded:
+        codec.identity = identity_of(header, tensors)
+    content = {"identity": codec.identity, "checked": codec.checked, "extra": dict(extra or {})}
+    return write_quantized(path, {**header, **content}, tensors)
+
+
+def model_identity(codec: RewrittenCodec) -> str:
+    """The identity of a frozen model; of one from a file that of the file. See `quant.identity`."""
+    if codec.identity is None:
+        codec.identity = identity_of(*_content(codec))
+    return codec.identity
+
+
+def _content(codec: RewrittenCodec) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(how the program is rebuilt, the tensors that it reads)."""
     unread, constants, first_names = unread_tensors(codec), _constants(codec), dict(named_tensors(codec))
     tensors = {
         name: tensor.detach().cpu()
         for name, tensor in codec.state_dict().items()
         if name in first_names and name not in unread and name not in constants and tensor.numel()
     }
-    content = {"constants": sorted(constants), "extra": dict(extra or {})}
-    return write_quantized(path, {**_description(codec), **content}, tensors)
-
-
-def make_tables(codec: RewrittenCodec) -> None:
-    """Make the CDF tables, where there are none. They are part of the model: whoever decodes reads them and
-    never makes them (design, section 4)."""
-    empty = any(
-        tensor.numel() == 0
-        for name, tensor in codec.state_dict().items()
-        if name.rpartition(".")[2] in CDF_STATE
-    )
-    update = getattr(codec.model, "update", None)
-    if empty and callable(update):
-        update()
+    header = {**_description(codec), "constants": sorted(constants)}
+    return json.loads(json.dumps(header)), tensors
 
 
 def _description(codec: RewrittenCodec) -> dict[str, Any]:

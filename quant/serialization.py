@@ -20,12 +20,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from licq.models.checkpoint_files import QUANTIZED_FORMAT, pack_cdfs, read_tensors, write_tensors
+from licq.models.checkpoint_files import (
+    QUANTIZED_FORMAT,
+    pack_cdfs,
+    read_outside,
+    read_tensors,
+    write_tensors,
+)
+from licq.quant.identity import identity_of
 from licq.quant.packing import bits_needed, pack, unpack
 from licq.support.errors import InputError
 
 VERSION = 4
 _READABLE = (3, 4)
+_IDENTITY = "identity"
 _MIN_PACKED = 65  # packing fewer integers is not worth it
 _TABLES = ("table", "cumulative")  # names of functions' tables, along the last dimension
 _SMALL_TYPES = (torch.int8, torch.int16, torch.int32)
@@ -53,7 +61,8 @@ def write_quantized(path: str | Path, header: Mapping[str, Any], tensors: Mappin
     """Write header and tensors, whole or not at all; returns the size of the file in bytes.
 
     Args:
-        header: JSON; the format, its version and how the tensors are stored are added here.
+        header: JSON, with the model's `identity`; the format, its version and how the tensors are stored are
+            added here.
         tensors: on the CPU; in the types that the program uses.
 
     Raises:
@@ -63,7 +72,13 @@ def write_quantized(path: str | Path, header: Mapping[str, Any], tensors: Mappin
     # through JSON and back, so that the seal is on what a reader will see
     content = {"format": QUANTIZED_FORMAT, "version": VERSION, **header, **storage}
     content = json.loads(json.dumps(content))
-    write_tensors(path, stored, {**content, "sha256_header": seal(content)}, compress=True)
+    write_tensors(
+        path,
+        stored,
+        {**content, "sha256_header": seal(content)},
+        compress=True,
+        outside={_IDENTITY: content[_IDENTITY]},
+    )
     return Path(path).stat().st_size
 
 
@@ -122,8 +137,8 @@ def _type_name(dtype: torch.dtype) -> str:
 def read_quantized(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(header, tensors in the types that the program uses) of a quantized model's file, verified.
 
-    The header's keys: arch, kwargs, class, config, functions, order, grids, kept_in_float, left_alone, extra
-    ...
+    The header's keys: identity, arch, kwargs, class, config, functions, order, grids, kept_in_float,
+    left_alone, extra ... Files of earlier versions state no identity; theirs is that of their content.
 
     Raises:
         InputError: no such file, damaged, not a quantized model, or of another version.
@@ -147,7 +162,19 @@ def read_quantized(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]
             f"{path} is damaged (its header does not have the SHA-256 that it states); copy or make it again"
         )
     with refusing(f"{path} is damaged ({{error}}); copy or make it again"):
-        return header, _restored(header, tensors)
+        tensors = _restored(header, tensors)
+        header.setdefault(_IDENTITY, identity_of(header, tensors))
+        return header, tensors
+
+
+def read_identity(path: str | Path) -> str:
+    """The identity that a quantized model's file states, 64 hexadecimal digits. The file is not verified.
+
+    Raises:
+        InputError: no such file, or none of a quantized model.
+    """
+    stated = read_outside(path).get(_IDENTITY)
+    return stated if isinstance(stated, str) else read_quantized(path)[0][_IDENTITY]
 
 
 def _restored(header: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from licq.quant.bits import Bits
 from licq.quant.model import QuantModel
 from licq.quant.network_checks import check_network
-from licq.reconstruction.calibration import Calibration, run_steps
+from licq.quant.rewriter import unwrapped
+from licq.reconstruction.calibration import Calibration, device_of, run_steps
 from licq.reconstruction.config import PtqConfig
 from licq.reconstruction.crops import Images, calibration_crops, given_crops
 from licq.reconstruction.objective import Objective
+from licq.reconstruction.repeatability import check_frozen, check_source
 from licq.reconstruction.state import StateFolder, fingerprint
 from licq.reconstruction.steps import PREPARATION, STEPS
 from licq.support.determinism import plain_torch
@@ -52,7 +54,7 @@ def quantize(
     Args:
         model: the float codec, in evaluation mode. Its forward maps (B, 3, H, W) in 0..1 to {"x_hat": (B, 3,
             H, W), "likelihoods": {name: likelihoods of a latent's elements}}; a list of them or one tensor
-            also serves. It is not changed.
+            also serves. It is not changed. One in `nn.DataParallel` counts as itself.
         images: a folder of images, a list of files, the name of a data set ("kodak", "photos-calib" ...), or
             crops. Of files, crops are drawn as the command line draws them, seeded by
             `config.reconstruction.seed`. Crops are taken as they are: a tensor or a numpy array (n, 3, H, W),
@@ -86,9 +88,10 @@ def quantize(
 
     Raises:
         InputError: a network that is not float32 or has no numbers yet (lazy layers, the meta device); a part
-            of it that is scripted, traced or quantized already; images that cannot be read, or crops of a
-            wrong shape, range or size; a lambda that is not positive; an unknown metric; bits of an unknown
-            layer; a folder of another calibration.
+            of it that is scripted, traced or quantized already; a codec that draws random numbers, keeps state
+            between images or mixes the images of a batch; images that cannot be read, or crops of a wrong
+            shape, range or size; a lambda that is not positive; an unknown metric; bits of an unknown layer; a
+            folder of another calibration.
 
     Example:
         >>> qmodel = licq.quantize(MyCodec().eval(), "my_photos/", lmbda=0.0067)
@@ -97,11 +100,12 @@ def quantize(
         >>> qmodel.save("model.safetensors")
     """
     _check_float(model)
-    config = config or PtqConfig.from_preset()
+    model, config = unwrapped(model), config or PtqConfig.from_preset()
     objective = Objective(lmbda, metric)
     seed = config.reconstruction.seed
     crops = calibration_crops(model, images, metric, seed, num_images, crop, crops_per_image, crop_reductions)
     started = time.monotonic()
+    check_source(model, crops, device_of(model, crops) if device is None else device)
     settings = [config.to_dict(), lmbda, metric, *([dict(bits)] if bits else [])]
     state = StateFolder(
         None if folder is None else Path(folder) / "units", fingerprint(model, crops, *settings), resume
@@ -110,6 +114,7 @@ def quantize(
     run_steps(calibration, STEPS)
     qmodel, history = calibration.qmodel, calibration.history
     qmodel.freeze()
+    qmodel.checked["repeatable"] = check_frozen(qmodel, calibration.crops)
     history["seconds_by_step"] = calibration.seconds_by_step
     history["seconds"] = time.monotonic() - started + calibration.resumed_seconds
     history["peak_memory_mb"] = peak_memory_mb(next(qmodel.parameters()).device)

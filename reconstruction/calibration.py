@@ -12,6 +12,7 @@ from tqdm import tqdm
 from licq.quant.bits import Bits
 from licq.quant.config import QuantConfig
 from licq.quant.model import QuantModel
+from licq.quant.rewriter import unwrapped
 from licq.reconstruction.config import PtqConfig, ReconstructionConfig
 from licq.reconstruction.objective import Objective
 from licq.reconstruction.sensitivity import Sensitivity
@@ -83,9 +84,9 @@ class Calibration:
     """Those that set ranges and that rounding is compensated on; the first ones are `measured_batches`."""
 
     def __post_init__(self):
+        self.model = unwrapped(self.model)
         if self.device is None:
-            parameter = next(self.model.parameters(), None)
-            self.device = self.crops.device if parameter is None else parameter.device
+            self.device = device_of(self.model, self.crops)
         self.crops = self.crops.to(self.device)
         if self.crops.is_inference():  # gradients cannot be taken through such a tensor
             self.crops = self.crops.clone()
@@ -128,6 +129,12 @@ class Calibration:
         ) as bar:
             qmodel.observe(_counted(self.observed_batches, bar), _counted(harder, bar))
         return qmodel
+
+
+def device_of(model: nn.Module, crops: Tensor) -> torch.device:
+    """Where the model is; where the crops are, if it has no parameters."""
+    parameter = next(model.parameters(), None)
+    return crops.device if parameter is None else parameter.device
 
 
 def _counted(batches: Iterable[Tensor], bar: tqdm) -> Iterator[Tensor]:

@@ -20,6 +20,7 @@ from licq.support.progress import progress
 
 SUFFIX = ".licq"
 _IMAGE = ".png"
+_MODEL = ".safetensors"
 
 
 def build_encode_parser(prog: str = "main_eval.py encode") -> ArgumentParser:
@@ -50,8 +51,12 @@ def build_decode_parser(prog: str = "main_eval.py decode") -> ArgumentParser:
 
 def build_info_parser(prog: str = "main_eval.py info") -> ArgumentParser:
     """The flags of `info`."""
-    parser = ArgumentParser(prog=prog, description="Say what .licq files hold.", allow_abbrev=False)
-    parser.add_argument("inputs", metavar="FILE", nargs="+", help=".licq files, or folders of them")
+    parser = ArgumentParser(
+        prog=prog, description="Say what .licq files and quantized models hold.", allow_abbrev=False
+    )
+    parser.add_argument(
+        "inputs", metavar="FILE", nargs="+", help=".licq files, or folders of them; model.safetensors files"
+    )
     return parser
 
 
@@ -250,18 +255,17 @@ def _model_for(args: argparse.Namespace) -> tuple[Path, float | None]:
 
 def decode(args: argparse.Namespace) -> int:
     """Write the image of every .licq file; returns the exit status."""
-    from licq.codec.container import MODEL_BYTES, Container
-    from licq.support.files import sha256
+    from licq.codec.container import Container
 
     pairs = jobs(args.inputs, args.out, frozenset({SUFFIX}), _IMAGE)
     for _, target in pairs:
         _format(target)
-    models = {bytes.fromhex(sha256(file))[:MODEL_BYTES]: file for file in models_of(args.model)}
+    models = {name: file for file in models_of(args.model) for name in _names_of(file)}
     given = []
     for source, target in pairs:
         digest = _named(source, Container.from_bytes, _read(source)).model
         if digest not in models:
-            there = ", ".join(known.hex() for known in models)
+            there = ", ".join(_names_of(file)[0].hex() for file in models_of(args.model))
             raise InputError(
                 f"{source} was written by the model {digest.hex()}, and {args.model} holds {there}; give "
                 "that one with --model"
@@ -270,6 +274,16 @@ def decode(args: argparse.Namespace) -> int:
     for _ in _worked(_decode_one, sorted(given, key=lambda piece: str(piece[2])), args, "decoding"):
         pass
     return 0
+
+
+def _names_of(model: Path) -> tuple[bytes, bytes]:
+    """What .licq files name a model by: first bytes of its identity and, in earlier versions, of its file."""
+    from licq.codec.container import MODEL_BYTES
+    from licq.quant.serialization import read_identity
+    from licq.support.files import sha256
+
+    identity, file = (bytes.fromhex(stated)[:MODEL_BYTES] for stated in (read_identity(model), sha256(model)))
+    return identity, file
 
 
 def _decode_one(piece: _Piece) -> None:
@@ -307,10 +321,14 @@ def _worked(
 
 
 def info(args: argparse.Namespace) -> int:
-    """Print a line on every .licq file; returns the exit status."""
+    """Print a line on every .licq file and quantized model; returns the exit status."""
     from licq.codec.container import GAIN_UNIT, Container
+    from licq.runs.model_line import model_line
 
     for source in files_of(args.inputs, frozenset({SUFFIX})):
+        if source.suffix == _MODEL:
+            print(model_line(source))
+            continue
         data = _read(source)
         content = _named(source, Container.from_bytes, data)
         payload = sum(map(len, content.streams))

@@ -211,7 +211,7 @@ def _measure_point(run: EvaluationRun, index: int, dataset: Dataset) -> dict[str
     network, quant = run.codecs(index)
     codec = None
     if quant is not None and point.file is not None and run.args.real:
-        codec = Codec(quant, bytes.fromhex(sha256(point.file)), run.args.threads, run.multiple)
+        codec = Codec(quant, None, run.args.threads, run.multiple)
     measured = {}
     for name, model in (("quant", quant), ("fp32", network)):
         if model is not None:

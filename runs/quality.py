@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, cast
 
+import torch
 from torch import nn
 
+from licq.codec.api import Codec
 from licq.evaluation import evaluate as evaluation
 from licq.evaluation.evaluate import Report
 from licq.quant.bits import Bits
@@ -264,17 +266,32 @@ def _quantized_part(quality: Quality) -> dict[str, Any]:
         progress=run.progress,
     )
     report = quality.measure(codec, count_clipped=run.config.clips)
+    _check_files(quality, codec)
     codec.save(quality.folder.model, _header(quality, codec))
     layer_bits = quality.layer_bits and described_bits(quality.layer_bits, codec, run)
     return {
         "report": report,
         "history": codec.history,
         "coverage": codec.coverage(),
+        "checked": codec.checked,
         "model_sha256": sha256(quality.folder.model),
+        "model_identity": codec.identity,
         "model_bytes": quality.folder.model.stat().st_size,
         "fp32_model_bytes": 4 * sum(parameter.numel() for parameter in quality.network.parameters()),
         **({"bits": layer_bits} if layer_bits else {}),
     }
+
+
+def _check_files(quality: Quality, codec: QuantModel) -> None:
+    """Check that the model's files decode to its own pixels, on a calibration crop. The model's file says
+    what was found.
+
+    Raises:
+        InputError: they do not.
+    """
+    run = quality.run
+    crop = (run.crops[0, :3] * 255).round().to("cpu", torch.uint8)
+    Codec(codec, None, run.args.threads, run.multiple).check(crop)
 
 
 def _header(quality: Quality, codec: QuantModel) -> dict[str, Any]:

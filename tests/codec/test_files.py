@@ -24,8 +24,7 @@ from licq.models.registry import create_model, list_models
 from licq.quant.config import QuantConfig
 from licq.quant.model import QuantModel
 from licq.support.errors import InputError
-from licq.support.files import sha256
-from tests.frozen_codecs import frozen, make_frozen
+from tests.frozen_codecs import frozen
 from tests.tiny_codecs import SIZES, images
 
 DIGEST = bytes(range(32))
@@ -99,20 +98,6 @@ def test_the_reference_reads_and_writes_the_files_of_the_kernels(name, monkeypat
     monkeypatch.setattr("licq.integer.execution.usable", lambda: False)
     assert codec_of(name).encode(image) == data
     assert torch.equal(codec_of(name).decode(data), simulated(name, image))
-
-
-def test_a_codec_knows_the_file_of_its_model(tmp_path):
-    """Files of a model quantized in this process decode with the model that is saved before or after."""
-    model, image, path = make_frozen("balle2018"), pixels(64, 64), tmp_path / "model.safetensors"
-    early = Codec(model).encode(image)
-    model.save(path)
-    assert torch.equal(Codec.load(path).decode(early), Codec(model).decode(early))
-    model.save(path, {"quality": 3})
-    late = Codec(model).encode(image)
-    loaded = QuantModel.load(path)
-    assert torch.equal(Codec(loaded).decode(late), Codec.load(path).decode(late))
-    assert "another model" in refused(Codec(loaded), early)
-    assert late[:7] == Codec(model, bytes.fromhex(sha256(path))).encode(image)[:7]
 
 
 @pytest.mark.parametrize("image", [torch.rand(3, 64, 64), torch.zeros(2, 64, 64, dtype=torch.uint8)])

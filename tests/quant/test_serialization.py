@@ -560,3 +560,12 @@ def test_older_files_of_float_inputs_load_with_adaround_and_are_refused_with_gro
     without(path, ".group")
     with pytest.raises(InputError, match="g_a.0 share a scale; quantize the codec again"):
         QuantModel.load(path, model=own(5))
+
+
+def test_a_probe_of_a_hostile_size_is_not_run(tmp_path):
+    path = tmp_path / "m.safetensors"
+    model = quantized(own(0))
+    model.checked["repeatable"] = {"height": 2**30, "width": 2**30, "exact": True, "pixels": "0"}
+    model.save(path)
+    with pytest.raises(InputError, match="is damaged"):
+        QuantModel.load(path, model=own(1))
