@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from licq.codec.coder import Coder
 from licq.codec.container import GAIN_UNIT, MAX_GAIN, MAX_PIXELS, MODEL_BYTES, TILE, Container
+from licq.codec.model_tables import coder_of
 from licq.codec.plan import Plan
 from licq.codec.sizes import Sizes
 from licq.data.padding import crop_back, pad_to_multiple
@@ -70,7 +70,7 @@ class Codec:
         self.digest = (_digest_of(model) if digest is None else digest)[:MODEL_BYTES]
         self.variable = hasattr(model.model, "set_level")
         self._network: Any = model.model
-        self._coder = Coder(model)
+        self._coder = coder_of(model)
         self._plans: OrderedDict[tuple[int, int, int], Plan] = OrderedDict()
         self.sizes = Sizes(self._lowered, self.multiple, tile, progress)
 
@@ -112,7 +112,7 @@ class Codec:
         self._check_size(height, width)
         padded, _ = pad_to_multiple(pixels[None], self.multiple)
         plan = self._plan(padded.shape[-2], padded.shape[-1], gain)
-        return Container(self.digest, width, height, gain, (self._coder.encode(plan, padded),)).to_bytes()
+        return Container(self.digest, width, height, gain, (self._coder.encode(plan, padded.numpy()),)).to_bytes()
 
     def decode(self, data: bytes) -> Tensor:
         """Decode an image.
@@ -139,7 +139,8 @@ class Codec:
             torch.empty((1, 1, content.height, content.width), device="meta"), self.multiple
         )
         plan = self._plan(like.shape[-2], like.shape[-1], content.gain)
-        return crop_back(self._coder.decode(plan, content.streams[0]), unpad)[0].contiguous()
+        decoded = torch.from_numpy(self._coder.decode(plan, content.streams[0]))
+        return crop_back(decoded, unpad)[0].contiguous()
 
     def inspect(self, pixels: Tensor, batch: int = 1, device: torch.device | str = "cpu") -> dict:
         """What the integer program computes for an image, without any coding of symbols.

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,3 +53,16 @@ def executable(
     if torch.device(device).type == "cpu" and usable():
         return FastProgram(optimize(program), threads)
     return partial(_by_name, program.to(device))
+
+
+def on_arrays(
+    program: Program, threads: int | None = None
+) -> Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]:
+    """What computes a program on the CPU, on NumPy's arrays; see `executable`."""
+    run = executable(program, threads)
+
+    def compute(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        results = run({name: torch.from_numpy(array) for name, array in inputs.items()})
+        return {name: tensor.numpy() for name, tensor in results.items()}
+
+    return compute
