@@ -290,12 +290,31 @@ def _parameters_before(
     # the channel that each number comes from, counted from 1; pads bring 0
     came_from = torch.arange(1, shape[dim] + 1, dtype=torch.int16).reshape(view).expand(shape)
     for layout in layouts:
-        arguments = [came_from if isinstance(part, Operand) else part for part in layout.arguments]
-        came_from = layout_function(layout.name)(*arguments, **layout.options)
+        came_from = _laid(layout, came_from)
     of_channels = _along(came_from, varying, shape[dim])
     if of_channels is None:
         return None
     return {**before, **{name: part.reshape(view) for name, part in of_channels.items()}}
+
+
+def _laid(layout: ops.Layout, x: Tensor) -> Tensor:
+    """What a layout function makes of x.
+
+    x is one number repeated along most dimensions, in no memory of its own (stride 0). Functions that choose
+    or shift positions along these dimensions change nothing there, so they need not copy.
+    """
+    if layout.name == "index_select" and len(layout.arguments) == 3:
+        _, dim, index = layout.arguments
+        if x.stride(dim) == 0:
+            shape = [*x.shape]
+            shape[dim] = len(index)
+            return x.narrow(dim, 0, 1).expand(shape)
+    if layout.name in ("roll", "flip"):
+        dims = layout.argument(2 if layout.name == "roll" else 1, "dims")
+        if dims is not None and all(x.stride(dim) == 0 for dim in torch.atleast_1d(torch.tensor(dims)).tolist()):
+            return x
+    arguments = [x if isinstance(part, Operand) else part for part in layout.arguments]
+    return layout_function(layout.name)(*arguments, **layout.options)
 
 
 def with_attention(program: Program) -> Program:
@@ -352,6 +371,10 @@ def _along(came_from: Tensor, parameters: dict[str, Tensor], size: int) -> dict[
         for name, part in parameters.items()
     }
     varies = [any(part.shape[d] > 1 for part in full.values()) for d in range(came_from.ndim)]
+    # along dimensions of stride 0 one position has the numbers of all
+    came_from = came_from[
+        tuple(slice(None) if varies[d] or came_from.stride(d) else slice(0, 1) for d in range(came_from.ndim))
+    ]
     sample = came_from[tuple(slice(None) if yes else slice(0, 1) for yes in varies)]
     # the sample is enough, where channels vary only as the parameters do
     if not (bool((sample > 0).all()) and bool(((came_from == sample) | (came_from == 0)).all())):
