@@ -10,6 +10,19 @@ Part = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
 
 
 @dataclass
+class Chain:
+    """Parts, each of which takes what the one before it gives."""
+
+    parts: list[Part]
+
+    def __call__(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        results = dict(inputs)
+        for part in self.parts:
+            results = part(results)
+        return results
+
+
+@dataclass
 class Latent:
     """One latent, by the numbers of its values in the program.
 

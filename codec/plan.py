@@ -19,7 +19,7 @@ import torch
 
 from licq.codec.latents import NO_FILES, EncoderOnlyError, cut, find_latents
 from licq.codec.order import Reading, dependents, groups, positions_of, readings, window_side
-from licq.codec.parts import Context, Gathering, Latent, Part, Step
+from licq.codec.parts import Chain, Context, Gathering, Latent, Part, Step
 from licq.codec.sizes import Sizes, analysis_part, synthesis_part
 from licq.integer.execution import on_arrays
 from licq.integer.passes import without_duplicates
@@ -110,7 +110,7 @@ class Plan:
             return self._executable(self.program.part({"pixels": pixels}, self._coded))
         latent = self.program.bottleneck(pixels, self._coded.values())
         rest = self._executable(self.program.part({"latent": latent}, self._coded))
-        return lambda inputs: rest(tiled(inputs))
+        return Chain([tiled, rest])
 
     def _tiled(self, name: str, part: Callable[[Program], Program]) -> Tiled | None:
         height, width = self.program.values[self.program.inputs["pixels"]].shape[-2:]

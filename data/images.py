@@ -3,12 +3,15 @@
 import warnings
 from pathlib import Path
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-import torch
 from PIL import Image, UnidentifiedImageError
-from torch import Tensor
 
 from licq.support.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MIN_SIDE = 8  # pixels; the smallest image that a codec with four stride-2 stages says anything about
 
@@ -34,7 +37,7 @@ _MODES = {
 }
 
 
-def load_image(path: str | Path) -> Tensor:
+def load_image(path: str | Path) -> "Tensor":
     """The pixels of an 8-bit RGB image file, float32 (3, H, W) in 0..1.
 
     Pixels are taken as stored: an EXIF orientation is not applied and an ICC profile is ignored, as in every
@@ -44,6 +47,8 @@ def load_image(path: str | Path) -> Tensor:
         InputError: missing, not an image, truncated, 16-bit, grey, CMYK, palette, alpha, more than one frame,
             too large to be decoded safely, or smaller than 8 pixels on a side.
     """
+    import torch  # here: who wants pixels alone needs none
+
     pixels = load_pixels(path)
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous().to(torch.float32).div_(255.0)
 

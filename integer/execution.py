@@ -58,8 +58,15 @@ def executable(
 def on_arrays(
     program: Program, threads: int | None = None
 ) -> Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]:
-    """What computes a program on the CPU, on NumPy's arrays; see `executable`."""
+    """What computes a program on the CPU, on NumPy's arrays; see `executable`.
+
+    Returns:
+        With kernels a `ready.ReadyProgram`.
+    """
     run = executable(program, threads)
+    if isinstance(run, FastProgram):
+        run.ready.threads = threads or torch.get_num_threads()
+        return run.ready
 
     def compute(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         results = run({name: torch.from_numpy(array) for name, array in inputs.items()})

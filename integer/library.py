@@ -10,10 +10,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 
 S8, U8, S16, S32 = range(4)
-TYPES = {torch.int8: S8, torch.uint8: U8, torch.int16: S16, torch.int32: S32}
+TYPES = {np.dtype(np.int8): S8, np.dtype(np.uint8): U8, np.dtype(np.int16): S16, np.dtype(np.int32): S32}
 LOAD, STORE, RESCALE, ADD, ADD_CHANNELS, MULTIPLY, NEG, ABS, SQUARE, CLAMP, LEAKY, TABLE, GDN = range(13)
 BLOCK = 16
 """Outputs of a layer that a kernel computes at a time."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from licq.integer.launches import Launch
+from licq.integer.ready import Launch
 
 
 def memory_slots(launches: Sequence[Launch], outputs: set[int], sizes: Mapping[int, int]) -> dict[int, int]:
@@ -21,7 +21,7 @@ def memory_slots(launches: Sequence[Launch], outputs: set[int], sizes: Mapping[i
         for number in launch.writes:
             viewed = launch.reads if launch.may_give_views else ()
             owners[number] = {owner for source in viewed for owner in owners.get(source, ())}
-            if launch.uses_context_memory:
+            if launch.uses_program_memory:
                 owners[number].add(number)
         for number in (*launch.reads, *launch.writes):
             for owner in owners.get(number, ()):
@@ -34,7 +34,7 @@ def memory_slots(launches: Sequence[Launch], outputs: set[int], sizes: Mapping[i
     count = 0
     for position, launch in enumerate(launches):
         for number in launch.writes:
-            if not launch.uses_context_memory or last[number] == len(launches):
+            if not launch.uses_program_memory or last[number] == len(launches):
                 continue
             reused = next((entry for entry in free if entry[0] == sizes[number]), free[-1] if free else None)
             if reused is None:

@@ -11,9 +11,9 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from licq.integer.groups import PRODUCTS
+from licq.integer.groups import PRODUCTS, constants_of
 from licq.integer.program import Program
-from licq.integer.reference import layout_function
+from licq.integer.reference import MEANING, layout_function
 from licq.quant import operations as ops
 from licq.quant.operations import Boundary, Operand, Operation
 
@@ -46,7 +46,7 @@ _MOVES = {
 
 def optimize(program: Program) -> Program:
     """All passes."""
-    program = without_idle_rescales(program)
+    program = without_idle_rescales(with_folded_constants(program))
     program = with_split_products(program)
     program = with_early_elementwise(program)
     return without_unused(with_attention(program))
@@ -122,6 +122,21 @@ def without_unused(program: Program) -> Program:
             needed.update(operation.inputs)
             needed_operations.append(operation)
     return _with(program, needed_operations[::-1])
+
+
+def with_folded_constants(program: Program) -> Program:
+    """With constants in the place of operations on constants."""
+    values, operations = constants_of(program), []
+    for operation in program.operations:
+        known = [values[number] for number in operation.inputs if number in values]
+        if known and len(known) == len(operation.inputs) and len(operation.outputs) == 1:
+            (number,) = operation.outputs
+            result = MEANING[type(operation)](operation, *known)
+            if not isinstance(result, (list, tuple)):
+                values[number] = result.to(torch.int64)
+                operation = ops.Constant((), (number,), operation.node, value=values[number])
+        operations.append(operation)
+    return _with(program, operations)
 
 
 def without_idle_rescales(program: Program) -> Program:

@@ -11,10 +11,30 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from licq.integer.execution import on_arrays
-from licq.integer.program import Program
-from licq.integer.reach import Reach, Span
 from licq.support.progress import progress
+
+Part = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
+"""A program: integers by name -> integers by name."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """How far results depend on the image along one axis.
+
+    before, after: so many pixels beside those of the result. period: of the pattern, in pixels.
+    """
+
+    before: int
+    after: int
+    period: int
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How far results depend on the image."""
+
+    rows: Span
+    columns: Span
 
 
 @dataclass(frozen=True)
@@ -54,33 +74,26 @@ def _cuts_of(total: int, length: int, before: int, after: int, period: int) -> l
         start, first = (last - before) // period * period, last
 
 
+@dataclass
 class Tiled:
     """Computes a program's outputs for an image of height x width in tiles.
 
+    Inputs and outputs have the same names for all sizes, and rows and columns as last dimensions.
+
     Args:
-        part: (height, width) -> the program for an image of that size. Inputs and outputs have the same names
-            for all sizes, and rows and columns as last dimensions.
-        reach: of the program's results. tile: about so many pixels along each side.
-        multiple: sides of images are multiples of it.
-        threads: of the kernels.
+        rows, columns: the tiles along each axis.
+        parts: the program for a tile of (height, width); made when it is first needed.
+        make: makes it; None: all are there.
         shown: what a progress bar says; empty: none.
     """
 
-    def __init__(
-        self,
-        part: Callable[[int, int], Program],
-        height: int,
-        width: int,
-        reach: Reach,
-        tile: int,
-        multiple: int,
-        threads: int | None = None,
-        shown: str = "",
-    ):
-        self.part, self.height, self.width, self.threads, self.shown = part, height, width, threads, shown
-        self.rows = cuts(height, tile, reach.rows, multiple)
-        self.columns = cuts(width, tile, reach.columns, multiple)
-        self._ready: dict[tuple[int, int], Callable] = {}
+    height: int
+    width: int
+    rows: list[Cut]
+    columns: list[Cut]
+    parts: dict[tuple[int, int], Part]
+    make: Callable[[int, int], Part] | None = None
+    shown: str = ""
 
     def __call__(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The outputs by name, from the inputs of the whole image."""
@@ -97,17 +110,19 @@ class Tiled:
                 self._put(outputs, name, result, row, column)
         return outputs
 
-    def _run(self, height: int, width: int) -> Callable:
-        if (height, width) not in self._ready:
-            self._ready[height, width] = on_arrays(self.part(height, width), self.threads)
-        return self._ready[height, width]
+    def _run(self, height: int, width: int) -> Part:
+        if (height, width) not in self.parts and self.make is not None:
+            self.parts[height, width] = self.make(height, width)
+        return self.parts[height, width]
 
     def _piece(self, x: np.ndarray, top: int, bottom: int, left: int, right: int) -> np.ndarray:
         """The view of x that belongs to a rectangle of the image."""
         down, across = self.height // x.shape[-2], self.width // x.shape[-1]
         return x[..., top // down : bottom // down, left // across : right // across]
 
-    def _put(self, outputs: dict[str, np.ndarray], name: str, result: np.ndarray, row: Cut, column: Cut) -> None:
+    def _put(
+        self, outputs: dict[str, np.ndarray], name: str, result: np.ndarray, row: Cut, column: Cut
+    ) -> None:
         down, across = (
             (row.end - row.start) // result.shape[-2],
             (column.end - column.start) // result.shape[-1],

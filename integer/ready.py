@@ -1,0 +1,427 @@
+"""A program made ready for this machine, and how it runs: kernels, NumPy's arrays, and no torch.
+
+`integer.fast` makes ready programs; `integer.ready_files` writes them to files and reads them.
+"""
+
+import ctypes
+import math
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from licq.integer.arrays import LAYOUT, viewed
+from licq.integer.library import SLACK, TYPES, Array, Attention, LayerNorm, Product, Winograd, kernels
+
+Values = dict[int, np.ndarray]
+Storage = tuple[np.dtype, int]
+"""The type in which a value lies in memory, and what is added to its integers there."""
+_INT16 = np.dtype(np.int16)
+
+
+@dataclass
+class Place:
+    """In the place of a value among the arguments of a layout function: input number `index`."""
+
+    index: int
+
+
+class Launch(ABC):
+    """Computes the values `writes` from the values `reads`."""
+
+    reads: tuple[int, ...]
+    writes: tuple[int, ...]
+    uses_program_memory = True
+    """Results are written into memory that the program gives."""
+    may_give_views = False
+    """Results may be views of what is read."""
+
+    @abstractmethod
+    def run(self, program: "ReadyProgram", values: Values, inputs: Mapping[str, np.ndarray]) -> None:
+        """Read from `values` and add the results to it.
+
+        inputs: the program's inputs by name.
+        """
+
+
+@dataclass
+class InputLaunch(Launch):
+    """An input of the program, in the type in which the program stores it."""
+
+    name: str
+    reads: tuple[int, ...]
+    writes: tuple[int, ...]
+    uses_program_memory = False
+
+    def run(self, program: "ReadyProgram", values: Values, inputs: Mapping[str, np.ndarray]) -> None:
+        program.put(values, self.writes[0], inputs[self.name])
+
+
+@dataclass
+class LayoutLaunch(Launch):
+    """A function that moves numbers.
+
+    arguments: with a `Place` for each value. shape: of the result, where the program gives memory for it.
+    """
+
+    name: str
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+    reads: tuple[int, ...]
+    writes: tuple[int, ...]
+    may_give_views = True
+    uses_program_memory = False
+
+    def run(self, program: "ReadyProgram", values: Values, inputs: Mapping[str, np.ndarray]) -> None:
+        results = LAYOUT[self.name](*_filled(self.arguments, [values[n] for n in self.reads]), **self.options)
+        many = isinstance(results, (list, tuple))
+        for number, result in zip(self.writes, results if many else (results,), strict=True):
+            program.put(values, number, result)
+
+
+@dataclass
+class CopyLaunch(LayoutLaunch):
+    """A layout function that copies a large value, into memory that is used again in the next run."""
+
+    shape: tuple[int, ...]
+    uses_program_memory = True
+
+    def run(self, program: "ReadyProgram", values: Values, inputs: Mapping[str, np.ndarray]) -> None:
+        (source,), (number,) = self.reads, self.writes
+        x, (dtype, offset) = values[source], program.storage[number]
+        shuffled = self.name == "pixel_shuffle"
+        if (
+            x.dtype != dtype
+            or (shuffled and x.ndim != 4)
+            or offset != program.storage.get(source, (dtype, 0))[1]
+            or self.options
+        ):
+            super().run(program, values, inputs)
+        elif self.name == "index_select":
+            out = program.new(number, self.shape)
+            values[number] = np.take(x, self.arguments[2], self.arguments[1], out=out, mode="clip")
+        elif shuffled:  # with channels contiguous, as the kernels read them
+            batch, _, height, width = x.shape
+            side, channels = self.arguments[1], self.shape[1]
+            rows = program.new(number, (batch, height, side, width, side, channels))
+            cells = x.transpose(0, 2, 3, 1).reshape(batch, height, width, channels, side, side)
+            rows[...] = cells.transpose(0, 1, 4, 2, 5, 3)
+            values[number] = rows.reshape(batch, height * side, width * side, channels).transpose(0, 3, 1, 2)
+        else:
+            view = viewed(x, self.shape)
+            if view is None:
+                view = program.new(number, x.shape)
+                view[...] = x
+            values[number] = view.reshape(self.shape)
+
+
+@dataclass
+class SumLaunch(Launch):
+    """Sums along dimensions."""
+
+    dim: Any
+    keepdim: bool
+    reads: tuple[int, ...]
+    writes: tuple[int, ...]
+    uses_program_memory = False
+
+    def run(self, program: "ReadyProgram", values: Values, inputs: Mapping[str, np.ndarray]) -> None:
+        dim = tuple(self.dim) if isinstance(self.dim, list) else self.dim
+        x = values[self.reads[0]]
+        program.put(values, self.writes[0], x.sum(dim, dtype=np.int64, keepdims=self.keepdim))
+
+
+def _filled(parts: Any, inputs: list[np.ndarray]) -> Any:
+    if isinstance(parts, (list, tuple)):
+        return type(parts)(_filled(part, inputs) for part in parts)
+    return inputs[parts.index] if isinstance(parts, Place) else parts
+
+
+@dataclass
+class ProductJobs:
+    """The product of a group: one job, or one for each phase of a transposed convolution.
+
+    source: the value that is multiplied. channel_dim: of it. stored: how it is stored. operand: as what the
+    kernel reads it. slack: bytes behind it that the kernel may read. buffers: what the jobs point to.
+    """
+
+    source: int
+    channel_dim: int
+    stored: int
+    operand: Storage
+    jobs: list[Product | Winograd]
+    slack: int
+    buffers: list[np.ndarray]
+
+    def run(self, x: np.ndarray, steps: Any, count: int, arrays: Any, registers: int, threads: int) -> None:
+        x = self._readable(x)
+        for job in self.jobs:
+            job.x, job.threads = x.ctypes.data, threads
+            kernel = kernels().winograd if isinstance(job, Winograd) else kernels().products
+            check(kernel(ctypes.byref(job), steps, count, arrays, registers))
+
+    def _readable(self, x: np.ndarray) -> np.ndarray:
+        """x with its channels contiguous, in the type of the products, and with readable bytes behind it."""
+        dtype, offset = self.operand
+        rows = channels_last(x, self.channel_dim)
+        if rows.flags.c_contiguous and (x.dtype, self.stored) == (dtype, offset):
+            if not self.slack or _bytes_behind(rows) >= self.slack:
+                return x
+        copy = np.empty(rows.size + SLACK, dtype=dtype)[: rows.size].reshape(rows.shape)
+        if self.stored == offset:
+            copy[...] = rows
+        else:
+            np.add(rows, offset - self.stored, out=copy, casting="unsafe", dtype=np.int64)
+        return copy
+
+
+def _bytes_behind(x: np.ndarray) -> int:
+    """Readable bytes behind a contiguous array."""
+    owner = x
+    while isinstance(owner.base, np.ndarray):
+        owner = owner.base
+    if not (owner.flags.c_contiguous or owner.flags.f_contiguous):
+        return 0
+    return owner.ctypes.data + owner.nbytes - (x.ctypes.data + x.nbytes)
+
+
+@dataclass
+class GroupLaunch(Launch):
+    """A product, or none, and the elementwise steps on its results, tile by tile.
+
+    Args:
+        loads: values that the steps read.
+        channel_dim: of the group's values, the dimension that is contiguous in memory.
+        shapes: of the values that are written.
+        pixels, channels: of the group's values.
+        steps: a table of `library.Step`. count: its steps. registers: how many they use.
+        constants: arrays that the steps read too, with channels as their last dimension.
+        buffers: what the steps point to.
+    """
+
+    loads: tuple[int, ...]
+    reads: tuple[int, ...]
+    writes: tuple[int, ...]
+    channel_dim: int
+    shapes: list[tuple[int, ...]]
+    pixels: int
+    channels: int
+    steps: Any
+    count: int
+    registers: int
+    constants: list[np.ndarray]
+    buffers: list[np.ndarray]
+    product: ProductJobs | None = None
+
+    @property
+    def jobs(self) -> list[Product | Winograd]:
+        """The kernel's jobs; none where the group has no product."""
+        return [] if self.product is None else self.product.jobs
+
+    def run(self, program: "ReadyProgram", values: Values, inputs: Mapping[str, np.ndarray]) -> None:
+        storage = program.storage
+        arrays = [(_with_channels_last(values[n], self.channel_dim), storage[n][1]) for n in self.loads]
+        for number, shape in zip(self.writes, self.shapes):
+            values[number] = program.new(number, shape, self.channel_dim)
+            arrays.append((values[number], storage[number][1]))
+        arrays += [(constant, 0) for constant in self.constants]
+        table, kept = (Array * max(len(arrays), 1))(), []
+        for entry, (array, offset) in zip(table, arrays):
+            array = array if array.dtype in TYPES else array.astype(np.int32, order="K")
+            kept.append(array)  # until the kernel has read it
+            entry.data, entry.type, entry.offset = array.ctypes.data, TYPES[array.dtype], offset
+        if self.product is not None:
+            source = values[self.product.source]
+            self.product.run(source, self.steps, self.count, table, self.registers, program.thread_count)
+            return
+        pixels = ctypes.c_int64(self.pixels)
+        check(
+            kernels().elementwise(
+                pixels, self.channels, self.steps, self.count, table, self.registers, program.thread_count
+            )
+        )
+
+
+def channels_last(x: np.ndarray, channel_dim: int) -> np.ndarray:
+    """The view of x with its channels as the last dimension."""
+    last = x.ndim - 1
+    channel_dim %= x.ndim
+    if channel_dim == last:
+        return x
+    return x.transpose(*range(channel_dim), *range(channel_dim + 1, last + 1), channel_dim)
+
+
+def _back(rows: np.ndarray, channel_dim: int) -> np.ndarray:
+    """The inverse of `channels_last`."""
+    last = rows.ndim - 1
+    channel_dim %= rows.ndim
+    if channel_dim == last:
+        return rows
+    return rows.transpose(*range(channel_dim), last, *range(channel_dim, last))
+
+
+def _with_channels_last(x: np.ndarray, channel_dim: int) -> np.ndarray:
+    """x with its channels contiguous in memory; its shape stays."""
+    rows = channels_last(x, channel_dim)
+    return x if rows.flags.c_contiguous else _back(np.ascontiguousarray(rows), channel_dim)
+
+
+@dataclass
+class LayerNormLaunch(Launch):
+    """Layer normalization, row by row; buffers: what the job points to."""
+
+    reads: tuple[int, ...]
+    writes: tuple[int, ...]
+    shape: tuple[int, ...]
+    job: LayerNorm
+    buffers: list[np.ndarray]
+
+    def run(self, program: "ReadyProgram", values: Values, inputs: Mapping[str, np.ndarray]) -> None:
+        x = np.ascontiguousarray(values[self.reads[0]], dtype=np.int16)
+        out, job = program.new(self.writes[0], self.shape), self.job
+        job.x, job.threads = x.ctypes.data, program.thread_count
+        _point_out(job, out, program.storage[self.writes[0]][1])
+        check(kernels().layer_norm(ctypes.byref(job)))
+        values[self.writes[0]] = out
+
+
+@dataclass
+class AttentionLaunch(Launch):
+    """Attention, head by head, with the scores of a few queries at a time; buffers: what the job points to."""
+
+    reads: tuple[int, ...]
+    writes: tuple[int, ...]
+    shape: tuple[int, ...]
+    job: Attention
+    buffers: list[np.ndarray]
+
+    def run(self, program: "ReadyProgram", values: Values, inputs: Mapping[str, np.ndarray]) -> None:
+        q, k, v = (values[number] for number in self.reads)
+        out, job, parts = program.new(self.writes[0], self.shape), self.job, []
+        for name, part in (("q", q), ("k", k.swapaxes(-2, -1)), ("v", v)):
+            part = part if part.dtype == _INT16 else part.astype(np.int16)
+            # a view with one step along the batch, where there is one
+            shape = (1, *part.shape) if part.ndim == 3 else (-1, *part.shape[-3:])
+            part = part.reshape(shape)
+            part = part if part.strides[-1] == 2 else np.ascontiguousarray(part)
+            parts.append(part)  # keeps the memory until the kernel has read it
+            setattr(job, name, part.ctypes.data)
+            setattr(job, f"{name}_steps", (ctypes.c_int64 * 3)(*(step // 2 for step in part.strides[:3])))
+        _point_out(job, out, program.storage[self.writes[0]][1])
+        job.threads = program.thread_count
+        check(kernels().attention(ctypes.byref(job)))
+        values[self.writes[0]] = out
+
+
+def _point_out(job: LayerNorm | Attention, out: np.ndarray, offset: int) -> None:
+    job.out.data, job.out.type, job.out.offset = out.ctypes.data, TYPES[out.dtype], offset
+
+
+def check(status: int) -> None:
+    """Raises MemoryError where a kernel says that it had no memory."""
+    if status:
+        raise MemoryError("the kernels ran out of memory")
+
+
+@dataclass
+class ReadyProgram:
+    """Launches in order, and where their values lie.
+
+    Args:
+        launches: in order.
+        constants: arrays by number of the value.
+        storage: of each stored value.
+        outputs: name -> (number of the value, type in which it is given).
+        drops: the values that nothing needs after each launch.
+        slots: which memory each value is written into; values of one slot are not needed at the same time.
+        threads: of the kernels; None: as many as there are processors.
+    """
+
+    launches: Sequence[Launch]
+    constants: Values
+    storage: dict[int, Storage]
+    outputs: dict[str, tuple[int, np.dtype]]
+    drops: list[list[int]]
+    slots: dict[int, int]
+    threads: int | None = None
+    _memory: dict[int, np.ndarray] = field(default_factory=dict)  # by slot
+    _views: dict[tuple, np.ndarray] = field(default_factory=dict)  # of the memory, see `new`
+    _keeps: bool = False
+
+    @property
+    def thread_count(self) -> int:
+        """Threads of the kernels."""
+        return self.threads or default_threads()
+
+    def __call__(self, inputs: Mapping[str, np.ndarray], keep: bool = False) -> dict[Any, np.ndarray]:
+        """The outputs by name; with `keep`, all that was stored, by number."""
+        values: Values = dict(self.constants)
+        self._keeps = keep
+        for launch, drops in zip(self.launches, self.drops):
+            launch.run(self, values, inputs)
+            if not keep:
+                for number in drops:
+                    values.pop(number, None)
+        if keep:
+            return {
+                number: array.astype(np.int64) - self.storage.get(number, (None, 0))[1]
+                for number, array in values.items()
+            }
+        return {
+            name: values[number].astype(dtype, order="K", copy=False)
+            for name, (number, dtype) in self.outputs.items()
+        }
+
+    def put(self, values: Values, number: int, array: np.ndarray) -> None:
+        """Keep a result in the type in which it is stored."""
+        dtype, offset = self.storage.get(number, (array.dtype, 0))
+        if offset:
+            values[number] = (array.astype(np.int32, order="K") + offset).astype(dtype, order="K")
+        else:
+            values[number] = array.astype(dtype, order="K", copy=False)
+
+    def new(self, number: int, shape: tuple[int, ...], channel_dim: int = -1) -> np.ndarray:
+        """Memory for a value, with `SLACK` bytes behind it that kernels may read.
+
+        The next run gets the same memory, so that its pages are there.
+
+        channel_dim: the dimension of the shape that is contiguous.
+        """
+        slot = self.slots.get(number)
+        if slot is None or self._keeps:
+            return self._view(self._bytes(number, shape), number, shape, channel_dim)
+        key = (number, shape, channel_dim)
+        if key not in self._views:
+            memory = self._memory.get(slot)
+            if memory is None or len(memory) < self._size(number, shape) + SLACK:
+                memory = self._memory[slot] = self._bytes(number, shape)
+                self._views = {of: view for of, view in self._views.items() if self.slots[of[0]] != slot}
+            self._views[key] = self._view(memory, number, shape, channel_dim)
+        return self._views[key]
+
+    def _size(self, number: int, shape: tuple[int, ...]) -> int:
+        return math.prod(shape) * self.storage[number][0].itemsize
+
+    def _bytes(self, number: int, shape: tuple[int, ...]) -> np.ndarray:
+        """At a multiple of 64, as vectors are."""
+        size = self._size(number, shape) + SLACK
+        memory = np.empty(size + 64, dtype=np.uint8)
+        start = -memory.ctypes.data % 64
+        return memory[start : start + size]
+
+    def _view(self, memory: np.ndarray, number: int, shape: tuple[int, ...], channel_dim: int) -> np.ndarray:
+        rows = [*shape]
+        rows.append(rows.pop(channel_dim))
+        typed = memory[: self._size(number, shape)].view(self.storage[number][0])
+        return _back(typed.reshape(rows), channel_dim)
+
+
+def default_threads() -> int:
+    """OMP_NUM_THREADS, or the processors that this process may use."""
+    stated = os.environ.get("OMP_NUM_THREADS", "")
+    if stated.isdigit() and int(stated):
+        return int(stated)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
