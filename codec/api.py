@@ -6,13 +6,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from licq.codec.container import GAIN_UNIT, MAX_GAIN, MAX_PIXELS, MODEL_BYTES, TILE, Container
+from licq.codec.checks import check_content, check_size
+from licq.codec.container import GAIN_UNIT, MAX_GAIN, MODEL_BYTES, TILE, Container
 from licq.codec.model_tables import coder_of
 from licq.codec.plan import Plan
+from licq.codec.ready_plan import ReadyPlan
 from licq.codec.sizes import Sizes
+from licq.data.margins import without_margins
 from licq.data.padding import crop_back, pad_to_multiple
 from licq.integer.execution import executable
 from licq.integer.lowering import lower
@@ -109,7 +113,7 @@ class Codec:
             )
         gain = self.gain(level)
         height, width = pixels.shape[-2:]
-        self._check_size(height, width)
+        check_size(height, width, self.multiple)
         padded, _ = pad_to_multiple(pixels[None], self.multiple)
         plan = self._plan(padded.shape[-2], padded.shape[-1], gain)
         return Container(self.digest, width, height, gain, (self._coder.encode(plan, padded.numpy()),)).to_bytes()
@@ -127,20 +131,24 @@ class Codec:
             InputError: the file is damaged, or of another model.
         """
         content = Container.from_bytes(data)
-        if content.model != self.digest:
-            raise InputError(
-                f"the file is of another model ({content.model.hex()}, this one is {self.digest.hex()}); "
-                "give that one as `model`"
-            )
-        if bool(content.gain) != self.variable or len(content.streams) != 1:
-            raise InputError("the file does not fit this model, though it names it; encode the image again")
-        self._check_size(content.height, content.width)
-        like, unpad = pad_to_multiple(
-            torch.empty((1, 1, content.height, content.width), device="meta"), self.multiple
-        )
-        plan = self._plan(like.shape[-2], like.shape[-1], content.gain)
-        decoded = torch.from_numpy(self._coder.decode(plan, content.streams[0]))
-        return crop_back(decoded, unpad)[0].contiguous()
+        height, width = check_content(content, self.digest, self.variable, self.multiple)
+        plan = self._plan(height, width, content.gain)
+        decoded = self._coder.decode(plan, content.streams[0])
+        pixels = without_margins(decoded[0], content.height, content.width, self.multiple)
+        return torch.from_numpy(np.ascontiguousarray(pixels))
+
+    def ready_plan(self, what: str, height: int, width: int, gain: int) -> ReadyPlan:
+        """What one direction of coding needs, for images of height x width with their padding.
+
+        Args:
+            what: "encode" or "decode".
+            gain: see `gain`.
+        """
+        plan = self._plan(height, width, gain)
+        orders = [plan.order(index) for index in range(len(plan.latents))]
+        if what == "encode":
+            return ReadyPlan(self._coder, plan.latents, orders, plan.encoder)
+        return ReadyPlan(self._coder, plan.latents, orders, None, plan.steps, plan.synthesis)
 
     def inspect(self, pixels: Tensor, batch: int = 1, device: torch.device | str = "cpu") -> dict:
         """What the integer program computes for an image, without any coding of symbols.
@@ -201,15 +209,6 @@ class Codec:
         From then on the model's forward gives the pixels that its files decode to.
         """
         self._set_gain(self.gain(None))
-
-    def _check_size(self, height: int, width: int) -> None:
-        """Raises InputError where the image has too many pixels with its padding."""
-        padded = [-(-side // self.multiple) * self.multiple for side in (height, width)]
-        if padded[0] * padded[1] > MAX_PIXELS:
-            raise InputError(
-                f"an image of {width}x{height}, with its sides rounded up to multiples of {self.multiple}, "
-                f"is too large for one file; cut it into parts of at most {MAX_PIXELS} pixels"
-            )
 
     def _plan(self, height: int, width: int, gain: int) -> Plan:
         key = (height, width, gain)

@@ -20,6 +20,7 @@ import torch
 from licq.codec.latents import NO_FILES, EncoderOnlyError, cut, find_latents
 from licq.codec.order import Reading, dependents, groups, positions_of, readings, window_side
 from licq.codec.parts import Chain, Context, Gathering, Latent, Part, Step
+from licq.codec.ready_plan import named_values
 from licq.codec.sizes import Sizes, analysis_part, synthesis_part
 from licq.integer.execution import on_arrays
 from licq.integer.passes import without_duplicates
@@ -78,13 +79,14 @@ class Plan:
         Raises:
             InputError: the codec's forward has no bitstream.
         """
+        return named_values(self.latents, self.encoder({"pixels": pixels}))
+
+    @property
+    def encoder(self) -> Part:
+        """From {"pixels"} to symbols and densities by names such as "1.scales"."""
         if self._encoder is None:
             self._encoder = self._make_encoder()
-        values = self._encoder({"pixels": pixels})
-        return [
-            {name: values[f"{index}.{name}"] for name in ("symbols", *latent.densities)}
-            for index, latent in enumerate(self.latents)
-        ]
+        return self._encoder
 
     def _check(self) -> None:
         """Raises InputError where a decoder would not have what it needs: no unreadable file is written."""

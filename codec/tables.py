@@ -100,9 +100,8 @@ class GaussianRows:
     """
 
     def __init__(self, tables: Sequence[Any], boundary_bits: int):
-        self.thresholds, self.inverses, self.normal = (
-            np.ascontiguousarray(part, dtype=np.int64) for part in tables
-        )
+        self.tables = tuple(np.ascontiguousarray(part, dtype=np.int64) for part in tables)
+        self.thresholds, self.inverses, self.normal = self.tables
         self.boundary_bits = boundary_bits
         one = 1 << INVERSE_BITS
         # symbols on either side of the mean: _TAIL deviations and 1.5

@@ -41,7 +41,7 @@ _STEPS = {
     library.TABLE: "table",
     library.GDN: "gdn",
 }
-_TAG = "kind"
+_TAG = "$"  # no field has this name
 
 
 class NotStorable(Exception):

@@ -106,11 +106,12 @@ class Tiled:
                 name: np.ascontiguousarray(self._piece(x, row.start, row.end, column.start, column.end))
                 for name, x in inputs.items()
             }
-            for name, result in self._run(row.end - row.start, column.end - column.start)(pieces).items():
+            for name, result in self.part_for(row.end - row.start, column.end - column.start)(pieces).items():
                 self._put(outputs, name, result, row, column)
         return outputs
 
-    def _run(self, height: int, width: int) -> Part:
+    def part_for(self, height: int, width: int) -> Part:
+        """The program for a tile of this size."""
         if (height, width) not in self.parts and self.make is not None:
             self.parts[height, width] = self.make(height, width)
         return self.parts[height, width]

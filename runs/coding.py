@@ -176,16 +176,14 @@ class _Piece:
 
 @lru_cache(maxsize=1)
 def _loaded(model: Path, threads: int | None, tile: int | None):
-    from licq.codec.api import Codec
-    from licq.support.determinism import set_threads
+    from licq.codec.quick import QuickCodec
 
-    set_threads(threads)
-    return Codec.load(model, threads, tile=tile)
+    return QuickCodec(model, threads, tile)
 
 
 def _codec_of(piece: _Piece):
     codec = _loaded(piece.model, piece.threads, piece.tile)
-    codec.sizes.progress = piece.progress
+    codec.progress = piece.progress
     return codec
 
 
@@ -213,15 +211,13 @@ def encode(args: argparse.Namespace) -> int:
 
 
 def _encode_one(piece: _Piece) -> tuple[Path, int, int, bool]:
-    import torch
-
     from licq.data.images import is_turned, load_pixels
 
-    pixels = torch.from_numpy(load_pixels(piece.source)).permute(2, 0, 1)
+    pixels = load_pixels(piece.source).transpose(2, 0, 1)
     data = _codec_of(piece).encode(pixels, piece.level)
     with atomic_path(piece.target) as temporary:
         temporary.write_bytes(data)
-    return piece.target, len(data), pixels[0].numel(), is_turned(piece.source)
+    return piece.target, len(data), pixels[0].size, is_turned(piece.source)
 
 
 def _model_for(args: argparse.Namespace) -> tuple[Path, float | None]:
@@ -239,13 +235,14 @@ def _model_for(args: argparse.Namespace) -> tuple[Path, float | None]:
     if codec.variable and args.quality is None:
         raise InputError(
             f"{files[0]} has many rates; choose one with --quality, a number from 1 to "
-            f"{codec.model.model.levels}"
+            f"{codec.codec.model.model.levels}"
         )
     if not codec.variable and args.quality is not None and files[0].parent.name[1:] != f"{args.quality:g}":
         raise InputError(f"{files[0]} has one rate; leave out --quality")
-    level = args.quality if codec.variable else None
-    codec.gain(level)  # before any image is read
-    return files[0], level
+    if not codec.variable:
+        return files[0], None
+    codec.codec.gain(args.quality)  # before any image is read
+    return files[0], args.quality
 
 
 def decode(args: argparse.Namespace) -> int:
@@ -276,7 +273,7 @@ def _decode_one(piece: _Piece) -> None:
     from PIL import Image
 
     pixels = _named(piece.source, _codec_of(piece).decode, _read(piece.source))
-    image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+    image = Image.fromarray(pixels.transpose(1, 2, 0).copy())
     with atomic_path(piece.target) as temporary:
         image.save(temporary, format=_format(piece.target))
 

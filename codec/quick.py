@@ -1,0 +1,145 @@
+"""Files to pixels and back with plans of the cache; the network and torch only where a plan is missing."""
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from licq.codec import plan_cache
+from licq.codec.checks import check_content, check_size
+from licq.codec.container import MODEL_BYTES, TILE, Container
+from licq.codec.ready_plan import ReadyPlan, plain_plan, read_plan
+from licq.data.margins import with_margins, without_margins
+from licq.integer.ready_files import NotStorable
+from licq.support.errors import InputError
+from licq.support.files import sha256
+
+if TYPE_CHECKING:
+    from licq.codec.api import Codec
+
+_OWN = ("licq", "compressai")  # packages whose networks follow from their versions
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a codec's files depend on, besides the plans."""
+
+    digest: bytes
+    multiple: int
+    variable: bool
+
+
+class QuickCodec:
+    """Codes images with the model of a file, as `Codec` does: the same files, the same pixels.
+
+    Args:
+        path: of the model.
+        threads: CPU threads; None: as many as there are processors.
+        tile: as in `Codec`.
+        progress: as in `Codec`.
+
+    Raises:
+        InputError: no such file.
+    """
+
+    def __init__(
+        self, path: str | Path, threads: int | None = None, tile: int | None = TILE, progress: bool = False
+    ):
+        self.path, self.threads, self.tile, self.progress = path, threads, tile, progress
+        try:
+            self._sha256 = sha256(path)
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+
+    @functools.cached_property
+    def codec(self) -> "Codec":
+        """The codec with its network."""
+        from licq.codec.api import Codec
+        from licq.support.determinism import set_threads
+
+        set_threads(self.threads)
+        return Codec.load(self.path, self.threads, tile=self.tile)
+
+    @functools.cached_property
+    def facts(self) -> Facts:
+        """Those of the model."""
+        entry = plan_cache.read(self._sha256, "facts")
+        if entry is not None:
+            digest, multiple, variable = entry[0]
+            return Facts(bytes.fromhex(digest), multiple, variable)
+        facts = Facts(self.codec.digest, self.codec.multiple, self.codec.variable)
+        if self._is_own:
+            plan_cache.write([facts.digest.hex(), facts.multiple, facts.variable], [], self._sha256, "facts")
+        return facts
+
+    @property
+    def variable(self) -> bool:
+        """Whether the codec has many rates."""
+        return self.facts.variable
+
+    @property
+    def _is_own(self) -> bool:
+        return type(self.codec.model.model).__module__.partition(".")[0] in _OWN
+
+    def encode(self, pixels: np.ndarray, level: float | None = None) -> bytes:
+        """The content of a .licq file; see `Codec.encode`. pixels: uint8 (3, H, W)."""
+        height, width = pixels.shape[-2:]
+        gain = self.codec.gain(level) if self.variable else 0
+        if level is not None and not self.variable:
+            raise InputError("this codec has one rate; leave out the level")
+        check_size(height, width, self.facts.multiple)
+        padded = with_margins(pixels[None], self.facts.multiple)
+        plan = self._plan("encode", padded.shape[-2], padded.shape[-1], gain)
+        stream = plan.coder.encode(plan, np.ascontiguousarray(padded))
+        self._keep(plan, "encode", padded.shape[-2], padded.shape[-1], gain)
+        return Container(self.facts.digest[:MODEL_BYTES], width, height, gain, (stream,)).to_bytes()
+
+    def decode(self, data: bytes) -> np.ndarray:
+        """uint8 (3, H, W), of the content of a .licq file; see `Codec.decode`."""
+        content, facts = Container.from_bytes(data), self.facts
+        height, width = check_content(content, facts.digest, facts.variable, facts.multiple)
+        plan = self._plan("decode", height, width, content.gain)
+        pixels = plan.coder.decode(plan, content.streams[0])
+        self._keep(plan, "decode", height, width, content.gain)
+        return without_margins(pixels[0], content.height, content.width, facts.multiple)
+
+    def _plan(self, what: str, height: int, width: int, gain: int) -> ReadyPlan:
+        key = (what, height, width, gain)
+        if key not in self._plans:
+            plan = self._stored(key)
+            self._fresh = plan is None
+            if plan is None:
+                plan = self.codec.ready_plan(what, height, width, gain)
+            self._plans.clear()
+            self._plans[key] = plan
+        plan = self._plans[key]
+        plan.show(self.progress)
+        return plan
+
+    @functools.cached_property
+    def _plans(self) -> dict[tuple, ReadyPlan]:
+        return {}
+
+    def _stored(self, key: tuple) -> ReadyPlan | None:
+        entry = plan_cache.read(self._sha256, self.tile, *key)
+        if entry is None:
+            return None
+        try:
+            plan = read_plan(*entry)
+        except (KeyError, ValueError, TypeError, IndexError, AttributeError, InputError):
+            return None
+        plan.set_threads(self.threads)
+        return plan
+
+    def _keep(self, plan: ReadyPlan, *key: object) -> None:
+        """Write a plan that was made here, once it has run."""
+        if not self._fresh or not self._is_own:
+            return
+        self._fresh = False
+        try:
+            content, arrays = plain_plan(plan)
+        except NotStorable:
+            return
+        plan_cache.write(content, arrays, self._sha256, self.tile, *key)
