@@ -1,5 +1,6 @@
 """Files to pixels and back with plans of the cache; the network and torch only where a plan is missing."""
 
+import contextlib
 import functools
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from licq.support.files import sha256
 if TYPE_CHECKING:
     from licq.codec.api import Codec
 
+_BOTH_WAYS = 2**20  # pixels of an image of which both plans are made at once
 _OWN = ("licq", "compressai")  # packages whose networks follow from their versions
 
 
@@ -48,6 +50,8 @@ class QuickCodec:
         self, path: str | Path, threads: int | None = None, tile: int | None = TILE, progress: bool = False
     ):
         self.path, self.threads, self.tile, self.progress = path, threads, tile, progress
+        self._plans: dict[tuple, ReadyPlan] = {}  # the last one
+        self._new: set[tuple] = set()  # keys of plans that are not in the cache
         try:
             self._sha256 = sha256(path)
         except OSError as error:
@@ -83,17 +87,28 @@ class QuickCodec:
     def _is_own(self) -> bool:
         return type(self.codec.model.model).__module__.partition(".")[0] in _OWN
 
+    def gain(self, level: float | None) -> int:
+        """The gain that a file states for a level; see `Codec.gain`."""
+        if not self.variable:
+            if level is not None:
+                raise InputError("this codec has one rate; leave out the level")
+            return 0
+        entry = plan_cache.read(self._sha256, "gain", level)
+        if entry is not None:
+            return entry[0]
+        gain = self.codec.gain(level)
+        if self._is_own:
+            plan_cache.write(gain, [], self._sha256, "gain", level)
+        return gain
+
     def encode(self, pixels: np.ndarray, level: float | None = None) -> bytes:
         """The content of a .licq file; see `Codec.encode`. pixels: uint8 (3, H, W)."""
         height, width = pixels.shape[-2:]
-        gain = self.codec.gain(level) if self.variable else 0
-        if level is not None and not self.variable:
-            raise InputError("this codec has one rate; leave out the level")
-        check_size(height, width, self.facts.multiple)
-        padded = with_margins(pixels[None], self.facts.multiple)
-        plan = self._plan("encode", padded.shape[-2], padded.shape[-1], gain)
-        stream = plan.coder.encode(plan, np.ascontiguousarray(padded))
-        self._keep(plan, "encode", padded.shape[-2], padded.shape[-1], gain)
+        gain, multiple = self.gain(level), self.facts.multiple
+        size = check_size(height, width, multiple)
+        plan = self._plan("encode", *size, gain)
+        stream = plan.coder.encode(plan, with_margins(pixels[None], multiple))
+        self._keep(plan, "encode", *size, gain)
         return Container(self.facts.digest[:MODEL_BYTES], width, height, gain, (stream,)).to_bytes()
 
     def decode(self, data: bytes) -> np.ndarray:
@@ -106,21 +121,18 @@ class QuickCodec:
         return without_margins(pixels[0], content.height, content.width, facts.multiple)
 
     def _plan(self, what: str, height: int, width: int, gain: int) -> ReadyPlan:
+        """The plan of one direction, for images of height x width with their padding."""
         key = (what, height, width, gain)
         if key not in self._plans:
             plan = self._stored(key)
-            self._fresh = plan is None
             if plan is None:
-                plan = self.codec.ready_plan(what, height, width, gain)
+                self._new.add(key)
+                plan = self.codec.ready_plan(*key)
             self._plans.clear()
             self._plans[key] = plan
         plan = self._plans[key]
         plan.show(self.progress)
         return plan
-
-    @functools.cached_property
-    def _plans(self) -> dict[tuple, ReadyPlan]:
-        return {}
 
     def _stored(self, key: tuple) -> ReadyPlan | None:
         entry = plan_cache.read(self._sha256, self.tile, *key)
@@ -133,13 +145,18 @@ class QuickCodec:
         plan.set_threads(self.threads)
         return plan
 
-    def _keep(self, plan: ReadyPlan, *key: object) -> None:
-        """Write a plan that was made here, once it has run."""
-        if not self._fresh or not self._is_own:
+    def _keep(self, plan: ReadyPlan, what: str, height: int, width: int, gain: int) -> None:
+        """Write a plan that was made here, once it has run; of a small image also that of the way back."""
+        key = (what, height, width, gain)
+        if key not in self._new or not self._is_own:
             return
-        self._fresh = False
-        try:
-            content, arrays = plain_plan(plan)
-        except NotStorable:
-            return
-        plan_cache.write(content, arrays, self._sha256, self.tile, *key)
+        self._new.discard(key)
+        plans = {key: plan}
+        other = ("decode" if what == "encode" else "encode", height, width, gain)
+        if height * width <= _BOTH_WAYS and plan_cache.read(self._sha256, self.tile, *other) is None:
+            with contextlib.suppress(InputError):
+                plans[other] = self.codec.ready_plan(*other)
+        for name, made in plans.items():
+            with contextlib.suppress(NotStorable):
+                content, arrays = plain_plan(made)
+                plan_cache.write(content, arrays, self._sha256, self.tile, *name)

@@ -241,7 +241,7 @@ def _model_for(args: argparse.Namespace) -> tuple[Path, float | None]:
         raise InputError(f"{files[0]} has one rate; leave out --quality")
     if not codec.variable:
         return files[0], None
-    codec.codec.gain(args.quality)  # before any image is read
+    codec.gain(args.quality)  # before any image is read
     return files[0], args.quality
 
 
