@@ -27,7 +27,7 @@ from licq.integer.launches import (
     layout_launch,
 )
 from licq.integer.library import kernels
-from licq.integer.memory import memory_slots, values_to_drop
+from licq.integer.memory import memory_offsets, values_to_drop
 from licq.integer.program import Program
 from licq.quant import operations as ops
 from licq.quant.operations import Operation
@@ -68,7 +68,7 @@ class FastProgram:
                 for name, number in program.outputs.items()
             },
             values_to_drop(self.launches, outputs),
-            memory_slots(self.launches, outputs, sizes),
+            *memory_offsets(self.launches, outputs, sizes),
         )
 
     def _launch(self, entry: Group | Operation, names: Mapping[int, str]) -> ready.Launch:

@@ -20,6 +20,9 @@ Values = dict[int, np.ndarray]
 Storage = tuple[np.dtype, int]
 """The type in which a value lies in memory, and what is added to its integers there."""
 _INT16 = np.dtype(np.int16)
+_NUMBERS_AT_A_TIME = 2**23  # of queries, keys and values, which are copied into 16 bits
+ALIGNED = 64
+"""Bytes: what lies in memory of a program begins at multiples of it, as vectors do."""
 
 
 @dataclass
@@ -299,21 +302,37 @@ class AttentionLaunch(Launch):
     buffers: list[np.ndarray]
 
     def run(self, program: "ReadyProgram", values: Values, inputs: Mapping[str, np.ndarray]) -> None:
-        q, k, v = (values[number] for number in self.reads)
-        out, job, parts = program.new(self.writes[0], self.shape), self.job, []
-        for name, part in (("q", q), ("k", k.swapaxes(-2, -1)), ("v", v)):
-            part = part if part.dtype == _INT16 else part.astype(np.int16)
-            # a view with one step along the batch, where there is one
-            shape = (1, *part.shape) if part.ndim == 3 else (-1, *part.shape[-3:])
-            part = part.reshape(shape)
-            part = part if part.strides[-1] == 2 else np.ascontiguousarray(part)
-            parts.append(part)  # keeps the memory until the kernel has read it
-            setattr(job, name, part.ctypes.data)
-            setattr(job, f"{name}_steps", (ctypes.c_int64 * 3)(*(step // 2 for step in part.strides[:3])))
+        q, k, v = (self._rows(values[number]) for number in self.reads)
+        out, job = program.new(self.writes[0], self.shape), self.job
         _point_out(job, out, program.storage[self.writes[0]][1])
         job.threads = program.thread_count
-        check(kernels().attention(ctypes.byref(job)))
+        batch, kind, data = job.batch, job.kind, job.out.data
+        size = max(1, _NUMBERS_AT_A_TIME // sum(part[0].size for part in (q, k, v)))
+        try:
+            for start in range(0, batch, size):
+                pieces = [part[start : start + size] for part in (q, k.swapaxes(-2, -1), v)]
+                job.batch = len(pieces[0])
+                job.kind = None if kind is None else kind + 4 * start
+                job.out.data = data + start * (out.nbytes // batch)
+                self._run(pieces)
+        finally:
+            job.batch, job.kind = batch, kind
         values[self.writes[0]] = out
+
+    @staticmethod
+    def _rows(x: np.ndarray) -> np.ndarray:
+        """(batch, heads, rows, columns): a view with one step along the batch, where there is one."""
+        return x.reshape((1, *x.shape) if x.ndim == 3 else (-1, *x.shape[-3:]))
+
+    def _run(self, pieces: list[np.ndarray]) -> None:
+        job, kept = self.job, []
+        for name, part in zip("qkv", pieces):
+            part = part if part.dtype == _INT16 else part.astype(np.int16)
+            part = part if part.strides[-1] == 2 else np.ascontiguousarray(part)
+            kept.append(part)  # until the kernel has read it
+            setattr(job, name, part.ctypes.data)
+            setattr(job, f"{name}_steps", (ctypes.c_int64 * 3)(*(step // 2 for step in part.strides[:3])))
+        check(kernels().attention(ctypes.byref(job)))
 
 
 def _point_out(job: LayerNorm | Attention, out: np.ndarray, offset: int) -> None:
@@ -336,7 +355,8 @@ class ReadyProgram:
         storage: of each stored value.
         outputs: name -> (number of the value, type in which it is given).
         drops: the values that nothing needs after each launch.
-        slots: which memory each value is written into; values of one slot are not needed at the same time.
+        offsets: where in the program's memory each value is written; see `integer.memory`.
+        size: of that memory, in bytes.
         threads: of the kernels; None: as many as there are processors.
     """
 
@@ -345,9 +365,10 @@ class ReadyProgram:
     storage: dict[int, Storage]
     outputs: dict[str, tuple[int, np.dtype]]
     drops: list[list[int]]
-    slots: dict[int, int]
+    offsets: dict[int, int]
+    size: int
     threads: int | None = None
-    _memory: dict[int, np.ndarray] = field(default_factory=dict)  # by slot
+    _memory: np.ndarray | None = None
     _views: dict[tuple, np.ndarray] = field(default_factory=dict)  # of the memory, see `new`
     _keeps: bool = False
 
@@ -390,33 +411,32 @@ class ReadyProgram:
 
         channel_dim: the dimension of the shape that is contiguous.
         """
-        slot = self.slots.get(number)
-        if slot is None or self._keeps:
-            return self._view(self._bytes(number, shape), number, shape, channel_dim)
+        start = self.offsets.get(number)
+        if start is None or self._keeps:
+            return self._view(_bytes(self._size(number, shape)), number, shape, channel_dim)
         key = (number, shape, channel_dim)
         if key not in self._views:
-            memory = self._memory.get(slot)
-            if memory is None or len(memory) < self._size(number, shape) + SLACK:
-                memory = self._memory[slot] = self._bytes(number, shape)
-                self._views = {of: view for of, view in self._views.items() if self.slots[of[0]] != slot}
+            if self._memory is None:
+                self._memory = _bytes(self.size)
+            memory = self._memory[start : start + self._size(number, shape) + SLACK]
             self._views[key] = self._view(memory, number, shape, channel_dim)
         return self._views[key]
 
     def _size(self, number: int, shape: tuple[int, ...]) -> int:
         return math.prod(shape) * self.storage[number][0].itemsize
 
-    def _bytes(self, number: int, shape: tuple[int, ...]) -> np.ndarray:
-        """At a multiple of 64, as vectors are."""
-        size = self._size(number, shape) + SLACK
-        memory = np.empty(size + 64, dtype=np.uint8)
-        start = -memory.ctypes.data % 64
-        return memory[start : start + size]
-
     def _view(self, memory: np.ndarray, number: int, shape: tuple[int, ...], channel_dim: int) -> np.ndarray:
         rows = [*shape]
         rows.append(rows.pop(channel_dim))
         typed = memory[: self._size(number, shape)].view(self.storage[number][0])
         return _back(typed.reshape(rows), channel_dim)
+
+
+def _bytes(size: int) -> np.ndarray:
+    """Memory of `size` bytes and `SLACK`, at a multiple of `ALIGNED`."""
+    memory = np.empty(size + SLACK + ALIGNED, dtype=np.uint8)
+    start = -memory.ctypes.data % ALIGNED
+    return memory[start : start + size + SLACK]
 
 
 def default_threads() -> int:
