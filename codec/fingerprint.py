@@ -1,7 +1,5 @@
 """Hashes of what a codec computes for some images in this process; `licq verify` runs it in several.
 
-    python -m licq.codec.fingerprint JOBS.json RESULTS.json
-
 Jobs are a JSON list, and are done one after the other. A job is an object:
 
     model    a quantized model's file, or null
@@ -18,7 +16,6 @@ Jobs are a JSON list, and are done one after the other. A job is an object:
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -213,6 +210,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-if __name__ == "__main__":
-    results = [run(job) for job in json.loads(Path(sys.argv[1]).read_text())]
-    Path(sys.argv[2]).write_text(json.dumps(results))
+def main(jobs_file: str, results_file: str) -> None:
+    """Do the jobs of a file and write their results into another."""
+    results = [run(job) for job in json.loads(Path(jobs_file).read_text())]
+    Path(results_file).write_text(json.dumps(results))

@@ -16,6 +16,7 @@ from licq.data.margins import with_margins, without_margins
 from licq.integer.ready_files import NotStorable
 from licq.support.errors import InputError
 from licq.support.files import sha256
+from licq.support.imports import uncollected
 
 if TYPE_CHECKING:
     from licq.codec.api import Codec
@@ -60,8 +61,9 @@ class QuickCodec:
     @functools.cached_property
     def codec(self) -> "Codec":
         """The codec with its network."""
-        from licq.codec.api import Codec
-        from licq.support.determinism import set_threads
+        with uncollected():
+            from licq.codec.api import Codec
+            from licq.support.determinism import set_threads
 
         set_threads(self.threads)
         return Codec.load(self.path, self.threads, tile=self.tile)

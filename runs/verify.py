@@ -22,6 +22,13 @@ from licq.support.errors import InputError
 from licq.support.parallel import MIN_PIECES, default_jobs
 
 _DIFFERENT = 1  # exit status
+_PROGRAM = """
+import sys
+from licq.support.imports import uncollected
+with uncollected():
+    from licq.codec import fingerprint
+fingerprint.main(*sys.argv[1:])
+"""
 _TILE = 64  # the smallest: then every image that can be cut is
 
 
@@ -273,7 +280,7 @@ def _in_process(
     job_file, result_file = folder / f"{number}.jobs.json", folder / f"{number}.results.json"
     job_file.write_text(json.dumps(jobs))
     process = subprocess.run(
-        [condition.python, "-W", "ignore", "-m", "licq.codec.fingerprint", str(job_file), str(result_file)],
+        [condition.python, "-W", "ignore", "-c", _PROGRAM, str(job_file), str(result_file)],
         cwd=folder,
         env={**os.environ, **condition.environment, "PYTHONPATH": path},
         capture_output=True,
