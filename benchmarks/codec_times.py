@@ -1,9 +1,9 @@
 """Time and memory of `licq encode` and `licq decode` as whole commands, and of their parts.
 
-    python benchmarks/codec_times.py --model runs/minnen2018/q3/model.safetensors --image photo.png --threads 1
+    python benchmarks/codec_times.py --model runs/first/q3/model.safetensors --image photo.png --threads 1
 
-A command is run with an empty cache of plans and then with a full one. The parts are those of the first run, in one
-process. Seconds are of the clock and of the processor; memory is the largest of the process.
+A command is run with an empty cache of plans and then with a full one. The parts are those of the first run,
+in one process. Seconds are of the clock and of the processor; memory is the largest of the process.
 """
 
 import json

@@ -116,7 +116,8 @@ class Codec:
         check_size(height, width, self.multiple)
         padded, _ = pad_to_multiple(pixels[None], self.multiple)
         plan = self._plan(padded.shape[-2], padded.shape[-1], gain)
-        return Container(self.digest, width, height, gain, (self._coder.encode(plan, padded.numpy()),)).to_bytes()
+        stream = self._coder.encode(plan, padded.numpy())
+        return Container(self.digest, width, height, gain, (stream,)).to_bytes()
 
     def decode(self, data: bytes) -> Tensor:
         """Decode an image.

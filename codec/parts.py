@@ -1,4 +1,4 @@
-"""What an encoder and a decoder run: the latents of a codec and the steps between them. No torch is needed."""
+"""What an encoder and a decoder run: the latents of a codec and the steps between them, without torch."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass

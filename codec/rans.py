@@ -1,7 +1,7 @@
 """The entropy coder: symbols and their distributions to a stream and back.
 
-The compiled coder (integer/rans.c) takes arrays and writes CompressAI's streams to the byte. Where there are no
-compiled kernels, CompressAI's own coder runs.
+The compiled coder (integer/rans.c) takes arrays and writes CompressAI's streams to the byte. Where there are
+no compiled kernels, CompressAI's own coder runs.
 """
 
 import ctypes
@@ -58,7 +58,7 @@ class Decoder(Protocol):
 
 
 def compiled() -> Any:
-    """The compiled kernels; None where there are none, or LICQ_KERNELS=reference says that they may not run."""
+    """The compiled kernels; None where there are none, or LICQ_KERNELS=reference says that none may run."""
     return None if os.environ.get("LICQ_KERNELS") == "reference" else library.library()
 
 
@@ -169,9 +169,7 @@ class CompiledEncoder:
         entries = np.concatenate([*self._entries, np.zeros(0, dtype=np.uint32)])
         self._entries = []
         words = np.empty(len(entries) + 2, dtype=np.uint32)
-        first = self._kernels.rans_stream(
-            _address(entries), ctypes.c_int64(len(entries)), _address(words)
-        )
+        first = self._kernels.rans_stream(_address(entries), ctypes.c_int64(len(entries)), _address(words))
         return words[first:].tobytes()
 
 

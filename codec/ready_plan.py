@@ -66,9 +66,7 @@ class ReadyPlan:
                 first.shown = f"{name} transform" if progress else ""
 
 
-def named_values(
-    latents: list[Latent], values: dict[str, np.ndarray]
-) -> list[dict[str, np.ndarray]]:
+def named_values(latents: list[Latent], values: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
     """For each latent {"symbols", and the names of its densities}, from values by names such as
     "1.scales"."""
     return [
@@ -85,7 +83,8 @@ def _programs(part: Any) -> list[Any]:
         part = [*part.values()]
     elif isinstance(part, (Chain, Context, Gathering, Step, Tiled)):
         part = [getattr(part, entry.name) for entry in dataclasses.fields(part)]
-    return [program for inner in part for program in _programs(inner)] if isinstance(part, (list, tuple)) else []
+    inner = part if isinstance(part, (list, tuple)) else ()
+    return [program for one in inner for program in _programs(one)]
 
 
 # --------------------------------------------------------------------------------------------- as plain data

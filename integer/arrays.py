@@ -137,7 +137,8 @@ def _pixel_unshuffle(x: np.ndarray, side: int) -> np.ndarray:
 def _unfold(
     x: np.ndarray, kernel_size: Any, dilation: Any = 1, padding: Any = 0, stride: Any = 1
 ) -> np.ndarray:
-    pairs = ((part, part) if isinstance(part, int) else part for part in (kernel_size, dilation, padding, stride))
+    given = (kernel_size, dilation, padding, stride)
+    pairs = [(part, part) if isinstance(part, int) else part for part in given]
     (kh, kw), (dh, dw), (ph, pw), (sh, sw) = pairs
     x = _pad(x, (pw, pw, ph, ph))
     windows = np.lib.stride_tricks.sliding_window_view(x, ((kh - 1) * dh + 1, (kw - 1) * dw + 1), (2, 3))
@@ -185,4 +186,4 @@ LAYOUT: dict[str, Callable[..., Any]] = {
     "stack": _stack,
     "zeros_like": np.zeros_like,
 }
-"""By PyTorch's name. `max_pool2d`, `upsample_nearest2d` and paddings other than with zeros are not among them."""
+"""By PyTorch's name. Not among them: `max_pool2d`, `upsample_nearest2d`, paddings other than with zeros."""

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from licq.integer import ready
+from licq.integer import ready, ready_moves
 from licq.integer.attention import AttentionJob, attention_launch
 from licq.integer.group_launch import group_launch
 from licq.integer.groups import Group, constants_of, groups_of, operand_type
@@ -82,7 +82,7 @@ class FastProgram:
             case ops.Attention() if AttentionJob.takes(entry, self.program):
                 return attention_launch(self, entry)
             case ops.Sum():
-                return ready.SumLaunch(entry.dim, entry.keepdim, entry.inputs, entry.outputs)
+                return ready_moves.SumLaunch(entry.dim, entry.keepdim, entry.inputs, entry.outputs)
             case ops.Layout():
                 return layout_launch(entry, self.program)
             case _:

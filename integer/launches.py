@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from licq.integer import ready
+from licq.integer import ready, ready_moves
 from licq.integer.arrays import LAYOUT
 from licq.integer.library import LayerNorm
 from licq.integer.program import Program
@@ -57,30 +57,29 @@ def _integers(tensor: Tensor) -> Tensor:
     return tensor.to(torch.int64) if tensor.is_floating_point() else tensor
 
 
-def input_launch(operation: ops.Input, name: str) -> ready.InputLaunch:
+def input_launch(operation: ops.Input, name: str) -> ready_moves.InputLaunch:
     """The launch of an input of the program."""
-    return ready.InputLaunch(name, (), operation.outputs)
+    return ready_moves.InputLaunch(name, (), operation.outputs)
 
 
 def layout_launch(operation: ops.Layout, program: Program) -> ready.Launch:
     """The launch of a layout function; the reference's where NumPy's arrays have none."""
     name, options = operation.name, operation.options
-    padded = name == "pad" and (
-        operation.argument(2, "mode", "constant") != "constant" or operation.argument(3, "value") not in (None, 0)
-    )
+    mode, value = operation.argument(2, "mode", "constant"), operation.argument(3, "value")
+    padded = name == "pad" and (mode != "constant" or value not in (None, 0))
     if name not in LAYOUT or padded:
         return ReferenceLaunch(operation)
     arguments, options = _plain(operation.arguments), _plain(options)
     if name in ("index_select", "reshape", "pixel_shuffle") and len(operation.inputs) == 1:
         shape = program.values[operation.outputs[0]].shape
-        return ready.CopyLaunch(name, arguments, options, operation.inputs, operation.outputs, tuple(shape))
-    return ready.LayoutLaunch(name, arguments, options, operation.inputs, operation.outputs)
+        return ready_moves.CopyLaunch(name, arguments, options, operation.inputs, operation.outputs, tuple(shape))
+    return ready_moves.LayoutLaunch(name, arguments, options, operation.inputs, operation.outputs)
 
 
 def _plain(part: Any) -> Any:
     """Arguments without anything of torch's."""
     if isinstance(part, Operand):
-        return ready.Place(part.index)
+        return ready_moves.Place(part.index)
     if isinstance(part, Tensor):
         return part.cpu().numpy()
     if isinstance(part, dict):

@@ -326,7 +326,8 @@ def _laid(layout: ops.Layout, x: Tensor) -> Tensor:
             return x.narrow(dim, 0, 1).expand(shape)
     if layout.name in ("roll", "flip"):
         dims = layout.argument(2 if layout.name == "roll" else 1, "dims")
-        if dims is not None and all(x.stride(dim) == 0 for dim in torch.atleast_1d(torch.tensor(dims)).tolist()):
+        dims = (dims,) if isinstance(dims, int) else dims
+        if dims is not None and all(x.stride(dim) == 0 for dim in dims):
             return x
     arguments = [x if isinstance(part, Operand) else part for part in layout.arguments]
     return layout_function(layout.name)(*arguments, **layout.options)

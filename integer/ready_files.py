@@ -1,4 +1,4 @@
-"""Ready programs as plain data, and back: JSON for what they are, arrays for what they hold. No torch, no pickles.
+"""Ready programs as plain data, and back: JSON for what they are, arrays for what they hold, no pickles.
 
 The kernels' structures hold addresses. An address is written as the number of the array that it points to.
 """
@@ -11,21 +11,21 @@ from typing import Any
 
 import numpy as np
 
-from licq.integer import library, ready
+from licq.integer import library, ready, ready_moves
 
 KINDS: dict[str, type] = {
     kind.__name__: kind
     for kind in (
-        ready.InputLaunch,
-        ready.LayoutLaunch,
-        ready.CopyLaunch,
-        ready.SumLaunch,
+        ready_moves.InputLaunch,
+        ready_moves.LayoutLaunch,
+        ready_moves.CopyLaunch,
+        ready_moves.SumLaunch,
         ready.GroupLaunch,
         ready.ProductJobs,
         ready.LayerNormLaunch,
         ready.AttentionLaunch,
         ready.ReadyProgram,
-        ready.Place,
+        ready_moves.Place,
     )
 }
 _STRUCTURES: dict[str, type[ctypes.Structure]] = {
@@ -89,7 +89,8 @@ class Writer:
             case np.dtype():
                 return {_TAG: "dtype", "name": part.name}
             case slice():
-                return {_TAG: "slice", "ends": [self.plain(end) for end in (part.start, part.stop, part.step)]}
+                ends = (part.start, part.stop, part.step)
+                return {_TAG: "slice", "ends": [self.plain(end) for end in ends]}
             case tuple():
                 return {_TAG: "tuple", "parts": [self.plain(value) for value in part]}
             case list():

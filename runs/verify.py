@@ -1,7 +1,7 @@
 """The command verify: the same images under changed conditions; every hash must be the same.
 
-Conditions that a process must have from its start on (another processor's instructions, another PyTorch, CUDA)
-have a process of their own. The others share one.
+Conditions that a process must have from its start on (another processor's instructions, another PyTorch,
+CUDA) have a process of their own. The others share one.
 """
 
 import json

@@ -39,7 +39,8 @@ def symbols_of(draw: np.random.Generator, rows: Rows, far: float) -> np.ndarray:
     table, base = rows.table, 0 if rows.base is None else rows.base
     sizes = np.diff(table.starts)[rows.rows] - 2
     inside = table.offsets[rows.rows] + (draw.random(len(sizes)) * sizes).astype(int)
-    escapes = (draw.standard_cauchy(len(sizes)) * 10.0 ** draw.integers(0, 5, len(sizes))).clip(-(2**26), 2**26)
+    spread = 10.0 ** draw.integers(0, 5, len(sizes))
+    escapes = (draw.standard_cauchy(len(sizes)) * spread).clip(-(2**26), 2**26)
     return (np.where(draw.random(len(sizes)) < far, escapes.astype(int), inside) + base).astype(np.int32)
 
 
@@ -81,13 +82,13 @@ def test_gaussians_of_both_kinds_are_those_of_compressai():
 
 @pytest.mark.parametrize("components", [1, 3])
 def test_mixtures_are_those_of_their_rows(components):
-    """The compiled coder never makes a mixture's row; CompressAI's takes it whole. Weights of 0, mixtures without
-    any weight, means far apart and symbols far outside are among them."""
+    """The compiled coder never makes a mixture's row; CompressAI's takes it whole. Weights of 0, mixtures
+    without any weight, means far apart and symbols far outside are among them."""
     draw, tables = np.random.default_rng(2), MixtureRows(TABLES, BITS, components)
     count = 1500
     scales = (np.exp(draw.normal(0, 2, (components, count))) * 2**BITS).astype(np.int32)
     means = (draw.standard_cauchy((components, count)).clip(-3000, 3000) * 3 * 2**BITS).astype(np.int32)
-    weights = draw.integers(0, 3, (components, count)).astype(np.int32) * draw.integers(0, 2000, count).astype(np.int32)
+    weights = (draw.integers(0, 3, (components, count)) * draw.integers(0, 2000, count)).astype(np.int32)
     symbols = (means[0] >> BITS) + draw.standard_cauchy(count).clip(-(10**6), 10**6).astype(np.int32)
     ours, theirs = CompiledEncoder(), CompressaiEncoder()
     for writer in (ours, theirs):
@@ -100,7 +101,7 @@ def test_mixtures_are_those_of_their_rows(components):
 
 
 def test_streams_that_no_encoder_wrote_are_refused_or_give_symbols():
-    """Cut, changed, random and empty ones: also those on which CompressAI's decoder reads on behind the end."""
+    """Cut, changed, random and empty ones, also such that make CompressAI's decoder read on."""
     draw = np.random.default_rng(3)
     table = random_table(draw, 5)
     rows = Rows(draw.integers(0, 5, 400).astype(np.int32), None, table)
