@@ -9,6 +9,7 @@ import numpy as np
 from licq.codec.coder import Coder, Tables
 from licq.codec.parts import Chain, Context, Gathering, Latent, Part, Step
 from licq.codec.tables import GaussianRows, MixtureRows, RowTable, SteppedRows
+from licq.integer.ready import ReadyProgram
 from licq.integer.ready_files import KINDS, NotStorable, Reader, Writer
 from licq.integer.tiles import Cut, Tiled
 
@@ -75,9 +76,9 @@ def named_values(latents: list[Latent], values: dict[str, np.ndarray]) -> list[d
     ]
 
 
-def _programs(part: Any) -> list[Any]:
+def _programs(part: Any) -> list[ReadyProgram]:
     """Every ready program in a part of a plan."""
-    if type(part).__name__ == "ReadyProgram":
+    if isinstance(part, ReadyProgram):
         return [part]
     if isinstance(part, dict):
         part = [*part.values()]

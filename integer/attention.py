@@ -1,5 +1,6 @@
 """Attention as one launch: scores, softmax and weighted sum."""
 
+import hashlib
 import math
 
 import torch
@@ -105,8 +106,25 @@ class AttentionJob:
             if blank is not None:
                 blank = blank.reshape(*(1,) * (len(full) - blank.ndim), *blank.shape)
                 blank = blank.expand(*full[:-1], 1).reshape(count, *full[len(batch) : -1], 1)
+            first, same = distinct(offset, blank)  # most windows of an image are alike
+            kind, count, offset = same[kind], len(first), offset[first]
+            blank = None if blank is None else blank[first]
         assert len(kind) == self.job.batch
         self._point("offset", offset.expand(count, heads, queries, keys).to(torch.int32).contiguous())
         if blank is not None:
             self._point("blank", blank.expand(count, heads, queries, 1).to(torch.uint8).contiguous())
         self._point("kind", kind.to(torch.int32).contiguous())
+
+
+def distinct(*parts: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(where each kind of entry stands first, the kind of each entry) of tensors (entries, ...)."""
+    kinds: dict[bytes, int] = {}
+    first, same = [], []
+    given = [part.contiguous().numpy() for part in parts if part is not None]
+    for position in range(len(given[0])):
+        digest = hashlib.sha256(b"".join(part[position].tobytes() for part in given)).digest()
+        if digest not in kinds:
+            kinds[digest] = len(first)
+            first.append(position)
+        same.append(kinds[digest])
+    return torch.tensor(first), torch.tensor(same)

@@ -6,6 +6,7 @@ import torch
 
 from licq.integer import ready
 from licq.integer.arrays import LAYOUT, viewed
+from licq.integer.attention import distinct
 from licq.integer.fast import FastProgram
 from licq.integer.library import library
 from licq.integer.lowering import LAYOUT as RECORDED
@@ -149,6 +150,15 @@ def test_attention_in_pieces_gives_the_same_numbers(name, monkeypatch):
     for numbers in (1, 5000):
         monkeypatch.setattr(ready, "_NUMBERS_AT_A_TIME", numbers)
         assert torch.equal(FastProgram(program, 1)(pixels)["pixels"], expected["pixels"])
+
+
+def test_windows_that_are_alike_are_one_kind():
+    offset = torch.tensor([[1, 2], [3, 4], [1, 2], [3, 4], [1, 2]])
+    blank = torch.tensor([[0], [0], [0], [1], [0]])
+    first, same = distinct(offset, blank)
+    assert first.tolist() == [0, 1, 3] and same.tolist() == [0, 1, 0, 2, 0]
+    assert torch.equal(offset[first][same], offset) and torch.equal(blank[first][same], blank)
+    assert distinct(offset, None)[0].tolist() == [0, 1]
 
 
 def test_operations_on_constants_become_constants():
