@@ -72,7 +72,8 @@ def layout_launch(operation: ops.Layout, program: Program) -> ready.Launch:
     arguments, options = _plain(operation.arguments), _plain(options)
     if name in ("index_select", "reshape", "pixel_shuffle") and len(operation.inputs) == 1:
         shape = program.values[operation.outputs[0]].shape
-        return ready_moves.CopyLaunch(name, arguments, options, operation.inputs, operation.outputs, tuple(shape))
+        where = operation.inputs, operation.outputs
+        return ready_moves.CopyLaunch(name, arguments, options, *where, tuple(shape))
     return ready_moves.LayoutLaunch(name, arguments, options, operation.inputs, operation.outputs)
 
 
