@@ -23,8 +23,8 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from licq.codec.coder import Coder
 from licq.codec.latents import cut
+from licq.codec.model_tables import coder_of
 from licq.codec.plan import Plan
 from licq.codec.sizes import Sizes
 from licq.integer.execution import executable
@@ -144,7 +144,7 @@ def transforms(pair: Pair) -> dict[str, Callable]:
     run_hyper = executable(hyper_part, plan.threads)
     run, needs = plan.synthesis
     symbols = {
-        name: torch.zeros(program.values[number].shape, dtype=program.values[number].dtype)
+        name: torch.zeros(program.values[number].shape, dtype=program.values[number].dtype).numpy()
         for name, number in needs.items()
     }
     return {
@@ -181,11 +181,12 @@ def measure(
     """Seconds by part and kind under "seconds", and further measurements."""
     pair = make_pair(arch, configuration, quality, size, threads)
     started = time.perf_counter()
-    coder = Coder(pair.quantized)
-    stream = coder.encode(pair.plan, pair.pixels)
+    coder = coder_of(pair.quantized)
+    pixels = pair.pixels.numpy()
+    stream = coder.encode(pair.plan, pixels)
     coder.decode(pair.plan, stream)
     prepared = pair.lowering + time.perf_counter() - started
-    model, pixels = pair.model, pair.pixels
+    model = pair.model
     tasks: dict[str, Callable] = {
         **transforms(pair),
         **networks(pair),

@@ -5,12 +5,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from licq.codec.coder import Coder
-from licq.codec.container import GAIN_UNIT, MAX_GAIN, MAX_PIXELS, MODEL_BYTES, TILE, Container
+from licq.codec.checks import check_content, check_size, image_of
+from licq.codec.container import GAIN_UNIT, MAX_GAIN, MODEL_BYTES, TILE, Container
+from licq.codec.model_tables import coder_of
 from licq.codec.plan import Plan
+from licq.codec.ready_plan import ReadyPlan
 from licq.codec.sizes import Sizes
 from licq.data.padding import crop_back, pad_to_multiple
 from licq.integer.execution import executable
@@ -75,7 +78,7 @@ class Codec:
         self.digest = (bytes.fromhex(model_identity(model)) if digest is None else digest)[:MODEL_BYTES]
         self.variable = hasattr(model.model, "set_level")
         self._network: Any = model.model
-        self._coder = Coder(model)
+        self._coder = coder_of(model)
         self._plans: OrderedDict[tuple[int, int, int], Plan] = OrderedDict()
         self.sizes = Sizes(self._lowered, self.multiple, tile, progress)
 
@@ -115,18 +118,22 @@ class Codec:
                 f"an image of type {pixels.dtype} and shape {tuple(pixels.shape)} cannot be encoded; give "
                 "uint8 (3, H, W), or (1, H, W) of a grey image, as `pixels`"
             )
-        if "files" not in self.model.checked:
-            self.check(pixels, level)
+        self.check_once(pixels, level)
         return self._encoded(pixels, level)
+
+    def check_once(self, pixels: Tensor | np.ndarray, level: float | None = None) -> None:
+        """`check`, unless this model has been checked or its file says so."""
+        if "files" not in self.model.checked:
+            self.check(torch.from_numpy(np.array(pixels)), level)
 
     def _encoded(self, pixels: Tensor, level: float | None) -> bytes:
         gain = self.gain(level)
         height, width = pixels.shape[-2:]
-        self._check_size(height, width)
+        check_size(height, width, self.multiple)
         grey = len(pixels) == 1
         padded, _ = pad_to_multiple(pixels.expand(3, -1, -1)[None], self.multiple)
         plan = self._plan(padded.shape[-2], padded.shape[-1], gain)
-        stream = self._coder.encode(plan, padded)
+        stream = self._coder.encode(plan, padded.contiguous().numpy())
         return Container(self.digest, width, height, gain, (stream,), grey).to_bytes()
 
     @plain_torch()
@@ -144,22 +151,23 @@ class Codec:
             InputError: the file is damaged, or of another model.
         """
         content = Container.from_bytes(data)
-        if content.model not in self._names():
-            raise InputError(
-                f"the file is of another model ({content.model.hex()}, this one is {self.digest.hex()}); "
-                "give that one as `model`"
-            )
-        if bool(content.gain) != self.variable or len(content.streams) != 1:
-            raise InputError("the file does not fit this model, though it names it; encode the image again")
-        self._check_size(content.height, content.width)
-        like, unpad = pad_to_multiple(
-            torch.empty((1, 1, content.height, content.width), device="meta"), self.multiple
-        )
-        plan = self._plan(like.shape[-2], like.shape[-1], content.gain)
-        pixels = crop_back(self._coder.decode(plan, content.streams[0]), unpad)[0].contiguous()
-        if content.grey:
-            pixels = ((pixels.sum(0, keepdim=True, dtype=torch.int16) + 1) // 3).to(torch.uint8)
-        return pixels
+        height, width = check_content(content, self._names(), self.variable, self.multiple)
+        plan = self._plan(height, width, content.gain)
+        decoded = self._coder.decode(plan, content.streams[0])
+        return torch.from_numpy(image_of(content, decoded, self.multiple))
+
+    def ready_plan(self, what: str, height: int, width: int, gain: int) -> ReadyPlan:
+        """What one direction of coding needs, for images of height x width with their padding.
+
+        Args:
+            what: "encode" or "decode".
+            gain: see `gain`.
+        """
+        plan = self._plan(height, width, gain)
+        orders = [plan.order(index) for index in range(len(plan.latents))]
+        if what == "encode":
+            return ReadyPlan(self._coder, plan.latents, orders, plan.encoder)
+        return ReadyPlan(self._coder, plan.latents, orders, None, plan.steps, plan.synthesis)
 
     @plain_torch()
     def check(self, pixels: Tensor, level: float | None = None) -> dict[str, Any]:
@@ -265,15 +273,6 @@ class Codec:
         """What files of this model may name it by."""
         file = self.model.file_sha256
         return (self.digest,) if file is None else (self.digest, bytes.fromhex(file)[:MODEL_BYTES])
-
-    def _check_size(self, height: int, width: int) -> None:
-        """Raises InputError where the image has too many pixels with its padding."""
-        padded = [-(-side // self.multiple) * self.multiple for side in (height, width)]
-        if padded[0] * padded[1] > MAX_PIXELS:
-            raise InputError(
-                f"an image of {width}x{height}, with its sides rounded up to multiples of {self.multiple}, "
-                f"is too large for one file; cut it into parts of at most {MAX_PIXELS} pixels"
-            )
 
     def _plan(self, height: int, width: int, gain: int) -> Plan:
         key = (height, width, gain)

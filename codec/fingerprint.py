@@ -1,8 +1,6 @@
-"""Hashes of what a codec computes for some images in this process; `licq verify` runs it in many.
+"""Hashes of what a codec computes for some images in this process; `licq verify` runs it in several.
 
-    python -m licq.codec.fingerprint JOB.json RESULT.json
-
-A job is a JSON object:
+Jobs are a JSON list, and are done one after the other. A job is an object:
 
     model    a quantized model's file, or null
     level    the rate of a variable-rate model, or null
@@ -10,15 +8,17 @@ A job is a JSON object:
     images   files
     threads, batch, device    numbers and a name
     tile     side of the tiles of large images, or null
-    keep     a folder in which the first process leaves files and latents for the others
-    base     whether this is the first process
+    reference    whether the reference runs and not the compiled kernels
+    keep     a folder in which the first job leaves files and latents for the others
+    base     whether this is the first job
 """
 
 import hashlib
 import json
-import sys
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,10 @@ from torch import Tensor, nn
 from licq.codec.api import Codec
 from licq.data.images import load_pixels
 from licq.data.padding import pad_to_multiple
+from licq.integer.execution import usable
 from licq.models.checkpoints import load_checkpoint
 from licq.models.layers import RoundAboutMeans
+from licq.quant.model import QuantModel
 from licq.support.errors import InputError
 
 
@@ -54,11 +56,11 @@ def of_integers(codec: Codec, image: Tensor, stream: Path, job: dict[str, Any]) 
     """Hashes of what the integer codec computes for an image, uint8 (3, H, W).
 
     Args:
-        stream: where the first process writes its file, which all processes decode.
+        stream: where the first job writes its file, which all jobs decode.
 
     Returns:
         "symbols", "indexes" (what the densities follow from), "pixels", and where the codec has files "file"
-        and "decoded": the file, and the pixels that the first process's file decodes to.
+        and "decoded": the file, and the pixels that the first job's file decodes to.
     """
     computed = codec.inspect(image, job["batch"], job["device"])
     densities = (
@@ -92,10 +94,10 @@ def of_integers(codec: Codec, image: Tensor, stream: Path, job: dict[str, Any]) 
 
 
 class Tape:
-    """The latents of a float codec. The first process records them; in the others the decoder gets these.
+    """The latents of a float codec. The first job records them; in the others the decoder gets these.
 
     Args:
-        recorded: of the first process; None in the first process.
+        recorded: of the first job; None in the first job.
     """
 
     def __init__(self, model: nn.Module, recorded: list[Tensor] | None):
@@ -142,11 +144,11 @@ class Tape:
 
 
 def of_floats(model: nn.Module, image: Tensor, latents_file: Path, job: dict[str, Any]) -> dict[str, str]:
-    """Hashes of the scale indexes and pixels that this process computes from the first process's latents.
+    """Hashes of the scale indexes and pixels that this job computes from the first job's latents.
 
     Args:
         image: uint8 (3, H, W).
-        latents_file: where the first process leaves its latents.
+        latents_file: where the first job leaves its latents.
     """
     x, _ = pad_to_multiple(image[None].float() / 255)
     recorded = None if job["base"] else torch.load(latents_file, weights_only=True)
@@ -164,15 +166,34 @@ def of_floats(model: nn.Module, image: Tensor, latents_file: Path, job: dict[str
     }
 
 
+@lru_cache(maxsize=1)
+def _quantized(path: str) -> QuantModel:
+    return QuantModel.load(path)
+
+
+@lru_cache(maxsize=1)
+def _float(path: str, arch: str, quality: int, device: str) -> nn.Module:
+    return load_checkpoint(path, arch, quality).to(device)
+
+
+def _use_kernels(reference: bool) -> None:
+    if reference:
+        os.environ["LICQ_KERNELS"] = "reference"
+    else:
+        os.environ.pop("LICQ_KERNELS", None)
+    usable.cache_clear()
+
+
 def run(job: dict[str, Any]) -> dict[str, Any]:
     """The result of a job: versions, and hashes of each image under "integer" and "float"."""
     torch.set_num_threads(job["threads"])
+    _use_kernels(job["reference"])
     folder = Path(job["keep"])
-    codec = Codec.load(job["model"], job["threads"], tile=job["tile"]) if job["model"] else None
+    codec = Codec(_quantized(job["model"]), None, job["threads"], tile=job["tile"]) if job["model"] else None
     if codec and job["level"] is not None:
         network: Any = codec.model.model
         network.set_level(job["level"])
-    model = load_checkpoint(*job["float"]).to(job["device"]) if job["float"] else None
+    model = _float(*job["float"], job["device"]) if job["float"] else None
     result: dict[str, Any] = {
         "torch": torch.__version__,
         "capability": torch.backends.cpu.get_cpu_capability(),
@@ -189,6 +210,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-if __name__ == "__main__":
-    result = run(json.loads(Path(sys.argv[1]).read_text()))
-    Path(sys.argv[2]).write_text(json.dumps(result))
+def main(jobs_file: str, results_file: str) -> None:
+    """Do the jobs of a file and write their results into another."""
+    results = [run(job) for job in json.loads(Path(jobs_file).read_text())]
+    Path(results_file).write_text(json.dumps(results))

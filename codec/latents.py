@@ -1,10 +1,10 @@
 """The latents of a codec, found in its integer program, and the parts of the program between values."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import torch
 
+from licq.codec.parts import Latent
 from licq.codec.tables import STEP_OF_Z_BITS
 from licq.integer.groups import constants_of
 from licq.integer.program import Program
@@ -23,44 +23,6 @@ class EncoderOnlyError(InputError):
     def __init__(self, node: str):
         super().__init__(f"{node}: the decoder would need what only the encoder has")
         self.node = node
-
-
-@dataclass
-class Latent:
-    """One latent, by the numbers of its values in the program.
-
-    Args:
-        node: the name of the entropy model.
-        kind: "entropy_bottleneck", "gaussian" or "mixture".
-        latent: the value before rounding.
-        symbols: all values that are the symbols.
-        decoded: all values that are y_hat, where y_hat is the symbols, plus the means where the symbols are
-            differences from them; empty where y_hat is computed in another way.
-        densities: the values that the density of a symbol follows from: "scales", "means", "weights".
-        whole: the symbols are round(latent); else they are round(latent - means).
-        shape: of the symbols, (1, C, H, W).
-        step: of z in a codec of variable rate, in units of 2^-`STEP_OF_Z_BITS`.
-    """
-
-    node: str
-    kind: str
-    latent: int
-    symbols: tuple[int, ...]
-    decoded: tuple[int, ...]
-    densities: dict[str, int]
-    whole: bool
-    shape: tuple[int, ...]
-    step: int | None = None
-
-    @property
-    def given(self) -> tuple[int, ...]:
-        """The values that follow from the symbols and their means alone."""
-        return (*self.symbols, *self.decoded)
-
-    def names(self) -> Iterator[tuple[str, int]]:
-        """(name, number) of the values that a decoder has; the names are the same for all sizes of images."""
-        yield from ((f"given{index}", number) for index, number in enumerate(self.given))
-        yield from self.densities.items()
 
 
 def find_latents(program: Program) -> list[Latent]:
@@ -96,6 +58,7 @@ def find_latents(program: Program) -> list[Latent]:
                 False,
                 program.values[z.symbols].shape,
                 step,
+                _limits(program, z.symbols),
             )
         )
     coded: set[int] = set()
@@ -146,9 +109,15 @@ def find_latents(program: Program) -> list[Latent]:
                 densities,
                 whole,
                 shape,
+                limits=_limits(program, final.symbols),
             )
         )
     return latents
+
+
+def _limits(program: Program, number: int) -> tuple[int, int]:
+    numbers = program.values[number].range
+    return numbers.low, numbers.high
 
 
 def _same_constant(program: Program, a: int | None, b: int | None) -> bool:

@@ -12,83 +12,22 @@ other, z and then y:
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from licq.codec.latents import NO_FILES, EncoderOnlyError, Latent, cut, find_latents
+from licq.codec.latents import NO_FILES, EncoderOnlyError, cut, find_latents
 from licq.codec.order import Reading, dependents, groups, positions_of, readings, window_side
+from licq.codec.parts import Chain, Context, Gathering, Latent, Part, Step
+from licq.codec.ready_plan import named_values
 from licq.codec.sizes import Sizes, analysis_part, synthesis_part
-from licq.integer.execution import executable
+from licq.integer.execution import on_arrays
 from licq.integer.passes import without_duplicates
 from licq.integer.program import Program
 from licq.integer.tiles import Tiled
 from licq.quant import operations as ops
 from licq.support.errors import InputError
-
-
-@dataclass
-class Step:
-    """How one latent is decoded.
-
-    Args:
-        latent: the latent.
-        before: computes the values `gives` from the values `needs`; both are numbers of values.
-        order: positions, flat, in the groups in which they are decoded.
-        context: the context model; None where there is none.
-    """
-
-    latent: Latent
-    before: Callable
-    needs: tuple[int, ...]
-    gives: tuple[int, ...]
-    order: list[np.ndarray]
-    context: "Context | None" = None
-
-
-@dataclass
-class Context:
-    """A context model: densities of positions from symbols that are decoded before them.
-
-    Args:
-        run: from values, named by their numbers, to densities by name.
-        decoded: numbers of the latent's decoded values that it takes.
-        inputs: numbers of the other values that it takes.
-        gathering: how it runs on single positions; None where it runs on the whole plane.
-    """
-
-    run: Callable
-    decoded: tuple[int, ...]
-    inputs: tuple[int, ...]
-    gathering: "Gathering | None" = None
-
-
-@dataclass
-class Gathering:
-    """How a context model runs on single positions: they are laid side by side into a small image.
-
-    There the spatial operation becomes one of size 1, on columns: the values at the taps around each
-    position.
-
-    Args:
-        prepare: from the decoded values to what the spatial operation takes, position by position.
-        decoded: the number of the decoded value that `prepare` takes.
-        columns: the name of the columns among the inputs.
-        taps: (count, dimensions), relative to a position.
-        channels: of what the spatial operation takes.
-        room: shape of the small image.
-        by_channel: the order of a column's values: for each channel the taps; else for each tap the channels.
-    """
-
-    prepare: Callable
-    decoded: int
-    columns: str
-    taps: np.ndarray
-    channels: int
-    room: tuple[int, ...]
-    by_channel: bool
 
 
 def _inputs(program: Program) -> tuple[int, ...]:
@@ -115,20 +54,20 @@ class Plan:
             coded.update({f"{index}.{name}": number for name, number in latent.densities.items()})
         self._coded, self._sizes = coded, sizes
         self._orders: dict[int, list[np.ndarray]] = {}
-        self._encoder: Callable | None = None
+        self._encoder: Part | None = None
         self._steps: list[Step] | None = None
-        self._synthesis: tuple[Callable, dict[str, int]] | None = None
+        self._synthesis: tuple[Part, dict[str, int]] | None = None
 
     # -------------------------------------------------------------------------------------------------- parts
 
-    def _executable(self, part: Program) -> Callable:
-        return executable(part, self.threads)
+    def _executable(self, part: Program) -> Part:
+        return on_arrays(part, self.threads)
 
     def outputs(self) -> tuple[Program, dict[str, int]]:
         """(the program, the numbers of its symbols and densities by name, such as "1.scales")."""
         return self.program, self._coded
 
-    def encode(self, pixels: Tensor) -> list[dict[str, Tensor]]:
+    def encode(self, pixels: np.ndarray) -> list[dict[str, np.ndarray]]:
         """Symbols and densities of an image, which are integers.
 
         Args:
@@ -140,13 +79,14 @@ class Plan:
         Raises:
             InputError: the codec's forward has no bitstream.
         """
+        return named_values(self.latents, self.encoder({"pixels": pixels}))
+
+    @property
+    def encoder(self) -> Part:
+        """From {"pixels"} to symbols and densities by names such as "1.scales"."""
         if self._encoder is None:
             self._encoder = self._make_encoder()
-        values = self._encoder({"pixels": pixels})
-        return [
-            {name: values[f"{index}.{name}"] for name in ("symbols", *latent.densities)}
-            for index, latent in enumerate(self.latents)
-        ]
+        return self._encoder
 
     def _check(self) -> None:
         """Raises InputError where a decoder would not have what it needs: no unreadable file is written."""
@@ -164,7 +104,7 @@ class Plan:
         except EncoderOnlyError as error:
             raise InputError(f"{error.node}: {NO_FILES}") from error
 
-    def _make_encoder(self) -> Callable:
+    def _make_encoder(self) -> Part:
         self._check()
         pixels = self.program.inputs["pixels"]
         tiled = self._tiled("analysis", analysis_part)
@@ -172,7 +112,7 @@ class Plan:
             return self._executable(self.program.part({"pixels": pixels}, self._coded))
         latent = self.program.bottleneck(pixels, self._coded.values())
         rest = self._executable(self.program.part({"latent": latent}, self._coded))
-        return lambda inputs: rest(tiled(inputs))
+        return Chain([tiled, rest])
 
     def _tiled(self, name: str, part: Callable[[Program], Program]) -> Tiled | None:
         height, width = self.program.values[self.program.inputs["pixels"]].shape[-2:]
@@ -192,7 +132,7 @@ class Plan:
         return self._steps
 
     @property
-    def synthesis(self) -> tuple[Callable, dict[str, int]]:
+    def synthesis(self) -> tuple[Part, dict[str, int]]:
         """(what computes {"pixels": uint8 (1, 3, H, W)} from values by name, the numbers of these values)."""
         if self._synthesis is None:
             part = self.synthesis_of(self.program)

@@ -3,11 +3,12 @@
 from collections.abc import Callable, Sequence
 
 from licq.codec.latents import Latent, cut, find_latents
+from licq.integer.execution import on_arrays
 from licq.integer.passes import without_duplicates
 from licq.integer.program import Program
-from licq.integer.reach import BATCH, Reach
+from licq.integer.reach import BATCH
 from licq.integer.reach import reach as trace
-from licq.integer.tiles import Tiled
+from licq.integer.tiles import Reach, Tiled, cuts
 
 
 def analysis_part(program: Program) -> Program:
@@ -88,16 +89,16 @@ class Sizes:
         if self.tile is None or height * width <= self.tile**2:
             return None
         reach = self.reach(name, part)
-        shown = f"{name} transform" if self.progress else ""
-        return reach and Tiled(
-            lambda h, w: part(self.program(h, w)),
+        if reach is None:
+            return None
+        return Tiled(
             height,
             width,
-            reach,
-            self.tile,
-            self.multiple,
-            threads,
-            shown,
+            cuts(height, self.tile, reach.rows, self.multiple),
+            cuts(width, self.tile, reach.columns, self.multiple),
+            {},
+            lambda h, w: on_arrays(part(self.program(h, w)), threads),
+            f"{name} transform" if self.progress else "",
         )
 
     def reach(self, name: str, part: Callable[[Program], Program]) -> Reach | None:

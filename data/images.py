@@ -5,13 +5,15 @@ Everything else is refused, with the way to mend it.
 
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from PIL import Image, UnidentifiedImageError
-from torch import Tensor
 
 from licq.support.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _ORIENTATION = 0x0112  # EXIF tag
 
@@ -33,7 +35,7 @@ _MODES = {
 }
 
 
-def load_image(path: str | Path) -> Tensor:
+def load_image(path: str | Path) -> "Tensor":
     """The pixels of an 8-bit image file, float32 (3, H, W) in 0..1.
 
     Grey and black-and-white images have three equal channels; a palette's colours are looked up.
@@ -45,6 +47,8 @@ def load_image(path: str | Path) -> Tensor:
         InputError: missing, not an image, truncated, 16-bit, CMYK, alpha or a transparent colour, more than
             one frame, or too large to be decoded safely.
     """
+    import torch  # here: who wants pixels alone needs none
+
     pixels = load_pixels(path)
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous().to(torch.float32).div_(255.0)
 

@@ -1,8 +1,9 @@
 """Padding to the sizes a codec takes, as CompressAI does it."""
 
 import torch.nn.functional as F
-from compressai.ops import compute_padding
 from torch import Tensor
+
+from licq.data.margins import margins
 
 
 def pad_to_multiple(x: Tensor, multiple: int = 64) -> tuple[Tensor, tuple[int, int, int, int]]:
@@ -10,14 +11,14 @@ def pad_to_multiple(x: Tensor, multiple: int = 64) -> tuple[Tensor, tuple[int, i
 
     Args:
         x: (..., H, W); it comes to lie in the middle.
-        multiple: a power of two.
+        multiple: of the sides.
 
     Returns:
         The padded tensor, and the second argument of `crop_back`.
     """
-    height, width = x.shape[-2:]
-    pad, unpad = compute_padding(height, width, min_div=multiple)
-    return F.pad(x, pad, mode="constant", value=0.0), unpad
+    pad = margins(x.shape[-2], x.shape[-1], multiple)
+    left, right, top, bottom = (-side for side in pad)
+    return F.pad(x, pad, mode="constant", value=0.0), (left, right, top, bottom)
 
 
 def crop_back(x: Tensor, unpad: tuple[int, int, int, int]) -> Tensor:

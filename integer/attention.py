@@ -1,23 +1,30 @@
 """Attention as one launch: scores, softmax and weighted sum."""
 
-import ctypes
+import hashlib
 import math
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from licq.integer import ready
 from licq.integer.exactness import tie_free_multiplier
 from licq.integer.groups import fits, parameters_of, varying_dim
-from licq.integer.launches import LaunchContext, OperationLaunch, check, fits16
-from licq.integer.library import TYPES, Attention, kernels
+from licq.integer.launches import LaunchContext, fits16
+from licq.integer.library import Attention
 from licq.integer.program import Program
 from licq.quant import operations as ops
 from licq.quant.fixedpoint import multiplier_value
 
 
-class AttentionLaunch(OperationLaunch):
-    """Attention, head by head, with the scores of a few queries at a time."""
+def attention_launch(context: LaunchContext, operation: ops.Attention) -> ready.AttentionLaunch:
+    """The launch of an attention that `AttentionJob.takes`."""
+    made = AttentionJob(context, operation)
+    buffers = [tensor.numpy() for tensor in made.buffers]
+    return ready.AttentionLaunch(operation.inputs, operation.outputs, made.shape, made.job, buffers)
+
+
+class AttentionJob:
+    """The kernel's job of an attention."""
 
     @staticmethod
     def takes(operation: ops.Attention, program: Program) -> bool:
@@ -38,7 +45,7 @@ class AttentionLaunch(OperationLaunch):
         return in_range and same_batch and of_keys and per_head and alike
 
     def __init__(self, context: LaunchContext, operation: ops.Attention):
-        super().__init__(context, operation)
+        self.context = context
         values = context.program.values
         softmax = operation.softmax
         q, k, v = (values[number].shape for number in operation.inputs)
@@ -48,7 +55,7 @@ class AttentionLaunch(OperationLaunch):
         self.job = Attention(
             batch=math.prod(batch), heads=heads, queries=queries, keys=keys, inner=inner, width=width
         )
-        self._buffers: list[Tensor] = []  # what the job points to
+        self.buffers: list[Tensor] = []  # what the job points to
         self._scales({"score": operation.scores, "weight": operation.weights}, heads)
         table = softmax.table.float().contiguous()
         self._point("table", table)
@@ -57,7 +64,7 @@ class AttentionLaunch(OperationLaunch):
             self._offsets(softmax, softmax.offset, tuple(batch), heads, queries, keys)
 
     def _point(self, name: str, tensor: Tensor) -> None:
-        self._buffers.append(tensor)
+        self.buffers.append(tensor)
         setattr(self.job, name, tensor.data_ptr())
 
     def _scales(self, rescales: dict[str, ops.Rescale], heads: int) -> None:
@@ -99,25 +106,25 @@ class AttentionLaunch(OperationLaunch):
             if blank is not None:
                 blank = blank.reshape(*(1,) * (len(full) - blank.ndim), *blank.shape)
                 blank = blank.expand(*full[:-1], 1).reshape(count, *full[len(batch) : -1], 1)
+            first, same = distinct(offset, blank)  # most windows of an image are alike
+            kind, count, offset = same[kind], len(first), offset[first]
+            blank = None if blank is None else blank[first]
         assert len(kind) == self.job.batch
         self._point("offset", offset.expand(count, heads, queries, keys).to(torch.int32).contiguous())
         if blank is not None:
             self._point("blank", blank.expand(count, heads, queries, 1).to(torch.uint8).contiguous())
         self._point("kind", kind.to(torch.int32).contiguous())
 
-    def run(self, values: dict[int, Tensor], inputs: Mapping[str, Tensor], names: Mapping[int, str]) -> None:
-        q, k, v = (values[number] for number in self.reads)
-        out, offset = self.new(self.shape)
-        job, parts = self.job, []
-        for name, part in (("q", q), ("k", k.transpose(-2, -1)), ("v", v)):
-            part = part.to(torch.int16)
-            # a view with one step along the batch, where there is one
-            part = part[None] if part.ndim == 3 else part.flatten(0, -4)
-            part = part if part.stride(-1) == 1 else part.contiguous()
-            parts.append(part)  # keeps the memory until the kernel has read it
-            setattr(job, name, part.data_ptr())
-            setattr(job, f"{name}_steps", (ctypes.c_int64 * 3)(*part.stride()[:3]))
-        job.out.data, job.out.type, job.out.offset = out.data_ptr(), TYPES[out.dtype], offset
-        job.threads = self.threads
-        check(kernels().attention(ctypes.byref(job)))
-        values[self.writes[0]] = out
+
+def distinct(*parts: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(where each kind of entry stands first, the kind of each entry) of tensors (entries, ...)."""
+    kinds: dict[bytes, int] = {}
+    first, same = [], []
+    given = [part.contiguous().numpy() for part in parts if part is not None]
+    for position in range(len(given[0])):
+        digest = hashlib.sha256(b"".join(part[position].tobytes() for part in given)).digest()
+        if digest not in kinds:
+            kinds[digest] = len(first)
+            first.append(position)
+        same.append(kinds[digest])
+    return torch.tensor(first), torch.tensor(same)

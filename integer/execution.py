@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,3 +53,23 @@ def executable(
     if torch.device(device).type == "cpu" and usable():
         return FastProgram(optimize(program), threads)
     return partial(_by_name, program.to(device))
+
+
+def on_arrays(
+    program: Program, threads: int | None = None
+) -> Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]:
+    """What computes a program on the CPU, on NumPy's arrays; see `executable`.
+
+    Returns:
+        With kernels a `ready.ReadyProgram`.
+    """
+    run = executable(program, threads)
+    if isinstance(run, FastProgram):
+        run.ready.threads = threads or torch.get_num_threads()
+        return run.ready
+
+    def compute(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        results = run({name: torch.from_numpy(array) for name, array in inputs.items()})
+        return {name: tensor.numpy() for name, tensor in results.items()}
+
+    return compute

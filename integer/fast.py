@@ -10,15 +10,24 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from licq.integer.attention import AttentionLaunch
-from licq.integer.group_launch import GroupLaunch
+from licq.integer import ready, ready_moves
+from licq.integer.attention import AttentionJob, attention_launch
+from licq.integer.group_launch import group_launch
 from licq.integer.groups import Group, constants_of, groups_of, operand_type
-from licq.integer.launches import CopyLaunch, Launch, LayerNormLaunch, ReferenceLaunch
-from licq.integer.library import SLACK, kernels
-from licq.integer.memory import memory_slots, values_to_drop
+from licq.integer.launches import (
+    ReferenceLaunch,
+    array_type,
+    has_layer_norm,
+    input_launch,
+    layer_norm_launch,
+    layout_launch,
+)
+from licq.integer.library import kernels
+from licq.integer.memory import memory_offsets, values_to_drop
 from licq.integer.program import Program
 from licq.quant import operations as ops
 from licq.quant.operations import Operation
@@ -41,30 +50,43 @@ class FastProgram:
         self.plan = groups_of(program)
         readers = _readers(self.plan, program)
         self.storage = {number: self._storage(number, entries) for number, entries in readers.items()}
-        self.launches = [self._launch(entry) for entry in self.plan]
+        names = {number: name for name, number in program.inputs.items()}
+        self.launches = [
+            self._launch(entry, names) for entry in self.plan if not isinstance(entry, ops.Constant)
+        ]
         outputs = set(program.outputs.values())
-        self._drops = values_to_drop(self.launches, outputs)
         sizes = {
             number: math.prod(program.values[number].shape) * dtype.itemsize
             for number, (dtype, _) in self.storage.items()
         }
-        self._slots = memory_slots(self.launches, outputs, sizes)
-        self._memory: dict[int, Tensor] = {}  # by slot
-        self._views: dict[tuple[int, tuple[int, ...], int], Tensor] = {}  # of the memory, see `new`
-        self._keeps_values = False
+        self.ready = ready.ReadyProgram(
+            self.launches,
+            {number: value.numpy() for number, value in self.constants.items()},
+            {number: (array_type(dtype), offset) for number, (dtype, offset) in self.storage.items()},
+            {
+                name: (number, array_type(program.values[number].dtype))
+                for name, number in program.outputs.items()
+            },
+            values_to_drop(self.launches, outputs),
+            *memory_offsets(self.launches, outputs, sizes),
+        )
 
-    def _launch(self, entry: Group | Operation) -> Launch:
+    def _launch(self, entry: Group | Operation, names: Mapping[int, str]) -> ready.Launch:
         match entry:
             case Group():
-                return GroupLaunch(self, entry)
-            case ops.LayerNorm() if LayerNormLaunch.takes(entry, self.program):
-                return LayerNormLaunch(self, entry)
-            case ops.Attention() if AttentionLaunch.takes(entry, self.program):
-                return AttentionLaunch(self, entry)
-            case ops.Layout() if CopyLaunch.takes(entry):
-                return CopyLaunch(self, entry)
+                return group_launch(self, entry)
+            case ops.Input():
+                return input_launch(entry, names[entry.outputs[0]])
+            case ops.LayerNorm() if has_layer_norm(entry, self.program):
+                return layer_norm_launch(entry, self.program)
+            case ops.Attention() if AttentionJob.takes(entry, self.program):
+                return attention_launch(self, entry)
+            case ops.Sum():
+                return ready_moves.SumLaunch(entry.dim, entry.keepdim, entry.inputs, entry.outputs)
+            case ops.Layout():
+                return layout_launch(entry, self.program)
             case _:
-                return ReferenceLaunch(self, entry)
+                return ReferenceLaunch(entry)
 
     def _storage(self, number: int, readers: list[Group | Operation]) -> tuple[torch.dtype, int]:
         """The type in which a value lies in memory, and what is added to its integers there."""
@@ -87,54 +109,13 @@ class FastProgram:
 
     def __call__(self, inputs: Mapping[str, Tensor], keep: bool = False) -> dict[Any, Tensor]:
         """The outputs of the program by name; with `keep`, all that was stored, by number."""
-        values: dict[int, Tensor] = dict(self.constants)
-        self._keeps_values = keep
-        names = {number: name for name, number in self.program.inputs.items()}
-        for launch, drops in zip(self.launches, self._drops):
-            launch.run(values, inputs, names)
-            if not keep:
-                for number in drops:
-                    values.pop(number, None)
-        if keep:
-            return {
-                number: tensor.to(torch.int64) - self.storage.get(number, (None, 0))[1]
-                for number, tensor in values.items()
-            }
-        return {
-            name: values[number].to(self.program.values[number].dtype)
-            for name, number in self.program.outputs.items()
-        }
+        results = self.on_arrays({name: tensor.numpy() for name, tensor in inputs.items()}, keep)
+        return {name: torch.from_numpy(np.asarray(array)) for name, array in results.items()}
 
-    def new(self, number: int, shape: tuple[int, ...], channel_dim: int = -1) -> Tensor:
-        """Memory for a value, with `SLACK` bytes behind it that kernels may read.
-
-        The next run gets the same memory, so that its pages are there.
-
-        channel_dim: the dimension of the shape that is contiguous.
-        """
-        slot = self._slots.get(number)
-        if slot is None or self._keeps_values:
-            return self._view(self._bytes(number, shape), number, shape, channel_dim)
-        key = (number, shape, channel_dim)
-        if key not in self._views:
-            memory = self._memory.get(slot)
-            if memory is None or len(memory) < self._size(number, shape) + SLACK:
-                memory = self._memory[slot] = self._bytes(number, shape)
-                self._views = {of: view for of, view in self._views.items() if self._slots[of[0]] != slot}
-            self._views[key] = self._view(memory, number, shape, channel_dim)
-        return self._views[key]
-
-    def _size(self, number: int, shape: tuple[int, ...]) -> int:
-        return math.prod(shape) * self.storage[number][0].itemsize
-
-    def _bytes(self, number: int, shape: tuple[int, ...]) -> Tensor:
-        return torch.empty(self._size(number, shape) + SLACK, dtype=torch.uint8)
-
-    def _view(self, memory: Tensor, number: int, shape: tuple[int, ...], channel_dim: int) -> Tensor:
-        rows = [*shape]
-        rows.append(rows.pop(channel_dim))
-        typed = memory[: self._size(number, shape)].view(self.storage[number][0])
-        return typed.view(rows).movedim(-1, channel_dim)
+    def on_arrays(self, inputs: Mapping[str, np.ndarray], keep: bool = False) -> dict[Any, np.ndarray]:
+        """The same on NumPy's arrays."""
+        self.ready.threads = self.threads or torch.get_num_threads()
+        return self.ready(inputs, keep)
 
 
 def _readers(plan: list[Group | Operation], program: Program) -> dict[int, list[Group | Operation]]:

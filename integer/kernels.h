@@ -168,6 +168,29 @@ typedef struct {
     Array out;        /* (batch, heads, queries, width) */
 } Attention;
 
+/* Distributions of integers, one row after the other. */
+typedef struct {
+    const int32_t *cdfs;    /* cumulative frequencies of a row's bins: from 0 to 2^16 */
+    const int64_t *starts;  /* (count + 1,), where each row begins */
+    const int32_t *offsets; /* (count,), the integer of a row's first bin; the last bin is for all others */
+    int64_t count, length;  /* of the rows, and of cdfs */
+} Rows;
+
+/* Mixtures of Gaussians, one for each symbol; see `MixtureRows` in codec/tables.py. */
+typedef struct {
+    const int32_t *scales, *means, *weights; /* (components, symbols) */
+    const int64_t *thresholds;               /* (levels - 1,) */
+    const int64_t *inverses, *reach;         /* (levels,) */
+    const int64_t *normal;
+    int32_t levels, boundary_bits, components, max_bins;
+} Mixture;
+
+typedef struct {
+    const char *words;   /* of the stream, 4 bytes each */
+    int64_t count, next; /* words, and which is read next */
+    uint64_t state;
+} RansDecoder;
+
 enum {
     BLOCK = 16, /* outputs that a microkernel makes at a time */
     GROUP = 6,  /* pixels, or tiles of pixels, that it makes at a time */

@@ -1,169 +1,119 @@
-"""Launches: the entries of a ready program, each of which computes some values from others.
+"""From operations of a program to launches of the ready program, and what these need to know of the program.
 
 Here are those of single operations. `integer.group_launch` has the groups, `integer.attention` attention.
 """
 
-import ctypes
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from licq.integer.library import TYPES, LayerNorm, kernels
+from licq.integer import ready, ready_moves
+from licq.integer.arrays import LAYOUT
+from licq.integer.library import LayerNorm
 from licq.integer.program import Program
-from licq.integer.reference import MEANING, results_of
+from licq.integer.reference import MEANING
 from licq.quant import operations as ops
 from licq.quant.fixedpoint import multiplier_value
 from licq.quant.integer_functions import layer_norm_constants
-from licq.quant.operations import Operation, Range
+from licq.quant.operations import Operand, Operation, Range
 
 
 class LaunchContext(Protocol):
     """What launches know of the program that they belong to; `integer.fast.FastProgram` is one.
 
     storage: of each stored value, the type in memory and what is added to its integers there.
-    threads: of the kernels; None: PyTorch's.
     """
 
     program: Program
     constants: dict[int, Tensor]
     storage: dict[int, tuple[torch.dtype, int]]
-    threads: int | None
-
-    def new(self, number: int, shape: tuple[int, ...], channel_dim: int = -1) -> Tensor:
-        """Memory for value `number`, with `SLACK` bytes behind it; dimension `channel_dim` is contiguous."""
-        ...
 
 
-class Launch(ABC):
-    """Computes the values `writes` from the values `reads`."""
-
-    context: LaunchContext
-    reads: tuple[int, ...]
-    writes: tuple[int, ...]
-    uses_context_memory = True
-    """Results are written into memory that the context gives."""
-    may_give_views = False
-    """Results may be views of what is read."""
-
-    @property
-    def threads(self) -> int:
-        return self.context.threads or torch.get_num_threads()
-
-    @abstractmethod
-    def run(self, values: dict[int, Tensor], inputs: Mapping[str, Tensor], names: Mapping[int, str]) -> None:
-        """Read from `values` and add the results to it.
-
-        inputs: the program's inputs by name. names: of the inputs, by number of the value.
-        """
-
-
-class OperationLaunch(Launch):
-    """One operation."""
-
-    def __init__(self, context: LaunchContext, operation: Operation):
-        self.context = context
-        self.reads, self.writes = operation.inputs, operation.outputs
-
-    def new(self, shape: tuple[int, ...]) -> tuple[Tensor, int]:
-        """A tensor for the one result, and what is added to its integers there."""
-        return self.context.new(self.writes[0], shape), self.context.storage[self.writes[0]][1]
-
-
-class ReferenceLaunch(OperationLaunch):
+class ReferenceLaunch(ready.Launch):
     """An operation without a kernel, computed by the reference."""
 
-    uses_context_memory = False
+    uses_program_memory = False
     may_give_views = True
 
-    def __init__(self, context: LaunchContext, operation: Operation):
-        super().__init__(context, operation)
+    def __init__(self, operation: Operation):
         self.operation = operation
+        self.reads, self.writes = operation.inputs, operation.outputs
 
-    def run(self, values: dict[int, Tensor], inputs: Mapping[str, Tensor], names: Mapping[int, str]) -> None:
-        for number, tensor in results_of(self.operation, values, inputs, names, MEANING):
-            dtype, offset = self.context.storage.get(number, (tensor.dtype, 0))
-            values[number] = tensor.to(dtype) if not offset else (tensor.to(torch.int32) + offset).to(dtype)
-
-
-class CopyLaunch(ReferenceLaunch):
-    """A layout function that copies a large value, into memory that is used again in the next run."""
-
-    uses_context_memory = True
-
-    def __init__(self, context: LaunchContext, operation: ops.Layout):
-        super().__init__(context, operation)
-        self.layout = operation
-
-    @staticmethod
-    def takes(operation: ops.Layout) -> bool:
-        return operation.name in ("index_select", "reshape", "pixel_shuffle") and len(operation.inputs) == 1
-
-    def run(self, values: dict[int, Tensor], inputs: Mapping[str, Tensor], names: Mapping[int, str]) -> None:
-        source, number = self.reads[0], self.writes[0]
-        x, shape = values[source], self.context.program.values[number].shape
-        arguments = self.layout.arguments
-        dtype, offset = self.context.storage[number]
-        shuffled = self.layout.name == "pixel_shuffle"
-        if (
-            x.dtype != dtype
-            or (shuffled and x.ndim != 4)
-            or offset != self.context.storage.get(source, (dtype, 0))[1]
-            or self.layout.options
-        ):
-            super().run(values, inputs, names)
-        elif self.layout.name == "index_select":
-            values[number] = torch.index_select(x, *arguments[1:], out=self.new(shape)[0])
-        elif shuffled:  # with channels contiguous, as the kernels read them
-            batch, _, height, width = x.shape
-            side, channels = arguments[1], shape[1]
-            rows = self.context.new(number, (batch, height, side, width, side, channels))
-            rows.copy_(x.movedim(1, -1).unflatten(-1, (channels, side, side)).permute(0, 1, 4, 2, 5, 3))
-            values[number] = rows.view(batch, height * side, width * side, channels).movedim(-1, 1)
-        else:
-            try:
-                values[number] = x.view(shape)
-            except RuntimeError:  # the shape takes a copy
-                values[number] = self.context.new(number, tuple(x.shape)).copy_(x).view(shape)
+    def run(
+        self, program: ready.ReadyProgram, values: ready.Values, inputs: Mapping[str, np.ndarray]
+    ) -> None:
+        tensors = (torch.from_numpy(np.asarray(values[number])) for number in self.reads)
+        result = MEANING[type(self.operation)](self.operation, *tensors)
+        many = isinstance(result, (list, tuple))
+        for number, tensor in zip(self.writes, result if many else (result,), strict=True):
+            program.put(values, number, _integers(tensor).numpy())
 
 
-class LayerNormLaunch(OperationLaunch):
-    """Layer normalization, row by row."""
+def _integers(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.int64) if tensor.is_floating_point() else tensor
 
-    @staticmethod
-    def takes(operation: ops.LayerNorm, program: Program) -> bool:
-        return fits16(program.values[operation.inputs[0]].range)
 
-    def __init__(self, context: LaunchContext, operation: ops.LayerNorm):
-        super().__init__(context, operation)
-        self.shape = context.program.values[operation.outputs[0]].shape
-        count = self.shape[-1]
-        mantissa = operation.mantissa.expand(count)
-        parts = {
-            "eps": layer_norm_constants(count, operation.eps),
-            "multiplier": multiplier_value(mantissa.abs(), operation.shift.expand(count)),
-            "sign": mantissa.sign(),
-            **{name: getattr(operation, name).expand(count) for name in ("offset", "low", "high")},
-        }
-        self._buffers = {name: part.double().contiguous() for name, part in parts.items()}
-        self.job = LayerNorm(
-            count=count,
-            rows=math.prod(self.shape[:-1]),
-            eps_ceiling=math.ceil(count**2 * operation.eps),
-            **{name: part.data_ptr() for name, part in self._buffers.items()},
-        )
+def input_launch(operation: ops.Input, name: str) -> ready_moves.InputLaunch:
+    """The launch of an input of the program."""
+    return ready_moves.InputLaunch(name, (), operation.outputs)
 
-    def run(self, values: dict[int, Tensor], inputs: Mapping[str, Tensor], names: Mapping[int, str]) -> None:
-        x = values[self.reads[0]].to(torch.int16).contiguous()
-        out, offset = self.new(self.shape)
-        job = self.job
-        job.x, job.threads = x.data_ptr(), self.threads
-        job.out.data, job.out.type, job.out.offset = out.data_ptr(), TYPES[out.dtype], offset
-        check(kernels().layer_norm(ctypes.byref(job)))
-        values[self.writes[0]] = out
+
+def layout_launch(operation: ops.Layout, program: Program) -> ready.Launch:
+    """The launch of a layout function; the reference's where NumPy's arrays have none."""
+    name, options = operation.name, operation.options
+    mode, value = operation.argument(2, "mode", "constant"), operation.argument(3, "value")
+    padded = name == "pad" and (mode != "constant" or value not in (None, 0))
+    if name not in LAYOUT or padded:
+        return ReferenceLaunch(operation)
+    arguments, options = _plain(operation.arguments), _plain(options)
+    if name in ("index_select", "reshape", "pixel_shuffle") and len(operation.inputs) == 1:
+        shape = program.values[operation.outputs[0]].shape
+        where = operation.inputs, operation.outputs
+        return ready_moves.CopyLaunch(name, arguments, options, *where, tuple(shape))
+    return ready_moves.LayoutLaunch(name, arguments, options, operation.inputs, operation.outputs)
+
+
+def _plain(part: Any) -> Any:
+    """Arguments without anything of torch's."""
+    if isinstance(part, Operand):
+        return ready_moves.Place(part.index)
+    if isinstance(part, Tensor):
+        return part.cpu().numpy()
+    if isinstance(part, dict):
+        return {name: _plain(value) for name, value in part.items()}
+    if isinstance(part, (list, tuple)):
+        return [*map(_plain, part)] if isinstance(part, list) else tuple(map(_plain, part))
+    return part
+
+
+def has_layer_norm(operation: ops.LayerNorm, program: Program) -> bool:
+    """Whether the kernel has this layer normalization."""
+    return fits16(program.values[operation.inputs[0]].range)
+
+
+def layer_norm_launch(operation: ops.LayerNorm, program: Program) -> ready.LayerNormLaunch:
+    """The launch of a layer normalization, row by row."""
+    shape = program.values[operation.outputs[0]].shape
+    count = shape[-1]
+    mantissa = operation.mantissa.expand(count)
+    parts = {
+        "eps": layer_norm_constants(count, operation.eps),
+        "multiplier": multiplier_value(mantissa.abs(), operation.shift.expand(count)),
+        "sign": mantissa.sign(),
+        **{name: getattr(operation, name).expand(count) for name in ("offset", "low", "high")},
+    }
+    buffers = {name: part.double().contiguous().numpy() for name, part in parts.items()}
+    job = LayerNorm(
+        count=count,
+        rows=math.prod(shape[:-1]),
+        eps_ceiling=math.ceil(count**2 * operation.eps),
+        **{name: part.ctypes.data for name, part in buffers.items()},
+    )
+    return ready.LayerNormLaunch(operation.inputs, operation.outputs, shape, job, [*buffers.values()])
 
 
 def fits16(*ranges: Range) -> bool:
@@ -171,7 +121,6 @@ def fits16(*ranges: Range) -> bool:
     return all(-(2**15) <= numbers.low and numbers.high < 2**15 for numbers in ranges)
 
 
-def check(status: int) -> None:
-    """Raises MemoryError where a kernel says that it had no memory."""
-    if status:
-        raise MemoryError("the kernels ran out of memory")
+def array_type(dtype: torch.dtype) -> np.dtype:
+    """NumPy's name of an integer type."""
+    return np.dtype(str(dtype).removeprefix("torch."))

@@ -10,10 +10,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 
 S8, U8, S16, S32 = range(4)
-TYPES = {torch.int8: S8, torch.uint8: U8, torch.int16: S16, torch.int32: S32}
+TYPES = {np.dtype(np.int8): S8, np.dtype(np.uint8): U8, np.dtype(np.int16): S16, np.dtype(np.int32): S32}
 LOAD, STORE, RESCALE, ADD, ADD_CHANNELS, MULTIPLY, NEG, ABS, SQUARE, CLAMP, LEAKY, TABLE, GDN = range(13)
 BLOCK = 16
 """Outputs of a layer that a kernel computes at a time."""
@@ -120,9 +120,41 @@ class Attention(ctypes.Structure):
     ]
 
 
-STRUCTURES: tuple[type[ctypes.Structure], ...] = (Array, Step, Product, Winograd, LayerNorm, Attention)
+class Rows(ctypes.Structure):
+    _fields_ = [*_pointers("cdfs starts offsets"), *_fields(ctypes.c_int64, "count length")]
+
+
+class Mixture(ctypes.Structure):
+    _fields_ = [
+        *_pointers("scales means weights thresholds inverses reach normal"),
+        *_int32s("levels boundary_bits components max_bins"),
+    ]
+
+
+class RansDecoder(ctypes.Structure):
+    _fields_ = [
+        *_pointers("words"),
+        *_fields(ctypes.c_int64, "count next"),
+        *_fields(ctypes.c_uint64, "state"),
+    ]
+
+
+STRUCTURES: tuple[type[ctypes.Structure], ...] = (
+    Array,
+    Step,
+    Product,
+    Winograd,
+    LayerNorm,
+    Attention,
+    Rows,
+    Mixture,
+    RansDecoder,
+)
 _CONSTANTS = (
     "S8 U8 S16 S32 LOAD STORE RESCALE ADD ADD_CHANNELS MULTIPLY NEG ABS SQUARE CLAMP LEAKY TABLE GDN BLOCK"
+).split()
+_COUNTING = (
+    "rans_bad_row rans_entries rans_mixture_entries rans_stream rans_symbols rans_mixture_symbols"
 ).split()
 
 Layout = dict[str, tuple[int, int]]
@@ -186,6 +218,8 @@ def library() -> ctypes.CDLL | None:
             continue
         difference = layout_difference(kernels)
         if difference is None:
+            for name in _COUNTING:
+                getattr(kernels, name).restype = ctypes.c_int64
             return kernels
         stale = stale or f"{path.name} is of another version than its sources ({difference})"
     if stale is not None:

@@ -59,13 +59,6 @@ def lower(model: QuantModel, height: int, width: int, batch: int = 1) -> Program
             limits = torch.tensor(0), torch.tensor(255)
             samples = primitives.rescale(x_hat.q, x_hat.full_scale() * 255, *limits)
             assert isinstance(samples, Symbol)
-    except Exception as error:
-        if explain(error) is not None:
-            raise
-        raise InputError(
-            f"the model cannot be lowered: {runtime.where}: {type(error).__name__}: {error}; does its "
-            "forward keep tensors of an earlier image?"
-        ) from error
     finally:
         runtime.tracer = None
     tracer.program.outputs["pixels"] = samples.number

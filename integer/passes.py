@@ -11,9 +11,9 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from licq.integer.groups import PRODUCTS
+from licq.integer.groups import PRODUCTS, constants_of
 from licq.integer.program import Program
-from licq.integer.reference import layout_function
+from licq.integer.reference import MEANING, layout_function
 from licq.quant import operations as ops
 from licq.quant.operations import Boundary, Operand, Operation
 
@@ -46,7 +46,7 @@ _MOVES = {
 
 def optimize(program: Program) -> Program:
     """All passes."""
-    program = without_idle_rescales(program)
+    program = without_idle_rescales(with_folded_constants(program))
     program = with_split_products(program)
     program = with_early_elementwise(program)
     return without_unused(with_attention(program))
@@ -122,6 +122,21 @@ def without_unused(program: Program) -> Program:
             needed.update(operation.inputs)
             needed_operations.append(operation)
     return _with(program, needed_operations[::-1])
+
+
+def with_folded_constants(program: Program) -> Program:
+    """With constants in the place of operations on constants."""
+    values, operations = constants_of(program), []
+    for operation in program.operations:
+        known = [values[number] for number in operation.inputs if number in values]
+        if known and len(known) == len(operation.inputs) and len(operation.outputs) == 1:
+            (number,) = operation.outputs
+            result = MEANING[type(operation)](operation, *known)
+            if not isinstance(result, (list, tuple)):
+                values[number] = result.to(torch.int64)
+                operation = ops.Constant((), (number,), operation.node, value=values[number])
+        operations.append(operation)
+    return _with(program, operations)
 
 
 def without_idle_rescales(program: Program) -> Program:
@@ -290,12 +305,32 @@ def _parameters_before(
     # the channel that each number comes from, counted from 1; pads bring 0
     came_from = torch.arange(1, shape[dim] + 1, dtype=torch.int16).reshape(view).expand(shape)
     for layout in layouts:
-        arguments = [came_from if isinstance(part, Operand) else part for part in layout.arguments]
-        came_from = layout_function(layout.name)(*arguments, **layout.options)
+        came_from = _laid(layout, came_from)
     of_channels = _along(came_from, varying, shape[dim])
     if of_channels is None:
         return None
     return {**before, **{name: part.reshape(view) for name, part in of_channels.items()}}
+
+
+def _laid(layout: ops.Layout, x: Tensor) -> Tensor:
+    """What a layout function makes of x.
+
+    x is one number repeated along most dimensions, in no memory of its own (stride 0). Functions that choose
+    or shift positions along these dimensions change nothing there, so they need not copy.
+    """
+    if layout.name == "index_select" and len(layout.arguments) == 3:
+        _, dim, index = layout.arguments
+        if x.stride(dim) == 0:
+            shape = [*x.shape]
+            shape[dim] = len(index)
+            return x.narrow(dim, 0, 1).expand(shape)
+    if layout.name in ("roll", "flip"):
+        dims = layout.argument(2 if layout.name == "roll" else 1, "dims")
+        dims = (dims,) if isinstance(dims, int) else dims
+        if dims is not None and all(x.stride(dim) == 0 for dim in dims):
+            return x
+    arguments = [x if isinstance(part, Operand) else part for part in layout.arguments]
+    return layout_function(layout.name)(*arguments, **layout.options)
 
 
 def with_attention(program: Program) -> Program:
@@ -352,6 +387,10 @@ def _along(came_from: Tensor, parameters: dict[str, Tensor], size: int) -> dict[
         for name, part in parameters.items()
     }
     varies = [any(part.shape[d] > 1 for part in full.values()) for d in range(came_from.ndim)]
+    # along dimensions of stride 0 one position has the numbers of all
+    came_from = came_from[
+        tuple(slice(None) if varies[d] or came_from.stride(d) else slice(0, 1) for d in range(came_from.ndim))
+    ]
     sample = came_from[tuple(slice(None) if yes else slice(0, 1) for yes in varies)]
     # the sample is enough, where channels vary only as the parameters do
     if not (bool((sample > 0).all()) and bool(((came_from == sample) | (came_from == 0)).all())):

@@ -6,8 +6,6 @@ masks are not read. So a program of a few hundred pixels says how far from a cut
 image's tile are those of the whole image (`integer.tiles`).
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,6 +13,7 @@ from torch import Tensor
 from licq.integer.groups import padding_of
 from licq.integer.program import Program
 from licq.integer.reference import MEANING, Meaning, interpret
+from licq.integer.tiles import Reach, Span
 from licq.quant import operations as ops
 from licq.quant.integer_functions import MASKED
 from licq.quant.operations import Operation
@@ -23,24 +22,6 @@ BATCH = 4
 """Images of the program that is traced: for first rows, last rows, first columns and last columns."""
 _FAR = 2.0**20
 _NOTHING = 1.0  # depends on nothing, and may be other than zero; 0: is zero
-
-
-@dataclass(frozen=True)
-class Span:
-    """How far results depend on the image along one axis.
-
-    before, after: so many pixels beside those of the result. period: of the pattern, in pixels.
-    """
-
-    before: int
-    after: int
-    period: int
-
-
-@dataclass(frozen=True)
-class Reach:
-    rows: Span
-    columns: Span
 
 
 def reach(program: Program, height: int, width: int, multiple: int) -> Reach | None:

@@ -50,6 +50,7 @@ class GroupSteps:
         table: of `Step`. count: its steps.
         registers: how many the steps use.
         constants: tensors that are loaded too; their arrays come after those of `loads` and `writes`.
+        buffers: what the steps point to.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class GroupSteps:
         self._channel_dim, self._channel_order = channel_dim, channel_order
         self._loads, self._writes = loads, writes
         self.constants: list[Tensor] = []
-        self._buffers: list[Tensor] = []  # what the steps point to
+        self.buffers: list[Tensor] = []
         self._steps: list[Step] = []
         self._register: dict[int, int] = {}  # of each value that a later step needs
         self._free: list[int] = []
@@ -133,7 +134,7 @@ class GroupSteps:
                 self._leaky(step, operation, largest)
             case ops.Table():
                 entries = operation.table.to(torch.int32).contiguous()
-                self._buffers.append(entries)
+                self.buffers.append(entries)
                 step.op = TABLE
                 step.table.entries = entries.data_ptr()
                 step.table.first, step.table.last = operation.first, len(entries) - 1
@@ -209,7 +210,7 @@ class GroupSteps:
                 flat = flat[self._channel_order]
             flat = flat.expand(period) if flat.numel() == 1 else flat.repeat(period // flat.numel())
             flat = flat.contiguous()
-            self._buffers.append(flat)
+            self.buffers.append(flat)
             setattr(struct, name, flat.data_ptr())
         return period
 

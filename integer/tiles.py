@@ -9,13 +9,32 @@ whole image.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from licq.integer.execution import Executable, executable
-from licq.integer.program import Program
-from licq.integer.reach import Reach, Span
 from licq.support.progress import progress
+
+Part = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
+"""A program: integers by name -> integers by name."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """How far results depend on the image along one axis.
+
+    before, after: so many pixels beside those of the result. period: of the pattern, in pixels.
+    """
+
+    before: int
+    after: int
+    period: int
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How far results depend on the image."""
+
+    rows: Span
+    columns: Span
 
 
 @dataclass(frozen=True)
@@ -55,70 +74,65 @@ def _cuts_of(total: int, length: int, before: int, after: int, period: int) -> l
         start, first = (last - before) // period * period, last
 
 
+@dataclass
 class Tiled:
     """Computes a program's outputs for an image of height x width in tiles.
 
+    Inputs and outputs have the same names for all sizes, and rows and columns as last dimensions.
+
     Args:
-        part: (height, width) -> the program for an image of that size. Inputs and outputs have the same names
-            for all sizes, and rows and columns as last dimensions.
-        reach: of the program's results. tile: about so many pixels along each side.
-        multiple: sides of images are multiples of it.
-        threads: of the kernels.
+        rows, columns: the tiles along each axis.
+        parts: the program for a tile of (height, width); made when it is first needed.
+        make: makes it; None: all are there.
         shown: what a progress bar says; empty: none.
     """
 
-    def __init__(
-        self,
-        part: Callable[[int, int], Program],
-        height: int,
-        width: int,
-        reach: Reach,
-        tile: int,
-        multiple: int,
-        threads: int | None = None,
-        shown: str = "",
-    ):
-        self.part, self.height, self.width, self.threads, self.shown = part, height, width, threads, shown
-        self.rows = cuts(height, tile, reach.rows, multiple)
-        self.columns = cuts(width, tile, reach.columns, multiple)
-        self._ready: dict[tuple[int, int], Executable] = {}
+    height: int
+    width: int
+    rows: list[Cut]
+    columns: list[Cut]
+    parts: dict[tuple[int, int], Part]
+    make: Callable[[int, int], Part] | None = None
+    shown: str = ""
 
-    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def __call__(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The outputs by name, from the inputs of the whole image."""
-        outputs: dict[str, Tensor] = {}
+        outputs: dict[str, np.ndarray] = {}
         tiles = [(row, column) for row in self.rows for column in self.columns]
         for row, column in progress(
             tiles, desc=self.shown, unit="tile", enabled=bool(self.shown), leave=False
         ):
             pieces = {
-                name: self._piece(x, row.start, row.end, column.start, column.end).contiguous()
+                name: np.ascontiguousarray(self._piece(x, row.start, row.end, column.start, column.end))
                 for name, x in inputs.items()
             }
-            for name, result in self._run(row.end - row.start, column.end - column.start)(pieces).items():
+            for name, result in self.part_for(row.end - row.start, column.end - column.start)(pieces).items():
                 self._put(outputs, name, result, row, column)
         return outputs
 
-    def _run(self, height: int, width: int) -> Executable:
-        if (height, width) not in self._ready:
-            self._ready[height, width] = executable(self.part(height, width), self.threads)
-        return self._ready[height, width]
+    def part_for(self, height: int, width: int) -> Part:
+        """The program for a tile of this size."""
+        if (height, width) not in self.parts and self.make is not None:
+            self.parts[height, width] = self.make(height, width)
+        return self.parts[height, width]
 
-    def _piece(self, x: Tensor, top: int, bottom: int, left: int, right: int) -> Tensor:
+    def _piece(self, x: np.ndarray, top: int, bottom: int, left: int, right: int) -> np.ndarray:
         """The view of x that belongs to a rectangle of the image."""
         down, across = self.height // x.shape[-2], self.width // x.shape[-1]
         return x[..., top // down : bottom // down, left // across : right // across]
 
-    def _put(self, outputs: dict[str, Tensor], name: str, result: Tensor, row: Cut, column: Cut) -> None:
+    def _put(
+        self, outputs: dict[str, np.ndarray], name: str, result: np.ndarray, row: Cut, column: Cut
+    ) -> None:
         down, across = (
             (row.end - row.start) // result.shape[-2],
             (column.end - column.start) // result.shape[-1],
         )
         if name not in outputs:
-            outputs[name] = torch.empty(
-                *result.shape[:-2], self.height // down, self.width // across, dtype=result.dtype
-            )
+            shape = (*result.shape[:-2], self.height // down, self.width // across)
+            outputs[name] = np.empty(shape, dtype=result.dtype)
         top, left = (row.first - row.start) // down, (column.first - column.start) // across
         height, width = (row.last - row.first) // down, (column.last - column.first) // across
-        self._piece(outputs[name], row.first, row.last, column.first, column.last).copy_(
-            result[..., top : top + height, left : left + width]
-        )
+        self._piece(outputs[name], row.first, row.last, column.first, column.last)[...] = result[
+            ..., top : top + height, left : left + width
+        ]

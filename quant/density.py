@@ -15,17 +15,19 @@ from compressai.entropy_models import EntropyBottleneck, EntropyBottleneckVbr
 from scipy.special import ndtr
 from torch import Tensor
 
+from licq.quant.density_units import (
+    FACTORIZED_BITS,
+    INVERSE_BITS,
+    LEVELS,
+    NORMAL_BITS,
+    POINT_BITS,
+    REACH,
+    STEP_BITS,
+)
 from licq.support.errors import InputError
 
-LEVELS = 192
 SMALLEST, LARGEST = 0.11, 256.0  # standard deviations
 """CompressAI's bounds (`SCALES_MIN`, `SCALES_MAX`), between which it has 64 levels."""
-NORMAL_BITS = 30
-STEP_BITS = 8  # the table has a value every 2^-8 standard deviations,
-REACH = 8  # up to so many
-INVERSE_BITS = 20
-FACTORIZED_BITS = 20
-POINT_BITS = 3  # the distribution functions of z have a value every 2^-3
 FURTHEST = 64  # from the median
 MOST_BINS = 2**14  # of a row of an entropy bottleneck
 

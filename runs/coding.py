@@ -181,16 +181,14 @@ class _Piece:
 
 @lru_cache(maxsize=1)
 def _loaded(model: Path, threads: int | None, tile: int | None):
-    from licq.codec.api import Codec
-    from licq.support.determinism import set_threads
+    from licq.codec.quick import QuickCodec
 
-    set_threads(threads)
-    return Codec.load(model, threads, tile=tile)
+    return QuickCodec(model, threads, tile)
 
 
 def _codec_of(piece: _Piece):
     codec = _loaded(piece.model, piece.threads, piece.tile)
-    codec.sizes.progress = piece.progress
+    codec.progress = piece.progress
     return codec
 
 
@@ -218,15 +216,13 @@ def encode(args: argparse.Namespace) -> int:
 
 
 def _encode_one(piece: _Piece) -> tuple[Path, int, int, bool]:
-    import torch
-
     from licq.data.images import is_turned, stored_pixels
 
-    pixels = torch.from_numpy(stored_pixels(piece.source)).permute(2, 0, 1)
+    pixels = stored_pixels(piece.source).transpose(2, 0, 1)
     data = _codec_of(piece).encode(pixels, piece.level)
     with atomic_path(piece.target) as temporary:
         temporary.write_bytes(data)
-    return piece.target, len(data), pixels[0].numel(), is_turned(piece.source)
+    return piece.target, len(data), pixels[0].size, is_turned(piece.source)
 
 
 def _model_for(args: argparse.Namespace) -> tuple[Path, float | None]:
@@ -244,28 +240,30 @@ def _model_for(args: argparse.Namespace) -> tuple[Path, float | None]:
     if codec.variable and args.quality is None:
         raise InputError(
             f"{files[0]} has many rates; choose one with --quality, a number from 1 to "
-            f"{codec.model.model.levels}"
+            f"{codec.codec.model.model.levels}"
         )
     if not codec.variable and args.quality is not None and files[0].parent.name[1:] != f"{args.quality:g}":
         raise InputError(f"{files[0]} has one rate; leave out --quality")
-    level = args.quality if codec.variable else None
-    codec.gain(level)  # before any image is read
-    return files[0], level
+    if not codec.variable:
+        return files[0], None
+    codec.gain(args.quality)  # before any image is read
+    return files[0], args.quality
 
 
 def decode(args: argparse.Namespace) -> int:
     """Write the image of every .licq file; returns the exit status."""
     from licq.codec.container import Container
+    from licq.codec.names import names_of
 
     pairs = jobs(args.inputs, args.out, frozenset({SUFFIX}), _IMAGE)
     for _, target in pairs:
         _format(target)
-    models = {name: file for file in models_of(args.model) for name in _names_of(file)}
+    models = {name: file for file in models_of(args.model) for name in names_of(file)}
     given = []
     for source, target in pairs:
         digest = _named(source, Container.from_bytes, _read(source)).model
         if digest not in models:
-            there = ", ".join(_names_of(file)[0].hex() for file in models_of(args.model))
+            there = ", ".join(names_of(file)[0].hex() for file in models_of(args.model))
             raise InputError(
                 f"{source} was written by the model {digest.hex()}, and {args.model} holds {there}; give "
                 "that one with --model"
@@ -276,21 +274,11 @@ def decode(args: argparse.Namespace) -> int:
     return 0
 
 
-def _names_of(model: Path) -> tuple[bytes, bytes]:
-    """What .licq files name a model by: first bytes of its identity and, in earlier versions, of its file."""
-    from licq.codec.container import MODEL_BYTES
-    from licq.quant.serialization import read_identity
-    from licq.support.files import sha256
-
-    identity, file = (bytes.fromhex(stated)[:MODEL_BYTES] for stated in (read_identity(model), sha256(model)))
-    return identity, file
-
-
 def _decode_one(piece: _Piece) -> None:
     from PIL import Image
 
     pixels = _named(piece.source, _codec_of(piece).decode, _read(piece.source))
-    array = pixels.permute(1, 2, 0).contiguous().numpy()
+    array = pixels.transpose(1, 2, 0).copy()
     image = Image.fromarray(array if len(pixels) == 3 else array[:, :, 0])
     with atomic_path(piece.target) as temporary:
         image.save(temporary, format=_format(piece.target))
@@ -323,10 +311,11 @@ def _worked(
 def info(args: argparse.Namespace) -> int:
     """Print a line on every .licq file and quantized model; returns the exit status."""
     from licq.codec.container import GAIN_UNIT, Container
-    from licq.runs.model_line import model_line
 
     for source in files_of(args.inputs, frozenset({SUFFIX})):
         if source.suffix == _MODEL:
+            from licq.runs.model_line import model_line
+
             print(model_line(source))
             continue
         data = _read(source)

@@ -1,5 +1,8 @@
-"""The command verify: the same images under changed conditions, each in its own process; every hash must be
-the same."""
+"""The command verify: the same images under changed conditions; every hash must be the same.
+
+Conditions that a process must have from its start on (another processor's instructions, another PyTorch,
+CUDA) have a process of their own. The others share one.
+"""
 
 import json
 import os
@@ -7,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,14 +19,26 @@ from licq.support import options
 from licq.support.checkout import licq_alone
 from licq.support.cli import ArgumentParser
 from licq.support.errors import InputError
+from licq.support.parallel import MIN_PIECES, default_jobs
 
 _DIFFERENT = 1  # exit status
+_PROGRAM = """
+import sys
+from licq.support.imports import uncollected
+with uncollected():
+    from licq.codec import fingerprint
+fingerprint.main(*sys.argv[1:])
+"""
 _TILE = 64  # the smallest: then every image that can be cut is
 
 
 @dataclass(frozen=True)
 class Condition:
-    """One process: what it has other than the first. only_integer: it says nothing about the float codec."""
+    """What is other than in the first condition.
+
+    environment: from the start of the process on. reference: the reference runs and not the compiled kernels.
+    only_integer: it says nothing about the float codec.
+    """
 
     name: str
     threads: int = 1
@@ -31,7 +47,13 @@ class Condition:
     environment: dict[str, str] = field(default_factory=dict)
     python: str = sys.executable
     tile: int | None = None
+    reference: bool = False
     only_integer: bool = False
+
+    @property
+    def process(self) -> tuple:
+        """The same for conditions that share a process."""
+        return self.python, self.device, tuple(self.environment.items())
 
 
 def conditions(python: Sequence[str], cuda: bool) -> list[Condition]:
@@ -42,7 +64,7 @@ def conditions(python: Sequence[str], cuda: bool) -> list[Condition]:
         Condition("2 threads", threads=2),
         Condition("batch of 4", batch=4),
         Condition("in tiles", tile=_TILE, only_integer=True),
-        Condition("reference kernels", environment={"LICQ_KERNELS": "reference"}, only_integer=True),
+        Condition("reference kernels", reference=True, only_integer=True),
     ]
     for capability, needs in (("default", None), ("avx2", "avx2"), ("avx512", "avx512f")):
         if needs is None or needs in flags:
@@ -64,7 +86,8 @@ def conditions(python: Sequence[str], cuda: bool) -> list[Condition]:
                 Condition(
                     f"ONEDNN_MAX_CPU_ISA={isa}, reference kernels",
                     only_integer=True,
-                    environment={"ONEDNN_MAX_CPU_ISA": isa, "LICQ_KERNELS": "reference"},
+                    environment={"ONEDNN_MAX_CPU_ISA": isa},
+                    reference=True,
                 )
             )
     chosen += [Condition(f"PyTorch of {path}", python=path) for path in python]
@@ -86,8 +109,8 @@ def build_verify_parser(prog: str = "main_eval.py verify") -> ArgumentParser:
     parser = ArgumentParser(
         prog=prog,
         allow_abbrev=False,
-        description="Encode and decode images under changed conditions, each in its own process, and compare "
-        "hashes of symbols, densities, files and pixels; the same for the float codec.",
+        description="Encode and decode images under changed conditions and compare hashes of symbols, "
+        "densities, files and pixels; the same for the float codec.",
     )
     parser.add_argument(
         "--model",
@@ -197,19 +220,25 @@ def measure(
     level: int | None = None,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
-    """What `codec.fingerprint` says under each condition, one process after the other.
+    """What `codec.fingerprint` says under each condition.
+
+    The process of the first condition runs alone. The others run at the same time, one a processor.
 
     Raises:
         InputError: a process failed; its last line is told.
     """
     from licq.support.progress import progress as progress_bar
 
-    results = []
+    by_process: dict[tuple, list[int]] = {}
+    for position, condition in enumerate(tried):
+        by_process.setdefault(condition.process, []).append(position)
+    results: list[dict[str, Any]] = [{}] * len(tried)
     with tempfile.TemporaryDirectory() as folder:
-        for position, condition in enumerate(
-            progress_bar(tried, desc="conditions", unit="process", enabled=progress)
-        ):
-            job = {
+        path = licq_alone(Path(folder))
+
+        def job(position: int) -> dict[str, Any]:
+            condition = tried[position]
+            return {
                 "model": str(model.resolve()),
                 "level": level,
                 "float": None if condition.only_integer else source,
@@ -218,35 +247,50 @@ def measure(
                 "batch": condition.batch,
                 "tile": condition.tile,
                 "device": condition.device,
+                "reference": condition.reference,
                 "keep": folder,
                 "base": position == 0,
+                "number": position,
             }
-            job_file, result_file = Path(folder) / "job.json", Path(folder) / "result.json"
-            job_file.write_text(json.dumps(job))
-            result_file.unlink(missing_ok=True)
-            path = str(licq_alone(Path(folder)))
-            environment = {**os.environ, **condition.environment, "PYTHONPATH": path}
-            process = subprocess.run(
-                [
-                    condition.python,
-                    "-W",
-                    "ignore",
-                    "-m",
-                    "licq.codec.fingerprint",
-                    str(job_file),
-                    str(result_file),
-                ],
-                cwd=folder,
-                env=environment,
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            if process.returncode or not result_file.is_file():
-                last = (process.stderr.strip().splitlines() or [f"status {process.returncode}"])[-1]
-                raise InputError(f"the process of condition {condition.name!r} failed: {last}")
-            results.append(json.loads(result_file.read_text()))
+
+        def work(positions: list[int]) -> None:
+            jobs = [job(position) for position in positions]
+            made = _in_process(tried[positions[0]], jobs, Path(folder), str(path))
+            for position, result in zip(positions, made, strict=True):
+                results[position] = result
+
+        first, *others = by_process.values()
+        with progress_bar(total=len(by_process), desc="conditions", unit="process", enabled=progress) as bar:
+            work(first)
+            bar.update()
+            executor = ThreadPoolExecutor(default_jobs(MIN_PIECES * len(others), 1))
+            try:
+                for _ in executor.map(work, others):
+                    bar.update()
+            finally:
+                executor.shutdown(cancel_futures=True)
     return results
+
+
+def _in_process(
+    condition: Condition, jobs: list[dict[str, Any]], folder: Path, path: str
+) -> list[dict[str, Any]]:
+    """The results of jobs in a new process, started with what the condition asks for."""
+    number = jobs[0]["number"]
+    job_file, result_file = folder / f"{number}.jobs.json", folder / f"{number}.results.json"
+    job_file.write_text(json.dumps(jobs))
+    process = subprocess.run(
+        [condition.python, "-W", "ignore", "-c", _PROGRAM, str(job_file), str(result_file)],
+        cwd=folder,
+        env={**os.environ, **condition.environment, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if process.returncode or not result_file.is_file():
+        last = (process.stderr.strip().splitlines() or [f"status {process.returncode}"])[-1]
+        raise InputError(f"the process of condition {condition.name!r} failed: {last}")
+    return json.loads(result_file.read_text())
 
 
 def compared(results: list[dict[str, Any]], kind: str) -> list[dict[str, int] | None]:

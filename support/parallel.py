@@ -12,7 +12,7 @@ from typing import Any
 from licq.support.errors import InputError
 
 _MEMORY_A_JOB = 2 * 2**30  # bytes
-_MIN_PIECES = 3  # of work for a process to be worth its start
+MIN_PIECES = 3  # of work for a process to be worth its start
 
 
 def default_jobs(pieces: int, threads: int | None) -> int:
@@ -25,7 +25,7 @@ def default_jobs(pieces: int, threads: int | None) -> int:
     memory = (
         os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else _MEMORY_A_JOB
     )
-    return max(1, min(processors // (threads or 1), memory // _MEMORY_A_JOB, pieces // _MIN_PIECES))
+    return max(1, min(processors // (threads or 1), memory // _MEMORY_A_JOB, pieces // MIN_PIECES))
 
 
 def ordered(function: Callable[[Any], Any], pieces: Sequence[Any], jobs: int) -> Iterator[Any]:

@@ -11,7 +11,7 @@ from compressai.entropy_models import EntropyBottleneck
 from torch import nn
 
 from licq.codec.api import Codec
-from licq.codec.row_checks import checked_rows
+from licq.codec.tables import RowTable, checked_rows
 from licq.models.checkpoint_files import CDF_STATE, read_tensors, write_tensors
 from licq.models.checkpoints import load_checkpoint, save_checkpoint
 from licq.models.embedded import embedded_checkpoint, embedded_qualities
@@ -216,7 +216,8 @@ def test_rows_that_are_no_distributions_are_refused(row):
 
 def test_more_channels_than_tables_are_refused():
     codec = Codec(quantized(network()))
-    rows, offsets = codec._coder._tables["z"]
-    codec._coder._tables["z"] = rows[:-1], offsets[:-1]
+    table = codec._coder.tables["z"]
+    rows = [table.row(number) for number in range(len(table.offsets))]
+    codec._coder.tables["z"] = RowTable.of(rows[:-1], table.offsets[:-1])
     with pytest.raises(InputError, match="z: it has 3 channels and 2 tables"):
         codec.encode(image())

@@ -118,9 +118,9 @@ def test_a_decoder_that_looks_ahead_would_be_seen():
     decoded = torch.randint(-20000, 20000, shape, generator=draw)
 
     def densities(values):
-        return step.context.run(
-            {**inputs, **{str(number): values.to(torch.int32) for number in step.context.decoded}}
-        )
+        given = {**inputs, **{str(number): values.to(torch.int32) for number in step.context.decoded}}
+        results = step.context.run({name: tensor.numpy() for name, tensor in given.items()})
+        return {name: torch.from_numpy(array) for name, array in results.items()}
 
     for earlier, group in enumerate(step.order):
         later = torch.from_numpy(np.concatenate(step.order[earlier:]))

@@ -49,7 +49,7 @@ def test_a_model_of_an_earlier_version_whose_files_lie_does_not_encode(function)
 def test_tensors_of_an_earlier_image_are_one_line():
     """They ended in "'Tensor' object has no attribute 'number'"."""
     model = frozen_as_it_is(codec(last_image))
-    with pytest.raises(InputError, match="middle.*keep tensors of an earlier image") as caught:
+    with pytest.raises(InputError, match="middle.* has kept from an earlier forward") as caught:
         Codec(model).encode(image())
     assert "\n" not in str(caught.value)
 

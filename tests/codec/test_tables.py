@@ -3,35 +3,39 @@
 import numpy as np
 import pytest
 import torch
-from compressai.ans import BufferedRansEncoder, RansDecoder
 from scipy.stats import norm
 
+from licq.codec.rans import CompressaiDecoder, CompressaiEncoder
 from licq.codec.tables import (
     PRECISION,
     STEP_OF_Z_BITS,
     GaussianRows,
     MixtureRows,
     Rows,
+    RowTable,
     SteppedRows,
     frequencies,
     phi,
 )
 from licq.models.vbr import VariableBottleneck
-from licq.quant.density import INVERSE_BITS, LARGEST, LEVELS, NORMAL_BITS, density_tables, factorized_table
+from licq.quant.density import LARGEST, density_tables, factorized_table
+from licq.quant.density_units import INVERSE_BITS, LEVELS, NORMAL_BITS
+from licq.support.errors import InputError
 
 BITS = 12
 TABLES = density_tables(BITS)
 
 
-def whole(x) -> torch.Tensor:
-    return torch.from_numpy(np.round(np.asarray(x) * 2**BITS).astype(np.int64))
+def whole(x) -> np.ndarray:
+    return np.round(np.asarray(x) * 2**BITS).astype(np.int64)
 
 
 def bits_of(rows: Rows, symbols: np.ndarray) -> float:
     """What an ideal coder spends with these rows; no symbol may be outside."""
     total = 0.0
-    for row, base, symbol in zip(rows.rows, rows.base, symbols):
-        cdf, index = rows.cdfs[row], int(symbol - base - rows.offsets[row])
+    base = np.zeros(len(rows.rows), dtype=int) if rows.base is None else rows.base
+    for row, base, symbol in zip(rows.rows, base, symbols):
+        cdf, index = rows.table.row(row), int(symbol - base - rows.table.offsets[row])
         assert 0 <= index < len(cdf) - 2
         total -= np.log2((cdf[index + 1] - cdf[index]) / 2**16)
     return total
@@ -47,19 +51,34 @@ def test_table_of_the_normal_distribution():
         assert (np.diff(values) >= 0).all()
 
 
-def test_every_row_is_a_distribution_in_which_nothing_is_impossible():
+@pytest.mark.parametrize("with_means", [False, True])
+def test_every_row_is_a_distribution_in_which_nothing_is_impossible(with_means):
     rows = GaussianRows(TABLES, BITS)
-    for level in range(LEVELS):
-        for fraction in {0, 1, (1 << rows.steps[level]) // 2, (1 << rows.steps[level]) - 1} & set(
-            range(1 << rows.steps[level])
-        ):
-            cdf = np.asarray(rows._row(level, fraction))
-            assert (
-                cdf[0] == 0
-                and cdf[-1] == 2**16
-                and (np.diff(cdf) >= 1).all()
-                and len(cdf) == 2 * rows.reach[level] + 4
-            )
+    table, counts = rows.without_means, [1] * LEVELS
+    if with_means:
+        table, counts = rows.with_means, [1 << steps for steps in rows.steps]
+    levels = np.repeat(np.arange(LEVELS), counts)
+    assert len(table.offsets) == len(levels)
+    for number, level in enumerate(levels):
+        cdf = table.row(number)
+        assert cdf[0] == 0 and cdf[-1] == 2**16 and (np.diff(cdf) >= 1).all()
+        assert len(cdf) == 2 * rows.reach[level] + 4 and table.offsets[number] == -rows.reach[level]
+
+
+@pytest.mark.parametrize(
+    ("rows", "bad"),
+    [
+        ([[0, 5, 2**16], [0, 0, 2**16]], 1),  # a bin without a frequency
+        ([[0, 5, 2**16], [0, 7, 5, 2**16], [0, 1, 2**16]], 1),
+        ([[0, 5, 2**16], [0, 5, 9]], 1),  # does not reach 2^16
+        ([[1, 5, 2**16]], 0),
+        ([[0, 1, 2**16], []], 1),  # empty
+        ([[0, 2**16]], 0),  # one bin, whose frequency needs 17 bits
+    ],
+)
+def test_what_is_no_distribution_is_no_table(rows, bad):
+    with pytest.raises(InputError, match=f"row {bad} .* no distribution"):
+        RowTable.of([np.asarray(row, dtype=np.int64) for row in rows], [0] * len(rows))
 
 
 def test_frequencies_by_hand():
@@ -129,15 +148,9 @@ def test_through_the_coder_and_back_with_outliers(whole_numbers):
         .astype(np.int64)
     )
     rows = GaussianRows(TABLES, BITS).of(whole(scales), whole(means) if whole_numbers else None)
-    encoder, decoder = BufferedRansEncoder(), RansDecoder()
-    encoder.encode_with_indexes(
-        (symbols - rows.base).tolist(), rows.rows.tolist(), rows.cdfs, rows.sizes, rows.offsets
-    )
-    decoder.set_stream(encoder.flush())
-    decoded = (
-        np.asarray(decoder.decode_stream(rows.rows.tolist(), rows.cdfs, rows.sizes, rows.offsets)) + rows.base
-    )
-    np.testing.assert_array_equal(decoded, symbols)
+    encoder = CompressaiEncoder()
+    encoder.push(symbols, rows)
+    np.testing.assert_array_equal(CompressaiDecoder(encoder.flush(), len(symbols)).pull(rows), symbols)
 
 
 @pytest.mark.parametrize("step", [0.5, 0.83, 1.0, 2.7])
@@ -152,7 +165,8 @@ def test_cost_of_z_in_steps_is_that_of_its_density(step):
             [[-9.0, 0.37, 9.0], [-9.0, -2.2, 9.0], [-9.0, 0.0, 9.0], [-9.0, 5.5, 9.0]]
         )
     medians = bottleneck._get_medians().detach().flatten()
-    cdfs, offsets = SteppedRows(factorized_table(bottleneck, medians)).of(round(step * 2**STEP_OF_Z_BITS))
+    table = SteppedRows(factorized_table(bottleneck, medians)).of(round(step * 2**STEP_OF_Z_BITS))
+    cdfs, offsets = [table.row(number).tolist() for number in range(4)], table.offsets.tolist()
     most = int(100 / step)
     symbols = torch.arange(-most, most + 1)
     z_hat = (symbols * step + medians[:, None])[None, :, :, None]

@@ -11,9 +11,9 @@ from licq.codec.sizes import Sizes, analysis_part
 from licq.integer.lowering import lower
 from licq.integer.passes import without_duplicates
 from licq.integer.program import Program
-from licq.integer.reach import BATCH, Span, reach
+from licq.integer.reach import BATCH, reach
 from licq.integer.reference import run
-from licq.integer.tiles import Tiled, cuts
+from licq.integer.tiles import Span, Tiled, cuts
 from licq.quant import operations as ops
 from licq.quant.operations import Range
 from tests.codec.test_files import DIGEST, pixels

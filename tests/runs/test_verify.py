@@ -31,6 +31,16 @@ def test_verify_finds_no_difference(saved, tmp_path, capsys):
     assert json.loads(out.with_suffix(".json").read_text())["1 thread"]["float"]
 
 
+def test_conditions_that_can_share_a_process_do():
+    """Each process imports torch and CompressAI, which takes longer than the work for a small image."""
+    tried = verify.conditions(["/other/python"], cuda=True)
+    first = [condition.name for condition in tried if condition.process == tried[0].process]
+    assert first == ["1 thread", "2 threads", "batch of 4", "in tiles", "reference kernels"]
+    assert len({condition.process for condition in tried}) < 0.7 * len(tried)
+    assert all("LICQ_KERNELS" not in condition.environment for condition in tried)
+    assert {condition.device for condition in tried if condition.process == tried[-1].process} == {"cuda"}
+
+
 def test_verify_finds_the_model_or_the_rate_of_a_quality(monkeypatch):
     files = [Path(f"run/q{quality}/model.safetensors") for quality in (1, 3)]
     monkeypatch.setattr(verify, "_extra", lambda file: {})
