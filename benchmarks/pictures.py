@@ -4,9 +4,10 @@ python main_ptq.py --arch minnen2018 --quality 5 --preset nearest --eval photos 
 python benchmarks/pictures.py runs/nearest [RUN ...] [--json FILE]
 python benchmarks/pictures.py --draw FOLDER         # only write the pictures, as PNG files
 
-Photographs are what codecs are calibrated on. Documents, slides and screenshots are what people also compress:
-they are flat, saturated, and reach values that no photograph has. A picture is held where the rate is at most
-1.2 times that of the float codec and 0.002 bits per pixel, and its PSNR is within 0.5 dB, or above 50 dB.
+Photographs are what codecs are calibrated on. Documents, slides and screenshots are what people also
+compress: they are flat, saturated, and reach values that no photograph has. A picture is held where the rate
+is at most 1.2 times that of the float codec and 0.002 bits per pixel, and its PSNR is within 0.5 dB, or above
+50 dB.
 """
 
 import json
@@ -21,9 +22,9 @@ from PIL import Image, ImageDraw, ImageFont
 from tabulate import tabulate
 
 from licq.evaluation.evaluate import ImageResult, evaluate
+from licq.models.checkpoints import load_checkpoint
 from licq.quant.model import QuantModel
 from licq.runs.saved_models import find_models, read_header
-from licq.models.checkpoints import load_checkpoint
 from licq.support import options
 from licq.support.cli import ArgumentParser, main_guard
 from licq.support.determinism import set_threads
@@ -66,7 +67,9 @@ def _scan(draw: np.random.Generator) -> np.ndarray:
     return np.clip(np.round(np.asarray((250, 249, 245)) + noise), 0, 255).astype(np.uint8)
 
 
-def _lines(draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], size: int, ink: tuple, start: int) -> None:
+def _lines(
+    draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], size: int, ink: tuple, start: int
+) -> None:
     """Lines of words in a box (left, top, right, bottom)."""
     left, top, right, bottom = box
     font, word = ImageFont.load_default(size), start
@@ -192,8 +195,10 @@ def main() -> None:
         held = sum(one["held"] for one in result["pictures"].values())
         worst = max(one["bpp"][1] / max(one["bpp"][0], 1e-3) for one in result["pictures"].values())
         drop = max(one["psnr"][0] - one["psnr"][1] for one in result["pictures"].values())
-        print(f"{result['arch']} quality {result['quality']}, {result['preset']}: {held} of "
-              f"{len(result['pictures'])} held; rate at most x{worst:.2f}, PSNR at most {drop:.1f} dB lower")
+        print(
+            f"{result['arch']} quality {result['quality']}, {result['preset']}: {held} of "
+            f"{len(result['pictures'])} held; rate at most x{worst:.2f}, PSNR at most {drop:.1f} dB lower"
+        )
         print(table(result), end="\n\n")
     if args.json is not None:
         args.json.write_text(json.dumps(results, indent=1) + "\n")

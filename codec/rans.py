@@ -107,9 +107,7 @@ def _mixture_of(
     tables: MixtureRows, parameters: tuple[np.ndarray, ...]
 ) -> tuple[library.Mixture, int, list[np.ndarray]]:
     """(what the kernels take, the number of symbols, what must be kept until they have run)."""
-    gaussians, parts = tables.gaussians, [
-        _int32(part).reshape(tables.count, -1) for part in parameters
-    ]
+    gaussians, parts = tables.gaussians, [_int32(part).reshape(tables.count, -1) for part in parameters]
     if tables.count > _COMPONENTS:
         raise InputError(
             f"mixtures of {tables.count} components cannot be coded; at most {_COMPONENTS} can be"

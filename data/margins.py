@@ -11,7 +11,7 @@ def margins(height: int, width: int, multiple: int) -> tuple[int, int, int, int]
 
 def with_margins(pixels: np.ndarray, multiple: int) -> np.ndarray:
     """(..., H, W) with zeros around it, so that its sides are multiples."""
-    left, right, top, bottom = margins(*pixels.shape[-2:], multiple)
+    left, right, top, bottom = margins(pixels.shape[-2], pixels.shape[-1], multiple)
     return np.pad(pixels, [(0, 0)] * (pixels.ndim - 2) + [(top, bottom), (left, right)])
 
 

@@ -74,8 +74,8 @@ class Report:
     per_image:  one result an image, in the order of the images.
     bpp_source: "estimate" (likelihoods) or "bitstream" (bytes that were written and decoded).
     seconds:    that it took.
-    clipped:    of each node of a quantized codec that clips, the share of its input values that it clips; None
-        where that was not counted.
+    clipped:    of each node of a quantized codec that clips, the share of its input values that it clips;
+        None where that was not counted.
     """
 
     name: str

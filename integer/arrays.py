@@ -13,7 +13,7 @@ def viewed(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray | None:
         return x.reshape(shape)
     if not hasattr(np, "from_dlpack") or np.lib.NumpyVersion(np.__version__) >= "2.1.0":
         try:
-            return np.reshape(x, shape, copy=False)
+            return np.reshape(x, shape, copy=False)  # pyright: ignore[reportCallIssue]
         except ValueError:
             return None
     view = x.view()
@@ -141,7 +141,9 @@ def _unfold(
     pairs = [(part, part) if isinstance(part, int) else part for part in given]
     (kh, kw), (dh, dw), (ph, pw), (sh, sw) = pairs
     x = _pad(x, (pw, pw, ph, ph))
-    windows = np.lib.stride_tricks.sliding_window_view(x, ((kh - 1) * dh + 1, (kw - 1) * dw + 1), (2, 3))
+    sides: Any = (kh - 1) * dh + 1, (kw - 1) * dw + 1
+    axes: Any = 2, 3
+    windows = np.lib.stride_tricks.sliding_window_view(x, sides, axes)
     windows = windows[:, :, ::sh, ::sw, ::dh, ::dw].transpose(0, 1, 4, 5, 2, 3)
     return windows.reshape(x.shape[0], x.shape[1] * kh * kw, -1)
 

@@ -67,7 +67,7 @@ class Writer:
     def array(self, array: np.ndarray) -> int:
         """The number of an array."""
         array = np.ascontiguousarray(array)
-        key = (array.dtype.str, array.shape, hashlib.sha256(array).digest())
+        key = (array.dtype.str, array.shape, hashlib.sha256(array.data).digest())
         if key not in self._known:
             self._known[key] = len(self.arrays)
             self.arrays.append(array)

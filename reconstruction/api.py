@@ -88,10 +88,10 @@ def quantize(
 
     Raises:
         InputError: a network that is not float32 or has no numbers yet (lazy layers, the meta device); a part
-            of it that is scripted, traced or quantized already; a codec that draws random numbers, keeps state
-            between images or mixes the images of a batch; images that cannot be read, or crops of a wrong
-            shape, range or size; a lambda that is not positive; an unknown metric; bits of an unknown layer; a
-            folder of another calibration.
+            of it that is scripted, traced or quantized already; a codec that draws random numbers, keeps
+            state between images or mixes the images of a batch; images that cannot be read, or crops of a
+            wrong shape, range or size; a lambda that is not positive; an unknown metric; bits of an unknown
+            layer; a folder of another calibration.
 
     Example:
         >>> qmodel = licq.quantize(MyCodec().eval(), "my_photos/", lmbda=0.0067)

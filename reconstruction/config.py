@@ -132,8 +132,8 @@ class ReconstructionConfig:
 
     flat: bool = True
     """Ranges also hold flat pictures: white, black, grey and saturated colours (`reconstruction.stress`). An
-    estimator that clips ("mse", "percentile" ...) does not see them. Rounding that starts at "gptq" also keeps
-    the outputs of flat areas (`reconstruction.flat_areas`)."""
+    estimator that clips ("mse", "percentile" ...) does not see them. Rounding that starts at "gptq" also
+    keeps the outputs of flat areas (`reconstruction.flat_areas`)."""
 
     split: float = 0.1
     """Channel splitting (after Zhao et al. 2019): share of multiply-accumulate operations that may be added.

@@ -1,9 +1,10 @@
 """Weights that keep a layer's outputs in flat areas, where rounding errors do not average out.
 
-On a photograph the rounding of a layer's inputs is noise: it differs from position to position. In a flat area
-every position has the same inputs, so it has the same error, and the next layer adds that up over its taps.
-The errors of nine flat pictures are few against a layer's weights. A small change of the weights takes them
-back, and hardly shows on photographs: it is found by least squares on both, before the weights are rounded.
+On a photograph the rounding of a layer's inputs is noise: it differs from position to position. In a flat
+area every position has the same inputs, so it has the same error, and the next layer adds that up over its
+taps. The errors of a dozen pictures are few against a layer's weights. A small change of the weights takes
+them back, and hardly shows on photographs: it is found by least squares on both, before the weights are
+rounded.
 """
 
 import math

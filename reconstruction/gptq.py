@@ -52,8 +52,8 @@ def compensate_rounding(
 
     Args:
         batches: images (B, 3, H, W) in 0..1, from which the inputs of the layers come; on the float codec.
-        flat: flat pictures (B, 3, H, W), on whose areas the layers' outputs stay those of the float codec; see
-            `reconstruction.flat_areas`.
+        flat: flat pictures (B, 3, H, W), on whose areas the layers' outputs stay those of the float codec;
+            see `reconstruction.flat_areas`.
         seed: of the positions that are drawn where there are more than enough.
 
     Raises:
@@ -101,7 +101,7 @@ def compensate_rounding(
                 for hook in hooks:
                     hook.remove()
 
-            def start(name: str, areas: Sequence[Area] | None = None) -> None:
+            def start(name: str, areas: Sequence[Area] | None = None, moments=moments) -> None:
                 if name in moments:
                     _start_rounding(qmodel.layers[name], moments.pop(name), areas)
                     bar.update()

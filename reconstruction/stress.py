@@ -6,7 +6,9 @@ from torch import Tensor
 
 SATURATION = 2.5
 CONTRAST = 2.5
-_CORNERS = tuple((float(red), float(green), float(blue)) for red in (0, 1) for green in (0, 1) for blue in (0, 1))
+_CORNERS = tuple(
+    (float(red), float(green), float(blue)) for red in (0, 1) for green in (0, 1) for blue in (0, 1)
+)
 _GREY = (128 / 255,) * 3
 # colours of _CORNERS at the four corners of each smooth picture
 _SMOOTH = torch.tensor([[0, 4, 6, 7], [0, 1, 3, 7], [2, 0, 7, 5]])
@@ -34,8 +36,8 @@ def stressed(crops: Tensor) -> Tensor:
 def flat(crops: Tensor) -> Tensor:
     """Flat and smooth pictures of the crops' size, (12, 3, H, W) 8-bit samples in 0..1.
 
-    Black, white, grey and the six saturated colours, and three pictures that go smoothly from colour to colour.
-    Documents, slides and screenshots have large areas of these. There a channel that varies around 0 on
+    Black, white, grey and the six saturated colours, and three pictures that go smoothly from colour to
+    colour. Documents, slides and screenshots have large areas of these. There a channel that varies around 0 on
     photographs stays at one value, which can lie far outside of what photographs reach.
 
     Args:

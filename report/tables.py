@@ -201,8 +201,8 @@ def remaining_table(report: dict) -> Table:
 
 
 CLIPPED = (
-    "Values of the evaluation images that lie outside of a layer's static range, as a share of all values that "
-    "the layer takes. They were counted because the method sets ranges that may clip."
+    "Values of the evaluation images that lie outside of a layer's static range, as a share of all values "
+    "that the layer takes. They were counted because the method sets ranges that may clip."
 )
 
 

@@ -1,10 +1,10 @@
 """Files of plain data and arrays: a seal, JSON, and the arrays' bytes. No torch, no pickles.
 
-    bytes  32  SHA-256 of all that follows
-            8  length of the JSON
-               JSON: {"content": anything, "arrays": [[type, shape, first byte], ...]}
-               the arrays, each at a multiple of 64 bytes from the beginning of the file, and 64 bytes behind
-               the last one
+bytes  32  SHA-256 of all that follows
+        8  length of the JSON
+           JSON: {"content": anything, "arrays": [[type, shape, first byte], ...]}
+           the arrays, each at a multiple of 64 bytes from the beginning of the file, and 64 bytes behind
+           the last one
 """
 
 import hashlib

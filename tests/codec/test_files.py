@@ -219,9 +219,7 @@ def test_length_is_that_of_the_density_of_what_is_coded():
     plan = Plan(lower(model, 256, 256), None, 1)
     latents = plan.encode(pixels(256, 256)[None].numpy())
     unit = 2.0**-model.config.boundary_bits
-    symbols, scales, means = (
-        latents[1][name].astype(float) for name in ("symbols", "scales", "means")
-    )
+    symbols, scales, means = (latents[1][name].astype(float) for name in ("symbols", "scales", "means"))
     scales, means = np.maximum(scales * unit, 0.11), means * unit
     likelihood = norm.cdf((symbols + 0.5 - means) / scales) - norm.cdf((symbols - 0.5 - means) / scales)
     common = np.abs(symbols - means) < 4 * scales + 0.5

@@ -33,8 +33,8 @@ def whole(x) -> np.ndarray:
 def bits_of(rows: Rows, symbols: np.ndarray) -> float:
     """What an ideal coder spends with these rows; no symbol may be outside."""
     total = 0.0
-    base = np.zeros(len(rows.rows), dtype=int) if rows.base is None else rows.base
-    for row, base, symbol in zip(rows.rows, base, symbols):
+    bases = np.zeros(len(rows.rows), dtype=int) if rows.base is None else rows.base
+    for row, base, symbol in zip(rows.rows, bases, symbols):
         cdf, index = rows.table.row(row), int(symbol - base - rows.table.offsets[row])
         assert 0 <= index < len(cdf) - 2
         total -= np.log2((cdf[index + 1] - cdf[index]) / 2**16)
