@@ -37,8 +37,8 @@ def flat(crops: Tensor) -> Tensor:
     """Flat and smooth pictures of the crops' size, (12, 3, H, W) 8-bit samples in 0..1.
 
     Black, white, grey and the six saturated colours, and three pictures that go smoothly from colour to
-    colour. Documents, slides and screenshots have large areas of these. There a channel that varies around 0 on
-    photographs stays at one value, which can lie far outside of what photographs reach.
+    colour. Documents, slides and screenshots have large areas of these. There a channel that varies around 0
+    on photographs stays at one value, which can lie far outside of what photographs reach.
 
     Args:
         crops: (n, 3, H, W). Channels behind the third, of a variable-rate codec's crops, are taken in turn.
