@@ -18,6 +18,7 @@ from licq.quant.layers import QuantLinear
 from licq.quant.mac import QuantMAC
 from licq.quant.model import QuantModel
 from licq.quant.qtensor import QTensor
+from licq.quant.runtime import detached
 from licq.reconstruction.columns import columns, output_size, phases
 from licq.reconstruction.targets import tensor_of
 
@@ -44,7 +45,8 @@ def in_order(
     """Call `start` for each layer, in their order, with its areas behind a quantized prefix.
 
     One forward in float gives the outputs, one on integers the inputs: a layer is started where that forward
-    comes to it, and then takes part in it.
+    comes to it, and then takes part in it. Latents are rounded as in float there: an error that rounds one to
+    the other side is none that weights behind it could or should take back.
 
     Args:
         names: layers in the order of execution. All layers before them have been started.
@@ -52,11 +54,15 @@ def in_order(
         start: (name, an area for each phase) -> None; called for layers that run once.
     """
     layers = {name: qmodel.layers[name] for name in names}
-    calls, last = [(name, 0) for name in names], (names[-1], 0)
+    last = (names[-1], 0)
+    latents = {
+        (name, call) for name, node in qmodel.nodes.items() if node.gives_latents for call in range(node.calls)
+    }
     qmodel.quantize_nodes(False)
-    with qmodel.runtime.recording(calls, stop_after=last) as targets:
+    with qmodel.runtime.recording({*((name, 0) for name in names), *latents}, stop_after=last) as targets:
         qmodel(pictures)
     qmodel.quantize_nodes(True)
+    in_float = {call: detached(output) for call, output in targets.items() if call in latents}
 
     def watch(name: str, node: QuantMAC):
         def hook(_, inputs):
@@ -66,7 +72,7 @@ def in_order(
 
     hooks = [watch(name, node) for name, node in layers.items() if node.calls == 1]
     try:
-        with qmodel.runtime.recording([], stop_after=last):
+        with qmodel.runtime.replaying(in_float), qmodel.runtime.recording([], stop_after=last):
             qmodel(pictures)
     finally:
         for hook in hooks:

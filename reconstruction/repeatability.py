@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from licq.models.registry import architecture_of, get_architecture
 from licq.quant.model import CLEAR_MISMATCH, QuantModel, float_sides
+from licq.quant.outputs import codec_output
 from licq.quant.probe import probe
 from licq.quant.rewriter import fixed_weights
 from licq.reconstruction.recorded import Event, Recorded, first_difference, near, said, tensors_of
@@ -205,11 +206,9 @@ class _Watched:
             self.network.rate = x[:, 3:4, :1, :1]
         self._before = self.recorded.state()
         with self.recorded.running() as events:
-            output = self.network(x[:, :3].clone())
+            output = codec_output(self.network(x[:, :3].clone()))
         named = {"x_hat": output["x_hat"]}
-        parts = output["likelihoods"]
-        items = parts.items() if isinstance(parts, Mapping) else enumerate(tensors_of(parts))
-        named |= {f"likelihoods {name}": values for name, values in items}
+        named |= {f"likelihoods {name}": values for name, values in output["likelihoods"].items()}
         self._events[id(named)] = [*events, ("out", "", list(named.values()))]
         return named
 
