@@ -55,9 +55,8 @@ def in_order(
     """
     layers = {name: qmodel.layers[name] for name in names}
     last = (names[-1], 0)
-    latents = {
-        (name, call) for name, node in qmodel.nodes.items() if node.gives_latents for call in range(node.calls)
-    }
+    boundaries = {name: node for name, node in qmodel.nodes.items() if node.gives_latents}
+    latents = {(name, call) for name, node in boundaries.items() for call in range(node.calls)}
     qmodel.quantize_nodes(False)
     with qmodel.runtime.recording({*((name, 0) for name in names), *latents}, stop_after=last) as targets:
         qmodel(pictures)

@@ -156,7 +156,8 @@ def test_one_model_for_all_qualities_and_rates_between_them(variable_job, tmp_pa
     )
     # an untrained codec's curve may fall with the rate, or lie beside the other, and has no BD-rate then
     curves = [[point[codec]["psnr"] for point in report["points"]] for codec in ("fp32", "quant")]
-    rise, meet = all(curve == sorted(curve) for curve in curves), max(map(min, curves)) < min(map(max, curves))
+    rise = all(curve == sorted(curve) for curve in curves)
+    meet = max(map(min, curves)) < min(map(max, curves))
     assert (report["bd_rate_psnr"] is not None) == (rise and meet)
     assert evaluate("--model", out, "--data", tmp_path / "eval") == 0
     again = read(out / "eval_eval")
