@@ -84,8 +84,8 @@ def rescale(
     """
     multiplier = multiplier if isinstance(multiplier, Tensor) else _float64(multiplier, x)
     if not isinstance(x, Symbol):
-        out = requantize_ste(x, multiplier, None if low is None or high is None else Limits(low, high))
-        return out if refinement is None else out * refinement
+        limits = None if low is None or high is None else Limits(low, high)
+        return requantize_ste(x, multiplier, limits, refinement)
     mantissa, shift = quantize_multiplier(multiplier)
     reach = _rescaled(x.range, multiplier)
     factor = torch.ones((), dtype=torch.int64) if refinement is None else _int64(refinement)
