@@ -385,7 +385,7 @@ typedef struct {
     const float *grad;
     float *out;                   /* the result; the gradient of x */
     float *grad_norm;
-    double *sums;                 /* (outer, channels): of the gradient times the result */
+    double *sums;                 /* (outer, channels): of the gradient times the real result */
     int64_t outer, channels, inner;
     int32_t inverse, with_root, threads;
 } CalibrationGdn;
@@ -500,7 +500,7 @@ CLONES static double gdn_gradient_row(const float *restrict x, const double *res
     }
     double sum = 0;
     for (int l = 0; l < LANES; l++) sum += lanes[l];
-    return sum * power;
+    return sum;
 }
 
 void gdn_gradient(const CalibrationGdn *job, const float *result) {

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from licq.support.kernels import compiled_libraries
 
@@ -219,3 +220,158 @@ def requantization(
         None if t is None else t.detach().to(torch.float32).contiguous() for t in (low, high, factor)
     )
     return Requantization(library, shape, low, high, factor)
+
+
+class _RoundedWeights(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, w, scale, offset, mask, ends, library):
+        ctx.ends, ctx.library, ctx.offset_shape = ends, library, offset.shape
+        ctx.save_for_backward(w, scale, offset, mask)
+        out = torch.empty_like(w)
+        job = _weights(w, scale, offset, mask, ends, out)
+        library.weights_rounded(ctypes.byref(job))
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        w, scale, offset, mask = ctx.saved_tensors
+        grad = grad.contiguous()
+        grad_offset = torch.empty_like(grad)
+        sums = torch.empty(len(w), dtype=torch.float64)
+        job = _weights(w, scale, offset, mask, ctx.ends, grad_offset, grad, sums)
+        ctx.library.weights_gradient(ctypes.byref(job))
+        # the gradient of w / scale to scale is -w / scale^2
+        grad_scale = -(sums if scale.numel() > 1 else sums.sum().reshape(scale.shape)) / scale
+        return None, grad_scale, grad_offset, None, None, None
+
+
+def _weights(
+    w: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    mask: Tensor | None,
+    ends: tuple[int, int],
+    out: Tensor,
+    grad: Tensor | None = None,
+    sums: Tensor | None = None,
+) -> Any:
+    return _Weights(
+        w.data_ptr(),
+        offset.data_ptr(),
+        scale.data_ptr(),
+        _pointer(mask),
+        _pointer(grad),
+        out.data_ptr(),
+        _pointer(sums),
+        len(w),
+        w.numel() // len(w),
+        *ends,
+        scale.numel() == 1,
+        _threads(w.numel()),
+    )
+
+
+def rounded_weights(
+    w: Tensor, scale: Tensor, offset: Tensor, unmasked: Tensor | None, qmin: int, qmax: int
+) -> Tensor | None:
+    """round(w / scale + offset), 0 where masked, clipped to qmin .. qmax; w takes no gradient.
+
+    Args:
+        w, offset: (outputs, ...), float32. scale: (outputs,) or (), float64.
+        unmasked: bool of w's shape.
+    """
+    library = kernels(w, scale, offset, unmasked)
+    takes = w.dtype == offset.dtype == torch.float32 and scale.dtype == torch.float64
+    if library is None or not takes or w.requires_grad or w.numel() == 0:
+        return None
+    if offset.shape != w.shape or scale.numel() not in (1, len(w)):
+        return None
+    mask = None if unmasked is None else unmasked.contiguous()
+    return _RoundedWeights.apply(
+        w.contiguous(), scale.contiguous(), offset.contiguous(), mask, (qmin, qmax), library
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class DivisiveNorm:
+    """One GDN as `gdn_floats` takes it; tensors are of the channels."""
+
+    library: ctypes.CDLL
+    shape: tuple[int, int, int]
+    mantissa: Tensor
+    shift: Tensor
+    low: Tensor
+    high: Tensor
+    inverse: bool
+    with_root: bool
+    fits: bool
+
+    def _job(self, x: Tensor, norm: Tensor, **others: Tensor) -> Any:
+        job = _Gdn(
+            x=x.data_ptr(),
+            norm=norm.data_ptr(),
+            mantissa=self.mantissa.data_ptr(),
+            shift=self.shift.data_ptr(),
+            low=self.low.data_ptr(),
+            high=self.high.data_ptr(),
+            outer=self.shape[0],
+            channels=self.shape[1],
+            inner=self.shape[2],
+            inverse=self.inverse,
+            with_root=self.with_root,
+            threads=_threads(x.numel()),
+        )
+        for name, tensor in others.items():
+            setattr(job, name, tensor.data_ptr())
+        return job
+
+    def forward(self, x: Tensor, norm: Tensor) -> Tensor:
+        out = torch.empty_like(x)
+        self.library.gdn_floats(ctypes.byref(self._job(x, norm, out=out)), ctypes.c_int32(self.fits))
+        return out
+
+    def backward(
+        self, grad: Tensor, x: Tensor, norm: Tensor, slope: Tensor, result: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(gradient of x, of norm, and for each channel the sum of the gradient times the real result)."""
+        grad, slope = grad.contiguous(), slope.to(torch.float64).contiguous()
+        grad_x, grad_norm = torch.empty_like(x), torch.empty_like(x)
+        sums = torch.empty(self.shape[:2], dtype=torch.float64)
+        job = self._job(x, norm, grad=grad, slope=slope, out=grad_x, grad_norm=grad_norm, sums=sums)
+        self.library.gdn_gradient(ctypes.byref(job), ctypes.c_void_p(result.data_ptr()))
+        return grad_x, grad_norm, sums.sum(0)
+
+
+def divisive_norm(
+    x: Tensor,
+    norm: Tensor,
+    mantissa: Tensor,
+    shift: Tensor,
+    low: Tensor,
+    high: Tensor,
+    slope: Tensor,
+    inverse: bool,
+    with_root: bool,
+) -> DivisiveNorm | None:
+    """GDN of `primitives.gdn`, for a kernel: x float32 and norm float64, (B, C, ...); the others (1, C, ...)."""
+    library = kernels(x, norm, mantissa, shift, low, high, slope)
+    if library is None or x.dtype != torch.float32 or norm.dtype != torch.float64 or x.shape != norm.shape:
+        return None
+    of_channels = [mantissa, shift, low, high, slope]
+    if x.ndim < 2 or x.numel() == 0 or any(t.numel() != x.shape[1] for t in of_channels):
+        return None
+    # the room of `gdn_root_row`; numbers of 16 bits are below 2^15
+    limits = max(float(low.min().abs()), float(high.max().abs()))
+    fits = with_root and limits <= 2**15 and int(shift.abs().max()) < 512
+    return DivisiveNorm(
+        library,
+        (x.shape[0], x.shape[1], x[0, 0].numel()),
+        mantissa.to(torch.float64).contiguous(),
+        shift.to(torch.int64).contiguous(),
+        low.detach().to(torch.float32).contiguous(),
+        high.detach().to(torch.float32).contiguous(),
+        bool(inverse),
+        with_root,
+        fits,
+    )

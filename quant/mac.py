@@ -1,6 +1,7 @@
 """Multiply-accumulate layers: integer inputs, weights and biases, and their accumulator."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from licq.quant.config import FLOAT_BITS, QuantConfig
 from licq.quant.fixedpoint import int_range, requantize_ste, round_ste
 from licq.quant.modules import QuantModule
 from licq.quant.operations import MultiplyAccumulate
-from licq.quant.primitives import multiply_accumulate
+from licq.quant.primitives import Gradient, multiply_accumulate
 from licq.quant.qtensor import QTensor
 from licq.quant.quantizer import NO_INTEGERS, Quantizer
 from licq.quant.transforms import TRANSFORMS
@@ -62,6 +63,8 @@ class QuantMAC(QuantModule):
         self.log_n_bias = nn.Parameter(torch.zeros(()), requires_grad=False)
         # a learned correction of the bias
         self.bias_change = nn.Parameter(torch.zeros(self.outputs), requires_grad=False)
+        # the last input scale, its dimension, the module's parameters, and what `folded_weight` was with them
+        self._known: tuple[Tensor, int | None, list[tuple], tuple[Tensor, Tensor]] | None = None
         self.register_buffer("weight_int", None)
         self.register_buffer("bias_int", None)
         self.register_buffer("out_scale", None)
@@ -104,6 +107,12 @@ class QuantMAC(QuantModule):
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
         """W x with the canonical weight."""
         raise NotImplementedError
+
+    product_with_bias: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    """`product` plus a bias, where one function of PyTorch does both."""
+
+    product_gradient: Gradient | None = None
+    """Of `product`, as `multiply_accumulate` takes it."""
 
     def operation(self, weight: Tensor, bias: Tensor | None, bound: int) -> MultiplyAccumulate:
         """The operation of this kind of layer, with integer weights (canonical) and biases."""
@@ -158,12 +167,35 @@ class QuantMAC(QuantModule):
 
     def folded_weight(self) -> tuple[Tensor, Tensor]:
         """(w', s_ref): the weights times the spread of the input scales, float32, and the largest scale."""
-        weight = self.float_weight()
         if self.config.a_bits == FLOAT_BITS:
+            weight = self.float_weight()
             return weight, torch.ones((), dtype=torch.float64, device=weight.device)
         scale = self.input_grid.parameters_of_grid()[0]
-        reference = scale.detach().max()
+        return self.folded_once(scale, lambda: self._folded(scale))
+
+    def _folded(self, scale: Tensor) -> tuple[Tensor, Tensor]:
+        weight, reference = self.float_weight(), scale.detach().max()
         return (weight * self.per_input(scale / reference, weight)).float(), reference
+
+    def folded_once(self, scale: Tensor, fold: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """What `fold` gave last, where nothing that it reads has changed since.
+
+        A grid gives the same scale again, not an equal one, as long as its range stays.
+        """
+        parameters = list(self.module.parameters())
+        if any(t.is_inference() for t in parameters) or (
+            torch.is_grad_enabled() and any(t.requires_grad for t in (scale, *parameters))
+        ):
+            return fold()
+        versions = [(t, t._version, t.data_ptr()) for t in parameters]
+        known = self._known
+        if known is None or known[0] is not scale or known[1] != self.input_grid.channel_dim:
+            known = None
+        elif any(a is not b or now != then for (a, *now), (b, *then) in zip(versions, known[2])):
+            known = None
+        if known is None:
+            self._known = known = scale, self.input_grid.channel_dim, versions, fold()
+        return known[3]
 
     def integer_weight(self) -> tuple[Tensor, Tensor]:
         """(w_int, scales of the accumulator): canonical weights, and (outputs,) float64."""
@@ -258,7 +290,14 @@ class QuantMAC(QuantModule):
         if self.config.w_bits == FLOAT_BITS or not x.is_integer:
             return self._weights_or_inputs_only(x)
         layer, out_scale = self.integer_layer()
-        q = multiply_accumulate(x.q, layer, self.product, self.channel_dim)
+        q = multiply_accumulate(
+            x.q,
+            layer,
+            self.product,
+            self.channel_dim,
+            with_bias=self.product_with_bias,
+            gradient=self.product_gradient,
+        )
         return x.like(q, out_scale.reshape(self._channel_shape(q.ndim)))
 
     def integer_layer(self) -> tuple[MultiplyAccumulate, Tensor]:
@@ -268,9 +307,7 @@ class QuantMAC(QuantModule):
             return self.operation(self.weight_int, self.bias_int, int(self.bound)), self.out_scale
         w_int, out_scale = self.integer_weight()
         b_int = self.integer_bias(out_scale)
-        with torch.no_grad():
-            bound = int(self.accumulator_bound(w_int, b_int))
-        return self.operation(w_int, b_int, bound), out_scale
+        return self.operation(w_int, b_int, self.rough_bound(w_int, b_int)), out_scale
 
     def _weights_or_inputs_only(self, x: QTensor) -> QTensor:
         """The computation with 32 bits on one side: real arithmetic on quantized values."""
@@ -307,6 +344,18 @@ class QuantMAC(QuantModule):
         """
         total = self.largest_sum(w_int.double().abs() * self.largest_inputs(w_int))
         return (total if b_int is None else total + b_int.abs()).max()
+
+    @torch.no_grad()
+    def rough_bound(self, w_int: Tensor, b_int: Tensor | None) -> int:
+        """A number that `accumulator_bound` does not exceed, in float32 and so much faster."""
+        if self.groups > 1:
+            return int(self.accumulator_bound(w_int, b_int))
+        largest = (self.input_grid.largest().double() ** self.input_power).float()
+        weight = w_int.abs().float()
+        sums = torch.matmul(largest.expand(weight.shape[1]), weight.flatten(2) if weight.ndim > 2 else weight.T)
+        total = self.largest_sum(sums.reshape(len(weight), 1, *weight.shape[2:]))
+        total = (total if b_int is None else total + b_int.abs()).max()
+        return int(float(total) * (1 + 2.0**-10)) + 1
 
     def learned_bound(self) -> Tensor:
         """The `accumulator_bound` of a layer in the present state of learning."""

@@ -6,7 +6,7 @@ from compressai.layers import GDN, GDN1
 from torch import Tensor, nn
 
 from licq.quant.config import FLOAT_BITS, QuantConfig
-from licq.quant.fixedpoint import multiplier_value, quantize_multiplier, round_half_away, round_ste
+from licq.quant.fixedpoint import int_range, multiplier_value, quantize_multiplier, round_half_away, round_ste
 from licq.quant.integer_functions import LAYER_NORM_FRAC_BITS
 from licq.quant.mac import QuantMAC
 from licq.quant.modules import QuantModule, replaces
@@ -80,10 +80,7 @@ class QuantGDN(QuantMAC):
     def input_power(self) -> int:
         return self.power
 
-    def folded_weight(self) -> tuple[Tensor, Tensor]:
-        if self.config.a_bits == FLOAT_BITS:
-            return super().folded_weight()
-        scale = self.input_grid.parameters_of_grid()[0]
+    def _folded(self, scale: Tensor) -> tuple[Tensor, Tensor]:
         reference = scale.detach().max()
         weight = self.float_weight()
         spread = self.per_input((scale / reference) ** self.power, weight)
@@ -119,7 +116,15 @@ class QuantGDN(QuantMAC):
             # sums of 16-bit squares times 8-bit weights pass 2^24, where float32 would round
             wide = self.power * self.config.a_bits + self.config.w_bits > 16
         norm = multiply_accumulate(
-            magnitude, layer, self.product, 1, Range(0, layer.bound), wide=wide, wide_bias=True
+            magnitude,
+            layer,
+            self.product,
+            1,
+            Range(0, layer.bound),
+            wide=wide,
+            wide_bias=True,
+            largest=int_range(self.input_grid.bits, False)[1] ** self.power,
+            gradient=self.product_gradient,
         )
         norm_scale = norm_scale.reshape(1, -1, 1, 1)
         x = self.x_grid(x)
@@ -130,14 +135,20 @@ class QuantGDN(QuantMAC):
             with torch.no_grad():
                 mantissa, shift = self._multiplier(x.unit, norm_scale, out_scale)
 
-        def smooth(numbers: Tensor, norm: Tensor) -> Tensor:
-            root = norm * norm_scale
-            root = torch.sqrt(root) if self.power == 2 else root
-            value = numbers * x.unit
-            return (value * root if self.module.inverse else value / root) / out_scale
-
-        q = gdn(x.q, norm, mantissa, shift, bool(self.module.inverse), self.algorithm, qmin, qmax, smooth)
+        root = torch.sqrt(norm_scale) if self.power == 2 else norm_scale
+        slope = x.unit / out_scale
+        slope = slope * root if self.module.inverse else slope / root
+        q = gdn(x.q, norm, mantissa, shift, bool(self.module.inverse), self.algorithm, qmin, qmax, slope)
         return x.like(q, out_scale)
+
+    def product_gradient(
+        self, grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        flat, numbers, matrix = grad.flatten(2), x.flatten(2), weight.flatten(1)
+        return (
+            (matrix.T @ flat).view_as(x) if needs[0] else None,
+            sum(g @ n.T for g, n in zip(flat, numbers)).view_as(weight) if needs[1] else None,
+        )
 
     def operation(self, weight: Tensor, bias: Tensor | None, bound: int) -> Conv2d:
         return Conv2d(

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from licq.quant import fused
 from licq.quant import operations as ops
 from licq.quant.fixedpoint import (
     EXACT_FLOAT32,
@@ -219,11 +220,11 @@ def gdn(
     algorithm: str,
     low: Tensor,
     high: Tensor,
-    smooth: Callable[[Tensor, Tensor], Tensor],
+    slope: Tensor,
 ) -> Tensor:
     """`integer_gdn` of x and its norm (a norm of 0 counts as 1), clipped to low .. high. Range: low .. high.
 
-    smooth: the same on real numbers in units of the result, of which the gradient is taken.
+    slope: of the same on real numbers, slope * x * norm^p, of which the gradient is taken; float64 like mantissa.
     """
     if isinstance(x, Symbol):
         assert isinstance(norm, Symbol)
@@ -238,15 +239,71 @@ def gdn(
             algorithm=algorithm,
         )
         return x.recorder.emit(operation, x.shape, Range(int(low.min()), int(high.max())))
+    job = fused.divisive_norm(x, norm, mantissa, shift, low, high, slope, inverse, algorithm == "gdn")
+    if job is not None:
+        return _FusedGdnSTE.apply(x, norm, slope, job)
     norm = norm.double().clamp(min=1)
     with torch.no_grad():
         exact = integer_gdn(x, norm, mantissa, shift, inverse, algorithm).float()
     if torch.is_grad_enabled() and (x.requires_grad or norm.requires_grad):
-        exact = straight_through(exact, smooth(x, norm).float())
+        root = torch.sqrt(norm) if algorithm == "gdn" else norm
+        smooth = x * slope * root if inverse else x * slope / root
+        exact = straight_through(exact, smooth.float())
     return torch.minimum(torch.maximum(exact, low), high)
 
 
+class _FusedGdnSTE(torch.autograd.Function):
+    """`gdn` by the compiled kernels."""
+
+    @staticmethod
+    def forward(ctx, x, norm, slope, job):
+        x, norm = x.contiguous(), norm.contiguous()
+        out = job.forward(x, norm)
+        ctx.job = job
+        ctx.save_for_backward(x, norm, slope, out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, norm, slope, out = ctx.saved_tensors
+        grad_x, grad_norm, sums = ctx.job.backward(grad, x, norm, slope, out)
+        return grad_x, grad_norm, sums.reshape(slope.shape) / slope, None
+
+
 # -------------------------------------------------------------------------------------- sums along dimensions
+
+
+Gradient = Callable[[Tensor, Tensor, Tensor, tuple[bool, bool]], tuple[Tensor | None, Tensor | None]]
+"""(gradient of the sums, x, weight, which are needed) -> gradients of x and of the weight."""
+
+_DIGIT = 8  # bits
+
+
+class _WideProduct(torch.autograd.Function):
+    """Sums of products that pass 2^24, exact in float64, from two products in float32; the gradient in float32."""
+
+    @staticmethod
+    def forward(ctx, x, weight, multiply, gradient):
+        ctx.gradient = gradient
+        ctx.save_for_backward(x, weight)
+        high = (x * 2.0**-_DIGIT).floor_()
+        sums = multiply(high, weight).double().mul_(2.0**_DIGIT)
+        return sums.add_(multiply(high.mul_(-(2.0**_DIGIT)).add_(x), weight))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        return *ctx.gradient(grad.float(), x, weight, ctx.needs_input_grad[:2]), None, None
+
+
+def _two_digits_suffice(x: Tensor, weight: Tensor, largest: int) -> bool:
+    """Whether sums of each digit of x stay below 2^24, wherever each output meets all of its weights."""
+    if x.dtype != torch.float32 or largest >= 2 ** (2 * _DIGIT):
+        return False
+    sums = float(weight.detach().abs().flatten(1).sum(1).max())
+    return max(2**_DIGIT - 1, (largest >> _DIGIT) + 1) * sums < EXACT_FLOAT32
 
 
 def multiply_accumulate(
@@ -257,6 +314,9 @@ def multiply_accumulate(
     numbers: Range | None = None,
     wide: bool | None = None,
     wide_bias: bool = False,
+    with_bias: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+    largest: int | None = None,
+    gradient: Gradient | None = None,
 ) -> Tensor:
     """The sums of a layer's products, plus its bias: what its accumulator holds.
 
@@ -269,6 +329,9 @@ def multiply_accumulate(
         numbers: a narrower range that is known of the result.
         wide: make the sums in float64; None: where the layer's bound passes 2^24.
         wide_bias: the bias may pass 2^24 though the products do not.
+        with_bias: (x, weight, bias) -> the sums with the bias, where one function does both.
+        largest: magnitude of x, where it is known.
+        gradient: of `multiply`, for sums in float64.
     """
     if isinstance(x, Symbol):
         weight = torch.empty(layer.weight.shape, device="meta")
@@ -278,7 +341,14 @@ def multiply_accumulate(
         return x.recorder.emit(operation, shape, numbers or Range(-layer.bound, layer.bound))
     weight = layer.weight
     wide = layer.bound >= EXACT_FLOAT32 if wide is None else wide
-    sums = multiply(x.double(), weight.double()) if wide else multiply(x, weight.float())
+    if with_bias is not None and layer.bias is not None and not wide and not wide_bias:
+        return with_bias(x, weight.float(), layer.bias.float())
+    if not wide:
+        sums = multiply(x, weight.float())
+    elif gradient is not None and largest is not None and _two_digits_suffice(x, weight, largest):
+        sums = _WideProduct.apply(x, weight.float(), multiply, gradient)
+    else:
+        sums = multiply(x.double(), weight.double())
     if layer.bias is None:
         return sums
     sums = sums.double() if wide_bias else sums
