@@ -373,6 +373,24 @@ void row_ends(const float *x, float *low, float *high, double *squares, int64_t 
     for (int64_t r = 0; r < rows; r++) ends_row(x + r * count, count, low + r, high + r, squares + r);
 }
 
+CLONES static void energy_piece(const float *restrict x, float *restrict out, int64_t channels, int64_t step,
+                                int64_t count) {
+    for (int64_t i = 0; i < count; i++) out[i] = 0;
+    for (int64_t c = 0; c < channels; c++)
+        for (int64_t i = 0; i < count; i++) out[i] += x[c * step + i] * x[c * step + i];
+}
+
+/* x is (outer, channels, inner); the sums of squares are (outer, inner) */
+void channel_energy(const float *x, float *out, int64_t outer, int64_t channels, int64_t inner, int32_t threads) {
+    const int64_t parts = (inner + PIECE - 1) / PIECE;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t piece = 0; piece < outer * parts; piece++) {
+        const int64_t row = piece / parts, first = piece % parts * PIECE;
+        energy_piece(x + row * channels * inner + first, out + row * inner + first, channels, inner,
+                     smaller(PIECE, inner - first));
+    }
+}
+
 /* ----------------------------------------------------------------------------------------------------- GDN */
 
 typedef struct {

@@ -375,3 +375,23 @@ def divisive_norm(
         with_root,
         fits,
     )
+
+
+def energy_of_channels(x: Tensor, dim: int) -> Tensor:
+    """Sums of squares along the channels: float32, of x's shape without that dimension."""
+    dim %= x.ndim
+    library = kernels(x)
+    if library is None or x.dtype != torch.float32 or dim == x.ndim - 1:
+        return torch.linalg.vector_norm(x, dim=dim, dtype=torch.float32).square()
+    x = x.contiguous()
+    out = torch.empty((*x.shape[:dim], *x.shape[dim + 1 :]), dtype=torch.float32)
+    outer, inner = math.prod(x.shape[:dim]), math.prod(x.shape[dim + 1 :])
+    library.channel_energy(
+        ctypes.c_void_p(x.data_ptr()),
+        ctypes.c_void_p(out.data_ptr()),
+        ctypes.c_int64(outer),
+        ctypes.c_int64(x.shape[dim]),
+        ctypes.c_int64(inner),
+        ctypes.c_int32(_threads(x.numel())),
+    )
+    return out

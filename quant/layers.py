@@ -43,6 +43,9 @@ class QuantConv2d(QuantMAC):
         m = self.module
         return self.convolve(x, weight, bias, m.stride, m.padding, m.dilation, m.groups)
 
+    def window(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return tuple(self.module.kernel_size), tuple(self.module.dilation)
+
     def product_gradient(
         self, grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, bool]
     ) -> tuple[Tensor | None, Tensor | None]:
@@ -131,6 +134,14 @@ class QuantConvTranspose2d(QuantMAC):
             x, self._original(weight), bias, m.stride, m.padding, m.output_padding, m.groups, m.dilation
         )
 
+    def window(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        m = self.module
+        sides = (
+            dilation * (size - 1) // stride + 1
+            for size, stride, dilation in zip(m.kernel_size, m.stride, m.dilation)
+        )
+        return tuple(sides), (1,) * len(m.kernel_size)
+
     def product_gradient(
         self, grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, bool]
     ) -> tuple[Tensor | None, Tensor | None]:
@@ -181,6 +192,9 @@ class QuantLinear(QuantMAC):
 
     def product_with_bias(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
+
+    def window(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return (), ()
 
     def product_gradient(
         self, grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, bool]

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,11 +12,12 @@ from licq.quant.config import FLOAT_BITS, QuantConfig
 from licq.quant.fixedpoint import int_range, requantize_ste, round_ste
 from licq.quant.modules import QuantModule
 from licq.quant.operations import MultiplyAccumulate
-from licq.quant.primitives import Gradient, multiply_accumulate
+from licq.quant.primitives import multiply_accumulate
 from licq.quant.qtensor import QTensor
 from licq.quant.quantizer import NO_INTEGERS, Quantizer
 from licq.quant.transforms import TRANSFORMS
 from licq.quant.weights import WeightQuantizer, per_output
+from licq.quant.wide_products import exact_sums
 from licq.support.errors import InputError
 
 LARGEST_BIAS = 2**30
@@ -111,8 +113,9 @@ class QuantMAC(QuantModule):
     product_with_bias: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
     """`product` plus a bias, where one function of PyTorch does both."""
 
-    product_gradient: Gradient | None = None
-    """Of `product`, as `multiply_accumulate` takes it."""
+    product_gradient: Callable[[Tensor, Tensor, Tensor, tuple[bool, bool]], tuple] | None = None
+    """(gradient of `product`, x, weight, which are needed) -> gradients of x and of the weight; None where `window`
+    gives None."""
 
     def operation(self, weight: Tensor, bias: Tensor | None, bound: int) -> MultiplyAccumulate:
         """The operation of this kind of layer, with integer weights (canonical) and biases."""
@@ -296,7 +299,7 @@ class QuantMAC(QuantModule):
             self.product,
             self.channel_dim,
             with_bias=self.product_with_bias,
-            gradient=self.product_gradient,
+            exact_sums=partial(exact_sums, self),
         )
         return x.like(q, out_scale.reshape(self._channel_shape(q.ndim)))
 
@@ -357,6 +360,10 @@ class QuantMAC(QuantModule):
         total = (total if b_int is None else total + b_int.abs()).max()
         return int(float(total) * (1 + 2.0**-10)) + 1
 
+    def window(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """(sides of the window of inputs that meet at an output, steps between them); None: it is not known."""
+        return None
+
     def learned_bound(self) -> Tensor:
         """The `accumulator_bound` of a layer in the present state of learning."""
         w_int, out_scale = self.integer_weight()
@@ -383,3 +390,4 @@ class QuantMAC(QuantModule):
             if self.config.bias_bits == 8:
                 knobs["range_b"] = [self.log_n_bias]
         return knobs
+

@@ -1,12 +1,14 @@
 """Normalizations on integers: GDN and its relatives, LayerNorm."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from compressai.layers import GDN, GDN1
 from torch import Tensor, nn
 
 from licq.quant.config import FLOAT_BITS, QuantConfig
-from licq.quant.fixedpoint import int_range, multiplier_value, quantize_multiplier, round_half_away, round_ste
+from licq.quant.fixedpoint import multiplier_value, quantize_multiplier, round_half_away, round_ste
 from licq.quant.integer_functions import LAYER_NORM_FRAC_BITS
 from licq.quant.mac import QuantMAC
 from licq.quant.modules import QuantModule, replaces
@@ -14,6 +16,7 @@ from licq.quant.operations import Conv2d, Range
 from licq.quant.primitives import absolute, gdn, layer_norm, multiply_accumulate, square
 from licq.quant.qtensor import QTensor
 from licq.quant.quantizer import NO_INTEGERS, Quantizer
+from licq.quant.wide_products import exact_sums
 from licq.support.errors import InputError
 
 SQUARED_BITS = 12
@@ -65,7 +68,9 @@ class QuantGDN(QuantMAC):
         return self.module.beta_reparam(self.module.beta) + self.bias_change
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.conv2d(x, weight)
+        if x.is_meta or x.device.type != "cpu":
+            return F.conv2d(x, weight)
+        return torch.matmul(weight.flatten(1), x.flatten(2)).unflatten(2, x.shape[2:])
 
     def real(self, x: Tensor) -> Tensor:
         return self.module(x)
@@ -123,8 +128,7 @@ class QuantGDN(QuantMAC):
             Range(0, layer.bound),
             wide=wide,
             wide_bias=True,
-            largest=int_range(self.input_grid.bits, False)[1] ** self.power,
-            gradient=self.product_gradient,
+            exact_sums=partial(exact_sums, self),
         )
         norm_scale = norm_scale.reshape(1, -1, 1, 1)
         x = self.x_grid(x)
@@ -140,6 +144,9 @@ class QuantGDN(QuantMAC):
         slope = slope * root if self.module.inverse else slope / root
         q = gdn(x.q, norm, mantissa, shift, bool(self.module.inverse), self.algorithm, qmin, qmax, slope)
         return x.like(q, out_scale)
+
+    def window(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return (1, 1), (1, 1)
 
     def product_gradient(
         self, grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, bool]

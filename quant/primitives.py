@@ -274,38 +274,6 @@ class _FusedGdnSTE(torch.autograd.Function):
 # -------------------------------------------------------------------------------------- sums along dimensions
 
 
-Gradient = Callable[[Tensor, Tensor, Tensor, tuple[bool, bool]], tuple[Tensor | None, Tensor | None]]
-"""(gradient of the sums, x, weight, which are needed) -> gradients of x and of the weight."""
-
-_DIGIT = 8  # bits
-
-
-class _WideProduct(torch.autograd.Function):
-    """Sums of products that pass 2^24, exact in float64, from two products in float32; the gradient in float32."""
-
-    @staticmethod
-    def forward(ctx, x, weight, multiply, gradient):
-        ctx.gradient = gradient
-        ctx.save_for_backward(x, weight)
-        high = (x * 2.0**-_DIGIT).floor_()
-        sums = multiply(high, weight).double().mul_(2.0**_DIGIT)
-        return sums.add_(multiply(high.mul_(-(2.0**_DIGIT)).add_(x), weight))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        return *ctx.gradient(grad.float(), x, weight, ctx.needs_input_grad[:2]), None, None
-
-
-def _two_digits_suffice(x: Tensor, weight: Tensor, largest: int) -> bool:
-    """Whether sums of each digit of x stay below 2^24, wherever each output meets all of its weights."""
-    if x.dtype != torch.float32 or largest >= 2 ** (2 * _DIGIT):
-        return False
-    sums = float(weight.detach().abs().flatten(1).sum(1).max())
-    return max(2**_DIGIT - 1, (largest >> _DIGIT) + 1) * sums < EXACT_FLOAT32
-
-
 def multiply_accumulate(
     x: Tensor,
     layer: ops.MultiplyAccumulate,
@@ -315,8 +283,7 @@ def multiply_accumulate(
     wide: bool | None = None,
     wide_bias: bool = False,
     with_bias: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
-    largest: int | None = None,
-    gradient: Gradient | None = None,
+    exact_sums: Callable[[Tensor, Tensor, Tensor | None], Tensor | None] | None = None,
 ) -> Tensor:
     """The sums of a layer's products, plus its bias: what its accumulator holds.
 
@@ -330,8 +297,8 @@ def multiply_accumulate(
         wide: make the sums in float64; None: where the layer's bound passes 2^24.
         wide_bias: the bias may pass 2^24 though the products do not.
         with_bias: (x, weight, bias) -> the sums with the bias, where one function does both.
-        largest: magnitude of x, where it is known.
-        gradient: of `multiply`, for sums in float64.
+        exact_sums: (x, weight, bias) -> the sums with the bias without products in float64, or None; asked where
+            the bound asks for float64. See `quant.wide_products`.
     """
     if isinstance(x, Symbol):
         weight = torch.empty(layer.weight.shape, device="meta")
@@ -341,20 +308,22 @@ def multiply_accumulate(
         return x.recorder.emit(operation, shape, numbers or Range(-layer.bound, layer.bound))
     weight = layer.weight
     wide = layer.bound >= EXACT_FLOAT32 if wide is None else wide
+    if wide and exact_sums is not None:
+        sums = exact_sums(x, weight, None if wide_bias else layer.bias)
+        if sums is not None:
+            return sums if layer.bias is None or not wide_bias else _with_bias(sums.double(), layer.bias, channel_dim)
     if with_bias is not None and layer.bias is not None and not wide and not wide_bias:
         return with_bias(x, weight.float(), layer.bias.float())
-    if not wide:
-        sums = multiply(x, weight.float())
-    elif gradient is not None and largest is not None and _two_digits_suffice(x, weight, largest):
-        sums = _WideProduct.apply(x, weight.float(), multiply, gradient)
-    else:
-        sums = multiply(x.double(), weight.double())
+    sums = multiply(x.double(), weight.double()) if wide else multiply(x, weight.float())
     if layer.bias is None:
         return sums
-    sums = sums.double() if wide_bias else sums
+    return _with_bias(sums.double() if wide_bias else sums, layer.bias, channel_dim)
+
+
+def _with_bias(sums: Tensor, bias: Tensor, channel_dim: int) -> Tensor:
     shape = [1] * sums.ndim
     shape[channel_dim % sums.ndim] = -1
-    return sums + layer.bias.to(sums.dtype).reshape(shape)
+    return sums + bias.to(sums.dtype).reshape(shape)
 
 
 def matmul(a: Tensor, b: Tensor, wide: bool) -> Tensor:
