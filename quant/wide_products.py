@@ -4,7 +4,7 @@ A layer's bound (`QuantMAC.accumulator_bound`) takes every input at its largest.
 |w| |x| of the weights and inputs of one output is mostly far less, and no sum of a part of the products exceeds
 it (Cauchy-Schwarz). Where it is below 2^24, one product in float32 is exact. Where it is not, the input channels
 are taken in groups whose products are, and their sums are added in float64: that is as many multiplications.
-Split channels (`quant.channel_split`) are groups of their own, since only they have the finer steps.
+Split channels (`quant.channel_split`) are taken by their two digits, of which the others have the high one only.
 """
 
 import math
@@ -18,11 +18,12 @@ from torch.autograd.function import once_differentiable
 from licq.quant import fused
 from licq.quant.fixedpoint import EXACT_FLOAT32
 
+_FEW_GROUPS = 3  # more than two digits cost more than as many groups
 _MOST_GROUPS = 16
 _MARGIN = 1 + 2.0**-10  # for the float32 in which norms are computed
 
-Group = tuple[Tensor | None, float]
-"""(input channels, None for all; the unit of their numbers)."""
+Part = tuple[Tensor, Tensor, float]
+"""(numbers of some input channels, their weights, the unit of the numbers)."""
 
 
 @torch.no_grad()
@@ -68,10 +69,10 @@ def exact_sums(node: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Ten
     if sums_reach(node, x, weight) + largest_bias < EXACT_FLOAT32:
         sums = node.product(x, weight) if bias is None else node.product_with_bias(x, weight, bias.float())
         return sums
-    groups = _groups(node, x, weight) if node.groups == 1 else None
-    if groups is None:
+    parts = _parts(node, x.detach(), weight.detach()) if node.groups == 1 else None
+    if parts is None:
         return None
-    sums = _GroupedProduct.apply(x, weight, node, groups)
+    sums = _GroupedProduct.apply(x, weight, node, parts)
     if bias is None:
         return sums
     shape = [1] * sums.ndim
@@ -80,55 +81,65 @@ def exact_sums(node: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Ten
 
 
 @torch.no_grad()
-def _groups(node: Any, x: Tensor, weight: Tensor) -> list[Group] | None:
-    """Groups of input channels whose sums of products are exact in float32; None: there would be too many."""
-    grid, unit = node.input_grid, node.input_grid.refinement**node.input_power
+def _parts(node: Any, x: Tensor, weight: Tensor) -> list[Part] | None:
+    """Parts of the inputs whose sums of products are exact in float32; None: there would be too many."""
+    unit = node.input_grid.refinement**node.input_power
     channels = torch.arange(x.shape[node.channel_dim])
     if unit == 1:
-        parts: list[tuple[Tensor, float]] = [(channels, 1.0)]
-    else:
-        is_split = grid.split_steps > 1
-        parts = [(channels[~is_split], unit), (channels[is_split], 1.0)]
-    groups: list[Group] = []
-    for part, step in parts:
-        if len(part) == 0:
-            continue
-        count = 1
-        while True:
-            pieces = part.chunk(count)
-            reaches = [_reach_of(node, x, weight, piece) / step for piece in pieces]
-            if max(reaches) < EXACT_FLOAT32:
-                break
-            count = max(count + 1, min(2 * count, math.ceil(sum(reaches) / EXACT_FLOAT32)))
-            if count > min(_MOST_GROUPS, len(part)):
-                return None
-        groups += [(piece, step) for piece in pieces]
-    return groups
+        return _pieces(node, x, weight, 1.0)
+    # channels that are not split hold multiples of the unit, so they have no low digit
+    split = channels[node.input_grid.split_steps > 1]
+    high = (x * (1 / unit)).floor_()
+    low = _of(split, x, node.channel_dim) - unit * _of(split, high, node.channel_dim)
+    parts = []
+    for numbers, group, step in ((high, channels, unit), (low, split, 1.0)):
+        pieces = _pieces(node, numbers, _of(group, weight, 1), step)
+        if pieces is None:
+            return None
+        parts += pieces
+    return parts
+
+
+def _pieces(
+    node: Any, x: Tensor, weight: Tensor, unit: float, digits: bool = True
+) -> list[Part] | None:
+    """Some of the channels each; two digits of all numbers where that makes fewer parts."""
+    count = 1
+    while True:
+        pieces = list(
+            zip(
+                x.chunk(count, node.channel_dim),
+                (part.contiguous() for part in weight.chunk(count, 1)),
+            )
+        )
+        reaches = [sums_reach(node, *piece) for piece in pieces]
+        if max(reaches) < EXACT_FLOAT32:
+            return [(numbers, w, unit) for numbers, w in pieces]
+        count = max(count + 1, min(2 * count, math.ceil(sum(reaches) / EXACT_FLOAT32)))
+        if digits and count > _FEW_GROUPS:
+            base = 2.0 ** -(-int(x.abs().max()).bit_length() // 2)
+            high = (x * (1 / base)).floor_()
+            two = ((high, base), (x - base * high, 1.0))
+            parts = [_pieces(node, n, weight, unit * step, digits=False) for n, step in two]
+            return None if None in parts else [part for some in parts for part in some or ()]
+        if count > min(_MOST_GROUPS, weight.shape[1]):
+            return None
 
 
 def _of(group: Tensor, x: Tensor, dim: int) -> Tensor:
-    first, last = int(group[0]), int(group[-1])
-    if last - first + 1 == len(group):  # neighbours
-        return x.narrow(dim, first, len(group))
-    return x.index_select(dim, group)
-
-
-def _reach_of(node: Any, x: Tensor, weight: Tensor, group: Tensor) -> float:
-    return sums_reach(node, _of(group, x, node.channel_dim), _of(group, weight, 1))
+    return x if len(group) == x.shape[dim] else x.index_select(dim, group)
 
 
 class _GroupedProduct(torch.autograd.Function):
     """Products of groups of channels in float32, added in float64. The gradient is that of one product in float32."""
 
     @staticmethod
-    def forward(ctx, x, weight, node, groups: Sequence[Group]):
+    def forward(ctx, x, weight, node, parts: Sequence[Part]):
         ctx.node = node
         ctx.save_for_backward(x, weight)
         total = None
-        for group, unit in groups:
-            numbers = _of(group, x, node.channel_dim)
-            numbers = numbers * (1 / unit) if unit != 1 else numbers.contiguous()
-            sums = node.product(numbers, _of(group, weight, 1).contiguous()).double()
+        for numbers, part, unit in parts:
+            sums = node.product(numbers.contiguous(), part).double()
             sums = sums.mul_(unit) if unit != 1 else sums
             total = sums if total is None else total.add_(sums)
         return total
