@@ -115,21 +115,28 @@ def counted() -> Iterator[Counter]:
 
 
 @contextlib.contextmanager
-def factorizations() -> Iterator[list[float]]:
-    """Collect the seconds of each layer's GPTQ behind its moments."""
-    times: list[float] = []
-    function = gptq._start_rounding
+def parts_of_gptq() -> Iterator[dict[str, float]]:
+    """Collect the seconds of "products", whose positions are as many whatever the number of images, and of
+    "factorization", all behind the moments."""
+    times = {"products": 0.0, "factorization": 0.0}
+    places = (gptq._Moment, "_add", "products"), (gptq, "_start_rounding", "factorization")
+    functions = [getattr(place, name) for place, name, _ in places]
 
-    def timed(*args: Any) -> None:
-        started = time.process_time()
-        function(*args)
-        times.append(time.process_time() - started)
+    def timed(function: Callable, part: str) -> Callable:
+        def run(*args: Any) -> None:
+            started = time.process_time()
+            function(*args)
+            times[part] += time.process_time() - started
 
-    gptq._start_rounding = timed
+        return run
+
+    for (place, name, part), function in zip(places, functions):
+        setattr(place, name, timed(function, part))
     try:
         yield times
     finally:
-        gptq._start_rounding = function
+        for (place, name, _), function in zip(places, functions):
+            setattr(place, name, function)
 
 
 def measure(arch: str, configuration: str | None, width: float, crop: int, sample: int, knobs: dict) -> dict:
@@ -150,13 +157,13 @@ def measure(arch: str, configuration: str | None, width: float, crop: int, sampl
 
     times: dict[str, float] = {}
     images: dict[str, Counter] = {}
-    with factorizations() as factorized:
+    with parts_of_gptq() as of_gptq:
         for part in PREPARATION:
             if part.applies(run.knobs):
                 with counted() as seen:
                     times[part.name] = times.get(part.name, 0.0) + seconds(lambda: run_steps(run, [part]))
                 images.setdefault(part.name, Counter()).update(seen)
-    result |= {"seconds_of_sample": times, "factorization": sum(factorized)}
+    result |= {"seconds_of_sample": times, "parts_of_gptq": of_gptq}
 
     qmodel = run.qmodel
     qmodel.quantize_nodes(True)
@@ -165,7 +172,7 @@ def measure(arch: str, configuration: str | None, width: float, crop: int, sampl
     parameters = [p for key, p in learned(qmodel.nodes).items() if knob_of(key) in run.knobs.learn]
     quant_step = seconds(step_of(qmodel, batch, objective, parameters), REPEAT) / len(batch)
     with counted() as learning:
-        run.config = PtqConfig.from_preset(**knobs | {"joint_iters": 6})  # as many measurements as with 40
+        run.config = PtqConfig.from_preset(**knobs | {"joint_iters": 6})  # measures as often as with 40
         run_steps(run, LEARNING)
     result |= {"quantized_forward": quant_forward, "quantized_step": quant_step}
 
@@ -173,24 +180,27 @@ def measure(arch: str, configuration: str | None, width: float, crop: int, sampl
     result["forward_ratio"] = quant_forward / forward
     result["step_ratio"] = quant_step / step
     result["observing_ratio"] = times["observing"] / (observed * forward)
-    moments = times.get("compensating rounding", 0.0) - sum(factorized)
-    shown = images.get("compensating rounding", Counter()).total()
-    result["gptq_ratio"] = moments / (shown * forward) if shown else 0.0
-    result["factorization_forwards"] = sum(factorized) / single
-    result["split_balance_seconds"] = times["splitting and balancing"]
-
     # a default calibration: 80 crops
     knob = PtqConfig.from_preset(**knobs).reconstruction
     whole = Calibration(model, crops[:1].expand(80, -1, -1, -1), config, objective, progress=False)
     flat = sum(map(len, whole.flat_batches))
+    compensated = times.get("compensating rounding", 0.0)
+    shown = images.get("compensating rounding", Counter()).total()
     turned = 4 if sample < knob.observed else 1
-    positions = sum(map(len, run.observed_batches)) * turned  # images that moments come from
+    shown_then = shown - turned * sum(map(len, run.observed_batches)) + knob.observed
+    moments = of_gptq["products"]
+    if shown:
+        moments += (compensated - sum(of_gptq.values())) * shown_then / shown
+        result["gptq_ratio"] = moments / (shown_then * forward)
+    else:
+        result["gptq_ratio"] = 0.0
+    result["factorization_forwards"] = of_gptq["factorization"] / single
+    result["split_balance_seconds"] = times["splitting and balancing"]
     extrapolated = {
         "observing": times["observing"] / observed * (knob.observed + 4 * knob.measured * knob.stress + flat),
         "measuring sensitivities": times["measuring sensitivities"] / sample * knob.measured,
         "splitting and balancing": times["splitting and balancing"],
-        "compensating rounding": sum(factorized)
-        + (moments / shown * (shown - positions + knob.observed) if shown else 0.0),
+        "compensating rounding": of_gptq["factorization"] + moments,
         "learning": forward * learning["float"] / sample * 80
         + quant_forward * learning["measured"] / sample * knob.measured
         + quant_step * knob.joint_iters * knob.batch,

@@ -366,11 +366,32 @@ CLONES static void ends_row(const float *restrict x, int64_t count, float *restr
     *low = lows[0], *high = highs[0], *squares = lanes[0];
 }
 
-/* x is (outer, channels, inner); the results are (outer, channels) */
 void row_ends(const float *x, float *low, float *high, double *squares, int64_t rows, int64_t count,
               int32_t threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t r = 0; r < rows; r++) ends_row(x + r * count, count, low + r, high + r, squares + r);
+}
+
+/* The same of columns: x is (rows, channels), the results are (parts of ROWS rows, channels). */
+CLONES static void ends_columns(const float *restrict x, int64_t rows, int64_t channels, float *restrict low,
+                                float *restrict high, double *restrict squares) {
+    for (int64_t c = 0; c < channels; c++) low[c] = high[c] = x[c], squares[c] = 0;
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t c = 0; c < channels; c++) {
+            const float v = x[r * channels + c];
+            low[c] = v < low[c] ? v : low[c];
+            high[c] = v > high[c] ? v : high[c];
+            squares[c] += (double)v * (double)v;
+        }
+}
+
+void column_ends(const float *x, float *low, float *high, double *squares, int64_t rows, int64_t channels,
+                 int32_t threads) {
+    const int64_t parts = (rows + ROWS - 1) / ROWS;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t p = 0; p < parts; p++)
+        ends_columns(x + p * ROWS * channels, smaller(ROWS, rows - p * ROWS), channels, low + p * channels,
+                     high + p * channels, squares + p * channels);
 }
 
 CLONES static void energy_piece(const float *restrict x, float *restrict out, int64_t channels, int64_t step,

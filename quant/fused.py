@@ -395,3 +395,29 @@ def energy_of_channels(x: Tensor, dim: int) -> Tensor:
         ctypes.c_int32(_threads(x.numel())),
     )
     return out
+
+
+def ends_of_channels(x: Tensor, dim: int | None) -> tuple[Tensor, Tensor, Tensor] | None:
+    """(smallest, largest number, sum of squares) of each channel, float32; dim None: of all together."""
+    library = kernels(x)
+    if library is None or x.dtype != torch.float32 or x.numel() == 0:
+        return None
+    x = x.contiguous()
+    dim = None if dim is None else dim % x.ndim
+    along = dim is not None and dim == x.ndim - 1 and x.ndim > 1
+    if along:
+        rows, count = x.numel() // x.shape[-1], x.shape[-1]
+        shape = (-(-rows // _ROWS), count)
+    else:
+        shape = (1, 1) if dim is None else (math.prod(x.shape[:dim]), x.shape[dim])
+        rows = math.prod(shape)
+        count = x.numel() // rows
+    low, high = torch.empty(shape), torch.empty(shape)
+    squares = torch.empty(shape, dtype=torch.float64)
+    (library.column_ends if along else library.row_ends)(
+        *(ctypes.c_void_p(t.data_ptr()) for t in (x, low, high, squares)),
+        ctypes.c_int64(rows),
+        ctypes.c_int64(count),
+        ctypes.c_int32(_threads(x.numel())),
+    )
+    return low.amin(0), high.amax(0), squares.sum(0).float()
