@@ -215,16 +215,20 @@ CLONES static double gradient_wide(const float *restrict grad, const int8_t *res
     RUN(double)
 }
 
-CLONES static void gradient_channels(const float *restrict grad, const int8_t *restrict inside,
-                                     const float *restrict x, float *restrict grad_x, int64_t count,
-                                     const float *restrict m, int64_t m_step, const float *restrict factor,
-                                     int64_t factor_step, double *restrict sums) {
-    for (int64_t i = 0; i < count; i++) {
-        const float g = grad[i] * factor[i * factor_step] * (inside ? (float)inside[i] : 1.0f);
-        if (grad_x) grad_x[i] = g * m[i * m_step];
-        if (x) sums[i] += (double)g * (double)x[i];
+#define CHANNELS(NAME, TYPE) \
+    CLONES static void NAME(const float *restrict grad, const int8_t *restrict inside, \
+                                         const TYPE *restrict x, float *restrict grad_x, int64_t count, \
+                                         const float *restrict m, int64_t m_step, const float *restrict factor, \
+                                         int64_t factor_step, double *restrict sums) { \
+        for (int64_t i = 0; i < count; i++) { \
+            const float g = grad[i] * factor[i * factor_step] * (inside ? (float)inside[i] : 1.0f); \
+            if (grad_x) grad_x[i] = g * m[i * m_step]; \
+            if (x) sums[i] += (double)g * (double)x[i]; \
+        } \
     }
-}
+
+CHANNELS(gradient_channels, float)
+CHANNELS(gradient_wide_channels, double)
 
 /* Rows of channels that one entry of `sums` covers where channels lie side by side. */
 enum { ROWS = 256 };
@@ -232,17 +236,24 @@ enum { ROWS = 256 };
 void requantize_gradient(const RequantizeGradient *job) {
     const float one = 1.0f;
     const float *factor = job->factor ? job->factor : &one;
-    if (job->inner == 1 && job->channels > 1) { /* floats only */
+    if (job->inner == 1 && job->channels > 1) {
         const int64_t n = job->channels, parts = (job->outer + ROWS - 1) / ROWS;
 #pragma omp parallel for num_threads(job->threads) schedule(static)
         for (int64_t part = 0; part < parts; part++) {
             double *sums = job->sums ? job->sums + part * n : 0;
             for (int64_t i = 0; sums && i < n; i++) sums[i] = 0;
-            for (int64_t r = part * ROWS; r < smaller(job->outer, (part + 1) * ROWS); r++)
-                gradient_channels(job->grad + r * n, job->inside ? job->inside + r * n : 0,
-                                  job->x ? (const float *)job->x + r * n : 0,
-                                  job->grad_x ? job->grad_x + r * n : 0, n, job->m, !job->m_alike, factor,
-                                  job->factor && !job->factor_alike, sums);
+            const int64_t factor_step = job->factor && !job->factor_alike;
+            for (int64_t r = part * ROWS; r < smaller(job->outer, (part + 1) * ROWS); r++) {
+                const float *grad = job->grad + r * n;
+                const int8_t *inside = job->inside ? job->inside + r * n : 0;
+                float *grad_x = job->grad_x ? job->grad_x + r * n : 0;
+                if (job->wide)
+                    gradient_wide_channels(grad, inside, job->x ? (const double *)job->x + r * n : 0, grad_x, n,
+                                           job->m, !job->m_alike, factor, factor_step, sums);
+                else
+                    gradient_channels(grad, inside, job->x ? (const float *)job->x + r * n : 0, grad_x, n, job->m,
+                                      !job->m_alike, factor, factor_step, sums);
+            }
         }
         return;
     }

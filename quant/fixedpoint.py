@@ -342,21 +342,23 @@ class _FusedRequantizeSTE(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, acc, multiplier, job):
-        acc = acc.contiguous()
+        acc = job.in_memory(acc)
         inside = None
         if job.limited and any(ctx.needs_input_grad):
             inside = torch.empty(acc.shape, dtype=torch.int8)
         out = job.forward(acc, multiplier.detach(), inside)
         ctx.job = job
         ctx.save_for_backward(acc if ctx.needs_input_grad[1] else None, multiplier, inside)
-        return out
+        return job.from_memory(out)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         acc, multiplier, inside = ctx.saved_tensors
         needs_acc, needs_multiplier, _ = ctx.needs_input_grad
-        grad_acc, sums = ctx.job.backward(grad, multiplier, acc if needs_multiplier else None, inside, needs_acc)
+        job, grad = ctx.job, ctx.job.in_memory(grad)
+        grad_acc, sums = job.backward(grad, multiplier, acc if needs_multiplier else None, inside, needs_acc)
+        grad_acc = None if grad_acc is None else job.from_memory(grad_acc)
         return grad_acc, None if sums is None else sums.reshape(multiplier.shape), None
 
 

@@ -21,6 +21,7 @@ from licq.support.kernels import compiled_libraries
 
 _VERSION = 1  # of integer/calibration.c
 _PIECE, _ROWS = 4096, 256  # PIECE and ROWS there
+_MOST_ENTRIES = 1 << 15  # of a multiplier that is written out
 _SMALL = 1 << 15  # numbers that are not worth a second thread
 _switched_off = False
 
@@ -123,10 +124,30 @@ class Requantization:
     low: Tensor | None
     high: Tensor | None
     factor: Tensor | None
+    order: tuple[int, ...] | None = None
+    """Of acc's dimensions in memory, where that is another one; the result lies likewise."""
+
+    trailing: tuple[int, ...] | None = None
+    """Sizes of the dimensions, the last ones, along which multipliers vary, where these are several."""
 
     @property
     def limited(self) -> bool:
         return self.low is not None
+
+    def in_memory(self, x: Tensor) -> Tensor:
+        """x, of acc's shape, as the kernel takes it."""
+        return (x if self.order is None else x.permute(self.order)).contiguous()
+
+    def from_memory(self, x: Tensor) -> Tensor:
+        """What `in_memory` was made of."""
+        if self.order is None:
+            return x
+        return x.permute([self.order.index(axis) for axis in range(x.ndim)])
+
+    def _of_channels(self, multiplier: Tensor) -> Tensor:
+        if self.trailing is None or multiplier.numel() == 1:
+            return multiplier
+        return _last(multiplier, len(self.trailing)).expand(self.trailing)
 
     def forward(self, acc: Tensor, multiplier: Tensor, inside: Tensor | None) -> Tensor:
         """The requantized numbers.
@@ -135,7 +156,7 @@ class Requantization:
             ValueError: a multiplier that is not positive and finite.
         """
         wide = acc.dtype == torch.float64
-        multiplier = multiplier.to(torch.float64).contiguous()
+        multiplier = self._of_channels(multiplier).to(torch.float64).contiguous()
         fixed = torch.empty(multiplier.numel(), dtype=torch.float64)
         if not self.library.fixed_multipliers(
             ctypes.c_void_p(multiplier.data_ptr()),
@@ -178,7 +199,7 @@ class Requantization:
             shape = (parts, channels) if along else (outer, channels, parts)
             sums = torch.empty(shape, dtype=torch.float64)
         half = 1.0 if inside is None else 0.5
-        m, factor = (multiplier * half).to(torch.float32).contiguous(), self.factor
+        m, factor = (self._of_channels(multiplier) * half).to(torch.float32).contiguous(), self.factor
         job = _RequantizeGradient(
             grad.data_ptr(),
             _pointer(inside),
@@ -196,7 +217,10 @@ class Requantization:
         self.library.requantize_gradient(ctypes.byref(job))
         if sums is not None:
             sums = (sums.sum(0) if sums.ndim == 2 else sums.sum((0, 2))) * half
-            sums = sums.sum() if multiplier.numel() == 1 else sums
+            if multiplier.numel() == 1:
+                sums = sums.sum()
+            elif self.trailing is not None:
+                sums = sums.reshape(self.trailing).sum_to_size(_last(multiplier, len(self.trailing)).shape)
             sums = sums.to(multiplier.dtype)
         return grad_acc, sums
 
@@ -210,16 +234,50 @@ def requantization(
         return None
     if acc.dtype == torch.float64 and low is None and (factor is not None or acc.requires_grad):
         return None
-    shape = layout(acc.shape, multiplier, low, high, factor)
-    # limits and factors that vary apart from each other have one length here
-    if shape is None or (acc.dtype == torch.float64 and shape[2] == 1 and shape[1] > 1):
-        return None
+    operands = (multiplier, low, high, factor)
+    shape, order, trailing = layout(acc.shape, *operands), None, None
+    if shape is None:
+        first = min(
+            acc.ndim - t.ndim + axis
+            for t in operands
+            if t is not None
+            for axis, size in enumerate(t.shape)
+            if size != 1
+        )
+        trailing = tuple(acc.shape[first:])
+        if math.prod(trailing) > _MOST_ENTRIES:
+            return None
+        shape = math.prod(acc.shape[:first]), math.prod(trailing), 1
+        low, high, factor = (
+            t if t is None or t.numel() == 1 else _last(t, len(trailing)).expand(trailing)
+            for t in (low, high, factor)
+        )
+    elif not acc.is_contiguous():
+        strides = acc.stride()
+        order = tuple(sorted(range(acc.ndim), key=lambda axis: -strides[axis]))
+        in_memory = acc.detach().permute(order)
+        if in_memory.is_contiguous():
+            moved = (None if t is None else _first(t, acc.ndim).permute(order) for t in operands)
+            shape = layout(in_memory.shape, *moved)
+            assert shape is not None
+        else:
+            order = None
     if low is not None and high is not None and low.numel() != high.numel():
         low, high = torch.broadcast_tensors(low, high)
     low, high, factor = (
         None if t is None else t.detach().to(torch.float32).contiguous() for t in (low, high, factor)
     )
-    return Requantization(library, shape, low, high, factor)
+    return Requantization(library, shape, low, high, factor, order, trailing)
+
+
+def _first(t: Tensor, ndim: int) -> Tensor:
+    """t with dimensions of size 1 before its own, so that it has `ndim`."""
+    return t.reshape((1,) * (ndim - t.ndim) + t.shape)
+
+
+def _last(t: Tensor, ndim: int) -> Tensor:
+    """t with its last `ndim` dimensions alone; those before have size 1."""
+    return _first(t, max(ndim, t.ndim)).reshape(_first(t, max(ndim, t.ndim)).shape[-ndim:])
 
 
 class _RoundedWeights(torch.autograd.Function):
@@ -402,8 +460,10 @@ def ends_of_channels(x: Tensor, dim: int | None) -> tuple[Tensor, Tensor, Tensor
     library = kernels(x)
     if library is None or x.dtype != torch.float32 or x.numel() == 0:
         return None
-    x = x.contiguous()
     dim = None if dim is None else dim % x.ndim
+    if not x.is_contiguous():  # in the order in which it lies in memory it mostly is
+        order = sorted(range(x.ndim), key=lambda axis: -x.stride(axis))
+        x, dim = x.permute(order).contiguous(), None if dim is None else order.index(dim)
     along = dim is not None and dim == x.ndim - 1 and x.ndim > 1
     if along:
         rows, count = x.numel() // x.shape[-1], x.shape[-1]
