@@ -308,7 +308,7 @@ CLONES static void weights_row(const float *restrict w, const float *restrict of
     }
 }
 
-/* Clipping to the limits passes what lies on them, as torch.clamp does. */
+/* What lies on a limit takes no gradient, as in torch.clamp. */
 CLONES static double weights_gradient_row(const float *restrict w, const float *restrict offset,
                                           const uint8_t *restrict mask, const float *restrict grad,
                                           float *restrict out, int64_t count, double scale, float low,
@@ -320,7 +320,7 @@ CLONES static double weights_gradient_row(const float *restrict w, const float *
             const int64_t i = start + l;
             const float ratio = (float)((double)w[i] / scale), share = ratio + (offset ? offset[i] : 0.0f);
             const float q = ROUNDED(share);
-            const float g = q < low || q > high || (mask && !mask[i]) ? 0.0f : grad[i];
+            const float g = q <= low || q >= high || (mask && !mask[i]) ? 0.0f : grad[i];
             out[i] = g;
             lanes[l] += (double)g * (double)ratio;
         }
@@ -526,7 +526,7 @@ void gdn_floats(const CalibrationGdn *job, int32_t fits) {
     }
 }
 
-/* The gradient of slope * x * norm^power; 0 for results at a limit, and to norms below 1. */
+/* The gradient of slope * x * norm^power; 0 for results at a limit, and to norms up to 1. */
 CLONES static double gdn_gradient_row(const float *restrict x, const double *restrict norm,
                                       const float *restrict result, const float *restrict grad,
                                       float *restrict grad_x, float *restrict grad_norm, int64_t count,
@@ -544,7 +544,7 @@ CLONES static double gdn_gradient_row(const float *restrict x, const double *res
             const float by = inverse ? slope * root : slope / root;
             const float g = grad[i] * inside, part = g * (x[i] * by);
             grad_x[i] = g * by;
-            grad_norm[i] = norm[i] < 1 ? 0.0f : part * power / n;
+            grad_norm[i] = norm[i] <= 1 ? 0.0f : part * power / n;
             lanes[l] += (double)part;
         }
     }

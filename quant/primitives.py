@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from licq.quant import fused
+from licq.quant import fused_layers
 from licq.quant import operations as ops
 from licq.quant.fixedpoint import (
     EXACT_FLOAT32,
@@ -239,7 +239,7 @@ def gdn(
             algorithm=algorithm,
         )
         return x.recorder.emit(operation, x.shape, Range(int(low.min()), int(high.max())))
-    job = fused.divisive_norm(x, norm, mantissa, shift, low, high, slope, inverse, algorithm == "gdn")
+    job = fused_layers.divisive_norm(x, norm, mantissa, shift, low, high, slope, inverse, algorithm == "gdn")
     if job is not None:
         return _FusedGdnSTE.apply(x, norm, slope, job)
     norm = norm.double().clamp(min=1)
@@ -311,7 +311,9 @@ def multiply_accumulate(
     if wide and exact_sums is not None:
         sums = exact_sums(x, weight, None if wide_bias else layer.bias)
         if sums is not None:
-            return sums if layer.bias is None or not wide_bias else _with_bias(sums.double(), layer.bias, channel_dim)
+            if layer.bias is None or not wide_bias:
+                return sums
+            return _with_bias(sums.double(), layer.bias, channel_dim)
     if with_bias is not None and layer.bias is not None and not wide and not wide_bias:
         return with_bias(x, weight.float(), layer.bias.float())
     sums = multiply(x.double(), weight.double()) if wide else multiply(x, weight.float())

@@ -9,7 +9,7 @@ a masked weight is exactly 0, before and after `harden()`, so that a masked conv
 import torch
 from torch import Tensor, nn
 
-from licq.quant import fused
+from licq.quant import fused_layers
 from licq.quant.fixedpoint import round_ste
 from licq.support.errors import InputError
 
@@ -135,7 +135,7 @@ class LearnedOffset(Rounding):
         return round_ste(w_over_s + self.v)
 
     def quantized(self, w: Tensor, scale: Tensor, qmin: int, qmax: int) -> Tensor | None:
-        return fused.rounded_weights(w, scale, self.v, self.unmasked, qmin, qmax)
+        return fused_layers.rounded_weights(w, scale, self.v, self.unmasked, qmin, qmax)
 
     def start_at(self, integers: Tensor, w_over_s: Tensor) -> None:
         self.v.data = integers - w_over_s

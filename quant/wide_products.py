@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from licq.quant import fused
+from licq.quant import fused_layers
 from licq.quant.fixedpoint import EXACT_FLOAT32
 
 _FEW_GROUPS = 3  # more than two digits cost more than as many groups
@@ -35,7 +35,7 @@ def sums_reach(node: Any, x: Tensor, weight: Tensor) -> float:
         x: the inputs, integers to their power. weight: the integer weights, canonical.
     """
     sides, steps = node.window()
-    energy = fused.energy_of_channels(x, node.channel_dim)
+    energy = fused_layers.energy_of_channels(x, node.channel_dim)
     for axis, (side, step) in enumerate(zip(sides, steps)):
         energy = _sums_along(energy, axis - len(sides), side, step)
     squares = node.largest_sum(weight.float().square())

@@ -1,8 +1,10 @@
 import pytest
 import torch
 
-from licq.quant import fused
-from licq.quant.fixedpoint import Limits, requantize_ste
+from licq.quant import fused, fused_layers
+from licq.quant.fixedpoint import Limits, quantize_multiplier, requantize_ste
+from licq.quant.primitives import gdn
+from licq.quant.rounding import LearnedOffset
 
 pytestmark = pytest.mark.skipif(fused.kernels() is None, reason="no compiled kernels")
 
@@ -92,3 +94,56 @@ def test_one_thread_and_several_give_the_same_sums():
     finally:
         torch.set_num_threads(before)
     assert torch.equal(*sums)
+
+
+def test_weights_round_alike_with_their_mask_and_their_gradients():
+    generator = torch.Generator().manual_seed(2)
+    w = torch.randn(5, 3, 3, 3, generator=generator)
+    rounding = LearnedOffset(w * 40, torch.rand(w.shape, generator=generator) > 0.3)
+    rounding.v.data = torch.randn(w.shape, generator=generator)
+    scale = (torch.rand(5, generator=generator, dtype=torch.float64) * 0.02 + 0.01).requires_grad_()
+    gradient = torch.randn(w.shape, generator=generator)
+
+    def run():
+        w_int = rounding.quantized(w, scale, -127, 127)
+        if w_int is None:
+            w_int = rounding((w / scale.reshape(-1, 1, 1, 1)).float()).clamp(-127, 127)
+        return [w_int.detach(), *torch.autograd.grad(w_int, (rounding.v, scale), gradient)]
+
+    (w_int, grad_v, grad_scale), expected = both(run)
+    assert same_bytes(w_int, expected[0]) and bool((w_int.abs() == 127).any())
+    assert torch.allclose(grad_v, expected[1])
+    assert torch.allclose(grad_scale, expected[2], rtol=1e-4)
+
+
+@pytest.mark.parametrize("algorithm", ["gdn", "gdn1"])
+@pytest.mark.parametrize("inverse", [False, True])
+def test_gdn_is_alike_to_the_bit_and_its_gradient_nearly(algorithm, inverse):
+    x = integers((2, 3, 40, 41), 2.0**15 - 1, 1).requires_grad_()
+    norm = integers(x.shape, 2.0**36, 2, torch.float64).abs().requires_grad_()
+    real = torch.tensor([0.7, 300.0, 2.0**12], dtype=torch.float64).reshape(1, 3, 1, 1)
+    slope = real * (2.0**-18 if inverse and algorithm == "gdn" else 2.0**-36 if inverse else 1.0)
+    mantissa, shift = quantize_multiplier(slope)
+    slope.requires_grad_()
+    high = torch.full((1, 3, 1, 1), 32767.0)
+    gradient = torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
+
+    def run():
+        out = gdn(x, norm, mantissa, shift, inverse, algorithm, -high, high, slope)
+        return [out.detach(), *torch.autograd.grad(out, (x, norm, slope), gradient)]
+
+    (out, *gradients), expected = both(run)
+    assert torch.equal(out, expected[0])
+    inside = (out.abs() < 32767) & (norm != 1)
+    for ours, theirs in zip(gradients[:2], expected[1:3]):
+        difference = (ours - theirs)[inside].abs()
+        assert bool((difference <= 1e-4 * theirs[inside].abs() + 1e-12).all())
+
+
+@pytest.mark.parametrize("dim", [None, 1, -1])
+def test_ends_of_channels_are_those_of_every_layout(dim):
+    x = torch.randn(2, 5, 300, 7, generator=torch.Generator().manual_seed(4)).transpose(1, 2)
+    low, high, squares = fused_layers.ends_of_channels(x, dim)
+    rows = x.reshape(1, -1) if dim is None else x.movedim(dim, 0).reshape(x.shape[dim], -1)
+    assert torch.equal(low, rows.amin(1)) and torch.equal(high, rows.amax(1))
+    assert torch.allclose(squares, rows.square().sum(1), rtol=1e-4)
