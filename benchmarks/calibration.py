@@ -260,7 +260,7 @@ def main() -> None:
     )
     parser.add_argument("--crop", type=options.positive, default=256)
     parser.add_argument(
-        "--sample", type=options.positive, default=4, help="crops that the ratios are measured on (default: 4)"
+        "--sample", type=options.positive, default=4, help="crops for the ratios (default: 4)"
     )
     parser.add_argument(
         "--extrapolate", action="store_true", help="no complete calibration: its time from the parts'"

@@ -371,8 +371,8 @@ def requantize_ste(
     `multiplier`: positive real tensor that broadcasts to acc's shape. Rounding does not stop the gradient:
     d/d acc = multiplier, d/d multiplier = acc, summed to its shape. With `limits` the result is clipped to
     them, as float32; a number outside passes no gradient, one at a limit half of it (torch.minimum's and
-    torch.maximum's own). The result is multiplied by `refinement`, which broadcasts likewise. Raises ValueError
-    for a multiplier that is not positive and finite, or that does not broadcast to acc's shape.
+    torch.maximum's own). The result is multiplied by `refinement`, which broadcasts likewise. Raises
+    ValueError for a multiplier that is not positive and finite, or that does not broadcast to acc's shape.
     """
     try:
         multiplier.expand(acc.shape)

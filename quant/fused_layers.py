@@ -159,7 +159,10 @@ def divisive_norm(
     inverse: bool,
     with_root: bool,
 ) -> DivisiveNorm | None:
-    """GDN of `primitives.gdn`, for a kernel: x float32 and norm float64, (B, C, ...); the others (1, C, ...)."""
+    """GDN of `primitives.gdn`, for a kernel.
+
+    x is float32 and norm float64, (B, C, ...); the others are (1, C, ...).
+    """
     library = kernels(x, norm, mantissa, shift, low, high, slope)
     if library is None or x.dtype != torch.float32 or norm.dtype != torch.float64 or x.shape != norm.shape:
         return None

@@ -114,8 +114,10 @@ class QuantMAC(QuantModule):
     """`product` plus a bias, where one function of PyTorch does both."""
 
     product_gradient: Callable[[Tensor, Tensor, Tensor, tuple[bool, bool]], tuple] | None = None
-    """(gradient of `product`, x, weight, which are needed) -> gradients of x and of the weight; None where `window`
-    gives None."""
+    """(gradient of `product`, x, weight, which are needed) -> gradients of x and of the weight.
+
+    None where `window` gives None.
+    """
 
     def operation(self, weight: Tensor, bias: Tensor | None, bound: int) -> MultiplyAccumulate:
         """The operation of this kind of layer, with integer weights (canonical) and biases."""
@@ -355,13 +357,14 @@ class QuantMAC(QuantModule):
             return int(self.accumulator_bound(w_int, b_int))
         largest = (self.input_grid.largest().double() ** self.input_power).float()
         weight = w_int.abs().float()
-        sums = torch.matmul(largest.expand(weight.shape[1]), weight.flatten(2) if weight.ndim > 2 else weight.T)
+        rows = weight.flatten(2) if weight.ndim > 2 else weight.T
+        sums = torch.matmul(largest.expand(weight.shape[1]), rows)
         total = self.largest_sum(sums.reshape(len(weight), 1, *weight.shape[2:]))
         total = (total if b_int is None else total + b_int.abs()).max()
         return int(float(total) * (1 + 2.0**-10)) + 1
 
     def window(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-        """(sides of the window of inputs that meet at an output, steps between them); None: it is not known."""
+        """(sides of the window of inputs that meet at an output, steps between them); None: unknown."""
         return None
 
     def learned_bound(self) -> Tensor:

@@ -41,8 +41,8 @@ class RangeObserver:
 
         Args:
             rows: (channels, values).
-            ranges_only: the batch counts for the ends alone. Where a range estimator needs samples, it does not
-                count at all: the estimator clips on purpose, and what it clips is the method's choice.
+            ranges_only: the batch counts for the ends alone. Where a range estimator needs samples, it does
+                not count at all: the estimator clips on purpose, and what it clips is the method's choice.
         """
         if ranges_only and self.keeps_samples:
             return

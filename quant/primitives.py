@@ -224,7 +224,8 @@ def gdn(
 ) -> Tensor:
     """`integer_gdn` of x and its norm (a norm of 0 counts as 1), clipped to low .. high. Range: low .. high.
 
-    slope: of the same on real numbers, slope * x * norm^p, of which the gradient is taken; float64 like mantissa.
+    slope: of the same on real numbers, slope * x * norm^p, of which the gradient is taken; float64, of
+        mantissa's shape.
     """
     if isinstance(x, Symbol):
         assert isinstance(norm, Symbol)
@@ -297,8 +298,8 @@ def multiply_accumulate(
         wide: make the sums in float64; None: where the layer's bound passes 2^24.
         wide_bias: the bias may pass 2^24 though the products do not.
         with_bias: (x, weight, bias) -> the sums with the bias, where one function does both.
-        exact_sums: (x, weight, bias) -> the sums with the bias without products in float64, or None; asked where
-            the bound asks for float64. See `quant.wide_products`.
+        exact_sums: (x, weight, bias) -> the sums with the bias without products in float64, or None; asked
+            where the bound asks for float64. See `quant.wide_products`.
     """
     if isinstance(x, Symbol):
         weight = torch.empty(layer.weight.shape, device="meta")

@@ -1,10 +1,11 @@
 """Sums of products that may pass 2^24, exact without products in float64.
 
 A layer's bound (`QuantMAC.accumulator_bound`) takes every input at its largest. For the inputs at hand,
-|w| |x| of the weights and inputs of one output is mostly far less, and no sum of a part of the products exceeds
-it (Cauchy-Schwarz). Where it is below 2^24, one product in float32 is exact. Where it is not, the input channels
-are taken in groups whose products are, and their sums are added in float64: that is as many multiplications.
-Split channels (`quant.channel_split`) are taken by their two digits, of which the others have the high one only.
+|w| |x| of the weights and inputs of one output is mostly far less, and no sum of a part of the products
+exceeds it (Cauchy-Schwarz). Where it is below 2^24, one product in float32 is exact. Where it is not, the input
+channels are taken in groups whose products are, and their sums are added in float64: that is as many
+multiplications. Split channels (`quant.channel_split`) are taken by their two digits, of which the others have
+the high one only.
 """
 
 import math
@@ -131,7 +132,7 @@ def _of(group: Tensor, x: Tensor, dim: int) -> Tensor:
 
 
 class _GroupedProduct(torch.autograd.Function):
-    """Products of groups of channels in float32, added in float64. The gradient is that of one product in float32."""
+    """Products of groups of channels in float32, added in float64; the gradient of one product in float32."""
 
     @staticmethod
     def forward(ctx, x, weight, node, parts: Sequence[Part]):

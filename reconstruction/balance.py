@@ -73,7 +73,8 @@ def _noise(node: QuantMAC, sensitivity: Sensitivity, share: float) -> float:
 
 
 def _balanced(nodes: Sequence[QuantMAC], sensitivities: Sequence[Sensitivity], share: float) -> list[Tensor]:
-    """(inputs,) for each layer: ln N of each channel with the lowest predicted noise, for maximum ranges of weights.
+    """(inputs,) for each layer: ln N of each channel with the lowest predicted noise, for maximum ranges of
+    weights.
 
     Adam on ln N, on all layers of one shape at once; the gradient is written out.
     """

@@ -259,8 +259,9 @@ def gptq(
     h = moment.to(torch.float32, copy=True) if len(moment) > _LARGE else moment.double()
     h.diagonal().add_(damping * h.diagonal()[alive].mean() if alive.any() else 1.0)
     order = h.diagonal().argsort(descending=True, stable=True)
-    # H = R R^T with R upper triangular, from the Cholesky factor in reverse order. Then the error is |(w_int - w) R|^2,
-    # and column j of that depends on columns up to j alone: w_int[j] takes back what these have made of it.
+    # H = R R^T with R upper triangular, from the Cholesky factor in reverse order. The error is
+    # |(w_int - w) R|^2, and column j of that depends on columns up to j alone: w_int[j] takes back what these
+    # have made of it.
     backwards = order.flip(0)
     factor = torch.linalg.cholesky(h[backwards][:, backwards]).flip(0, 1).to(weight.dtype)
     shares = factor / factor.diagonal()
@@ -269,7 +270,8 @@ def gptq(
     w_int, errors = torch.empty_like(work), torch.empty_like(work)
     for start in range(0, work.shape[1], _BLOCK):
         stop = min(start + _BLOCK, work.shape[1])
-        target = torch.addmm(work[:, start:stop], errors[:, :start], shares[:start, start:stop]).T.contiguous()
+        before = errors[:, :start] @ shares[:start, start:stop]
+        target = (work[:, start:stop] + before).T.contiguous()
         within = shares[start:stop, start:stop]
         for j in range(stop - start):
             column = round_half_away(target[j]).clamp_(*limits)

@@ -9,7 +9,10 @@ from licq.quant.wide_products import exact_sums, sums_reach
 
 LAYERS = {
     "conv": (lambda: QuantConv2d(nn.Conv2d(40, 6, 5, 2, 2), QuantConfig()), (2, 40, 17, 15)),
-    "deconv": (lambda: QuantConvTranspose2d(nn.ConvTranspose2d(40, 6, 5, 2, 2, 1), QuantConfig()), (2, 40, 9, 8)),
+    "deconv": (
+        lambda: QuantConvTranspose2d(nn.ConvTranspose2d(40, 6, 5, 2, 2, 1), QuantConfig()),
+        (2, 40, 9, 8),
+    ),
     "linear": (lambda: QuantLinear(nn.Linear(400, 6), QuantConfig()), (3, 50, 400)),
 }
 
@@ -23,7 +26,8 @@ def test_sums_beyond_float32_are_exact_and_have_the_gradient_of_one_product(kind
     if split:  # multiples of 16, but for the split channels
         channels = torch.arange(shape[node.channel_dim]) % 5 == 0
         node.input_grid.split(channels)
-        steps = torch.where(channels, 1, 16).reshape([-1 if i == node.channel_dim % x.ndim else 1 for i in range(x.ndim)])
+        axes = [-1 if axis == node.channel_dim % x.ndim else 1 for axis in range(x.ndim)]
+        steps = torch.where(channels, 1, 16).reshape(axes)
         x = torch.where(steps == 1, x * 16 + 3, x // 8 * 16)
     x.requires_grad_()
     weight = torch.randint(-127, 128, node.float_weight().shape, generator=generator).float().requires_grad_()
