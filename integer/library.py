@@ -7,10 +7,11 @@ import ctypes
 import warnings
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from licq.support.kernels import compiled_libraries
 
 S8, U8, S16, S32 = range(4)
 TYPES = {np.dtype(np.int8): S8, np.dtype(np.uint8): U8, np.dtype(np.int16): S16, np.dtype(np.int32): S32}
@@ -19,7 +20,6 @@ BLOCK = 16
 """Outputs of a layer that a kernel computes at a time."""
 SLACK = 64
 """Bytes behind a tensor that a kernel may read, though it does not count them."""
-_FOLDER = Path(__file__).parent
 
 
 def _fields(kind: Any, names: str) -> list[tuple[str, Any]]:
@@ -211,17 +211,13 @@ def library() -> ctypes.CDLL | None:
     None too, with a warning, where they were compiled from other sources than these.
     """
     stale = None
-    for path in sorted(_FOLDER.glob("_kernels*.so")):
-        try:
-            kernels = ctypes.CDLL(str(path))
-        except OSError:
-            continue
+    for name, kernels in compiled_libraries():
         difference = layout_difference(kernels)
         if difference is None:
             for name in _COUNTING:
                 getattr(kernels, name).restype = ctypes.c_int64
             return kernels
-        stale = stale or f"{path.name} is of another version than its sources ({difference})"
+        stale = stale or f"{name} is of another version than its sources ({difference})"
     if stale is not None:
         warnings.warn(
             f"{stale}: build the kernels again by make env or pip install -e . ; until then the slower "

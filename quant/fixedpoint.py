@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from licq.quant import fused
+
 MANTISSA_BITS = 22
 """Bits of a multiplier's mantissa: times an int32 accumulator (31 bits and sign) that is 53, exact in
 float64."""
@@ -239,8 +241,7 @@ def _scale_and_round(
         part_low, part_high = rest or (low, high)
         if limits is not None:
             _clip_(into, part_low, part_high, part_inside)
-        if narrow:
-            into.add_(0.0)  # no -0.0
+        into.add_(0.0)  # no -0.0
     return out
 
 
@@ -267,15 +268,18 @@ class Limits:
 
     def __init__(self, qmin: Tensor, qmax: Tensor):
         self.qmin, self.qmax = qmin, qmax
-        self.plain = None
-        if qmin.device.type == "cpu":  # elsewhere to ask would wait for the device
-            ends = [float(end) for end in (qmin.min(), qmin.max(), qmax.min(), qmax.max())]
-            if ends[0] == ends[1] and ends[2] == ends[3]:
-                self.plain = ends[0], ends[2]
+
+    def _plain(self) -> tuple[float, float] | None:
+        if self.qmin.device.type != "cpu":  # elsewhere to ask would wait for the device
+            return None
+        lowest, low, high, highest = (
+            float(end) for end in (self.qmin.min(), self.qmin.max(), self.qmax.min(), self.qmax.max())
+        )
+        return (low, high) if lowest == low and high == highest else None
 
     def expand(self, shape: torch.Size) -> tuple:
         """(low, high) for numbers of this shape: expanded tensors, or two numbers."""
-        return self.plain or (
+        return self._plain() or (
             self.qmin.to(torch.float32).expand(shape),
             self.qmax.to(torch.float32).expand(shape),
         )
@@ -333,19 +337,51 @@ class _RequantizeSTE(torch.autograd.Function):
         return grad_acc, grad_multiplier, None
 
 
-def requantize_ste(acc: Tensor, multiplier: Tensor, limits: Limits | None = None) -> Tensor:
+class _FusedRequantizeSTE(torch.autograd.Function):
+    """`_RequantizeSTE` by the compiled kernel, with the factor behind it."""
+
+    @staticmethod
+    def forward(ctx, acc, multiplier, job):
+        acc = job.in_memory(acc)
+        inside = None
+        if job.limited and any(ctx.needs_input_grad):
+            inside = torch.empty(acc.shape, dtype=torch.int8)
+        out = job.forward(acc, multiplier.detach(), inside)
+        ctx.job = job
+        ctx.save_for_backward(acc if ctx.needs_input_grad[1] else None, multiplier, inside)
+        return job.from_memory(out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        acc, multiplier, inside = ctx.saved_tensors
+        needs_acc, needs_multiplier, _ = ctx.needs_input_grad
+        job, grad = ctx.job, ctx.job.in_memory(grad)
+        grad_acc, sums = job.backward(grad, multiplier, acc if needs_multiplier else None, inside, needs_acc)
+        grad_acc = None if grad_acc is None else job.from_memory(grad_acc)
+        return grad_acc, None if sums is None else sums.reshape(multiplier.shape), None
+
+
+def requantize_ste(
+    acc: Tensor, multiplier: Tensor, limits: Limits | None = None, refinement: Tensor | None = None
+) -> Tensor:
     """`requantize(acc, *quantize_multiplier(multiplier))` that can be differentiated; same values to the bit.
 
     `acc`: integers in float32 or float64, |acc| <= 2^31; the result has its dtype and shape.
     `multiplier`: positive real tensor that broadcasts to acc's shape. Rounding does not stop the gradient:
     d/d acc = multiplier, d/d multiplier = acc, summed to its shape. With `limits` the result is clipped to
     them, as float32; a number outside passes no gradient, one at a limit half of it (torch.minimum's and
-    torch.maximum's own). Raises ValueError for a multiplier that is not positive and finite, or that does not
-    broadcast to acc's shape.
+    torch.maximum's own). The result is multiplied by `refinement`, which broadcasts likewise. Raises
+    ValueError for a multiplier that is not positive and finite, or that does not broadcast to acc's shape.
     """
     try:
         multiplier.expand(acc.shape)
     except RuntimeError:
         shapes = f"{tuple(multiplier.shape)} does not broadcast to acc {tuple(acc.shape)}"
         raise ValueError(f"multiplier {shapes}") from None
-    return _RequantizeSTE.apply(acc, multiplier, limits)
+    ends = (None, None) if limits is None else (limits.qmin, limits.qmax)
+    job = fused.requantization(acc, multiplier, *ends, refinement)
+    if job is not None:
+        return _FusedRequantizeSTE.apply(acc, multiplier, job)
+    out = _RequantizeSTE.apply(acc, multiplier, limits)
+    return out if refinement is None else out * refinement

@@ -49,6 +49,8 @@ class Grid(nn.Module):
         self.fixed, self.symmetry = fixed, symmetry
         self.make_scale = SCALES[scales]
         self.frozen = False
+        # what `parameters_of_grid` gave last, and of which values
+        self._known: tuple[tuple, tuple[Tensor | None, ...], tuple[Tensor, Tensor, Tensor]] | None = None
         # ln N: N stays positive, steps are relative
         self.log_n = nn.Parameter(torch.zeros(()), requires_grad=False)
         self.register_buffer("low", torch.zeros(()))  # ends of the range at N = 1, per channel
@@ -92,6 +94,19 @@ class Grid(nn.Module):
             )
         if self.frozen:
             return self.scale, self.qmin, self.qmax
+        if self.log_n.device.type != "cpu" or (torch.is_grad_enabled() and self.log_n.requires_grad):
+            return self._computed_parameters()
+        # by values, not by versions: `.data` changes those without telling
+        inputs = (self.log_n, self.low, self.high, self.split_steps)
+        key = (self.bits, self.symmetry, self.make_scale, self.frac_bits)
+        known = self._known
+        if known is None or known[0] != key or not all(map(_same, known[1], inputs)):
+            values = tuple(None if x is None else x.detach().clone() for x in inputs)
+            with torch.no_grad():
+                self._known = known = key, values, self._computed_parameters()
+        return known[2]
+
+    def _computed_parameters(self) -> tuple[Tensor, Tensor, Tensor]:
         n = torch.exp(self.log_n.double())
         shifted = self._has_zero_point()
         signed_max, unsigned_max = float(int_range(self.bits)[1]), float(2**self.bits - 1)
@@ -115,7 +130,7 @@ class Grid(nn.Module):
         """Make the scale and the limits final; `log_n` is not read any more."""
         if self.fixed is None and self.bits != FLOAT_BITS:
             scale, qmin, qmax = self.parameters_of_grid()
-            self.scale, self.qmin, self.qmax = scale.detach(), qmin.detach(), qmax.detach()
+            self.scale, self.qmin, self.qmax = (t.detach().clone() for t in (scale, qmin, qmax))
         self.frozen = True
 
     def thaw(self) -> None:
@@ -137,6 +152,8 @@ class Grid(nn.Module):
             shape = self.shape_for(x_ndim)
             scale, qmin, qmax = scale.reshape(shape), qmin.reshape(shape), qmax.reshape(shape)
             fine = fine.reshape(shape) if fine.ndim else fine
+        elif not self.frozen and self.fixed is None:
+            scale = scale.view(())  # each call gives another object: numbers of it may have been added since
         return scale, qmin, qmax, fine
 
     def largest(self) -> Tensor:
@@ -148,3 +165,7 @@ class Grid(nn.Module):
         return f"bits={self.bits}, channel_dim={self.channel_dim}" + (
             f", fixed={self.fixed}" if self.fixed else ""
         )
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b or (a is not None and b is not None and a.device == b.device and torch.equal(a, b))

@@ -37,8 +37,29 @@ class QuantConv2d(QuantMAC):
         return self.convolve(x, self.float_weight(), m.bias, m.stride, m.padding, m.dilation, m.groups)
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self.product_with_bias(x, weight, None)
+
+    def product_with_bias(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         m = self.module
-        return self.convolve(x, weight, None, m.stride, m.padding, m.dilation, m.groups)
+        return self.convolve(x, weight, bias, m.stride, m.padding, m.dilation, m.groups)
+
+    def window(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return tuple(self.module.kernel_size), tuple(self.module.dilation)
+
+    def product_gradient(
+        self, grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        m = self.module
+        padding = m.padding
+        if isinstance(padding, str):
+            y = x.detach().requires_grad_(needs[0]), weight.detach().requires_grad_(needs[1])
+            with torch.enable_grad():
+                wanted = [t for t, need in zip(y, needs) if need]
+                found = iter(torch.autograd.grad(self.product(*y), wanted, grad))
+            return tuple(next(found) if need else None for need in needs)  # type: ignore[return-value]
+        return torch.ops.aten.convolution_backward(
+            grad, x, weight, None, m.stride, padding, m.dilation, False, [0], m.groups, [*needs, False]
+        )[:2]
 
     def operation(self, weight: Tensor, bias: Tensor | None, bound: int) -> MultiplyAccumulate:
         m = self.module
@@ -104,11 +125,41 @@ class QuantConvTranspose2d(QuantMAC):
         return sums.flatten(1).amax(1)
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self.product_with_bias(x, weight, None)
+
+    def product_with_bias(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         m = self.module
         assert not isinstance(m.padding, str)  # ConvTranspose2d takes numbers only
         return F.conv_transpose2d(
-            x, self._original(weight), None, m.stride, m.padding, m.output_padding, m.groups, m.dilation
+            x, self._original(weight), bias, m.stride, m.padding, m.output_padding, m.groups, m.dilation
         )
+
+    def window(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        m = self.module
+        sides = (
+            dilation * (size - 1) // stride + 1
+            for size, stride, dilation in zip(m.kernel_size, m.stride, m.dilation)
+        )
+        return tuple(sides), (1,) * len(m.kernel_size)
+
+    def product_gradient(
+        self, grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        m = self.module
+        of_x, of_weight, _ = torch.ops.aten.convolution_backward(
+            grad,
+            x,
+            self._original(weight),
+            None,
+            m.stride,
+            m.padding,
+            m.dilation,
+            True,
+            m.output_padding,
+            m.groups,
+            [*needs, False],
+        )
+        return of_x, self.canonical(of_weight) if needs[1] else None
 
     def operation(self, weight: Tensor, bias: Tensor | None, bound: int) -> MultiplyAccumulate:
         m = self.module
@@ -138,6 +189,20 @@ class QuantLinear(QuantMAC):
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight)
+
+    def product_with_bias(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    def window(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return (), ()
+
+    def product_gradient(
+        self, grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        return (
+            grad @ weight if needs[0] else None,
+            grad.flatten(0, -2).T @ x.flatten(0, -2) if needs[1] else None,
+        )
 
     def operation(self, weight: Tensor, bias: Tensor | None, bound: int) -> MultiplyAccumulate:
         return ops.Linear(weight=weight, bias=bias, bound=bound)

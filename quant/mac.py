@@ -1,6 +1,8 @@
 """Multiply-accumulate layers: integer inputs, weights and biases, and their accumulator."""
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from licq.quant.qtensor import QTensor
 from licq.quant.quantizer import NO_INTEGERS, Quantizer
 from licq.quant.transforms import TRANSFORMS
 from licq.quant.weights import WeightQuantizer, per_output
+from licq.quant.wide_products import exact_sums
 from licq.support.errors import InputError
 
 LARGEST_BIAS = 2**30
@@ -62,6 +65,8 @@ class QuantMAC(QuantModule):
         self.log_n_bias = nn.Parameter(torch.zeros(()), requires_grad=False)
         # a learned correction of the bias
         self.bias_change = nn.Parameter(torch.zeros(self.outputs), requires_grad=False)
+        # the last input scale, its dimension, the module's parameters, and what `folded_weight` was with them
+        self._known: tuple[Tensor, int | None, list[tuple], tuple[Tensor, Tensor]] | None = None
         self.register_buffer("weight_int", None)
         self.register_buffer("bias_int", None)
         self.register_buffer("out_scale", None)
@@ -104,6 +109,15 @@ class QuantMAC(QuantModule):
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
         """W x with the canonical weight."""
         raise NotImplementedError
+
+    product_with_bias: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    """`product` plus a bias, where one function of PyTorch does both."""
+
+    product_gradient: Callable[[Tensor, Tensor, Tensor, tuple[bool, bool]], tuple] | None = None
+    """(gradient of `product`, x, weight, which are needed) -> gradients of x and of the weight.
+
+    None where `window` gives None.
+    """
 
     def operation(self, weight: Tensor, bias: Tensor | None, bound: int) -> MultiplyAccumulate:
         """The operation of this kind of layer, with integer weights (canonical) and biases."""
@@ -158,12 +172,35 @@ class QuantMAC(QuantModule):
 
     def folded_weight(self) -> tuple[Tensor, Tensor]:
         """(w', s_ref): the weights times the spread of the input scales, float32, and the largest scale."""
-        weight = self.float_weight()
         if self.config.a_bits == FLOAT_BITS:
+            weight = self.float_weight()
             return weight, torch.ones((), dtype=torch.float64, device=weight.device)
         scale = self.input_grid.parameters_of_grid()[0]
-        reference = scale.detach().max()
+        return self.folded_once(scale, lambda: self._folded(scale))
+
+    def _folded(self, scale: Tensor) -> tuple[Tensor, Tensor]:
+        weight, reference = self.float_weight(), scale.detach().max()
         return (weight * self.per_input(scale / reference, weight)).float(), reference
+
+    def folded_once(self, scale: Tensor, fold: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """What `fold` gave last, where nothing that it reads has changed since.
+
+        A grid gives the same scale again, not an equal one, as long as its range stays.
+        """
+        parameters = list(self.module.parameters())
+        if any(t.is_inference() for t in parameters) or (
+            torch.is_grad_enabled() and any(t.requires_grad for t in (scale, *parameters))
+        ):
+            return fold()
+        versions = [(t, t._version, t.data_ptr()) for t in parameters]
+        known = self._known
+        if known is None or known[0] is not scale or known[1] != self.input_grid.channel_dim:
+            known = None
+        elif any(a is not b or now != then for (a, *now), (b, *then) in zip(versions, known[2])):
+            known = None
+        if known is None:
+            self._known = known = scale, self.input_grid.channel_dim, versions, fold()
+        return known[3]
 
     def integer_weight(self) -> tuple[Tensor, Tensor]:
         """(w_int, scales of the accumulator): canonical weights, and (outputs,) float64."""
@@ -258,7 +295,14 @@ class QuantMAC(QuantModule):
         if self.config.w_bits == FLOAT_BITS or not x.is_integer:
             return self._weights_or_inputs_only(x)
         layer, out_scale = self.integer_layer()
-        q = multiply_accumulate(x.q, layer, self.product, self.channel_dim)
+        q = multiply_accumulate(
+            x.q,
+            layer,
+            self.product,
+            self.channel_dim,
+            with_bias=self.product_with_bias,
+            exact_sums=partial(exact_sums, self),
+        )
         return x.like(q, out_scale.reshape(self._channel_shape(q.ndim)))
 
     def integer_layer(self) -> tuple[MultiplyAccumulate, Tensor]:
@@ -268,9 +312,7 @@ class QuantMAC(QuantModule):
             return self.operation(self.weight_int, self.bias_int, int(self.bound)), self.out_scale
         w_int, out_scale = self.integer_weight()
         b_int = self.integer_bias(out_scale)
-        with torch.no_grad():
-            bound = int(self.accumulator_bound(w_int, b_int))
-        return self.operation(w_int, b_int, bound), out_scale
+        return self.operation(w_int, b_int, self.rough_bound(w_int, b_int)), out_scale
 
     def _weights_or_inputs_only(self, x: QTensor) -> QTensor:
         """The computation with 32 bits on one side: real arithmetic on quantized values."""
@@ -308,6 +350,23 @@ class QuantMAC(QuantModule):
         total = self.largest_sum(w_int.double().abs() * self.largest_inputs(w_int))
         return (total if b_int is None else total + b_int.abs()).max()
 
+    @torch.no_grad()
+    def rough_bound(self, w_int: Tensor, b_int: Tensor | None) -> int:
+        """A number that `accumulator_bound` does not exceed, in float32 and so much faster."""
+        if self.groups > 1:
+            return int(self.accumulator_bound(w_int, b_int))
+        largest = (self.input_grid.largest().double() ** self.input_power).float()
+        weight = w_int.abs().float()
+        rows = weight.flatten(2) if weight.ndim > 2 else weight.T
+        sums = torch.matmul(largest.expand(weight.shape[1]), rows)
+        total = self.largest_sum(sums.reshape(len(weight), 1, *weight.shape[2:]))
+        total = (total if b_int is None else total + b_int.abs()).max()
+        return int(float(total) * (1 + 2.0**-10)) + 1
+
+    def window(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """(sides of the window of inputs that meet at an output, steps between them); None: unknown."""
+        return None
+
     def learned_bound(self) -> Tensor:
         """The `accumulator_bound` of a layer in the present state of learning."""
         w_int, out_scale = self.integer_weight()
@@ -334,3 +393,4 @@ class QuantMAC(QuantModule):
             if self.config.bias_bits == 8:
                 knobs["range_b"] = [self.log_n_bias]
         return knobs
+

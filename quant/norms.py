@@ -1,5 +1,7 @@
 """Normalizations on integers: GDN and its relatives, LayerNorm."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from compressai.layers import GDN, GDN1
@@ -14,6 +16,7 @@ from licq.quant.operations import Conv2d, Range
 from licq.quant.primitives import absolute, gdn, layer_norm, multiply_accumulate, square
 from licq.quant.qtensor import QTensor
 from licq.quant.quantizer import NO_INTEGERS, Quantizer
+from licq.quant.wide_products import exact_sums
 from licq.support.errors import InputError
 
 SQUARED_BITS = 12
@@ -65,7 +68,9 @@ class QuantGDN(QuantMAC):
         return self.module.beta_reparam(self.module.beta) + self.bias_change
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.conv2d(x, weight)
+        if x.is_meta or x.device.type != "cpu":
+            return F.conv2d(x, weight)
+        return torch.matmul(weight.flatten(1), x.flatten(2)).unflatten(2, x.shape[2:])
 
     def real(self, x: Tensor) -> Tensor:
         return self.module(x)
@@ -80,10 +85,7 @@ class QuantGDN(QuantMAC):
     def input_power(self) -> int:
         return self.power
 
-    def folded_weight(self) -> tuple[Tensor, Tensor]:
-        if self.config.a_bits == FLOAT_BITS:
-            return super().folded_weight()
-        scale = self.input_grid.parameters_of_grid()[0]
+    def _folded(self, scale: Tensor) -> tuple[Tensor, Tensor]:
         reference = scale.detach().max()
         weight = self.float_weight()
         spread = self.per_input((scale / reference) ** self.power, weight)
@@ -119,7 +121,14 @@ class QuantGDN(QuantMAC):
             # sums of 16-bit squares times 8-bit weights pass 2^24, where float32 would round
             wide = self.power * self.config.a_bits + self.config.w_bits > 16
         norm = multiply_accumulate(
-            magnitude, layer, self.product, 1, Range(0, layer.bound), wide=wide, wide_bias=True
+            magnitude,
+            layer,
+            self.product,
+            1,
+            Range(0, layer.bound),
+            wide=wide,
+            wide_bias=True,
+            exact_sums=partial(exact_sums, self),
         )
         norm_scale = norm_scale.reshape(1, -1, 1, 1)
         x = self.x_grid(x)
@@ -130,14 +139,23 @@ class QuantGDN(QuantMAC):
             with torch.no_grad():
                 mantissa, shift = self._multiplier(x.unit, norm_scale, out_scale)
 
-        def smooth(numbers: Tensor, norm: Tensor) -> Tensor:
-            root = norm * norm_scale
-            root = torch.sqrt(root) if self.power == 2 else root
-            value = numbers * x.unit
-            return (value * root if self.module.inverse else value / root) / out_scale
-
-        q = gdn(x.q, norm, mantissa, shift, bool(self.module.inverse), self.algorithm, qmin, qmax, smooth)
+        root = torch.sqrt(norm_scale) if self.power == 2 else norm_scale
+        slope = x.unit / out_scale
+        slope = slope * root if self.module.inverse else slope / root
+        q = gdn(x.q, norm, mantissa, shift, bool(self.module.inverse), self.algorithm, qmin, qmax, slope)
         return x.like(q, out_scale)
+
+    def window(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return (1, 1), (1, 1)
+
+    def product_gradient(
+        self, grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        flat, numbers, matrix = grad.flatten(2), x.flatten(2), weight.flatten(1)
+        return (
+            (matrix.T @ flat).view_as(x) if needs[0] else None,
+            sum(g @ n.T for g, n in zip(flat, numbers)).view_as(weight) if needs[1] else None,
+        )
 
     def operation(self, weight: Tensor, bias: Tensor | None, bound: int) -> Conv2d:
         return Conv2d(

@@ -46,17 +46,26 @@ class RangeObserver:
         """
         if ranges_only and self.keeps_samples:
             return
-        low, high = rows.amin(1), rows.amax(1)
-        squares = torch.zeros_like(low) if ranges_only else rows.square().mean(1) * rows.shape[1]
+        squares = rows.square().mean(1) * rows.shape[1]
+        self.observe_ends(rows.amin(1), rows.amax(1), squares, rows.shape[1], ranges_only)
+        if self.keeps_samples:
+            self._add_samples(rows)
+
+    def observe_ends(self, low: Tensor, high: Tensor, squares: Tensor, count: int, ranges_only: bool) -> None:
+        """Take a batch into account of which no samples are kept.
+
+        Args:
+            low, high, squares: (channels,): smallest and largest value, sum of squares.
+            count: values of a channel.
+        """
+        squares = torch.zeros_like(low) if ranges_only else squares
         if self.low is None or self.high is None or self._squares is None:
             self.low, self.high, self._squares = low, high, squares
         else:  # in place: small tensors of every batch would cut the heap into pieces, gigabytes of them
             torch.minimum(self.low, low, out=self.low)
             torch.maximum(self.high, high, out=self.high)
             self._squares.add_(squares)
-        self.count += 0 if ranges_only else rows.shape[1]
-        if self.keeps_samples:
-            self._add_samples(rows)
+        self.count += 0 if ranges_only else count
 
     def _add_samples(self, rows: Tensor) -> None:
         """Take one value in `_every` of a batch. When there are too many, half of them are removed, and

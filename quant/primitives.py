@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from licq.quant import fused_layers
 from licq.quant import operations as ops
 from licq.quant.fixedpoint import (
     EXACT_FLOAT32,
@@ -84,8 +85,8 @@ def rescale(
     """
     multiplier = multiplier if isinstance(multiplier, Tensor) else _float64(multiplier, x)
     if not isinstance(x, Symbol):
-        out = requantize_ste(x, multiplier, None if low is None or high is None else Limits(low, high))
-        return out if refinement is None else out * refinement
+        limits = None if low is None or high is None else Limits(low, high)
+        return requantize_ste(x, multiplier, limits, refinement)
     mantissa, shift = quantize_multiplier(multiplier)
     reach = _rescaled(x.range, multiplier)
     factor = torch.ones((), dtype=torch.int64) if refinement is None else _int64(refinement)
@@ -219,11 +220,12 @@ def gdn(
     algorithm: str,
     low: Tensor,
     high: Tensor,
-    smooth: Callable[[Tensor, Tensor], Tensor],
+    slope: Tensor,
 ) -> Tensor:
     """`integer_gdn` of x and its norm (a norm of 0 counts as 1), clipped to low .. high. Range: low .. high.
 
-    smooth: the same on real numbers in units of the result, of which the gradient is taken.
+    slope: of the same on real numbers, slope * x * norm^p, of which the gradient is taken; float64, of
+        mantissa's shape.
     """
     if isinstance(x, Symbol):
         assert isinstance(norm, Symbol)
@@ -238,12 +240,36 @@ def gdn(
             algorithm=algorithm,
         )
         return x.recorder.emit(operation, x.shape, Range(int(low.min()), int(high.max())))
+    job = fused_layers.divisive_norm(x, norm, mantissa, shift, low, high, slope, inverse, algorithm == "gdn")
+    if job is not None:
+        return _FusedGdnSTE.apply(x, norm, slope, job)
     norm = norm.double().clamp(min=1)
     with torch.no_grad():
         exact = integer_gdn(x, norm, mantissa, shift, inverse, algorithm).float()
     if torch.is_grad_enabled() and (x.requires_grad or norm.requires_grad):
-        exact = straight_through(exact, smooth(x, norm).float())
+        root = torch.sqrt(norm) if algorithm == "gdn" else norm
+        smooth = x * slope * root if inverse else x * slope / root
+        exact = straight_through(exact, smooth.float())
     return torch.minimum(torch.maximum(exact, low), high)
+
+
+class _FusedGdnSTE(torch.autograd.Function):
+    """`gdn` by the compiled kernels."""
+
+    @staticmethod
+    def forward(ctx, x, norm, slope, job):
+        x, norm = x.contiguous(), norm.contiguous()
+        out = job.forward(x, norm)
+        ctx.job = job
+        ctx.save_for_backward(x, norm, slope, out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, norm, slope, out = ctx.saved_tensors
+        grad_x, grad_norm, sums = ctx.job.backward(grad, x, norm, slope, out)
+        return grad_x, grad_norm, sums.reshape(slope.shape) / slope, None
 
 
 # -------------------------------------------------------------------------------------- sums along dimensions
@@ -257,6 +283,8 @@ def multiply_accumulate(
     numbers: Range | None = None,
     wide: bool | None = None,
     wide_bias: bool = False,
+    with_bias: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+    exact_sums: Callable[[Tensor, Tensor, Tensor | None], Tensor | None] | None = None,
 ) -> Tensor:
     """The sums of a layer's products, plus its bias: what its accumulator holds.
 
@@ -269,6 +297,9 @@ def multiply_accumulate(
         numbers: a narrower range that is known of the result.
         wide: make the sums in float64; None: where the layer's bound passes 2^24.
         wide_bias: the bias may pass 2^24 though the products do not.
+        with_bias: (x, weight, bias) -> the sums with the bias, where one function does both.
+        exact_sums: (x, weight, bias) -> the sums with the bias without products in float64, or None; asked
+            where the bound asks for float64. See `quant.wide_products`.
     """
     if isinstance(x, Symbol):
         weight = torch.empty(layer.weight.shape, device="meta")
@@ -278,13 +309,24 @@ def multiply_accumulate(
         return x.recorder.emit(operation, shape, numbers or Range(-layer.bound, layer.bound))
     weight = layer.weight
     wide = layer.bound >= EXACT_FLOAT32 if wide is None else wide
+    if wide and exact_sums is not None:
+        sums = exact_sums(x, weight, None if wide_bias else layer.bias)
+        if sums is not None:
+            if layer.bias is None or not wide_bias:
+                return sums
+            return _with_bias(sums.double(), layer.bias, channel_dim)
+    if with_bias is not None and layer.bias is not None and not wide and not wide_bias:
+        return with_bias(x, weight.float(), layer.bias.float())
     sums = multiply(x.double(), weight.double()) if wide else multiply(x, weight.float())
     if layer.bias is None:
         return sums
-    sums = sums.double() if wide_bias else sums
+    return _with_bias(sums.double() if wide_bias else sums, layer.bias, channel_dim)
+
+
+def _with_bias(sums: Tensor, bias: Tensor, channel_dim: int) -> Tensor:
     shape = [1] * sums.ndim
     shape[channel_dim % sums.ndim] = -1
-    return sums + layer.bias.to(sums.dtype).reshape(shape)
+    return sums + bias.to(sums.dtype).reshape(shape)
 
 
 def matmul(a: Tensor, b: Tensor, wide: bool) -> Tensor:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from licq.quant import fused_layers
 from licq.quant.clipping import ClipCounter
 from licq.quant.config import FLOAT_BITS, SYMMETRY
 from licq.quant.fixedpoint import int_range, round_ste
@@ -86,6 +87,10 @@ class Quantizer(Grid):
         self.pixels, self.latent = self.pixels or is_pixels, self.latent or is_latent
         self.integers = self.integers and is_latent and bool((x == torch.round(x)).all())
         x = x.detach()
+        ends = None if self.observer.keeps_samples else fused_layers.ends_of_channels(x, self.channel_dim)
+        if ends is not None:
+            self.observer.observe_ends(*ends, x.numel() // len(ends[0]), self.ranges_only)
+            return
         if self.channel_dim is None:
             rows = x.reshape(1, -1)
         else:

@@ -9,6 +9,7 @@ a masked weight is exactly 0, before and after `harden()`, so that a masked conv
 import torch
 from torch import Tensor, nn
 
+from licq.quant import fused_layers
 from licq.quant.fixedpoint import round_ste
 from licq.support.errors import InputError
 
@@ -34,6 +35,14 @@ class Rounding(nn.Module):
 
     def round(self, w_over_s: Tensor) -> Tensor:
         raise NotImplementedError
+
+    def quantized(self, w: Tensor, scale: Tensor, qmin: int, qmax: int) -> Tensor | None:
+        """The scheme at w / scale, clipped, in one pass; None: there is no such pass.
+
+        Args:
+            w: (outputs, ...), float32. scale: (outputs,) or (), float64.
+        """
+        return None
 
     def regularizer(self, beta: float) -> Tensor | float:
         """What a scheme adds to the loss so that its results become integers; 0 where they are integers."""
@@ -124,6 +133,9 @@ class LearnedOffset(Rounding):
 
     def round(self, w_over_s: Tensor) -> Tensor:
         return round_ste(w_over_s + self.v)
+
+    def quantized(self, w: Tensor, scale: Tensor, qmin: int, qmax: int) -> Tensor | None:
+        return fused_layers.rounded_weights(w, scale, self.v, self.unmasked, qmin, qmax)
 
     def start_at(self, integers: Tensor, w_over_s: Tensor) -> None:
         self.v.data = integers - w_over_s

@@ -47,6 +47,8 @@ class WeightQuantizer(nn.Module):
         self.register_buffer("group", None)  # of each output channel, where they share scales
         self.log_n = nn.Parameter(torch.zeros(()), requires_grad=False)
         self.rounding: Rounding | None = None
+        # the weights that were measured last, their version and `_largest`
+        self._known: tuple[Tensor, int, Tensor] | None = None
 
     def initialize(self, w: Tensor, min_scale: Tensor | None = None) -> None:
         """Set the ranges and start the rounding scheme for the weights w."""
@@ -90,6 +92,13 @@ class WeightQuantizer(nn.Module):
         return (w / per_output(self.scale(w, min_scale), w)).float()
 
     def _largest(self, w: Tensor) -> Tensor:
+        if w.requires_grad or w.is_inference():
+            return self._measured_largest(w)
+        if self._known is None or self._known[0] is not w or self._known[1] != w._version:
+            self._known = w, w._version, self._measured_largest(w)
+        return self._known[2]
+
+    def _measured_largest(self, w: Tensor) -> Tensor:
         largest = w.abs().flatten(1).amax(1) if self.per_channel else w.abs().amax()
         # the scale of a channel of zeros is not far below the other scales, so that its bias does not
         # overflow
@@ -119,5 +128,7 @@ class WeightQuantizer(nn.Module):
         assert self.rounding is not None
         scale = self.scale(w, min_scale)
         qmin, qmax = int_range(self.bits)
-        w_int = self.rounding((w / per_output(scale, w)).float())
-        return w_int.clamp(qmin, qmax), scale
+        w_int = self.rounding.quantized(w, scale, qmin, qmax)
+        if w_int is None:
+            w_int = self.rounding((w / per_output(scale, w)).float()).clamp(qmin, qmax)
+        return w_int, scale

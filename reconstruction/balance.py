@@ -7,6 +7,9 @@ happens within one layer, so the layer before stays as it is. Each channel's sca
 noise that `reconstruction.sensitivity` predicts.
 """
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -18,6 +21,7 @@ from licq.reconstruction.sensitivity import Sensitivity, input_noise, kernel_pow
 from licq.support.progress import progress as progress_bar
 
 STEPS = 200
+_BETAS = (0.9, 0.999)  # of Adam
 
 
 @torch.no_grad()
@@ -36,12 +40,18 @@ def balance_scales(
     """
     nodes = qmodel.layers
     layers = {name: nodes[name] for name in sensitivities if _can_be_balanced(nodes[name])}
-    for name, node in progress_bar(
-        layers.items(), desc="balancing scales", unit="layer", enabled=progress, leave=False
+    balanced = _balanced(list(layers.values()), [sensitivities[name] for name in layers], share)
+    for (name, node), best in progress_bar(
+        zip(layers.items(), balanced),
+        total=len(layers),
+        desc="balancing scales",
+        unit="layer",
+        enabled=progress,
+        leave=False,
     ):
         sensitivity, log_n = sensitivities[name], node.input_grid.log_n
         before, start = _noise(node, sensitivity, share), log_n.data.clone()
-        log_n.data = _balanced(node, sensitivity, share).to(log_n)
+        log_n.data = best.to(log_n)
         node.start_weights()
         if _noise(node, sensitivity, share) > before or node.learned_bound() > INT32:
             log_n.data = start
@@ -62,30 +72,78 @@ def _noise(node: QuantMAC, sensitivity: Sensitivity, share: float) -> float:
     return float(input_noise(node, sensitivity).sum() + share * weight_noise(node, sensitivity).sum())
 
 
-def _balanced(node: QuantMAC, sensitivity: Sensitivity, share: float) -> Tensor:
-    """(inputs,): ln N of each channel with the lowest predicted noise, for maximum ranges of weights."""
-    grid, weight, curvature = node.input_grid, node.float_weight(), sensitivity.curvature
-    start = grid.log_n.double()
-    scale_now = grid.parameters_of_grid()[0]
-    largest = weight.abs().flatten(2).amax(2).double() if weight.ndim > 2 else weight.abs().double()
-    of_inputs = (curvature[:, None] * kernel_power(node)).sum(0) / grid.fine.double().square()
-    energy, qmax = grid.energy.double(), int_range(node.config.w_bits)[1]
-    meeting = taps(node)
-    rise = torch.zeros_like(start)
-    best, lowest = rise.clone(), torch.inf
-    optimizer = torch.optim.Adam([rise.requires_grad_(True)])
-    with torch.enable_grad():
-        for step in range(STEPS):
-            scale = scale_now * torch.exp(rise)
-            inputs = (scale.square() * of_inputs).sum()
-            steps = (largest * scale).amax(1) / qmax
-            weights = meeting * (curvature * steps.square()).sum() * (energy / scale.square()).sum()
-            loss = torch.log(inputs + share * weights)
-            if loss.item() < lowest:
-                best, lowest = rise.detach().clone(), loss.item()
-            optimizer.param_groups[0]["lr"] = 0.1 * (1 - step / STEPS) + 1e-3
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            rise.data.clamp_(min=0)
-    return start + best
+def _balanced(nodes: Sequence[QuantMAC], sensitivities: Sequence[Sensitivity], share: float) -> list[Tensor]:
+    """(inputs,) for each layer: ln N of each channel with the lowest predicted noise, for maximum ranges of
+    weights.
+
+    Adam on ln N, on all layers of one shape at once; the gradient is written out.
+    """
+    by_shape: dict[torch.Size, list[int]] = {}
+    for number, node in enumerate(nodes):
+        by_shape.setdefault(node.float_weight().shape[:2], []).append(number)
+    found: dict[int, Tensor] = {}
+    for numbers in by_shape.values():
+        rises = _descend([_Terms.of(nodes[i], sensitivities[i]) for i in numbers], share)
+        found |= {i: nodes[i].input_grid.log_n.double() + rise for i, rise in zip(numbers, rises)}
+    return [found[number] for number in range(len(nodes))]
+
+
+class _Terms(NamedTuple):
+    """What the predicted noise of a layer is made of; float64."""
+
+    scale: Tensor
+    """(inputs,), as they are now."""
+
+    largest: Tensor
+    """(outputs, inputs): magnitudes of weights; float32."""
+
+    of_inputs: Tensor
+    """(inputs,): noise of rounding them, for each square of their scale."""
+
+    energy: Tensor
+    """(inputs,): their mean squares."""
+
+    of_weights: Tensor
+    """(outputs,): noise of rounding weights, for each square of (their largest magnitude times energy)."""
+
+    @classmethod
+    def of(cls, node: QuantMAC, sensitivity: Sensitivity) -> "_Terms":
+        grid, weight, curvature = node.input_grid, node.float_weight(), sensitivity.curvature
+        scale = grid.parameters_of_grid()[0]
+        power = (curvature[:, None] * kernel_power(node)).sum(0)
+        return cls(
+            scale,
+            weight.abs().flatten(2).amax(2) if weight.ndim > 2 else weight.abs(),
+            (power / grid.fine.double().square()).expand_as(scale),
+            grid.energy.double().expand_as(scale),
+            curvature * taps(node) / int_range(node.config.w_bits)[1] ** 2,
+        )
+
+
+def _descend(terms: Sequence[_Terms], share: float) -> Tensor:
+    """(layers, inputs): how much ln N rises, for layers of one shape."""
+    scale_now, largest, of_inputs, energy, of_weights = (torch.stack(part) for part in zip(*terms))
+    rise = torch.zeros_like(scale_now)
+    mean, square = torch.zeros_like(rise), torch.zeros_like(rise)
+    best, lowest = rise.clone(), rise.new_full((len(rise), 1), torch.inf)
+    product = torch.empty_like(largest)
+    for step in range(STEPS):
+        scale = scale_now * torch.exp(rise)
+        inputs = scale.square() * of_inputs
+        torch.mul(largest, scale.float()[:, None], out=product)
+        top, at = product.max(2)
+        outputs = of_weights * top.double().square()
+        shares = energy / scale.square()
+        of_outputs, of_shares = outputs.sum(1, True), shares.sum(1, True)
+        noise = inputs.sum(1, True) + share * of_outputs * of_shares
+        better = noise < lowest
+        best, lowest = torch.where(better, rise, best), torch.where(better, noise, lowest)
+        at_top = torch.zeros_like(rise).scatter_add_(1, at, outputs)
+        gradient = 2 * (inputs + share * (at_top * of_shares - of_outputs * shares)) / noise
+        mean.lerp_(gradient, 1 - _BETAS[0])
+        square.lerp_(gradient.square(), 1 - _BETAS[1])
+        size = 0.1 * (1 - step / STEPS) + 1e-3
+        corrected = mean / (1 - _BETAS[0] ** (step + 1))
+        root = (square / (1 - _BETAS[1] ** (step + 1))).sqrt_().add_(1e-8)
+        rise = (rise - size * corrected / root).clamp_(min=0)
+    return best

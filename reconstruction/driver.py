@@ -57,10 +57,11 @@ def reconstruct(engine: Engine) -> dict:
     if has_units:
         history["units"] = reconstruct_units(engine)
     engine.settle(list(engine.qmodel.nodes))
-    history["j_units"] = engine.measure()[0]
+    before = engine.measure()
+    history["j_units"] = history["j_end"] = before[0]
     if has_joint:
-        history["joint"] = JointPass(engine).run()
-    history["j_end"] = engine.measure()[0]
+        history["joint"] = JointPass(engine).run(before)
+        history["j_end"] = history["joint"]["j_after"]
     return history
 
 

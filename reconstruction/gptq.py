@@ -9,7 +9,6 @@ image are alike, so much of the error can be compensated.
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -33,7 +32,8 @@ DAMPING = 0.1  # of H's mean diagonal: what a few crops say about rare direction
 _COLUMNS = 4  # or so many for each of its rows, if these are more
 _RARE = 4  # with fewer positions than one for so many rows H says too little
 _BLOCK = 128
-_LARGE = 1024  # rows of H from which float32 must do: damped as it is, it is far from singular
+_ROWS = 256  # of H that one product adds to
+_LARGE = 256  # rows of H from which float32 must do: damped as it is, it is far from singular
 
 
 @torch.no_grad()
@@ -165,7 +165,7 @@ class _Moment:
         self.weights = [phase.weights(node) for phase in self.phases]
         # positions of an image, for each phase
         self.limits = [-(-max(POSITIONS, _COLUMNS * len(weights)) // images) for weights in self.weights]
-        self.totals: list[Tensor | float] = [0.0] * len(self.phases)
+        self.totals: list[Tensor | None] = [None] * len(self.phases)
         self.counts = [0] * len(self.phases)
 
     def watch(self, _, inputs: tuple) -> None:
@@ -192,8 +192,20 @@ class _Moment:
         return torch.randint(count, (limit,), generator=self.generator)
 
     def _add(self, number: int, x: Tensor) -> None:
-        self.totals[number] = self.totals[number] + x @ x.T
+        total = self.totals[number]
+        if total is None:
+            total = self.totals[number] = x.new_zeros(len(x), len(x))
+        for start in range(0, len(x), _ROWS):  # the lower half, and a little more
+            stop = min(start + _ROWS, len(x))
+            total[start:stop, :stop].addmm_(x[start:stop], x[:stop].T)
         self.counts[number] += x.shape[1]
+
+    def mean(self, number: int) -> Tensor:
+        """H of a phase."""
+        total = self.totals[number]
+        assert total is not None
+        lower = total.tril_()
+        return (lower + lower.tril(-1).T).div_(self.counts[number])
 
 
 def _start_rounding(node: QuantMAC, moment: _Moment, areas: Sequence[Area] | None) -> None:
@@ -210,7 +222,7 @@ def _start_rounding(node: QuantMAC, moment: _Moment, areas: Sequence[Area] | Non
     for number, (weights, count) in enumerate(zip(moment.weights, moment.counts)):
         if count * _RARE >= len(weights):
             at = weights.to(flat.device)
-            start, h = flat[:, at], cast(Tensor, moment.totals[number]) / count
+            start, h = flat[:, at], moment.mean(number)
             if areas is not None and mask is None:
                 area = areas[number]
                 start, h = towards(start, h, Area(area.inputs, area.outputs / unit))
@@ -247,29 +259,28 @@ def gptq(
     h = moment.to(torch.float32, copy=True) if len(moment) > _LARGE else moment.double()
     h.diagonal().add_(damping * h.diagonal()[alive].mean() if alive.any() else 1.0)
     order = h.diagonal().argsort(descending=True, stable=True)
-    # H = R R^T with R upper triangular, from the Cholesky factor in reverse order.
-    # Then H^-1 = U^T U with U = R^-1.
+    # H = R R^T with R upper triangular, from the Cholesky factor in reverse order. The error is
+    # |(w_int - w) R|^2, and column j of that depends on columns up to j alone: w_int[j] takes back what these
+    # have made of it.
     backwards = order.flip(0)
-    factor = torch.linalg.cholesky(h[backwards][:, backwards]).flip(0, 1)
-    upper = torch.linalg.solve_triangular(
-        factor, torch.eye(len(h), dtype=h.dtype, device=h.device), upper=True
-    )
-    upper = upper.to(weight.dtype)
-    work = weight[:, order].clone()
+    factor = torch.linalg.cholesky(h[backwards][:, backwards]).flip(0, 1).to(weight.dtype)
+    shares = factor / factor.diagonal()
+    work = weight[:, order]
     mask = None if mask is None else mask[:, order]
-    w_int = torch.empty_like(work)
+    w_int, errors = torch.empty_like(work), torch.empty_like(work)
     for start in range(0, work.shape[1], _BLOCK):
         stop = min(start + _BLOCK, work.shape[1])
-        errors = torch.empty_like(work[:, start:stop])
-        for j in range(start, stop):
-            column = round_half_away(work[:, j]).clamp(*limits)
+        before = errors[:, :start] @ shares[:start, start:stop]
+        target = (work[:, start:stop] + before).T.contiguous()
+        within = shares[start:stop, start:stop]
+        for j in range(stop - start):
+            column = round_half_away(target[j]).clamp_(*limits)
             if mask is not None:
-                column = torch.where(mask[:, j], column, 0.0)
-            w_int[:, j] = column
-            error = (work[:, j] - column) / upper[j, j]
-            work[:, j + 1 : stop] -= error[:, None] * upper[j, j + 1 : stop]
-            errors[:, j - start] = error
-        work[:, stop:] -= errors @ upper[start:stop, stop:]
+                column = torch.where(mask[:, start + j], column, 0.0)
+            w_int[:, start + j] = column
+            errors[:, start + j] = error = work[:, start + j] - column
+            if j + 1 < stop - start:
+                target[j + 1 :].addr_(within[j, j + 1 :], error)
     result = torch.empty_like(w_int)
     result[:, order] = w_int
     return result

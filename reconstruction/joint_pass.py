@@ -42,8 +42,11 @@ class JointPass:
         knobs = set(self.config.learn) - ({"range_w", "rounding"} if is_rounded else set())
         self.active = {key: p for key, p in self.parameters.items() if knob_of(key) in knobs}
 
-    def run(self) -> dict:
+    def run(self, before: tuple[float, float] | None = None) -> dict:
         """Learn, restore the best parameters that were met, and settle the codec.
+
+        Args:
+            before: `Engine.measure` of the codec as it is, where that is known.
 
         Returns:
             {"j_before", "j_after", "seconds"}: what the history says.
@@ -51,7 +54,7 @@ class JointPass:
         engine = self.engine
         if not self.active:
             engine.settle_all()
-            j = engine.measure()[0]
+            j = (before or engine.measure())[0]
             return {"j_before": j, "j_after": j, "seconds": time.monotonic() - self.started}
         stored = engine.state.load("joint")
         if stored is not None and stored[0]["done"]:
@@ -60,25 +63,35 @@ class JointPass:
             engine.settle_all()
             engine.resumed_seconds += entry["seconds"]
             return entry
-        j_before = self._learn(stored)
+        j_before, j_after = self._learn(stored, before)
         engine.settle_all()
-        entry = {"j_before": j_before, "j_after": engine.measure()[0], "seconds": self._seconds()}
+        if j_after is None:
+            j_after = engine.measure()[0]
+        entry = {"j_before": j_before, "j_after": j_after, "seconds": self._seconds()}
         values = {f"now|{key}": parameter for key, parameter in self.parameters.items()}
         engine.state.save("joint", {"done": True, "fact": entry}, values)
         return entry
 
-    def _learn(self, stored: tuple[dict, dict[str, Tensor]] | None) -> float:
-        """All steps, behind the stored ones, and the best parameters restored. Returns J before the first."""
+    def _learn(
+        self, stored: tuple[dict, dict[str, Tensor]] | None, before: tuple[float, float] | None
+    ) -> tuple[float, float | None]:
+        """All steps, behind the stored ones, and the best parameters restored.
+
+        Returns:
+            (J before the first step, J with the best parameters; None where it was not measured).
+        """
         engine, config, parameters, active = self.engine, self.config, self.parameters, self.active
         loss = self._loss()
         optimizer = make_optimizer(active, self.nodes, config, self._factor)
         schedule = CosineSchedule(optimizer, config.joint_iters)
-        score = self._score(loss)
-        j_before = engine.measure()[0]
+        before = before or engine.measure()
+        score, j_best = self._score(loss, before)
+        j_before = before[0]
         best, best_values, step = score, snapshot(parameters), 0
         if stored is not None:
             record, tensors = stored
             step, best, j_before = record["step"], record["best"], record["j_before"]
+            j_best = record.get("j_best")
             self.earlier_seconds = record["seconds"]
             engine.resumed_seconds += self.earlier_seconds
             restore(parameters, {key: tensors[f"now|{key}"] for key in parameters})
@@ -104,9 +117,9 @@ class JointPass:
                 step += 1
                 bar.update()
                 if step % part == 0 or step == config.joint_iters:
-                    now = self._score(loss)
+                    now, j_now = self._score(loss)
                     if now < best:
-                        best, best_values = now, snapshot(parameters)
+                        best, best_values, j_best = now, snapshot(parameters), j_now
                     bar.set_postfix_str(f"target {best / max(score, 1e-12):.3f} of its start")
                     if step < config.joint_iters:
                         record = {
@@ -114,6 +127,7 @@ class JointPass:
                             "step": step,
                             "best": best,
                             "j_before": j_before,
+                            "j_best": j_best,
                             "seconds": self._seconds(),
                         }
                         engine.state.save(
@@ -122,7 +136,7 @@ class JointPass:
         for parameter in active.values():
             parameter.requires_grad_(False)
         restore(parameters, best_values)
-        return j_before
+        return j_before, j_best
 
     def _factor(self, node: QuantModule) -> float:
         """On the step sizes of a node: `joint_lr`, tenfold for each four bits of the weights below eight."""
@@ -170,11 +184,20 @@ class JointPass:
         return loss
 
     @torch.no_grad()
-    def _score(self, loss: Callable[[int], Tensor]) -> float:
-        """The mean loss over the measured crops."""
+    def _score(
+        self, loss: Callable[[int], Tensor], known: tuple[float, float] | None = None
+    ) -> tuple[float, float | None]:
+        """(the mean loss over the measured crops, their mean J; None where the loss does not give it).
+
+        Args:
+            known: `Engine.measure` of the present parameters.
+        """
+        if self.config.loss in ("rd", "rd_direct"):
+            j, square = known or self.engine.measure()
+            return (square if self.config.loss == "rd" else j), j
         measured = self.engine.measured
         crops = [len(self.engine.batches[index]) for index in measured]
-        return sum(float(loss(index)) * count for index, count in zip(measured, crops)) / sum(crops)
+        return sum(float(loss(index)) * count for index, count in zip(measured, crops)) / sum(crops), None
 
 
 def _tensors(

@@ -115,6 +115,7 @@ def learn(calibration: Calibration) -> None:
         calibration.progress,
     )
     calibration.history |= reconstruct(engine)
+    calibration.history.setdefault("j_start", calibration.history["j_units"])
     calibration.resumed_seconds += engine.resumed_seconds
 
 
@@ -127,6 +128,11 @@ def _by_powell(knobs: ReconstructionConfig) -> bool:
     return knobs.range_search == "powell"
 
 
+def _differs_from_units(knobs: ReconstructionConfig) -> bool:
+    """Whether J before learning is another one than J behind the units, which is measured anyway."""
+    return bool(knobs.iters and knobs.learn)
+
+
 PREPARATION = (
     Step("observing", search_norm, _by_powell),
     Step("observing", observe),
@@ -137,7 +143,7 @@ PREPARATION = (
     Step("compensating rounding", compensate),
 )
 LEARNING = (
-    Step("learning", measure_start),
+    Step("learning", measure_start, _differs_from_units),
     Step("learning", learn),
     Step("learning", predict),
 )

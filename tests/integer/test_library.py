@@ -90,7 +90,7 @@ def test_with_an_old_build_the_reference_runs_and_one_line_says_how_to_build(tmp
     source = tmp_path / "old.c"
     source.write_text("int has_vnni(void) { return 1; }\n")
     build([source], tmp_path / "_kernels.old.so")
-    monkeypatch.setattr(module, "_FOLDER", tmp_path)
+    monkeypatch.setattr("licq.support.kernels.FOLDER", tmp_path)
     program = lower(frozen("balle2018"), 64, 64)
     library.cache_clear()
     usable.cache_clear()
