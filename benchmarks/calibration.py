@@ -161,7 +161,9 @@ def measure(arch: str, configuration: str | None, width: float, crop: int, sampl
         for part in PREPARATION:
             if part.applies(run.knobs):
                 with counted() as seen:
-                    times[part.name] = times.get(part.name, 0.0) + seconds(lambda: run_steps(run, [part]))
+                    times[part.name] = times.get(part.name, 0.0) + seconds(
+                        lambda part=part: run_steps(run, [part])
+                    )
                 images.setdefault(part.name, Counter()).update(seen)
     result |= {"seconds_of_sample": times, "parts_of_gptq": of_gptq}
 

@@ -1,4 +1,5 @@
-/* Integers held in floats, as calibration has them: requantization, rounded weights and GDN with their gradients.
+/* Integers held in floats, as calibration has them: requantization, rounded weights and GDN with their
+ * gradients.
  *
  * Forward results equal the PyTorch forms of quant/fixedpoint.py, quant/rounding.py and
  * quant/integer_functions.py to the bit. Sums of gradients are taken in float64, in pieces of a fixed size
@@ -18,9 +19,9 @@ int calibration_version(void) {
 
 #define TIE_FREE (1 + 0x1p-48)
 
-/* Positive multipliers as mantissas of 22 bits, `multiplier_value(*quantize_multiplier(m))`, times a factor for
- * products of floats; see `_scale_and_round` of quant/fixedpoint.py. Returns 0 where one is zero, negative or not
- * finite. */
+/* Positive multipliers as mantissas of 22 bits, `multiplier_value(*quantize_multiplier(m))`, times a factor
+ * for products of floats; see `_scale_and_round` of quant/fixedpoint.py. Returns 0 where one is zero,
+ * negative or not finite. */
 int fixed_multipliers(const double *m, double *out, int64_t count, int32_t tie_free) {
     for (int64_t i = 0; i < count; i++) {
         if (!(m[i] > 0) || !isfinite(m[i])) return 0;
@@ -36,10 +37,10 @@ int fixed_multipliers(const double *m, double *out, int64_t count, int32_t tie_f
 }
 
 typedef struct {
-    const void *x;       /* float, or double where `wide` */
-    void *out;           /* float, or double where `wide` and there are no limits */
-    int8_t *inside;      /* twice the gradient of clipping, or null */
-    const double *m;     /* of `fixed_multipliers` */
+    const void *x;                    /* float, or double where `wide` */
+    void *out;                        /* float, or double where `wide` and there are no limits */
+    int8_t *inside;                   /* twice the gradient of clipping, or null */
+    const double *m;                  /* of `fixed_multipliers` */
     const float *low, *high, *factor; /* each null, or one number, or one for each channel */
     int64_t outer, channels, inner;   /* x is (outer, channels, inner) */
     int32_t m_alike, limits_alike, factor_alike, wide, threads;
@@ -120,8 +121,8 @@ static void requantize_run(const Requantize *job, int64_t start, int64_t channel
         const double *x = (const double *)job->x + start;
         const int64_t m_step = each && !job->m_alike;
         if (job->low)
-            wide_limited(x, (float *)job->out + start, inside, count, m, job->low + at, job->high + at, factor,
-                         m_step, each && !job->limits_alike, factor_step);
+            wide_limited(x, (float *)job->out + start, inside, count, m, job->low + at, job->high + at,
+                         factor, m_step, each && !job->limits_alike, factor_step);
         else
             wide_unlimited(x, (double *)job->out + start, count, m, m_step);
         return;
@@ -173,7 +174,7 @@ typedef struct {
     float *grad_x;        /* or null; double where `wide` and there are no limits, as `grad` then is */
     const float *m;       /* the multipliers, halved where there is `inside` */
     const float *factor;  /* or null */
-    double *sums;         /* of grad * x, one for each piece: (outer, parts, channels) or (outer, channels, parts) */
+    double *sums; /* of grad * x, one for each piece: (outer, parts, channels) or (outer, channels, parts) */
     int64_t outer, channels, inner;
     int32_t m_alike, factor_alike, wide, threads;
 } RequantizeGradient;
@@ -199,39 +200,34 @@ typedef struct {
 
 CLONES static double gradient_full(const float *restrict grad, const int8_t *restrict inside,
                                    const float *restrict x, float *restrict grad_x, int64_t count, float m,
-                                   float factor) {
-    RUN(float)
-}
+                                   float factor){RUN(float)}
 
 CLONES static double gradient_any(const float *restrict grad, const int8_t *restrict inside,
                                   const float *restrict x, float *restrict grad_x, int64_t count, float m,
-                                  float factor) {
-    RUN(float)
-}
+                                  float factor){RUN(float)}
 
 CLONES static double gradient_wide(const float *restrict grad, const int8_t *restrict inside,
                                    const double *restrict x, float *restrict grad_x, int64_t count, float m,
-                                   float factor) {
-    RUN(double)
-}
+                                   float factor){RUN(double)}
 
-#define CHANNELS(NAME, TYPE) \
-    CLONES static void NAME(const float *restrict grad, const int8_t *restrict inside, \
-                                         const TYPE *restrict x, float *restrict grad_x, int64_t count, \
-                                         const float *restrict m, int64_t m_step, const float *restrict factor, \
-                                         int64_t factor_step, double *restrict sums) { \
-        for (int64_t i = 0; i < count; i++) { \
-            const float g = grad[i] * factor[i * factor_step] * (inside ? (float)inside[i] : 1.0f); \
-            if (grad_x) grad_x[i] = g * m[i * m_step]; \
-            if (x) sums[i] += (double)g * (double)x[i]; \
-        } \
+#define CHANNELS(NAME, TYPE)                                                                                 \
+    CLONES static void NAME(const float *restrict grad, const int8_t *restrict inside,                       \
+                            const TYPE *restrict x, float *restrict grad_x, int64_t count,                   \
+                            const float *restrict m, int64_t m_step, const float *restrict factor,           \
+                            int64_t factor_step, double *restrict sums) {                                    \
+        for (int64_t i = 0; i < count; i++) {                                                                \
+            const float g = grad[i] * factor[i * factor_step] * (inside ? (float)inside[i] : 1.0f);          \
+            if (grad_x) grad_x[i] = g * m[i * m_step];                                                       \
+            if (x) sums[i] += (double)g * (double)x[i];                                                      \
+        }                                                                                                    \
     }
 
-CHANNELS(gradient_channels, float)
-CHANNELS(gradient_wide_channels, double)
+CHANNELS(gradient_channels, float) CHANNELS(gradient_wide_channels, double)
 
-/* Rows of channels that one entry of `sums` covers where channels lie side by side. */
-enum { ROWS = 256 };
+    /* Rows of channels that one entry of `sums` covers where channels lie side by side. */
+    enum {
+        ROWS = 256
+    };
 
 void requantize_gradient(const RequantizeGradient *job) {
     const float one = 1.0f;
@@ -248,11 +244,11 @@ void requantize_gradient(const RequantizeGradient *job) {
                 const int8_t *inside = job->inside ? job->inside + r * n : 0;
                 float *grad_x = job->grad_x ? job->grad_x + r * n : 0;
                 if (job->wide)
-                    gradient_wide_channels(grad, inside, job->x ? (const double *)job->x + r * n : 0, grad_x, n,
-                                           job->m, !job->m_alike, factor, factor_step, sums);
+                    gradient_wide_channels(grad, inside, job->x ? (const double *)job->x + r * n : 0, grad_x,
+                                           n, job->m, !job->m_alike, factor, factor_step, sums);
                 else
-                    gradient_channels(grad, inside, job->x ? (const float *)job->x + r * n : 0, grad_x, n, job->m,
-                                      !job->m_alike, factor, factor_step, sums);
+                    gradient_channels(grad, inside, job->x ? (const float *)job->x + r * n : 0, grad_x, n,
+                                      job->m, !job->m_alike, factor, factor_step, sums);
             }
         }
         return;
@@ -261,15 +257,16 @@ void requantize_gradient(const RequantizeGradient *job) {
 #pragma omp parallel for num_threads(job->threads) schedule(static)
     for (int64_t piece = 0; piece < rows * parts; piece++) {
         const int64_t row = piece / parts, start = row * job->inner + piece % parts * PIECE,
-                      count = smaller(PIECE, job->inner - piece % parts * PIECE), channel = row % job->channels;
+                      count = smaller(PIECE, job->inner - piece % parts * PIECE),
+                      channel = row % job->channels;
         const float m = job->m[job->m_alike ? 0 : channel],
                     by = factor[job->factor && !job->factor_alike ? channel : 0];
         const int8_t *inside = job->inside ? job->inside + start : 0;
         float *grad_x = job->grad_x ? job->grad_x + start : 0;
         double sum;
         if (job->wide)
-            sum = gradient_wide(job->grad + start, inside, job->x ? (const double *)job->x + start : 0, grad_x,
-                                count, m, by);
+            sum = gradient_wide(job->grad + start, inside, job->x ? (const double *)job->x + start : 0,
+                                grad_x, count, m, by);
         else {
             const float *x = job->x ? (const float *)job->x + start : 0;
             sum = inside && x && grad_x ? gradient_full(job->grad + start, inside, x, grad_x, count, m, by)
@@ -343,9 +340,9 @@ void weights_gradient(const Weights *job) {
 #pragma omp parallel for num_threads(job->threads) schedule(static)
     for (int64_t o = 0; o < job->outputs; o++) {
         const int64_t at = o * job->count;
-        job->sums[o] = weights_gradient_row(
-            job->w + at, job->offset ? job->offset + at : 0, job->mask ? job->mask + at : 0, job->grad + at,
-            job->out + at, job->count, job->scale[job->alike ? 0 : o], job->low, job->high);
+        job->sums[o] = weights_gradient_row(job->w + at, job->offset ? job->offset + at : 0,
+                                            job->mask ? job->mask + at : 0, job->grad + at, job->out + at,
+                                            job->count, job->scale[job->alike ? 0 : o], job->low, job->high);
     }
 }
 
@@ -413,7 +410,8 @@ CLONES static void energy_piece(const float *restrict x, float *restrict out, in
 }
 
 /* x is (outer, channels, inner); the sums of squares are (outer, inner) */
-void channel_energy(const float *x, float *out, int64_t outer, int64_t channels, int64_t inner, int32_t threads) {
+void channel_energy(const float *x, float *out, int64_t outer, int64_t channels, int64_t inner,
+                    int32_t threads) {
     const int64_t parts = (inner + PIECE - 1) / PIECE;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t piece = 0; piece < outer * parts; piece++) {
@@ -423,19 +421,20 @@ void channel_energy(const float *x, float *out, int64_t outer, int64_t channels,
     }
 }
 
-/* ----------------------------------------------------------------------------------------------------- GDN */
+/* ----------------------------------------------------------------------------------------------------- GDN
+ */
 
 typedef struct {
     const float *x;
-    const double *norm;           /* a norm below 1 counts as 1 */
-    const double *mantissa;       /* (channels,) */
-    const int64_t *shift;         /* (channels,) */
-    const float *low, *high;      /* (channels,) */
-    const double *slope;          /* (channels,), for the gradient: result = slope * x * norm^(-1/2, 1/2, -1, 1) */
+    const double *norm;      /* a norm below 1 counts as 1 */
+    const double *mantissa;  /* (channels,) */
+    const int64_t *shift;    /* (channels,) */
+    const float *low, *high; /* (channels,) */
+    const double *slope;     /* (channels,), for the gradient: result = slope * x * norm^(-1/2, 1/2, -1, 1) */
     const float *grad;
-    float *out;                   /* the result; the gradient of x */
+    float *out; /* the result; the gradient of x */
     float *grad_norm;
-    double *sums;                 /* (outer, channels): of the gradient times the real result */
+    double *sums; /* (outer, channels): of the gradient times the real result */
     int64_t outer, channels, inner;
     int32_t inverse, with_root, threads;
 } CalibrationGdn;
@@ -504,8 +503,8 @@ CLONES static void gdn_root_row(const float *restrict x, const double *restrict 
 }
 
 CLONES static void gdn_row(const float *restrict x, const double *restrict norm, float *restrict out,
-                           int64_t count, double mantissa, int64_t shift, double low, double high, int inverse,
-                           int with_root) {
+                           int64_t count, double mantissa, int64_t shift, double low, double high,
+                           int inverse, int with_root) {
     for (int64_t i = 0; i < count; i++) {
         const double q = gdn_exact(x[i], norm[i] < 1 ? 1 : norm[i], mantissa, shift, inverse, with_root);
         out[i] = (float)(clip((double)(float)q, low, high) + 0.0);
@@ -557,8 +556,8 @@ void gdn_gradient(const CalibrationGdn *job, const float *result) {
 #pragma omp parallel for num_threads(job->threads) schedule(static)
     for (int64_t row = 0; row < job->outer * job->channels; row++) {
         const int64_t c = row % job->channels, at = row * job->inner;
-        job->sums[row] = gdn_gradient_row(job->x + at, job->norm + at, result + at, job->grad + at,
-                                          job->out + at, job->grad_norm + at, job->inner, (float)job->slope[c],
-                                          job->low[c], job->high[c], job->inverse, job->with_root);
+        job->sums[row] = gdn_gradient_row(
+            job->x + at, job->norm + at, result + at, job->grad + at, job->out + at, job->grad_norm + at,
+            job->inner, (float)job->slope[c], job->low[c], job->high[c], job->inverse, job->with_root);
     }
 }

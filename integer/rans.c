@@ -1,6 +1,6 @@
-/* Entropy coding: rANS with 64 bits of state and words of 32 bits, frequencies of 16 bits, and escapes in digits
- * of 4 bits. Streams are those of CompressAI's coder to the byte (`compressai.ans`; Duda, "Asymmetric numeral
- * systems", arXiv:1311.2540; F. Giesen's rans64.h).
+/* Entropy coding: rANS with 64 bits of state and words of 32 bits, frequencies of 16 bits, and escapes in
+ * digits of 4 bits. Streams are those of CompressAI's coder to the byte (`compressai.ans`; Duda, "Asymmetric
+ * numeral systems", arXiv:1311.2540; F. Giesen's rans64.h).
  *
  * Nothing is read or written outside of the arrays that are given, whatever a stream or an argument holds. */
 
@@ -10,9 +10,17 @@
 
 #define LOWEST ((uint64_t)1 << 31) /* of the state */
 #define ONE (1 << 16)
-enum { DIGIT_BITS = 4, MAX_DIGITS = 8, NORMAL_BITS = 30, INVERSE_BITS = 20, STEP_BITS = 8, LAST = 8 << STEP_BITS };
+enum {
+    DIGIT_BITS = 4,
+    MAX_DIGITS = 8,
+    NORMAL_BITS = 30,
+    INVERSE_BITS = 20,
+    STEP_BITS = 8,
+    LAST = 8 << STEP_BITS
+};
 
-/* ------------------------------------------------------------------------------------------------------- rows */
+/* -------------------------------------------------------------------------------------------------------
+ * rows */
 
 /* the number of the first row that is no distribution of at least two bins; -1: all are */
 int64_t rans_bad_row(const Rows *rows) {
@@ -39,7 +47,8 @@ static inline int64_t last_at_most(const int32_t *numbers, int64_t n, int32_t x)
     return low;
 }
 
-/* --------------------------------------------------------------------------------------------------- mixtures */
+/* ---------------------------------------------------------------------------------------------------
+ * mixtures */
 
 /* 2^30 Phi(d 2^-(20 + bits)) by linear interpolation in the table: `phi` of codec/tables.py */
 static inline int64_t phi(const Mixture *m, int64_t d, int bits) {
@@ -105,10 +114,12 @@ static void mixture_of(OneMixture *one, const Mixture *m, int64_t i, int64_t n) 
     one->first = cumulative(one, 0);
 }
 
-/* --------------------------------------------------------------------------------------------------- encoding */
+/* ---------------------------------------------------------------------------------------------------
+ * encoding */
 
-/* An entry is start << 16 | frequency of a bin, or digit << 16. Writes those of one symbol, at most 10, whose bin
- * is `value`; the bin `last` is for all other integers. Returns their number; 0: the symbol is too far away. */
+/* An entry is start << 16 | frequency of a bin, or digit << 16. Writes those of one symbol, at most 10, whose
+ * bin is `value`; the bin `last` is for all other integers. Returns their number; 0: the symbol is too far
+ * away. */
 static inline int escape(uint32_t *entries, int64_t value, int64_t last) {
     uint64_t raw = value < 0 ? -2 * (uint64_t)value - 1 : 2 * (uint64_t)(value - last);
     int count = 0, digits = 0;
@@ -162,8 +173,8 @@ int64_t rans_mixture_entries(const Mixture *m, const int32_t *symbols, int64_t n
     return next - entries;
 }
 
-/* The stream of n entries, from the end of `words`, (n + 2,), forwards. Returns its first word; -1: an entry with
- * neither a frequency nor a digit. */
+/* The stream of n entries, from the end of `words`, (n + 2,), forwards. Returns its first word; -1: an entry
+ * with neither a frequency nor a digit. */
 int64_t rans_stream(const uint32_t *entries, int64_t n, uint32_t *words) {
     uint64_t x = LOWEST;
     int64_t first = n + 2;
@@ -186,7 +197,8 @@ int64_t rans_stream(const uint32_t *entries, int64_t n, uint32_t *words) {
     return first;
 }
 
-/* --------------------------------------------------------------------------------------------------- decoding */
+/* ---------------------------------------------------------------------------------------------------
+ * decoding */
 
 static inline int refill(RansDecoder *d) {
     if (d->state >= LOWEST) return 1;

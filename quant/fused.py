@@ -1,8 +1,8 @@
 """Arithmetic of calibration in compiled kernels: several operations of PyTorch in one pass over the numbers.
 
 integer/calibration.c has the kernels. Each function here returns None where its kernel does not apply:
-without a C compiler, away from the CPU, or for layouts that it does not know. PyTorch's own operations then do
-the same, and the results are equal to the bit. Gradients differ in the order of their sums alone.
+without a C compiler, away from the CPU, or for layouts that it does not know. PyTorch's own operations then
+do the same, and the results are equal to the bit. Gradients differ in the order of their sums alone.
 """
 
 import contextlib

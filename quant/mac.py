@@ -393,4 +393,3 @@ class QuantMAC(QuantModule):
             if self.config.bias_bits == 8:
                 knobs["range_b"] = [self.log_n_bias]
         return knobs
-

@@ -154,7 +154,7 @@ class QuantGDN(QuantMAC):
         flat, numbers, matrix = grad.flatten(2), x.flatten(2), weight.flatten(1)
         return (
             (matrix.T @ flat).view_as(x) if needs[0] else None,
-            sum(g @ n.T for g, n in zip(flat, numbers)).view_as(weight) if needs[1] else None,
+            torch.einsum("boi,bni->on", flat, numbers).view_as(weight) if needs[1] else None,
         )
 
     def operation(self, weight: Tensor, bias: Tensor | None, bound: int) -> Conv2d:

@@ -2,10 +2,10 @@
 
 A layer's bound (`QuantMAC.accumulator_bound`) takes every input at its largest. For the inputs at hand,
 |w| |x| of the weights and inputs of one output is mostly far less, and no sum of a part of the products
-exceeds it (Cauchy-Schwarz). Where it is below 2^24, one product in float32 is exact. Where it is not, the input
-channels are taken in groups whose products are, and their sums are added in float64: that is as many
-multiplications. Split channels (`quant.channel_split`) are taken by their two digits, of which the others have
-the high one only.
+exceeds it (Cauchy-Schwarz). Where it is below 2^24, one product in float32 is exact. Where it is not, the
+input channels are taken in groups whose products are, and their sums are added in float64: that is as many
+multiplications. Split channels (`quant.channel_split`) are taken by their two digits, of which the others
+have the high one only.
 """
 
 import math
@@ -101,9 +101,7 @@ def _parts(node: Any, x: Tensor, weight: Tensor) -> list[Part] | None:
     return parts
 
 
-def _pieces(
-    node: Any, x: Tensor, weight: Tensor, unit: float, digits: bool = True
-) -> list[Part] | None:
+def _pieces(node: Any, x: Tensor, weight: Tensor, unit: float, digits: bool = True) -> list[Part] | None:
     """Some of the channels each; two digits of all numbers where that makes fewer parts."""
     count = 1
     while True:

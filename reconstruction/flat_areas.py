@@ -134,7 +134,8 @@ def towards(weight: Tensor, moment: Tensor, area: Area) -> tuple[Tensor, Tensor]
 
 
 def _solved(matrix: Tensor, damping: Tensor, right: Tensor) -> Tensor:
-    """(matrix + damping)^-1 right, of a positive semidefinite matrix, within a hundredth of its largest number."""
+    """(matrix + damping)^-1 right, of a positive semidefinite matrix, within a hundredth of its largest
+    number."""
     damped = matrix.clone()
     damped.diagonal().add_(damping)
     factor, failed = torch.linalg.cholesky_ex(damped)

@@ -25,8 +25,10 @@ def both(run) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
 
 def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Equal bits, -0.0 apart from 0.0."""
-    return a.dtype == b.dtype and a.shape == b.shape and a.contiguous().view(torch.uint8).equal(
-        b.contiguous().view(torch.uint8)
+    return (
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and a.contiguous().view(torch.uint8).equal(b.contiguous().view(torch.uint8))
     )
 
 
@@ -58,9 +60,9 @@ def test_the_kernel_requantizes_as_pytorch_does_to_the_bit(name, dtype, limited)
         refinement = torch.exp2(torch.randint(0, 4, channels, generator=generator)) if limited else None
         gradient = torch.randn(shape, generator=generator)
 
-        def run():
-            out = requantize_ste(acc, multiplier, limits, refinement)
-            grads = torch.autograd.grad(out, (acc, multiplier), gradient.to(out.dtype))
+        def run(given=(acc, multiplier, limits, refinement), gradient=gradient):
+            out = requantize_ste(*given)
+            grads = torch.autograd.grad(out, given[:2], gradient.to(out.dtype))
             return [out.detach(), *grads]
 
         (out, grad_acc, grad_multiplier), expected = both(run)
