@@ -76,7 +76,7 @@ class Quality:
             run.dataset,
             pad=run.multiple,
             device=run.device,
-            real=False,
+            real=False if run.args.estimate else None,
             count_clipped=count_clipped,
             progress=run.progress,
         ).to_dict()
@@ -265,8 +265,8 @@ def _quantized_part(quality: Quality) -> dict[str, Any]:
         resume=run.args.resume,
         progress=run.progress,
     )
-    report = quality.measure(codec, count_clipped=run.config.clips)
     _check_files(quality, codec)
+    report = quality.measure(codec, count_clipped=run.config.clips)
     codec.save(quality.folder.model, _header(quality, codec))
     layer_bits = quality.layer_bits and described_bits(quality.layer_bits, codec, run)
     return {
