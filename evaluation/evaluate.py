@@ -267,17 +267,14 @@ def _codec_of(
         return None, "it is not frozen"
     if device is not None and torch.device(device).type != "cpu":
         return None, f"files are written on the CPU, and this evaluation ran on {device}"
-    if "none" in model.checked.get("files", {}):
-        return None, model.checked["files"]["none"]
     try:
         codec = Codec(model, bytes(MODEL_BYTES), multiple=multiple)
         codec.settle_rate()
-        codec.encode(torch.zeros((3, multiple, multiple), dtype=torch.uint8))
     except InputError as error:
-        if "files" not in model.checked:  # there is a file, and it decodes to other pixels
-            raise
         return None, str(error)
-    return codec, None
+    codec.check_once(torch.zeros((3, multiple, multiple), dtype=torch.uint8))
+    why = model.checked["files"].get("none")
+    return (None, why) if why else (codec, None)
 
 
 @plain_torch()
