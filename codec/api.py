@@ -318,4 +318,11 @@ class Codec:
             self._network.set_factor(gain * GAIN_UNIT)
 
     def _lowered(self, height: int, width: int, batch: int = 1) -> Program:
-        return lower(self.model, height, width, batch)
+        program = lower(self.model, height, width, batch)
+        given, made = (program.values[port["pixels"]].shape for port in (program.inputs, program.outputs))
+        if given != made:
+            raise InputError(
+                f"the codec turns {height}x{width} pixels into {made[-2]}x{made[-1]}; give `multiple` a "
+                f"multiple of its total stride (now {self.multiple})"
+            )
+        return program

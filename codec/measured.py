@@ -70,8 +70,8 @@ def check_decoded(
     found: Sequence[Mapping[str, np.ndarray]],
     bits: int,
 ) -> None:
-    """Check that a decoder has the numbers of the encoder: symbols, densities and y_hat, from which the pixels
-    follow.
+    """Check that a decoder has the numbers of the encoder: symbols, densities and y_hat, from which the
+    pixels follow.
 
     Args:
         values: symbols and densities, as the plan's encoder gives them.

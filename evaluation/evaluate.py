@@ -272,7 +272,9 @@ def _codec_of(
         codec.settle_rate()
     except InputError as error:
         return None, str(error)
-    codec.check_once(torch.zeros((3, multiple, multiple), dtype=torch.uint8))
+    # not checked yet, or without files, perhaps as it was padded then
+    if "none" in model.checked.get("files", {"none": ""}):
+        codec.check(torch.zeros((3, multiple, multiple), dtype=torch.uint8))
     why = model.checked["files"].get("none")
     return (None, why) if why else (codec, None)
 

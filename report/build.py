@@ -91,8 +91,9 @@ def build_report(
     estimates of both codecs, since a float codec has no others. One that cannot be had is None,
     and `bd_rate_notes` says why under the same key. With a baseline in every point there are the same three
     with the ending `_baseline`. Where files were written, `bd_rate_psnr_files` holds their rates against the
-    quantized codec's estimates, and `bd_rate_psnr_real` against the float codec's; with anchors `anchor_bd_rate_psnr` holds {anchor's name: {"fp32", "quant"}}, of the float and
-    of the quantized codec against each.
+    quantized codec's estimates, and `bd_rate_psnr_real` against the float codec's. With anchors
+    `anchor_bd_rate_psnr` holds {anchor's name: {"fp32", "quant"}}, of the float and of the quantized codec
+    against each, by their `bpp`.
 
     Args:
         points: from `make_point`; sorted by rate here.
@@ -121,7 +122,8 @@ def build_report(
     if sources == ["bitstream"]:
         files = [point["quant"] for point in points]
         for key, codec in (("bd_rate_psnr_files", "quant"), ("bd_rate_psnr_real", "fp32")):
-            rates[key], note = _bd_rate([_estimated(point[codec]) for point in points], files, "psnr", "pchip")
+            estimates = [_estimated(point[codec]) for point in points]
+            rates[key], note = _bd_rate(estimates, files, "psnr", "pchip")
             if note:
                 notes[key] = note
     report = {

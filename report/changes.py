@@ -4,8 +4,8 @@ from licq.evaluation.evaluate import ImageResult
 
 
 def image_deltas(report: dict) -> list[dict]:
-    """What quantization does to every image, by the estimated rates of both codecs: {quality, index, image, bpp [%], psnr [dB], j [%] or None},
-    largest rise of J first.
+    """What quantization does to every image, by the estimated rates of both codecs: {quality, index, image,
+    bpp [%], psnr [dB], j [%] or None}, largest rise of J first.
 
     Images without a rate or without an error, which have no such change, are left out.
     """

@@ -153,8 +153,8 @@ def explanation(report: dict) -> str:
         "bpp is estimated from the entropy model's likelihoods; no bitstream was written."
         if report["bpp_source"] == "estimate"
         else "bpp counts the bytes of bitstreams that were written and decoded; that of the float codec is "
-        "estimated from likelihoods. Changes of bpp, delta J and BD-rates against the float codec compare the "
-        "estimates of both, unless they name files."
+        "estimated from likelihoods. Changes of bpp, delta J and BD-rates against the float codec compare "
+        "the estimates of both, unless they name files."
     )
     if reason := _no_files(report):
         rate += f" The quantized codec has no files: {reason}."

@@ -87,7 +87,7 @@ def test_an_image_is_measured_once(make_image, monkeypatch, tmp_path):
     for entry in (tmp_path / "cache" / "anchors").iterdir():
         entry.write_text("[]")  # damaged
     assert np.array_equal(anchor_points(paths, with_ms_ssim=True), first) and measured == 2 * paths
-    Image.new("RGB", (16, 16), "white").save(copy)  # nothing is lost, and it is small: infinite PSNR, no MS-SSIM
+    Image.new("RGB", (16, 16), "white").save(copy)  # infinite PSNR, and too small for MS-SSIM
     assert np.array_equal(*(anchor_points([copy], with_ms_ssim=True) for _ in range(2)), equal_nan=True)
     measured.remove(copy)
     anchor_points(paths, with_ms_ssim=True, subsampling="4:4:4")  # other settings

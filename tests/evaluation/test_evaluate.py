@@ -62,6 +62,14 @@ def test_a_report_says_why_there_are_no_files():
     )
 
 
+def test_a_codec_without_files_at_one_padding_has_them_at_another():
+    codec = quantized()
+    codec.freeze()
+    small = evaluate(codec, images(1), pad=16, progress=False)  # z has no position for each of y's
+    assert small.bpp_source == "estimate" and "total stride" in str(small.no_files)
+    assert evaluate(codec, images(1), pad=64, progress=False).bpp_source == "bitstream"
+
+
 def test_a_codec_that_estimates_other_symbols_than_it_codes_keeps_its_estimate():
     network = tiny_codec("minnen2018")
     network.gaussian_conditional.of_residual = True  # as CompressAI estimates
