@@ -1,7 +1,7 @@
 """Evaluate quantized image codecs that main_ptq.py has saved, beside the float ones they were made from; code
 images with them.
 
-python main_eval.py --model runs/lu2022_w8a8_rd --data kodak --real
+python main_eval.py --model runs/lu2022_w8a8_rd --data kodak
 python main_eval.py encode IMAGE -o FILE.licq --model runs/lu2022_w8a8_rd --quality 5
 python main_eval.py decode FILE.licq -o IMAGE.png --model runs/lu2022_w8a8_rd
 """

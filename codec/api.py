@@ -11,6 +11,7 @@ from torch import Tensor
 
 from licq.codec.checks import check_content, check_size, image_of
 from licq.codec.container import GAIN_UNIT, MAX_GAIN, MODEL_BYTES, TILE, Container
+from licq.codec.measured import MeasuredImage, check_decoded, estimated_bits
 from licq.codec.model_tables import coder_of
 from licq.codec.plan import Plan
 from licq.codec.ready_plan import ReadyPlan
@@ -135,6 +136,34 @@ class Codec:
         plan = self._plan(padded.shape[-2], padded.shape[-1], gain)
         stream = self._coder.encode(plan, padded.contiguous().numpy())
         return Container(self.digest, width, height, gain, (stream,), grey).to_bytes()
+
+    @plain_torch()
+    def measure(self, pixels: Tensor) -> MeasuredImage:
+        """Encode an image, decode the file, and estimate its rate, by the integer program alone.
+
+        The decoder's symbols, densities and y_hat are compared with the encoder's; the pixels follow from
+        them. The first image of a model is also compared with the model's own forward, see `check`.
+
+        Args:
+            pixels: uint8 (3, H, W).
+
+        Raises:
+            InputError: as `encode`; or the decoder has other numbers than the encoder.
+        """
+        self.check_once(pixels)
+        gain = self.gain(None)
+        height, width = pixels.shape[-2:]
+        check_size(height, width, self.multiple)
+        padded, _ = pad_to_multiple(pixels[None], self.multiple)
+        plan = self._plan(padded.shape[-2], padded.shape[-1], gain)
+        values = plan.encode(padded.contiguous().numpy())
+        stream = self._coder.encode_symbols(plan, values)
+        data = Container(self.digest, width, height, gain, (stream,)).to_bytes()
+        content, found = Container.from_bytes(data), []
+        decoded = self._coder.decode(plan, content.streams[0], found)
+        check_decoded(plan.latents, values, found, self._coder.bits)
+        image = torch.from_numpy(image_of(content, decoded, self.multiple))
+        return MeasuredImage(data, image, estimated_bits(self.model, plan.latents, values))
 
     @plain_torch()
     def decode(self, data: bytes) -> Tensor:
@@ -289,4 +318,11 @@ class Codec:
             self._network.set_factor(gain * GAIN_UNIT)
 
     def _lowered(self, height: int, width: int, batch: int = 1) -> Program:
-        return lower(self.model, height, width, batch)
+        program = lower(self.model, height, width, batch)
+        given, made = (program.values[port["pixels"]].shape for port in (program.inputs, program.outputs))
+        if given != made:
+            raise InputError(
+                f"the codec turns {height}x{width} pixels into {made[-2]}x{made[-1]}; give `multiple` a "
+                f"multiple of its total stride (now {self.multiple})"
+            )
+        return program

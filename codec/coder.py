@@ -58,11 +58,15 @@ class Coder:
 
     def encode(self, plan: Coded, pixels: np.ndarray) -> bytes:
         """The stream of one image: uint8 (1, 3, H, W), of the plan's size."""
+        return self.encode_symbols(plan, plan.encode(pixels))
+
+    def encode_symbols(self, plan: Coded, latents: Sequence[Mapping[str, np.ndarray]]) -> bytes:
+        """The stream of symbols and densities, as `plan.encode` gives them."""
         encoder = rans.encoder()
-        for index, values in enumerate(plan.encode(pixels)):
+        for index, values in enumerate(latents):
             latent, order = plan.latents[index], plan.order(index)
             count = sum(len(group) for group in order)
-            symbols = values.pop("symbols").reshape(-1, count)
+            symbols = values["symbols"].reshape(-1, count)
             densities = {name: values[name].reshape(-1, symbols.size) for name in latent.densities}
             flat, size = symbols.reshape(-1), self._block(latent)
             for chosen in _in_blocks(_places(order, len(symbols), count), size):
@@ -98,8 +102,14 @@ class Coder:
 
     # ------------------------------------------------------------------------------------------------- decode
 
-    def decode(self, plan: Coded, stream: bytes) -> np.ndarray:
+    def decode(
+        self, plan: Coded, stream: bytes, found: list[dict[str, np.ndarray]] | None = None
+    ) -> np.ndarray:
         """The image of a stream: uint8 (1, 3, H, W), of the plan's size.
+
+        Args:
+            found: gets what is decoded of each latent: "symbols", "y_hat" where the decoder adds means to
+                them, and densities where they do not follow from the latent itself.
 
         Raises:
             InputError: the stream has symbols that the model cannot have written.
@@ -112,6 +122,8 @@ class Coder:
             results = step.before({str(number): values[number] for number in step.needs})
             values.update((int(name), result) for name, result in results.items())
             self._decode_latent(step, decoder, values)
+            if found is not None:
+                found.append(_found(step, values))
             later = {number for step in steps[index + 1 :] for number in step.needs} | set(needs.values())
             values = {number: value for number, value in values.items() if number in later}
         decoder.finish()
@@ -176,6 +188,14 @@ class Coder:
 
 def _mixture(densities: Mapping[str, np.ndarray]) -> tuple[np.ndarray, ...]:
     return densities["scales"], densities["means"], densities["weights"]
+
+
+def _found(step: Step, values: Mapping[int, np.ndarray]) -> dict[str, np.ndarray]:
+    latent = step.latent
+    numbers = {"symbols": latent.symbols[0], **(latent.densities if step.context is None else {})}
+    if latent.decoded:
+        numbers["y_hat"] = latent.decoded[0]
+    return {name: values[number] for name, number in numbers.items()}
 
 
 def _places(order: Sequence[np.ndarray], channels: int, count: int) -> np.ndarray:

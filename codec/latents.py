@@ -110,6 +110,7 @@ def find_latents(program: Program) -> list[Latent]:
                 whole,
                 shape,
                 limits=_limits(program, final.symbols),
+                estimated=density.whole or density.means is None or not whole,
             )
         )
     return latents

@@ -38,6 +38,7 @@ class Latent:
         shape: of the symbols, (1, C, H, W).
         step: of z in a codec of variable rate, in units of 2^-`STEP_OF_Z_BITS`.
         limits: the smallest and the largest symbol that the program proves to be possible.
+        estimated: the symbols are those whose rate the forward estimates.
     """
 
     node: str
@@ -50,6 +51,7 @@ class Latent:
     shape: tuple[int, ...]
     step: int | None = None
     limits: tuple[int, int] = (-(2**31), 2**31 - 1)
+    estimated: bool = True
 
     @property
     def given(self) -> tuple[int, ...]:

@@ -93,6 +93,12 @@ class Plan:
         known: set[int] = set()
         try:
             for latent in self.latents:
+                for name, number in latent.densities.items():
+                    if (shape := self.program.values[number].shape)[2:] != latent.shape[2:]:
+                        raise InputError(
+                            f"{latent.node}: its {name} have the shape {shape}, its symbols {latent.shape}; "
+                            "give sides that are multiples of the codec's total stride"
+                        )
                 needed = (
                     _context_part(self.program, latent)[0].values()
                     if self._readings(latent)

@@ -1,19 +1,24 @@
 """R-D curves to compare with: classical codecs, from the bytes that Pillow writes, and what others
 published."""
 
+import contextlib
+import hashlib
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, features
+from PIL import __version__ as pillow
 
-from licq.data.datasets import Dataset
+from licq.data.datasets import Dataset, cache_folder
 from licq.data.images import load_pixels
-from licq.evaluation.metrics import ms_ssim, psnr
+from licq.evaluation.metrics import ms_ssim as similarity_of
+from licq.evaluation.metrics import psnr
 from licq.support.errors import InputError
+from licq.support.files import sha256, write_text
 from licq.support.progress import progress as progress_bar
 
 # few for AVIF, which takes ten times as long as JPEG for an image
@@ -42,6 +47,9 @@ def anchor_points(
 ) -> np.ndarray:
     """Rate and distortion of a classical codec at several quality settings.
 
+    What was measured of an image is kept in the cache folder, by the image's file, the settings and the
+    versions of Pillow and its libraries.
+
     Bytes are those of the whole file, headers included, metadata left out. Pillow's defaults otherwise: JPEG
     is baseline 4:2:0 with the standard Huffman tables, AVIF 4:2:0 at speed 6 (slower ones gain up to 0.4 dB);
     `options` (e.g. subsampling="4:4:4", optimize=True) go to Pillow's `save`.
@@ -69,19 +77,52 @@ def anchor_points(
     for column, path in enumerate(
         progress_bar(paths, desc=_NAMES[codec], unit="image", enabled=progress, leave=False)
     ):
-        pixels = load_pixels(path)
-        image = Image.fromarray(pixels)
-        original = _tensor(pixels)
-        for row, quality in enumerate(qualities):
-            coded = io.BytesIO()
-            image.save(coded, format=codec, quality=quality, **_OPTIONS.get(codec, {}) | options)
-            decoded = _tensor(np.array(Image.open(coded).convert("RGB")))
-            similarity = ms_ssim(original, decoded) if with_ms_ssim else None
-            points[row, column] = (
+        what = {
+            "codec": codec,
+            "qualities": qualities,
+            "options": _OPTIONS.get(codec, {}) | options,
+            "ms_ssim": with_ms_ssim,
+        }
+        points[:, column] = _kept(path, what, lambda path=path, what=what: _points_of(path, **what))
+    return points
+
+
+def _points_of(path: Path, codec: str, qualities: Sequence[int], options: dict, ms_ssim: bool) -> np.ndarray:
+    """(qualities, 3) of one image, see `anchor_points`."""
+    pixels = load_pixels(path)
+    image = Image.fromarray(pixels)
+    original = _tensor(pixels)
+    rows = []
+    for quality in qualities:
+        coded = io.BytesIO()
+        image.save(coded, format=codec, quality=quality, **options)
+        decoded = _tensor(np.array(Image.open(coded).convert("RGB")))
+        similarity = similarity_of(original, decoded) if ms_ssim else None
+        rows.append(
+            (
                 8 * coded.tell() / (image.width * image.height),
                 psnr(original, decoded),
                 np.nan if similarity is None else similarity,
             )
+        )
+    return np.array(rows)
+
+
+def _kept(path: Path, what: dict, measure: Callable[[], np.ndarray]) -> np.ndarray:
+    """The points of one image from the cache folder, else measured and kept there, if that is possible."""
+    library = features.version({"jpeg": "libjpeg_turbo"}.get(what["codec"], what["codec"]))
+    key = {**what, "pillow": pillow, "library": library, "image": sha256(path), "form": 1}
+    name = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:32]
+    entry = cache_folder() / "anchors" / f"{name}.json"
+    try:
+        stored = np.array(json.loads(entry.read_text(encoding="utf-8")), dtype=float)
+        if stored.shape == (len(what["qualities"]), 3):
+            return stored
+    except (OSError, ValueError, TypeError):
+        pass
+    points = measure()
+    with contextlib.suppress(OSError, InputError):
+        write_text(entry, json.dumps(points.tolist()))  # with NaN and Infinity
     return points
 
 

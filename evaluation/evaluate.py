@@ -52,18 +52,19 @@ class ImageResult:
     ms_ssim: float | None
 
     def cost(self, lmbda: float, metric: str = "mse") -> float:
-        """The codec's objective J = R + lambda * D of this image, R in bpp; D is the MSE on 0..255, or 1 -
-        MS-SSIM.
+        """The codec's objective J = R + lambda * D of this image, R the estimate in bpp; D is the MSE on
+        0..255, or 1 - MS-SSIM.
 
-        CompressAI writes the first as lambda * 255^2 * mse with mse on 0..1: the same number.
+        CompressAI writes the first as lambda * 255^2 * mse with mse on 0..1: the same number. A float codec
+        has only the estimate, so J is of the estimate for every codec.
         """
         if metric == "mse":
-            return self.bpp + lmbda * self.mse
+            return self.bpp_estimated + lmbda * self.mse
         if metric != "ms-ssim":
             raise InputError(f"`metric` is {metric!r}; choose mse or ms-ssim")
         if self.ms_ssim is None:
             raise InputError(f"{self.name} is too small for MS-SSIM; leave it out, or give `metric` mse")
-        return self.bpp + lmbda * (1.0 - self.ms_ssim)
+        return self.bpp_estimated + lmbda * (1.0 - self.ms_ssim)
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,8 @@ class Report:
     seconds:    that it took.
     clipped:    of each node of a quantized codec that clips, the share of its input values that it clips;
         None where that was not counted.
+    no_files:   why a quantized codec's rate is the estimate; None where it is that of files, where nobody
+        asked for files, and for a float codec.
     """
 
     name: str
@@ -83,6 +86,7 @@ class Report:
     bpp_source: str
     seconds: float
     clipped: dict[str, float] | None = None
+    no_files: str | None = None
 
     def mean(self) -> dict[str, float | None]:
         """Means over the images: {"bpp", "bpp_estimated", "psnr" (of the images' dB), "ms_ssim"}.
@@ -112,6 +116,7 @@ class Report:
             "seconds": self.seconds,
             "images": self.images_as_dicts(),
             **({} if self.clipped is None else {"clipped": self.clipped}),
+            **({} if self.no_files is None else {"no_files": self.no_files}),
         }
 
     @classmethod
@@ -121,13 +126,22 @@ class Report:
             ImageResult(**{**image, "psnr": math.inf if image["psnr"] is None else image["psnr"]})
             for image in stored["images"]
         )
-        return cls(stored["name"], images, stored["bpp_source"], stored["seconds"], stored.get("clipped"))
+        return cls(
+            stored["name"],
+            images,
+            stored["bpp_source"],
+            stored["seconds"],
+            stored.get("clipped"),
+            stored.get("no_files"),
+        )
 
     @classmethod
     def joined(cls, reports: Sequence["Report"]) -> "Report":
         """One codec's reports on parts of a data set, in their order, as one."""
         images = tuple(image for report in reports for image in report.per_image)
-        return cls(reports[0].name, images, reports[0].bpp_source, sum(report.seconds for report in reports))
+        first = reports[0]
+        seconds = sum(report.seconds for report in reports)
+        return cls(first.name, images, first.bpp_source, seconds, no_files=first.no_files)
 
 
 def delta_j_percent(reference: Report, other: Report, lmbda: float, metric: str = "mse") -> float:
@@ -151,9 +165,10 @@ def evaluate(
 ) -> Report:
     """Measure the rate and the distortion of a codec on each image by itself.
 
-    The rate is that of real files where the codec has them: each image is encoded, decoded, and the decoded
-    pixels are compared with those of the model. Otherwise it is the estimate from the likelihoods.
-    `Report.bpp_source` says which.
+    A frozen quantized codec is measured by its integer program on the CPU: each image is encoded, its file
+    decoded, and the decoder's numbers are compared with the encoder's (`Codec.measure`). The rate is that of
+    the file, and the estimate from the likelihoods stands beside it. Where a codec has no files, its forward
+    runs and the rate is the estimate. `Report.bpp_source` says which, `Report.no_files` why.
 
     Args:
         model: a float codec or a `QuantModel`: its call on (1, 3, H, W) in 0..1 returns {"x_hat": of the same
@@ -166,9 +181,10 @@ def evaluate(
             counts per pixel of the image without padding.
         device: where to run; default where the model's parameters are. The model is moved there.
         codec: what writes the files of `model`; default one made here.
-        real: True asks for files, False for the estimate alone; default files of a frozen `QuantModel` whose
-            forward has a bitstream, else the estimate.
+        real: True asks for files, False for the forward and the estimate alone; default files of a frozen
+            `QuantModel` on the CPU whose forward has a bitstream, else the estimate.
         count_clipped: also count the values that the quantizers of a `QuantModel` clip, for `Report.clipped`.
+            The forward, which simulates the integers on float kernels, then runs beside the program.
         progress: show a bar with the time left.
 
     Returns:
@@ -191,27 +207,33 @@ def evaluate(
         device = parameter.device if parameter is not None else torch.device("cpu")
     else:
         model.to(device)
+    no_files = None
     if codec is None and real is not False:
-        codec = _codec_of(model, pad)
+        codec, no_files = _codec_of(model, pad, None if real else device)
         if codec is None and real:
-            raise InputError("this codec has no files: give a frozen `QuantModel`, or leave out `real`")
+            why = f" ({no_files})" if no_files else ""
+            raise InputError(f"this codec has no files{why}: give a frozen `QuantModel`, or leave out `real`")
     if codec is not None:
         codec.settle_rate()
     started = time.monotonic()
     nodes = model.nodes if count_clipped and isinstance(model, QuantModel) else {}
-    with _evaluating(model), counting(nodes) as counter:
-        results = [
-            _evaluate_one(model, picture, index, pad, device, codec)
-            for index, picture in enumerate(
-                progress_bar(
-                    pictures, desc=f"evaluating on {name}", unit="image", enabled=progress, leave=False
-                )
-            )
-        ]
+
+    def each(what: str):
+        return enumerate(progress_bar(pictures, desc=what, unit="image", enabled=progress, leave=False))
+
+    with _evaluating(model):
+        with counting({} if codec else nodes) as counter:
+            results = [
+                _evaluate_one(model, picture, index, pad, device, codec)
+                for index, picture in each(f"evaluating on {name}")
+            ]
+        if codec and nodes:
+            with counting(nodes) as counter:
+                for index, picture in each("counting what is clipped"):
+                    _decode(model, _image(picture, index)[1].to(device), str(index), pad)
     clipped = counter.shares() if nodes else None
-    return Report(
-        name, tuple(results), "bitstream" if codec else "estimate", time.monotonic() - started, clipped
-    )
+    source = "bitstream" if codec else "estimate"
+    return Report(name, tuple(results), source, time.monotonic() - started, clipped, no_files)
 
 
 def _pictures(images: Images) -> tuple[list[Picture], str]:
@@ -227,23 +249,34 @@ def _pictures(images: Images) -> tuple[list[Picture], str]:
     return list(images), "images"
 
 
-def _codec_of(model: nn.Module, multiple: int) -> Codec | None:
-    """What writes files of a model; None where it is not quantized, not frozen, or has no bitstream.
+def _codec_of(
+    model: nn.Module, multiple: int, device: torch.device | str | None = None
+) -> tuple[Codec | None, str | None]:
+    """What writes files of a model; (None, why) where it is not frozen, has no bitstream, or is on another
+    device than the CPU; (None, None) of a float codec.
+
+    Args:
+        device: that of the evaluation; None: files are wanted wherever the model is.
 
     Raises:
         InputError: its files do not decode to its own pixels.
     """
-    if not isinstance(model, QuantModel) or not model.frozen:
-        return None
+    if not isinstance(model, QuantModel):
+        return None, None
+    if not model.frozen:
+        return None, "it is not frozen"
+    if device is not None and torch.device(device).type != "cpu":
+        return None, f"files are written on the CPU, and this evaluation ran on {device}"
     try:
         codec = Codec(model, bytes(MODEL_BYTES), multiple=multiple)
         codec.settle_rate()
-        codec.encode(torch.zeros((3, multiple, multiple), dtype=torch.uint8))
-    except InputError:
-        if "files" not in model.checked:  # there is a file, and it decodes to other pixels
-            raise
-        return None
-    return codec
+    except InputError as error:
+        return None, str(error)
+    # not checked yet, or without files, perhaps as it was padded then
+    if "none" in model.checked.get("files", {"none": ""}):
+        codec.check(torch.zeros((3, multiple, multiple), dtype=torch.uint8))
+    why = model.checked["files"].get("none")
+    return (None, why) if why else (codec, None)
 
 
 @plain_torch()
@@ -259,8 +292,16 @@ def decoded_pixels(model: nn.Module, path: Path, pad: int, device: torch.device)
     Raises:
         InputError: an image that cannot be read, or NaN or Inf in the model's output.
     """
+    codec, _ = _codec_of(model, pad, device)
     with _evaluating(model.to(device)):
+        if codec is not None:
+            return codec.decode(codec.encode(_samples(load_image(path)))).float()
         return to_pixels(_decode(model, load_image(path)[None].to(device), path.name, pad)[0])[0].cpu()
+
+
+def _samples(x: Tensor) -> Tensor:
+    """uint8 of an image in 0..1, on the CPU."""
+    return to_pixels(x).to("cpu", torch.uint8)
 
 
 @contextlib.contextmanager
@@ -299,6 +340,16 @@ def _decode(model: nn.Module, x: Tensor, label: str, pad: int) -> tuple[Tensor, 
     return crop_back(x_hat, unpad), rate
 
 
+def _image(picture: Picture, index: int) -> tuple[str, Tensor]:
+    """What an image is called, and its samples (1, 3, H, W) in 0..1."""
+    if isinstance(picture, (str, Path)):
+        label, x = Path(picture).name, load_image(picture)
+    else:
+        label = f"image {index}"
+        x = samples_of(picture, label)
+    return label, x.reshape(1, *x.shape[-3:])
+
+
 def _evaluate_one(
     model: nn.Module,
     picture: Picture,
@@ -307,22 +358,29 @@ def _evaluate_one(
     device: torch.device | str,
     codec: Codec | None,
 ) -> ImageResult:
-    label = Path(picture).name if isinstance(picture, (str, Path)) else f"image {index}"
-    x = (load_image(picture) if isinstance(picture, (str, Path)) else samples_of(picture, label)).to(device)
-    if codec is not None and not isinstance(picture, (str, Path)):
-        x = to_pixels(x).div(255.0)  # a file holds 8-bit samples
-    x = x.reshape(1, *x.shape[-3:])
+    label, x = _image(picture, index)
     height, width = x.shape[-2:]
-    x_hat, rate = _decode(model, x, label, pad)
-    real = rate
-    if codec is not None:
-        pixels, decoded = ((image[0] * 255).round().to("cpu", torch.uint8) for image in (x, x_hat))
-        data = codec.encode(pixels)
-        if not torch.equal(codec.decode(data), decoded):
-            raise InputError(
-                f"{label}: its file does not decode to the pixels of the quantized network; this is a "
-                "defect, please report it"
-            )
-        real = 8 * len(data) / (height * width)
+    if codec is None:
+        x = x.to(device)
+        x_hat, rate = _decode(model, x, label, pad)
+        real = rate
+    else:
+        pixels = _samples(x[0])
+        x = pixels[None] / 255.0  # a file holds 8-bit samples
+        try:
+            measured = codec.measure(pixels)
+        except InputError as error:
+            raise InputError(f"{label}: {error}") from error
+        x_hat, bits = measured.pixels[None] / 255.0, measured.estimated_bits
+        real = 8 * len(measured.data) / (height * width)
+        if bits is None:  # the forward estimates the rate of other symbols
+            own, rate = _decode(model, x.to(device), label, pad)
+            if not torch.equal(_samples(own[0]), measured.pixels):
+                raise InputError(
+                    f"{label}: its file does not decode to the pixels of the quantized network; this is a "
+                    "defect, please report it"
+                )
+        else:
+            rate = bits / (height * width)
     error = mse(x, x_hat)
     return ImageResult(label, width, height, real, rate, error, psnr_from_mse(error), ms_ssim(x, x_hat))

@@ -31,7 +31,7 @@ options:
   --version     show the version
 
   licq quantize --arch lu2022 --w_bits 8 --a_bits 8 --out runs/first
-  licq evaluate --model runs/first --data kodak --real
+  licq evaluate --model runs/first --data kodak
   licq encode IMAGE -o FILE.licq --model runs/first --quality 5
   licq decode FILE.licq -o IMAGE.png --model runs/first
 

@@ -4,6 +4,7 @@ y, z, means and scales are requantized from their accumulators to integers in un
 (design, section 3). Likelihoods are estimates in float for the rate: no symbol and no pixel depends on them.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -74,6 +75,20 @@ class QuantBoundary(QuantModule):
         self.module = module
         self.unit = 2.0**-config.boundary_bits
         self.grid = boundary_quantizer(config)
+
+    def likelihood_of_coded(
+        self, symbols: Tensor, densities: Mapping[str, Tensor], step: Tensor | None = None
+    ) -> Tensor:
+        """The estimated likelihoods of symbols that the integer program has computed, as `forward` gives
+        them.
+
+        Args:
+            symbols: integers (1, C, H, W).
+            densities: "scales", "means", "weights" as far as the model has them: integers in units of
+                `unit`.
+            step: of the symbols of z in a codec of variable rate, (1, 1, 1, 1).
+        """
+        raise NotImplementedError
 
     def latent(self, values: Tensor, like: QTensor) -> QTensor:
         """Integers in units of `unit` as y_hat or z_hat."""
@@ -160,6 +175,12 @@ class QuantEntropyBottleneck(QuantBoundary):
         """The medians in units of `unit`."""
         return constant(round_ste(self._medians_for(z) / self.unit), self.runtime.tracer)
 
+    def likelihood_of_coded(
+        self, symbols: Tensor, densities: Mapping[str, Tensor], step: Tensor | None = None
+    ) -> Tensor:
+        medians = round_half_away(self._medians_for(symbols) / self.unit) * self.unit
+        return self._likelihood_of((symbols + medians).to(medians.dtype))
+
     def integer(self, z: QTensor) -> tuple[QTensor, Tensor]:
         z = self.grid(z)
         medians = self.integer_medians(z.q)
@@ -230,6 +251,12 @@ class QuantGaussianConditional(QuantBoundary):
         symbols, y_hat = rounded(y, means if whole is None else None)
         return y_hat, self._likelihood_of(symbols, scales, whole)
 
+    def likelihood_of_coded(
+        self, symbols: Tensor, densities: Mapping[str, Tensor], step: Tensor | None = None
+    ) -> Tensor:
+        means = densities["means"] * self.unit if self.rounds_whole and "means" in densities else None
+        return self._likelihood_of(symbols.float(), densities["scales"] * self.unit, means)
+
     def integer(self, y: QTensor, scales: QTensor, means: QTensor | None = None) -> tuple[QTensor, Tensor]:
         means = None if means is None else self.grid(means)
         mean = None if means is None else means.q
@@ -271,6 +298,12 @@ class QuantGaussianMixture(QuantGaussianConditional):
     def real(self, y: Tensor, scales: Tensor, means: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         y_hat = rounded(y, None)[1]
         return y_hat, self._likelihood_of(y_hat, scales, means, weights)
+
+    def likelihood_of_coded(
+        self, symbols: Tensor, densities: Mapping[str, Tensor], step: Tensor | None = None
+    ) -> Tensor:
+        parts = (densities[name] * self.unit for name in ("scales", "means", "weights"))
+        return self._likelihood_of(symbols.float(), *parts)
 
     def integer(
         self, y: QTensor, scales: QTensor, means: QTensor, weights: QTensor
@@ -326,6 +359,14 @@ class QuantVariableBottleneck(QuantEntropyBottleneck):
         medians = self._medians_for(z)
         z_hat = rounded((z - medians) / step, None)[1] * step + medians
         return z_hat, self.module.step_likelihood(z_hat, step)
+
+    def likelihood_of_coded(
+        self, symbols: Tensor, densities: Mapping[str, Tensor], step: Tensor | None = None
+    ) -> Tensor:
+        assert step is not None
+        whole = round_half_away(symbols * (step.double() / self.unit))
+        medians = round_half_away(self._medians_for(symbols).double() / self.unit)
+        return self.module.step_likelihood(((whole + medians) * self.unit).float(), step.float())
 
     def integer(self, z: QTensor, step: Tensor) -> tuple[QTensor, Tensor]:
         z, step = self.grid(z), step.double()

@@ -52,6 +52,7 @@ def make_point(
         **{codec: report and report.mean() for codec, report in measured.items()},
         "delta_j_percent": _delta_j(fp32, quant, lmbda, metric),
         "bpp_source": last.bpp_source,
+        **({} if quant is None or quant.no_files is None else {"no_files": quant.no_files}),
         "calibration_seconds": calibration_seconds,
         "peak_memory_mb": peak_memory_mb,
         "model_bytes": model_bytes,
@@ -86,11 +87,13 @@ def build_report(
     """The dictionary of report.json: the keys of design section 7 and some more.
 
     `bd_rate_psnr` and `bd_rate_ms_ssim` (on the dB scale) are percent of rate of the quantized against the
-    float codec, PCHIP, from two points on; `bd_rate_psnr_cubic` needs four. One that cannot be had is None,
+    float codec, PCHIP, from two points on; `bd_rate_psnr_cubic` needs four. They compare like with like: the
+    estimates of both codecs, since a float codec has no others. One that cannot be had is None,
     and `bd_rate_notes` says why under the same key. With a baseline in every point there are the same three
-    with the ending `_baseline`; where files were written, `bd_rate_psnr_files` holds their rates against the
-    estimates; with anchors `anchor_bd_rate_psnr` holds {anchor's name: {"fp32", "quant"}}, of the float and
-    of the quantized codec against each.
+    with the ending `_baseline`. Where files were written, `bd_rate_psnr_files` holds their rates against the
+    quantized codec's estimates, and `bd_rate_psnr_real` against the float codec's. With anchors
+    `anchor_bd_rate_psnr` holds {anchor's name: {"fp32", "quant"}}, of the float and of the quantized codec
+    against each, by their `bpp`.
 
     Args:
         points: from `make_point`; sorted by rate here.
@@ -108,18 +111,21 @@ def build_report(
             ("bd_rate_psnr_cubic", "psnr", "cubic"),
         ):
             rates[key + ending], note = _bd_rate(
-                [point["fp32"] for point in points], [point[codec] for point in points], measure, method
+                [_estimated(point["fp32"]) for point in points],
+                [_estimated(point[codec]) for point in points],
+                measure,
+                method,
             )
             if note:
                 notes[key + ending] = note
     sources = sorted({point["bpp_source"] for point in points})
     if sources == ["bitstream"]:
         files = [point["quant"] for point in points]
-        rates["bd_rate_psnr_files"], note = _bd_rate(
-            [part | {"bpp": part["bpp_estimated"]} for part in files], files, "psnr", "pchip"
-        )
-        if note:
-            notes["bd_rate_psnr_files"] = note
+        for key, codec in (("bd_rate_psnr_files", "quant"), ("bd_rate_psnr_real", "fp32")):
+            estimates = [_estimated(point[codec]) for point in points]
+            rates[key], note = _bd_rate(estimates, files, "psnr", "pchip")
+            if note:
+                notes[key] = note
     report = {
         "arch": arch,
         "preset": preset,
@@ -171,6 +177,11 @@ def _delta_j(fp32: Report | None, other: Report | None, lmbda: float | None, met
     if lmbda is None or fp32 is None or other is None:
         return None
     return delta_j_percent(fp32, other, lmbda, metric)
+
+
+def _estimated(means: dict | None) -> dict | None:
+    """The means with the estimated rate."""
+    return means and means | {"bpp": means["bpp_estimated"]}
 
 
 def _bd_rate(

@@ -4,8 +4,8 @@ from licq.evaluation.evaluate import ImageResult
 
 
 def image_deltas(report: dict) -> list[dict]:
-    """What quantization does to every image: {quality, index, image, bpp [%], psnr [dB], j [%] or None},
-    largest rise of J first.
+    """What quantization does to every image, by the estimated rates of both codecs: {quality, index, image,
+    bpp [%], psnr [dB], j [%] or None}, largest rise of J first.
 
     Images without a rate or without an error, which have no such change, are left out.
     """
@@ -13,7 +13,7 @@ def image_deltas(report: dict) -> list[dict]:
     for point in report["points"]:
         pairs = zip(point["images_per"].get("fp32", ()), point["images_per"].get("quant", ()))
         for index, (before, after) in enumerate(pairs):
-            if not (before["bpp"] and before["mse"] and after["mse"]):
+            if not (before["bpp_estimated"] and before["mse"] and after["mse"]):
                 continue
             rise = None
             if point["lambda"] is not None:
@@ -27,7 +27,7 @@ def image_deltas(report: dict) -> list[dict]:
                     "quality": point["quality"],
                     "index": index,
                     "image": before["name"],
-                    "bpp": 100 * (after["bpp"] / before["bpp"] - 1),
+                    "bpp": 100 * (after["bpp_estimated"] / before["bpp_estimated"] - 1),
                     "psnr": after["psnr"] - before["psnr"],
                     "j": rise,
                 }

@@ -34,7 +34,7 @@ def compressai_results(report: dict, codec: str, name: str) -> dict:
         for key, measure in (("bpp", "bpp"), ("psnr-rgb", "psnr"), ("ms-ssim-rgb", "ms_ssim"))
         if all(means[measure] is not None for means in points)
     }
-    source = "files" if codec == "quant" and report["bpp_source"] == "bitstream" else "estimates"
+    source = "files" if codec != "fp32" and report["bpp_source"] == "bitstream" else "estimates"
     return {
         "name": name,
         "description": f"licq, {report['dataset']}, {report['images']} images, bpp of {source}",

@@ -37,6 +37,7 @@ def points_table(report: dict) -> Table:
         "lambda",
         "codec",
         "bpp",
+        "estimated",
         "PSNR [dB]",
         "MS-SSIM",
         "delta bpp",
@@ -60,12 +61,13 @@ def points_table(report: dict) -> Table:
                 _number(point["lambda"], 1, "g"),
                 name,
                 f"{means['bpp']:.4f}",
+                f"{means['bpp_estimated']:.4f}",
                 f"{means['psnr']:.3f}",
                 similarity,
             ]
             if codec != "fp32" and reference is not None:
                 row += [
-                    percent(100 * (means["bpp"] / reference["bpp"] - 1)),
+                    percent(100 * (means["bpp_estimated"] / reference["bpp_estimated"] - 1)),
                     f"{means['psnr'] - reference['psnr']:+.3f}",
                     percent(delta_j),
                 ]
@@ -81,6 +83,8 @@ def bd_table(report: dict) -> Table:
         rows.append([f"{baseline_label(report)} against float", *_bd_cells(report, "_baseline")])
     if report.get("bd_rate_psnr_files") is not None:
         rows.append(["files against the estimate", f"{report['bd_rate_psnr_files']:+.3f}%", "", ""])
+    if report.get("bd_rate_psnr_real") is not None:
+        rows.append(["files against float's estimate", percent(report["bd_rate_psnr_real"]), "", ""])
     for name, values in (report.get("anchor_bd_rate_psnr") or {}).items():
         for codec, label in (("fp32", "float"), ("quant", codec_label(report))):
             if is_everywhere(report, codec):

@@ -97,12 +97,7 @@ def render_summary(report: dict) -> str:
         for point in report["points"]
     ]
     lines = [
-        f"{report['arch']} on {report['dataset']} ({report['images']} images), bpp "
-        + (
-            "estimated from likelihoods"
-            if report["bpp_source"] == "estimate"
-            else "of written and decoded bitstreams"
-        ),
+        f"{report['arch']} on {report['dataset']} ({report['images']} images), bpp {_source(report)}",
         "",
         tabulate(rows, headers=header, tablefmt="simple", disable_numparse=True, stralign="right"),
         "",
@@ -113,7 +108,10 @@ def render_summary(report: dict) -> str:
         reason = report["bd_rate_notes"].get("bd_rate_psnr")
         lines.append(line + (f"; {reason.removeprefix('BD-rate: ')}" if reason else ""))
     if report.get("bd_rate_psnr_files") is not None:
-        lines.append(f"BD-rate of files against the estimate: {report['bd_rate_psnr_files']:+.3f}%")
+        line = f"BD-rate of files against the estimate: {report['bd_rate_psnr_files']:+.3f}%"
+        if report.get("bd_rate_psnr_real") is not None:
+            line += f", against float's estimate: {percent(report['bd_rate_psnr_real'])}"
+        lines.append(line)
     for name, values in (report.get("anchor_bd_rate_psnr") or {}).items():
         lines.append(
             f"BD-rate against {name}: "
@@ -154,14 +152,32 @@ def explanation(report: dict) -> str:
     rate = (
         "bpp is estimated from the entropy model's likelihoods; no bitstream was written."
         if report["bpp_source"] == "estimate"
-        else "bpp counts the bytes of bitstreams that were written and decoded."
+        else "bpp counts the bytes of bitstreams that were written and decoded; that of the float codec is "
+        "estimated from likelihoods. Changes of bpp, delta J and BD-rates against the float codec compare "
+        "the estimates of both, unless they name files."
     )
+    if reason := _no_files(report):
+        rate += f" The quantized codec has no files: {reason}."
     return (
         f"{rate} PSNR is on clamped and rounded 8-bit RGB pixels, the mean of the images' dB. MS-SSIM is the "
         "mean over the images with more than 160 pixels on each side. J = bpp + lambda * D is the codec's "
         "training objective, per image, then averaged."
         + (f" {baseline_label(report)}: {report['baseline']}." if report.get("baseline") else "")
     )
+
+
+def _source(report: dict) -> str:
+    if report["bpp_source"] != "estimate":
+        return "of written and decoded bitstreams" + (
+            " (float: estimated)" if is_everywhere(report, "fp32") else ""
+        )
+    reason = _no_files(report)
+    return "estimated from likelihoods" + (f"; no files: {reason}" if reason else "")
+
+
+def _no_files(report: dict) -> str | None:
+    """Why the quantized codec has no files; None where it has, or nobody asked."""
+    return next((point["no_files"] for point in report["points"] if "no_files" in point), None)
 
 
 def bd_notes(report: dict) -> list[str]:

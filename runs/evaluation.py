@@ -15,7 +15,6 @@ import torch
 from PIL import Image
 from torch import nn
 
-from licq.codec.api import Codec
 from licq.data.datasets import Dataset
 from licq.evaluation import evaluate as evaluation
 from licq.evaluation.anchors import anchors_of, classical_points
@@ -118,6 +117,8 @@ def prepare_evaluation(args: argparse.Namespace) -> EvaluationRun:
             "--real is for quantized models: a float codec's files cannot be decoded safely elsewhere; "
             "leave it out"
         )
+    if args.real and args.estimate:
+        raise InputError("--real and --estimate exclude each other; give one of them")
     files = [] if only_float else find_models(args.model, args.quality)
     Engine.from_args(args)  # its flags are checked before the files are read
     device = pick_device(args.device)
@@ -200,7 +201,7 @@ def measure_part(run: EvaluationRun, images: slice) -> dict[str, Any]:
     """
     dataset = Dataset(run.dataset.name, run.dataset.paths[images])
     points = [_measure_point(run, index, dataset) for index in range(len(run.points))]
-    anchors = classical_points(dataset.paths, progress=run.progress)
+    anchors = classical_points(dataset.paths, progress=run.progress) if run.args.with_anchors else {}
     return {"points": points, "anchors": {name: values.tolist() for name, values in anchors.items()}}
 
 
@@ -209,9 +210,7 @@ def _measure_point(run: EvaluationRun, index: int, dataset: Dataset) -> dict[str
     if run.progress:
         print(f"{run.arch} quality {point.quality} ({index + 1} of {len(run.points)})", file=sys.stderr)
     network, quant = run.codecs(index)
-    codec = None
-    if quant is not None and point.file is not None and run.args.real:
-        codec = Codec(quant, None, run.args.threads, run.multiple)
+    real = True if run.args.real else False if run.args.estimate else None
     measured = {}
     for name, model in (("quant", quant), ("fp32", network)):
         if model is not None:
@@ -220,8 +219,7 @@ def _measure_point(run: EvaluationRun, index: int, dataset: Dataset) -> dict[str
                 dataset,
                 pad=run.multiple,
                 device=run.device,
-                codec=codec if name == "quant" else None,
-                real=bool(codec) and name == "quant",
+                real=real if name == "quant" else None,
                 progress=run.progress,
             ).to_dict()
     if network is not None:
@@ -281,6 +279,8 @@ def _settings(run: EvaluationRun, engine: Engine) -> dict[str, Any]:
         "threads": engine.threads or torch.get_num_threads(),
         "device": str(run.device),
         "real": run.args.real,
+        "estimate": run.args.estimate,
+        "anchors": run.args.with_anchors,
         "quantized": [sha256(point.file) for point in run.points if point.file],
         "rates": [point.quality for point in run.points],
         "float": {str(quality): model.sha256 for quality, model in run.float_codecs.items()},
@@ -380,7 +380,9 @@ def _build_report(run: EvaluationRun, points: list[dict], anchors: dict[str, np.
         points=points,
         warnings=run.warnings,
         metric=run.metric,
-        anchors=anchors_of(run.arch, run.dataset, run.metric, points=anchors),
+        anchors=anchors_of(run.arch, run.dataset, run.metric, points=anchors)
+        if run.args.with_anchors
+        else None,
         config=settings,
         **in_float,
     )

@@ -15,7 +15,7 @@ architectures: {options.ARCHITECTURES[0]}
 of variable rate: {options.ARCHITECTURES[1]}"""
 
 _QUANTIZE_EPILOG = """\
-bpp is estimated from likelihoods; {evaluate} --real counts the bytes of files.
+bpp of quantized codecs is that of files, written and decoded; --estimate takes likelihoods.
 --help_all shows all flags: bits of single layers, --analyze, --sweep, --set ..."""
 
 _QUANTIZE_DETAILS = f"""\
@@ -30,7 +30,7 @@ the same settings.
 """
 
 _EVALUATE_EPILOG = """\
-bpp is estimated from likelihoods; with --real it is that of files, encoded, decoded and compared.
+bpp of quantized codecs is that of files, written and decoded; --estimate takes likelihoods.
 
   {command} encode | decode | info    code single images or folders of them
   {command} verify                    does every machine decode the same?
@@ -39,7 +39,8 @@ bpp is estimated from likelihoods; with --real it is that of files, encoded, dec
 
 _EVALUATE_DETAILS = f"""\
 The folder of --out gets report.html, report.md, report.json, rd.png and compressai/*.json, of the same form
-as those of a quantization. With --real the rate of the float codecs stays an estimate.
+as those of a quantization. The rate of float codecs is an estimate. What quantization costs (BD-rate and
+delta J against the float codec) is told by the estimates of both.
 
 {_ARCHITECTURES}
 """
@@ -47,11 +48,10 @@ as those of a quantization. With --real the rate of the float codecs stays an es
 
 def build_quantize_parser(prog: str = "main_ptq.py") -> ScreenParser:
     """The flags of a quantization, without those of a sweep."""
-    evaluate = f"{prog.removesuffix(' quantize')} evaluate" if prog.endswith(" quantize") else "main_eval.py"
     parser = ScreenParser(
         prog,
         "Quantize trained image codecs after training, measure what that costs, and write a report.",
-        _QUANTIZE_EPILOG.format(evaluate=evaluate),
+        _QUANTIZE_EPILOG,
         _QUANTIZE_DETAILS,
     )
     options.add_float_model(parser)
@@ -241,7 +241,7 @@ def _add_run(parser: ScreenParser) -> None:
     group.add_argument(
         "--resume", action="store_true", help="go on where the same command was stopped (default: start anew)"
     )
-    group = parser.add_rare_group("baseline and results of other runs")
+    group = parser.add_rare_group("what is measured, and results of other runs")
     group.add_argument(
         "--no-baseline",
         dest="baseline",
@@ -249,11 +249,28 @@ def _add_run(parser: ScreenParser) -> None:
         help="leave out the comparison with plain quantization: maximum ranges, nearest rounding, one scale "
         "per activation tensor, no reconstruction (default: compared)",
     )
+    _add_measures(group)
     group.add_argument(
         "--shared",
         metavar="FOLDER",
         help="keep there what other runs need too, and take it from there: results of float codecs and "
         "JPEG's curves (default: in --out until the run is finished)",
+    )
+
+
+def _add_measures(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--estimate",
+        action="store_true",
+        help="run the simulation of quantized codecs and estimate their rate, in place of their integer "
+        "program and files (default: files, where the CPU measures)",
+    )
+    group.add_argument(
+        "--no-anchors",
+        dest="with_anchors",
+        action="store_false",
+        help="leave out the curves of JPEG, WebP and AVIF (default: measured once for each image and kept in "
+        "the cache)",
     )
 
 
@@ -337,8 +354,9 @@ def build_evaluate_parser(prog: str = "main_eval.py") -> ScreenParser:
     group.add_argument(
         "--real",
         action="store_true",
-        help="write and decode files; bpp is what they take on disk (default: estimated)",
+        help="refuse models that have no files (default: their rate is estimated)",
     )
+    _add_measures(group)
     group.add_argument(
         "--no-float",
         dest="with_float",

@@ -39,6 +39,7 @@ class Quality:
     index:      of the quality among the run's.
     folder:     keeps the result of each finished step as a part of that name.
     layer_bits: see `find_layer_bits`; set by the step of that name.
+    made:       the quantized codec, where it was made in this process.
     """
 
     run: Run
@@ -46,6 +47,7 @@ class Quality:
     source: FloatModel = field(init=False)
     folder: QualityFolder = field(init=False)
     layer_bits: dict | None = None
+    made: QuantModel | None = None
 
     def __post_init__(self):
         self.source = self.run.models[self.index]
@@ -76,7 +78,7 @@ class Quality:
             run.dataset,
             pad=run.multiple,
             device=run.device,
-            real=False,
+            real=False if run.args.estimate else None,
             count_clipped=count_clipped,
             progress=run.progress,
         ).to_dict()
@@ -87,8 +89,8 @@ class Quality:
         return Report.from_dict(stored["report"] if part == "quant" else stored)
 
     def saved_codec(self) -> QuantModel:
-        """The quantized codec from its file, set to this quality."""
-        codec = QuantModel.load(self.folder.model)
+        """The quantized codec as it was made, or from its file; set to this quality."""
+        codec = self.made or QuantModel.load(self.folder.model)
         if self.run.is_variable:
             set_rate(codec.model, self.source.quality)
         return codec
@@ -265,8 +267,9 @@ def _quantized_part(quality: Quality) -> dict[str, Any]:
         resume=run.args.resume,
         progress=run.progress,
     )
-    report = quality.measure(codec, count_clipped=run.config.clips)
+    quality.made = codec
     _check_files(quality, codec)
+    report = quality.measure(codec, count_clipped=run.config.clips)
     codec.save(quality.folder.model, _header(quality, codec))
     layer_bits = quality.layer_bits and described_bits(quality.layer_bits, codec, run)
     return {

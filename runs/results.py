@@ -25,11 +25,13 @@ def summarize(run: Run, points: list[dict]) -> dict:
         **run.folder.settings["evaluation"],
         "metric": args.metric,
     }
-    anchors = shared(
-        run.shared_results,
-        what,
-        lambda: anchors_of(run.arch, run.dataset, args.metric, progress=run.progress),
-    )
+    anchors = None
+    if args.with_anchors:
+        anchors = shared(
+            run.shared_results,
+            what,
+            lambda: anchors_of(run.arch, run.dataset, args.metric, progress=run.progress),
+        )
     coverage = points[0]["coverage"]
     return build_report(
         arch=run.arch,

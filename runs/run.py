@@ -142,6 +142,8 @@ def prepare(args: argparse.Namespace) -> Run:
         },
     }
     settings |= settings_of_layers(args, layer_bits)
+    if args.estimate:
+        settings["rates"] = "estimate"
     check_written_bits(args, [model.quality for model in (models[:1] if architecture.variable else models)])
     folder = RunFolder(args.out or _default_folder(args, config, architecture.name), settings, args.resume)
     remarks = (fallback, scarce, *_flags_without_effect(args, config))

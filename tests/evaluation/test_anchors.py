@@ -4,10 +4,12 @@ import io
 import json
 import math
 
+import numpy as np
 import pytest
 from PIL import Image, features
 
 from licq.data.datasets import Dataset
+from licq.evaluation import anchors
 from licq.evaluation.anchors import (
     PUBLISHED,
     QUALITIES,
@@ -69,10 +71,36 @@ def test_report_has_bd_rates_against_every_anchor(make_image, monkeypatch):
     assert list(anchors_of("tic", kodak)) == ["JPEG"]
 
 
+def test_an_image_is_measured_once(make_image, monkeypatch, tmp_path):
+    monkeypatch.setenv("LICQ_CACHE", str(tmp_path / "cache"))
+    paths = [make_image(f"{seed}.png", 176, 176, seed) for seed in (1, 2)]
+    measured = []
+    whole = anchors._points_of
+    monkeypatch.setattr(
+        anchors, "_points_of", lambda path, **what: measured.append(path) or whole(path, **what)
+    )
+    first = anchor_points(paths, with_ms_ssim=True)
+    assert measured == paths and not np.isnan(first).any()
+    copy = tmp_path / "copy.png"
+    copy.write_bytes(paths[1].read_bytes())
+    assert np.array_equal(anchor_points([paths[0], copy], with_ms_ssim=True), first) and measured == paths
+    for entry in (tmp_path / "cache" / "anchors").iterdir():
+        entry.write_text("[]")  # damaged
+    assert np.array_equal(anchor_points(paths, with_ms_ssim=True), first) and measured == 2 * paths
+    Image.new("RGB", (16, 16), "white").save(copy)  # infinite PSNR, and too small for MS-SSIM
+    assert np.array_equal(*(anchor_points([copy], with_ms_ssim=True) for _ in range(2)), equal_nan=True)
+    measured.remove(copy)
+    anchor_points(paths, with_ms_ssim=True, subsampling="4:4:4")  # other settings
+    monkeypatch.setattr(anchors, "pillow", "another version")
+    anchor_points(paths, with_ms_ssim=True)
+    assert measured == 4 * paths
+
+
 @pytest.mark.parametrize("codec", [codec for codec in QUALITIES if can_write(codec)])
 def test_anchor_counts_the_bytes_of_files_and_rises_with_quality(codec, make_image):
     path = make_image(width=96, height=80)
     points = anchor_points([path], codec, qualities=(80, 20))[:, 0]
+    assert np.array_equal(points, anchor_points([path], codec, qualities=(20, 80))[:, 0], equal_nan=True)
     (low_bpp, low_psnr, similarity), (high_bpp, high_psnr, _) = points.tolist()
     assert low_bpp < high_bpp and low_psnr < high_psnr and math.isnan(similarity)
     coded = io.BytesIO()

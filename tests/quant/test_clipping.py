@@ -63,6 +63,8 @@ def test_an_evaluation_counts_where_it_is_asked_to(narrow):
     pixels = images(2)
     counted = evaluate(narrow, pixels, real=False, count_clipped=True, progress=False)
     plain = evaluate(narrow, pixels, real=False, progress=False)
+    filed = evaluate(narrow, pixels, count_clipped=True, progress=False)
+    assert filed.clipped == counted.clipped and filed.bpp_source == "bitstream"
     assert plain.clipped is None and counted.clipped and 0 < max(counted.clipped.values()) <= 1
     assert counted.per_image == plain.per_image
     assert Report.from_dict(counted.to_dict()).clipped == counted.clipped

@@ -195,7 +195,7 @@ def test_scatter_has_the_changes_of_every_image():
                     8,
                     8,
                     scale * bpp,
-                    bpp,
+                    scale * bpp,
                     scale**2 * error,
                     10 * math.log10(255**2 / (scale**2 * error)),
                     None,

@@ -22,7 +22,7 @@ def test_run_writes_the_report_and_the_models(job, capsys, tmp_path, blank_figur
     assert (
         printed.err == ""
         and "BD-rate" in printed.out
-        and "estimated" in printed.out
+        and "bpp of written and decoded bitstreams (float: estimated)" in printed.out
         and "plain" in printed.out
     )
     out = tmp_path / "out"
@@ -42,7 +42,9 @@ def test_run_writes_the_report_and_the_models(job, capsys, tmp_path, blank_figur
     report = report_of(job)
     assert (report["arch"], report["preset"], report["loss"], report["unit"]) == (ARCH, "licq", "rd", "block")
     assert (report["w_bits"], report["a_bits"], report["dataset"], report["images"]) == (8, 8, "eval", 2)
-    assert report["bpp_source"] == "estimate" and report["kept_in_float"] == [] and report["left_alone"] == {}
+    assert (
+        report["bpp_source"] == "bitstream" and report["kept_in_float"] == [] and report["left_alone"] == {}
+    )
     assert {"bd_rate_psnr", "bd_rate_ms_ssim", "versions", "anchors", "config"} <= report.keys()
     assert {point["quality"]: point["lambda"] for point in report["points"]} == {1: 0.0018, 3: 0.0067}
     for point in report["points"]:
