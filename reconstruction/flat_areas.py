@@ -24,7 +24,6 @@ from licq.reconstruction.targets import tensor_of
 
 WEIGHT = 0.1  # of the error in flat areas beside that on photographs
 _POSITIONS = 64  # of each flat picture; most lie inside, some at a border
-_REFINEMENTS = 3
 _DAMPING = 1e-3  # of the mean diagonal
 
 
@@ -124,27 +123,12 @@ def towards(weight: Tensor, moment: Tensor, area: Area) -> tuple[Tensor, Tensor]
     Returns:
         (w + d, H with the area's positions added).
     """
-    x, h = area.inputs, moment.float()
+    x, h = area.inputs.double(), moment.double()
     share = WEIGHT / x.shape[1]
     together = torch.addmm(h, x, x.T, alpha=share)
-    damping = _DAMPING * h.diagonal().mean().clamp(min=1e-12)
-    error = (weight.double() @ x.double() - area.outputs.double()).float()
-    change = _solved(together, damping, share * (x @ error.T)).T
+    damped = together.clone()
+    damped.diagonal().add_(_DAMPING * h.diagonal().mean().clamp(min=1e-12))
+    error = weight.double() @ x - area.outputs.double()
+    # float64: damped by a thousandth, the matrix may be too close to singular for float32
+    change = torch.cholesky_solve(share * (x @ error.T), torch.linalg.cholesky(damped)).T
     return weight - change.to(weight), together.to(moment)
-
-
-def _solved(matrix: Tensor, damping: Tensor, right: Tensor) -> Tensor:
-    """(matrix + damping)^-1 right, of a positive semidefinite matrix, within a hundredth of its largest
-    number."""
-    damped = matrix.clone()
-    damped.diagonal().add_(damping)
-    factor, failed = torch.linalg.cholesky_ex(damped)
-    if not failed:
-        found = torch.cholesky_solve(right, factor)
-        for _ in range(_REFINEMENTS):
-            rest = torch.addmm(right, damped, found, alpha=-1)
-            step = torch.cholesky_solve(rest, factor)
-            found += step
-            if step.abs().max() <= 1e-2 * found.abs().max():
-                return found
-    return torch.cholesky_solve(right.double(), torch.linalg.cholesky(damped.double()))
