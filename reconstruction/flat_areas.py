@@ -130,5 +130,8 @@ def towards(weight: Tensor, moment: Tensor, area: Area) -> tuple[Tensor, Tensor]
     damped.diagonal().add_(_DAMPING * h.diagonal().mean().clamp(min=1e-12))
     error = weight.double() @ x - area.outputs.double()
     # float64: damped by a thousandth, the matrix may be too close to singular for float32
-    change = torch.cholesky_solve(share * (x @ error.T), torch.linalg.cholesky(damped)).T
+    factor, failed = torch.linalg.cholesky_ex(damped)
+    right = share * (x @ error.T)
+    # no photograph shows the layer anything: then the damping is next to nothing
+    change = (torch.linalg.solve(damped, right) if failed else torch.cholesky_solve(right, factor)).T
     return weight - change.to(weight), together.to(moment)

@@ -111,3 +111,12 @@ def test_layers_with_masks_stay_causal():
     node = qmodel.nodes["context_prediction"]
     mask = node.weight_quantizer.mask.expand(node.weight_int.shape)
     assert not bool(node.weight_int[mask == 0].any())
+
+
+def test_a_layer_that_photographs_show_nothing_keeps_its_flat_areas_too():
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(5, 40, generator=generator) * 50
+    inputs = torch.randint(0, 256, (40, 3), generator=generator).float().repeat(1, 20)
+    outputs = weight.double() @ inputs.double() + 100
+    ours, _ = towards(weight, torch.zeros(40, 40), Area(inputs, outputs))
+    assert torch.allclose(ours.double() @ inputs.double(), outputs, rtol=1e-4, atol=1.0)
