@@ -439,34 +439,6 @@ typedef struct {
     int32_t inverse, with_root, threads;
 } CalibrationGdn;
 
-/* `gdn_number` of gdn.c */
-static inline double gdn_exact(double x, double norm, double mantissa, int64_t shift, int inverse,
-                               int with_root) {
-    int64_t k;
-    double divisor;
-    if (with_root) {
-        k = (52 - length_of(norm)) >> 1;
-        divisor = integer_root(norm * power_of_two(2 * k));
-    } else {
-        k = 26 - length_of(norm);
-        divisor = half_away(norm * power_of_two(k));
-    }
-    if (inverse) {
-        const double factor = half_away(divisor * mantissa * power_of_two(-11));
-        return half_away(x * factor * power_of_two(larger(-1022, smaller(1023, 11 - k - shift))));
-    }
-    const double dividend = fabs(x) * mantissa;
-    const int64_t exponent = k - shift;
-    const int64_t length = dividend > 0 ? length_of(dividend) : 0;
-    const double a = dividend * power_of_two(smaller(larger(exponent, 0), 52 - length));
-    const double b = divisor * power_of_two(smaller(larger(-exponent, 0), 25));
-    double quotient = floor(a / b + 0.5);
-    const double twice_rest = (a - quotient * b) * 2;
-    quotient += twice_rest >= b ? 1.0 : 0.0;
-    quotient -= twice_rest < -b ? 1.0 : 0.0;
-    return copysign(quotient, x);
-}
-
 #define BITS(x, mask) from_bits(bits_of(x) & (mask))
 static inline double from_bits(int64_t bits) {
     double x;
@@ -506,7 +478,7 @@ CLONES static void gdn_row(const float *restrict x, const double *restrict norm,
                            int64_t count, double mantissa, int64_t shift, double low, double high,
                            int inverse, int with_root) {
     for (int64_t i = 0; i < count; i++) {
-        const double q = gdn_exact(x[i], norm[i] < 1 ? 1 : norm[i], mantissa, shift, inverse, with_root);
+        const double q = gdn_number(x[i], norm[i], mantissa, shift, inverse, with_root);
         out[i] = (float)(clip((double)(float)q, low, high) + 0.0);
     }
 }

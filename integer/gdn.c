@@ -2,35 +2,6 @@
 
 #include "arithmetic.h"
 
-/* `_gdn_piece` of quant/integer_functions.py, one number */
-static inline double gdn_number(double x, double norm, double mantissa, int64_t shift, int inverse,
-                                int with_root) {
-    int64_t k;
-    double divisor;
-    norm = norm < 1 ? 1 : norm;
-    if (with_root) {
-        k = (52 - length_of(norm)) >> 1;
-        divisor = integer_root(norm * power_of_two(2 * k));
-    } else {
-        k = 26 - length_of(norm);
-        divisor = half_away(norm * power_of_two(k));
-    }
-    if (inverse) {
-        const double factor = half_away(divisor * mantissa * power_of_two(-11));
-        return half_away(x * factor * power_of_two(larger(-1022, smaller(1023, 11 - k - shift))));
-    }
-    const double dividend = fabs(x) * mantissa;
-    const int64_t exponent = k - shift;
-    const int64_t length = dividend > 0 ? length_of(dividend) : 0;
-    const double a = dividend * power_of_two(smaller(larger(exponent, 0), 52 - length));
-    const double b = divisor * power_of_two(smaller(larger(-exponent, 0), 25));
-    double quotient = floor(a / b + 0.5);
-    const double twice_rest = (a - quotient * b) * 2;
-    quotient += twice_rest >= b ? 1.0 : 0.0;
-    quotient -= twice_rest < -b ? 1.0 : 0.0;
-    return copysign(quotient, x);
-}
-
 #if X86
 AVX2 static inline __m256d masked4(__m256d x, int64_t bits) {
     return _mm256_and_pd(x, _mm256_castsi256_pd(_mm256_set1_epi64x(bits)));

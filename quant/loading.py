@@ -12,7 +12,7 @@ from licq.quant.config import QuantConfig
 from licq.quant.file_checks import check_certificates, wrong_numbers
 from licq.quant.grid import Grid
 from licq.quant.mac import QuantMAC
-from licq.quant.rewriter import unwrapped
+from licq.quant.network_checks import unwrapped
 from licq.quant.rewritten import RewrittenCodec
 from licq.quant.rounding import AdaRound
 from licq.quant.saved_parts import GRID_ATTRIBUTES, layer_sizes, named_nodes, named_tensors, unread_tensors

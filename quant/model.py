@@ -20,12 +20,11 @@ from licq.quant.functions import QuantMatMul, QuantWide
 from licq.quant.loading import load_quantized
 from licq.quant.mac import QuantMAC
 from licq.quant.modules import QuantModule
-from licq.quant.network_checks import check_network, uncompiled
+from licq.quant.network_checks import check_network, uncompiled, unwrapped
 from licq.quant.outputs import codec_output
 from licq.quant.probe import check_probe
 from licq.quant.qtensor import QTensor, to_real
 from licq.quant.quantizer import Quantizer
-from licq.quant.rewriter import unwrapped
 from licq.quant.rewritten import RewrittenCodec
 from licq.quant.runtime import StopForward
 from licq.quant.saving import save_quantized

@@ -86,10 +86,21 @@ def _parts(network: nn.Module) -> Iterator[tuple[str, object]]:
                 yield f"{name}.{key}".lstrip("."), value
 
 
+def unwrapped(network: nn.Module) -> nn.Module:
+    """The codec inside `nn.DataParallel`, `DistributedDataParallel` or what `torch.compile` gives; any other
+    module as it is."""
+    while True:
+        if isinstance(network, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            network = network.module
+        elif _is_compiled(network):
+            network = cast(Any, network)._orig_mod
+        else:
+            return network
+
+
 def uncompiled(network: nn.Module) -> nn.Module:
     """The network without torch.compile, in place: each compiled module is the module that was compiled."""
-    while _is_compiled(network):
-        network = cast(Any, network)._orig_mod
+    network = unwrapped(network)
     for module in network.modules():
         for key, child in module._modules.items():
             while child is not None and _is_compiled(child):

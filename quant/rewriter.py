@@ -122,18 +122,6 @@ def refuse_hooks(module: nn.Module, name: str) -> None:
             )
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The codec inside `nn.DataParallel`, `DistributedDataParallel` or what `torch.compile` gives; any other
-    module as it is."""
-    while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        elif isinstance(inside := getattr(model, "_orig_mod", None), nn.Module):
-            model = inside
-        else:
-            return model
-
-
 def fixed_weights(model: nn.Module) -> nn.Module:
     """A copy of the model, without torch.compile, in which weights that a hook computes (weight_norm,
     spectral_norm and prune of torch.nn.utils) are parameters."""

@@ -13,8 +13,8 @@ from licq.quant.config import QuantConfig
 from licq.quant.functions import make_function
 from licq.quant.mac import QuantMAC
 from licq.quant.modules import QuantModule
-from licq.quant.network_checks import check_code
-from licq.quant.rewriter import Rewrite, fixed_weights, rewrite, unwrapped
+from licq.quant.network_checks import check_code, unwrapped
+from licq.quant.rewriter import Rewrite, fixed_weights, rewrite
 from licq.quant.runtime import Runtime
 
 

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from licq.quant.bits import Bits
 from licq.quant.model import QuantModel
-from licq.quant.network_checks import check_network
-from licq.quant.rewriter import unwrapped
+from licq.quant.network_checks import check_network, unwrapped
 from licq.reconstruction.calibration import Calibration, device_of, run_steps
 from licq.reconstruction.config import PtqConfig
 from licq.reconstruction.crops import Images, calibration_crops, given_crops

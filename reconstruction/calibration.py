@@ -12,7 +12,7 @@ from tqdm import tqdm
 from licq.quant.bits import Bits
 from licq.quant.config import QuantConfig
 from licq.quant.model import QuantModel
-from licq.quant.rewriter import unwrapped
+from licq.quant.network_checks import unwrapped
 from licq.reconstruction.config import PtqConfig, ReconstructionConfig
 from licq.reconstruction.objective import Objective
 from licq.reconstruction.sensitivity import Sensitivity
