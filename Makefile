@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
-# Few steps and small crops, so that the demo ends in minutes. `make demo DEMO_FLAGS=` runs with the defaults.
-DEMO_FLAGS ?= --num_calib 4 --crops_per_image 1 --crop 128 --set joint_iters=4
+# Few steps and small crops, so that the demo ends in minutes, and one thread: with two beside other work, threads wait for
+# each other and it takes four times as long. `make demo DEMO_FLAGS=` runs with the defaults.
+DEMO_FLAGS ?= --num_calib 4 --crops_per_image 1 --crop 128 --set joint_iters=4 --threads 1
 # Two processes of one thread each: nothing here is large enough for two threads to help.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 # An index with builds of torch and torchvision to take in place of PyPI's, which are for CUDA on Linux: 5 GB where a CPU
