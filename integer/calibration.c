@@ -109,61 +109,92 @@ CLONES static void wide_unlimited(const double *restrict x, double *restrict out
     for (int64_t i = 0; i < count; i++) out[i] = wide_rounded(x[i] * m[i * m_step]);
 }
 
-static void requantize_run(const Requantize *job, int64_t start, int64_t channel, int64_t count, int each,
-                           const float *ones) {
+static void requantize_run(const Requantize *job, int64_t start, int64_t channel, int64_t count) {
     const int64_t m_at = job->m_alike ? 0 : channel, at = job->limits_alike ? 0 : channel;
-    const int64_t factor_at = job->factor_alike ? 0 : channel;
-    const float *factor = job->factor ? job->factor + factor_at : ones;
-    const int64_t factor_step = each && job->factor && !job->factor_alike;
+    const float one = 1.0f;
+    const float *factor = job->factor ? job->factor + (job->factor_alike ? 0 : channel) : &one;
     const double *m = job->m + m_at;
     int8_t *inside = job->inside ? job->inside + start : 0;
     if (job->wide) {
         const double *x = (const double *)job->x + start;
-        const int64_t m_step = each && !job->m_alike;
         if (job->low)
             wide_limited(x, (float *)job->out + start, inside, count, m, job->low + at, job->high + at,
-                         factor, m_step, each && !job->limits_alike, factor_step);
+                         factor, 0, 0, 0);
         else
-            wide_unlimited(x, (double *)job->out + start, count, m, m_step);
+            wide_unlimited(x, (double *)job->out + start, count, m, 0);
         return;
     }
     const float *x = (const float *)job->x + start;
     float *out = (float *)job->out + start;
-    if (!job->low)
-        narrow_unlimited(x, out, count, m, !each || job->m_alike);
-    else if (!each || (job->m_alike && job->limits_alike && !factor_step))
+    if (job->low)
         narrow_row(x, out, inside, count, m[0], job->low[at], job->high[at], factor[0]);
-    else {
-        double ms[PIECE];
-        float lows[PIECE], highs[PIECE], factors[PIECE];
-        for (int64_t i = 0; i < count; i++) {
-            ms[i] = job->m_alike ? m[0] : m[i];
-            lows[i] = job->limits_alike ? job->low[0] : job->low[at + i];
-            highs[i] = job->limits_alike ? job->high[0] : job->high[at + i];
-            factors[i] = factor_step ? factor[i] : factor[0];
-        }
-        narrow_channels(x, out, inside, count, ms, lows, highs, factors);
+    else
+        narrow_unlimited(x, out, count, m, 1);
+}
+
+/* What each number of a piece has where channels lie side by side; a piece begins with channel `first`. */
+typedef struct {
+    double m[PIECE];
+    float low[PIECE], high[PIECE], factor[PIECE];
+} Each;
+
+static void spread_out(const Requantize *job, int64_t first, int64_t channels, int64_t count, Each *each) {
+    for (int64_t i = 0; i < count; i++) {
+        const int64_t c = first + i % channels;
+        each->m[i] = job->m[job->m_alike ? 0 : c];
+        each->low[i] = job->low ? job->low[job->limits_alike ? 0 : c] : 0;
+        each->high[i] = job->low ? job->high[job->limits_alike ? 0 : c] : 0;
+        each->factor[i] = job->factor ? job->factor[job->factor_alike ? 0 : c] : 1;
     }
 }
 
+static void requantize_each(const Requantize *job, int64_t start, int64_t count, const Each *each) {
+    int8_t *inside = job->inside ? job->inside + start : 0;
+    if (job->wide) {
+        const double *x = (const double *)job->x + start;
+        if (job->low)
+            wide_limited(x, (float *)job->out + start, inside, count, each->m, each->low, each->high,
+                         each->factor, 1, 1, 1);
+        else
+            wide_unlimited(x, (double *)job->out + start, count, each->m, 1);
+        return;
+    }
+    const float *x = (const float *)job->x + start;
+    float *out = (float *)job->out + start;
+    if (job->low)
+        narrow_channels(x, out, inside, count, each->m, each->low, each->high, each->factor);
+    else
+        narrow_unlimited(x, out, count, each->m, 0);
+}
+
 void requantize_floats(const Requantize *job) {
-    const float one = 1.0f;
-    if (job->inner == 1 && job->channels > 1) {
-        const int64_t parts = (job->channels + PIECE - 1) / PIECE;
-#pragma omp parallel for num_threads(job->threads) schedule(static)
-        for (int64_t row = 0; row < job->outer * parts; row++) {
-            const int64_t channel = row % parts * PIECE;
-            requantize_run(job, row / parts * job->channels + channel, channel,
-                           smaller(PIECE, job->channels - channel), 1, &one);
+    const int alike =
+        job->m_alike && (!job->low || job->limits_alike) && (!job->factor || job->factor_alike);
+    if (job->inner == 1 && job->channels > 1 && !alike) {
+        const int64_t n = job->channels, parts = (n + PIECE - 1) / PIECE;
+        const int64_t together = parts > 1 ? 1 : PIECE / n; /* rows of a piece */
+        const int64_t pieces = (job->outer + together - 1) / together;
+#pragma omp parallel num_threads(job->threads)
+        for (int64_t part = 0; part < parts; part++) {
+            const int64_t first = part * PIECE, count = smaller(PIECE, n - first);
+            Each each;
+            spread_out(job, first, n, parts > 1 ? count : together * n, &each);
+#pragma omp for schedule(static)
+            for (int64_t piece = 0; piece < pieces; piece++) {
+                const int64_t row = piece * together;
+                requantize_each(job, row * n + first,
+                                parts > 1 ? count : smaller(together, job->outer - row) * n, &each);
+            }
         }
         return;
     }
-    const int64_t parts = (job->inner + PIECE - 1) / PIECE, rows = job->outer * job->channels;
+    const int64_t rows = alike ? 1 : job->outer * job->channels;
+    const int64_t inner = alike ? job->outer * job->channels * job->inner : job->inner;
+    const int64_t parts = (inner + PIECE - 1) / PIECE;
 #pragma omp parallel for num_threads(job->threads) schedule(static)
     for (int64_t piece = 0; piece < rows * parts; piece++) {
         const int64_t row = piece / parts, first = piece % parts * PIECE;
-        requantize_run(job, row * job->inner + first, row % job->channels, smaller(PIECE, job->inner - first),
-                       0, &one);
+        requantize_run(job, row * inner + first, row % job->channels, smaller(PIECE, inner - first));
     }
 }
 

@@ -131,10 +131,26 @@ class Requantization:
             return x
         return x.permute([self.order.index(axis) for axis in range(x.ndim)])
 
+    def _lying(self, multiplier: Tensor) -> Tensor:
+        """The multiplier with its dimensions in memory's order."""
+        if self.order is None:
+            return multiplier
+        return _first(multiplier, len(self.order)).permute(self.order)
+
     def _of_channels(self, multiplier: Tensor) -> Tensor:
         if self.trailing is None or multiplier.numel() == 1:
             return multiplier
-        return _last(multiplier, len(self.trailing)).expand(self.trailing)
+        return _last(self._lying(multiplier), len(self.trailing)).expand(self.trailing)
+
+    def _summed(self, sums: Tensor, multiplier: Tensor) -> Tensor:
+        """Sums of channels as the gradient of the multiplier, whose number of entries it has."""
+        if multiplier.numel() == 1:
+            return sums.sum()
+        if self.trailing is None:
+            return sums
+        lying = self._lying(multiplier)
+        sums = sums.reshape(self.trailing).sum_to_size(_last(lying, len(self.trailing)).shape)
+        return sums if self.order is None else self.from_memory(sums.reshape(lying.shape))
 
     def forward(self, acc: Tensor, multiplier: Tensor, inside: Tensor | None) -> Tensor:
         """The requantized numbers.
@@ -204,11 +220,7 @@ class Requantization:
         self.library.requantize_gradient(ctypes.byref(job))
         if sums is not None:
             sums = (sums.sum(0) if sums.ndim == 2 else sums.sum((0, 2))) * half
-            if multiplier.numel() == 1:
-                sums = sums.sum()
-            elif self.trailing is not None:
-                sums = sums.reshape(self.trailing).sum_to_size(_last(multiplier, len(self.trailing)).shape)
-            sums = sums.to(multiplier.dtype)
+            sums = self._summed(sums, multiplier).to(multiplier.dtype)
         return grad_acc, sums
 
 
@@ -221,40 +233,42 @@ def requantization(
         return None
     if acc.dtype == torch.float64 and low is None and (factor is not None or acc.requires_grad):
         return None
-    operands = (multiplier, low, high, factor)
-    shape, order, trailing = layout(acc.shape, *operands), None, None
+    order, lies, operands = _order_in_memory(acc), acc.shape, (multiplier, low, high, factor)
+    if order is not None:
+        lies = acc.detach().permute(order).shape
+        operands = tuple(None if t is None else _first(t, acc.ndim).permute(order) for t in operands)
+    shape, trailing = layout(lies, *operands), None
     if shape is None:
         first = min(
-            acc.ndim - t.ndim + axis
+            len(lies) - t.ndim + axis
             for t in operands
             if t is not None
             for axis, size in enumerate(t.shape)
             if size != 1
         )
-        trailing = tuple(acc.shape[first:])
+        trailing = tuple(lies[first:])
         if math.prod(trailing) > _MOST_ENTRIES:
             return None
-        shape = math.prod(acc.shape[:first]), math.prod(trailing), 1
+        shape = math.prod(lies[:first]), math.prod(trailing), 1
         low, high, factor = (
             t if t is None or t.numel() == 1 else _last(t, len(trailing)).expand(trailing)
-            for t in (low, high, factor)
+            for t in operands[1:]
         )
-    elif not acc.is_contiguous():
-        strides = acc.stride()
-        order = tuple(sorted(range(acc.ndim), key=lambda axis: -strides[axis]))
-        in_memory = acc.detach().permute(order)
-        if in_memory.is_contiguous():
-            moved = (None if t is None else _first(t, acc.ndim).permute(order) for t in operands)
-            shape = layout(in_memory.shape, *moved)
-            assert shape is not None
-        else:
-            order = None
     if low is not None and high is not None and low.numel() != high.numel():
         low, high = torch.broadcast_tensors(low, high)
     low, high, factor = (
         None if t is None else t.detach().to(torch.float32).contiguous() for t in (low, high, factor)
     )
     return Requantization(library, shape, low, high, factor, order, trailing)
+
+
+def _order_in_memory(x: Tensor) -> tuple[int, ...] | None:
+    """The order of dimensions in which x is contiguous, where it is another than its own; else None."""
+    if x.is_contiguous():
+        return None
+    strides = x.stride()
+    order = tuple(sorted(range(x.ndim), key=lambda axis: -strides[axis]))
+    return order if x.detach().permute(order).is_contiguous() else None
 
 
 def _first(t: Tensor, ndim: int) -> Tensor:

@@ -1,13 +1,16 @@
 """Functions that move the numbers of quantized tensors and compute none: numbers and scale move alike."""
 
-from collections.abc import Sequence
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from licq.quant.dispatch import arguments, handles
-from licq.quant.qtensor import QTensor, to_real
+from licq.quant.qtensor import QTensor, Repeated, to_real
 from licq.quant.torch_functions import function_name
 
 
@@ -17,6 +20,43 @@ def collapse(scale: Tensor) -> Tensor:
         if size > 1 and stride == 0:
             scale = scale.narrow(dim, 0, 1)
     return scale
+
+
+_ONE_VIEW = ("permute", "transpose", "t", "unsqueeze", "squeeze", "movedim")
+
+
+def _moved(scale: Tensor, shape: Sequence[int], function: Callable, args: tuple, kwargs: dict) -> Tensor:
+    """The scale of numbers of this shape behind a layout function that gives one tensor."""
+    return _taken(scale, collapse(function(_places(scale).expand(shape), *args[1:], **kwargs)))
+
+
+def _repeated_view(x: QTensor, move: Callable[[Tensor], Tensor], places: Tensor, scale: Tensor) -> QTensor:
+    """x behind one more move, its numbers still not computed."""
+    assert x.repeated is not None
+    repeated = dataclasses.replace(
+        x.repeated,
+        moves=(*x.repeated.moves, move),
+        places=places,
+        scale=scale,
+        form=move(x.repeated.form),
+    )
+    return QTensor.of_repeated(repeated, x)
+
+
+def _places(scale: Tensor) -> Tensor:
+    """The number of each entry, of the scale's shape.
+
+    Layout functions move these in place of the scale itself: the gradient of a scale that is expanded to a
+    whole feature map would be as large.
+    """
+    return torch.arange(scale.numel(), device=scale.device).reshape(scale.shape)
+
+
+def _taken(scale: Tensor, places: Tensor) -> Tensor:
+    """The entries of a scale at these places, of their shape."""
+    if places.numel() == 1 and scale.numel() == 1:
+        return scale.reshape(places.shape)
+    return scale.reshape(-1).index_select(0, places.reshape(-1)).reshape(places.shape)
 
 
 @handles(
@@ -40,14 +80,19 @@ def collapse(scale: Tensor) -> Tensor:
 def _view(runtime, function, args, kwargs):
     """Layout functions that are views, or cheap copies, of numbers and scale alike."""
     x = args[0]
+    if x.repeated is not None and function_name(function) in _ONE_VIEW:
+        places = _moved(x.repeated.places, x.shape, function, args, kwargs)
+        scale = x.scale if x.scale.ndim == 0 else _moved(x.scale, x.shape, function, args, kwargs)
+        return _repeated_view(x, lambda q: function(q, *args[1:], **kwargs), places, scale)
     q = function(x.q, *args[1:], **kwargs)
     many = isinstance(q, (list, tuple))
     parts = q if many else (q,)
     if x.scale is None or x.scale.ndim == 0 or function_name(function) in ("contiguous", "clone"):
         scales = [x.scale] * len(parts)
     else:
-        scale = function(x.scale.expand(x.q.shape), *args[1:], **kwargs)
-        scales = [collapse(part) for part in (scale if many else (scale,))]
+        places = _places(x.scale).expand(x.q.shape)
+        moved = function(places, *args[1:], **kwargs)
+        scales = [_taken(x.scale, collapse(part)) for part in (moved if many else (moved,))]
     views = [x.moved(part, scale) for part, scale in zip(parts, scales)]
     x.share(views)
     return type(q)(views) if many else views[0]
@@ -83,6 +128,16 @@ def reshape_scale(scale: Tensor, old: Sequence[int], new: Sequence[int]) -> Tens
 @handles("reshape", "view", "flatten", "unflatten", "reshape_as", "view_as")
 def _reshape(runtime, function, args, kwargs):
     x = args[0]
+    if x.repeated is not None and function_name(function) in ("reshape", "view", "flatten", "unflatten"):
+
+        def move(q: Tensor) -> Tensor:
+            if function_name(function) == "view":
+                return q.reshape(*args[1:], **kwargs)
+            return function(q, *args[1:], **kwargs)
+
+        new = move(x.repeated.form).shape
+        scale = x.scale if x.scale.ndim == 0 else reshape_scale(x.scale, x.shape, new)
+        return _repeated_view(x, move, reshape_scale(x.repeated.places, x.shape, new), scale)
     q = (
         function(x.q, *[to_real(a) for a in args[1:]], **kwargs)
         if function_name(function) != "view"
@@ -112,7 +167,25 @@ def _along_dims(runtime, function, args, kwargs):
     if dims is None:  # of the tensor as one row
         return runtime.in_float(function, args, kwargs)
     x = runtime.one_scale_along(x, [dims] if isinstance(dims, int) else dims)
+    if function_name(function) == "index_select" and _worth_deferring(x, dims, given["index"]):
+        index = given["index"]
+        shape = [1 if axis in (0, dims % x.ndim) else size for axis, size in enumerate(x.shape)]
+        places = torch.arange(math.prod(shape), device=x.q.device).reshape(shape)
+        form = torch.empty(x.shape, device="meta").narrow(dims, 0, 1)
+        form = form.expand([len(index) if axis == dims % x.ndim else n for axis, n in enumerate(x.shape)])
+        gather = partial(torch.index_select, dim=dims, index=index)
+        return QTensor.of_repeated(Repeated(x.q, x.scale, (gather,), places, tuple(shape), form), x)
     return x.moved(function(x.q, *args[1:], **kwargs), x.scale)
+
+
+_MOST_PLACES = 1 << 15
+
+
+def _worth_deferring(x: QTensor, dim: int, index: Tensor) -> bool:
+    """Whether a gather makes more integers of x, so that they are better quantized before."""
+    if not x.is_integer or x.recorder is not None or x.repeated is not None or x.ndim < 2:
+        return False
+    return len(index) > x.shape[dim] and x.shape[1:].numel() <= _MOST_PLACES * x.shape[dim] and dim % x.ndim
 
 
 @handles("pad")

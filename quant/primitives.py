@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from licq.quant import fused_layers
+from licq.quant import fused_layers, fused_rows
 from licq.quant import operations as ops
 from licq.quant.fixedpoint import (
     EXACT_FLOAT32,
@@ -34,6 +34,7 @@ from licq.quant.integer_functions import (
     fixed_softmax,
     integer_gdn,
     integer_layer_norm,
+    layer_norm_constants,
     softmax_pieces,
     table_lookup,
 )
@@ -394,7 +395,9 @@ def softmax(scores: Tensor, entries: Tensor, bias: Tensor | None, kinds: Tensor 
             dim=dim,
         )
         return scores.recorder.emit(operation, scores.shape, Range(0, round(1 / SOFTMAX_UNIT)))
-    p = _SoftmaxSTE.apply(scores, offset, kinds, entries, dim)
+    p = fused_rows.softmax(scores, entries, offset, kinds, dim, SOFTMAX_UNIT, SOFTMAX_STEP)
+    if p is None:
+        p = _SoftmaxSTE.apply(scores, offset, kinds, entries, dim)
     if blank is not None:
         p = p.masked_fill(blank if kinds is None else blank.index_select(0, kinds), 0.0)
     return p
@@ -431,6 +434,9 @@ def layer_norm(
             high=high,
         )
         return x.recorder.emit(operation, x.shape, Range(int(low.min()), int(high.max())))
+    out = fused_rows.layer_norm(x, eps, multiplier, offset, low, high, unit, layer_norm_constants)
+    if out is not None:
+        return out
     with torch.no_grad():
         exact = integer_layer_norm(x, eps).float()
     if torch.is_grad_enabled() and x.requires_grad:

@@ -5,6 +5,7 @@ The codec's own forward runs on it unchanged: every PyTorch function that is cal
 node that the runtime has for this point of the forward.
 """
 
+import dataclasses
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -14,6 +15,47 @@ from torch import Tensor
 
 from licq.quant.symbols import Recorder
 from licq.support.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Repeated:
+    """Integers of which a gather makes more, as the overlapping windows of an attention do.
+
+    They are quantized before: requantization goes number by number, so it gives the same bits.
+    """
+
+    numbers: Tensor
+    """Before the gather."""
+
+    scale: Tensor
+    """Of the tensor behind the moves."""
+
+    moves: tuple[Callable[[Tensor], Tensor], ...]
+    """The gather and what has moved its result since."""
+
+    places: Tensor
+    """int64, of the form that a scale of the moved tensor has: the number of each entry in a scale of
+    `numbers` of the shape `shape`."""
+
+    shape: tuple[int, ...]
+
+    form: Tensor
+    """The moved tensor, without memory."""
+
+    def moved(self, numbers: Tensor) -> Tensor:
+        for move in self.moves:
+            numbers = move(numbers)
+        return numbers
+
+    def before(self, values: Tensor) -> Tensor | None:
+        """Values that broadcast to the moved tensor, as they broadcast to `numbers`; None: they cannot."""
+        if values.numel() == 1:
+            return values.reshape(())
+        values = values.reshape((1,) * (self.places.ndim - values.ndim) + values.shape)
+        if any(size not in (1, places) for size, places in zip(values.shape, self.places.shape)):
+            return None
+        order = torch.argsort(self.places.reshape(-1))
+        return values.expand(self.places.shape).reshape(-1).index_select(0, order).reshape(self.shape)
 
 
 class QTensor:
@@ -28,6 +70,8 @@ class QTensor:
     codec.
     levels:  true for probabilities on the levels of `QuantConfig.softmax`.
     forward: the number of the forward that made it (`Runtime.number`).
+
+    repeated: where the numbers are not computed yet; reading q computes them.
 
     The tensors in q and scale never change: an operation in place puts new ones into these slots. A quantized
     tensor knows its views and what it is a view of (`aliases`). After an operation in place on one of them,
@@ -44,8 +88,10 @@ class QTensor:
         "forward",
         "aliases",
         "overwritten",
+        "repeated",
         "__weakref__",
     )
+    q: Tensor
 
     def __init__(
         self,
@@ -66,6 +112,15 @@ class QTensor:
         )
         self.forward: int = 0 if runtime is None else runtime.number
         self.aliases: list[weakref.ref[QTensor]] = []
+        self.repeated: Repeated | None = None
+
+    @classmethod
+    def of_repeated(cls, repeated: "Repeated", like: "QTensor") -> "QTensor":
+        """Numbers that are repeated when they are asked for; a tensor in another layout than `like`."""
+        x = like.moved(repeated.form, repeated.scale)
+        x.repeated = repeated
+        del x.q
+        return x
 
     # ------------------------------------------------------------------------------------------ what it holds
 
@@ -149,21 +204,24 @@ class QTensor:
 
     # ---------------------------------------------------------------------------------- to look like a tensor
 
-    shape = property(lambda self: self.q.shape)
-    ndim = property(lambda self: self.q.ndim)
+    @property
+    def shape(self) -> torch.Size:
+        return self.q.shape if self.repeated is None else self.repeated.form.shape
+
+    ndim = property(lambda self: len(self.shape))
     device = property(lambda self: self.q.device)
     dtype = property(lambda self: torch.float32)
     is_cuda = property(lambda self: self.q.is_cuda)
     requires_grad = property(lambda self: self.q.requires_grad)
 
     def size(self, dim: int | None = None):
-        return self.q.shape if dim is None else self.q.shape[dim]
+        return self.shape if dim is None else self.shape[dim]
 
     def dim(self) -> int:
-        return self.q.ndim
+        return self.ndim
 
     def numel(self) -> int:
-        return self.q.numel()
+        return self.shape.numel()
 
     def __len__(self) -> int:
         return len(self.q)
@@ -175,6 +233,10 @@ class QTensor:
         return runtime.dispatch(function, args, kwargs)
 
     def __getattr__(self, name: str):
+        if name == "q" and self.readable and self.repeated is not None:
+            self.q = self.repeated.moved(self.repeated.numbers)
+            self.repeated = None
+            return self.q
         if name == "q" and not self.readable:
             raise InputError(
                 f"licq cannot run this network: {self.overwritten} changes a tensor in place, and another "

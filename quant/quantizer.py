@@ -10,7 +10,7 @@ from licq.quant.fixedpoint import int_range, round_ste
 from licq.quant.grid import Grid
 from licq.quant.observer import RangeObserver
 from licq.quant.primitives import add, constant, rescale
-from licq.quant.qtensor import QTensor
+from licq.quant.qtensor import QTensor, Repeated
 from licq.quant.ranges import RangeSpec
 from licq.quant.symbols import Recorder
 from licq.support.errors import InputError
@@ -221,6 +221,10 @@ class Quantizer(Grid):
         step = scale if refinement == 1 else scale / fine  # fine is a power of two
         ratio = None if refinement == 1 else refinement / fine
         act_drop = x.runtime.act_drop if self.allows_act_drop else None
+        if x.repeated is not None and self.border is None and self.clip_counter is None and act_drop is None:
+            q = _before_repetition(x.repeated, step, qmin, qmax, ratio)
+            if q is not None:
+                return x.like(q, scale if refinement == 1 else scale / refinement)
         if x.scale is None:
             q = self._rounded(x.q, step, qmin, qmax, tracer)
             if act_drop is not None:
@@ -257,6 +261,17 @@ class Quantizer(Grid):
         if self.clip_counter is not None:
             self.clip_counter.add(self, q, qmin, qmax)
         return torch.minimum(torch.maximum(q, qmin.to(q.dtype)), qmax.to(q.dtype)).to(torch.float32)
+
+
+def _before_repetition(
+    repeated: Repeated, step: Tensor, qmin: Tensor, qmax: Tensor, ratio: Tensor | None
+) -> Tensor | None:
+    """The quantized numbers, requantized before they are repeated; None: the grid does not allow it."""
+    values = (repeated.scale / step, qmin, qmax, *(() if ratio is None else (ratio,)))
+    before = [repeated.before(value) for value in values]
+    if any(value is None for value in before):
+        return None
+    return repeated.moved(rescale(repeated.numbers, *before))
 
 
 def _broadcast(multiplier: Tensor, ndim: int) -> Tensor:

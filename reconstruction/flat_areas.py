@@ -25,6 +25,8 @@ from licq.reconstruction.targets import tensor_of
 WEIGHT = 0.1  # of the error in flat areas beside that on photographs
 _POSITIONS = 64  # of each flat picture; most lie inside, some at a border
 _DAMPING = 1e-3  # of the mean diagonal
+_REFINEMENTS = 6
+_EXACT = 1e-6  # what may be left of an equation's right side
 
 
 class Area(NamedTuple):
@@ -123,15 +125,51 @@ def towards(weight: Tensor, moment: Tensor, area: Area) -> tuple[Tensor, Tensor]
     Returns:
         (w + d, H with the area's positions added).
     """
-    x, h = area.inputs.double(), moment.double()
-    share = WEIGHT / x.shape[1]
-    together = torch.addmm(h, x, x.T, alpha=share)
-    damped = together.clone()
-    damped.diagonal().add_(_DAMPING * h.diagonal().mean().clamp(min=1e-12))
-    error = weight.double() @ x - area.outputs.double()
-    # float64: damped by a thousandth, the matrix may be too close to singular for float32
+    x, y, counts = _different(area)
+    share = WEIGHT / counts.sum()
+    together = torch.addmm(moment, x * counts, x.T, alpha=float(share))
+    damping = _DAMPING * float(moment.diagonal().mean().clamp(min=1e-12))
+    error = weight.double() @ x.double() - y.double()
+    right = (x.double() * (share * counts)) @ error.T
+    return weight - _solved(together, damping, right).T.to(weight), together
+
+
+def _different(area: Area) -> tuple[Tensor, Tensor, Tensor]:
+    """(X, Y, how often each position is met): positions with equal inputs are taken once, with their mean
+    output.
+
+    Most of a flat area is of one kind.
+    """
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.rand(len(area.inputs), generator=generator, dtype=torch.float64).to(area.inputs.device)
+    _, kind, counts = torch.unique(weights @ area.inputs.double(), return_inverse=True, return_counts=True)
+    numbers = torch.arange(len(kind)).to(kind)
+    first = numbers[: len(counts)].scatter_reduce(0, kind, numbers, "amin", include_self=False)
+    outputs = area.outputs.new_zeros(len(area.outputs), len(counts)).index_add_(1, kind, area.outputs)
+    return area.inputs[:, first], outputs / counts, counts.to(area.inputs)
+
+
+def _solved(matrix: Tensor, damping: float, right: Tensor) -> Tensor:
+    """The solution of (matrix + damping) d = right, float64.
+
+    The factor is one of float32. What that leaves of the right side is solved again until it is next to
+    nothing. Where it does not shrink, the matrix is too close to singular for float32, and float64 has to do.
+    """
+    damped = matrix.clone()
+    damped.diagonal().add_(damping)
     factor, failed = torch.linalg.cholesky_ex(damped)
-    right = share * (x @ error.T)
+    damped = damped.double()
+    if not failed:
+        solution, rest = torch.zeros_like(right), right
+        start = size = float(torch.linalg.vector_norm(right))
+        for _ in range(_REFINEMENTS):
+            solution += torch.cholesky_solve(rest.to(factor), factor).double()
+            rest = right - damped @ solution
+            before, size = size, float(torch.linalg.vector_norm(rest))
+            if size <= _EXACT * start:
+                return solution
+            if not size < before / 2:
+                break
+    factor, failed = torch.linalg.cholesky_ex(damped)
     # no photograph shows the layer anything: then the damping is next to nothing
-    change = (torch.linalg.solve(damped, right) if failed else torch.cholesky_solve(right, factor)).T
-    return weight - change.to(weight), together.to(moment)
+    return torch.linalg.solve(damped, right) if failed else torch.cholesky_solve(right, factor)

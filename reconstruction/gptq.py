@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from licq.quant import fused_rows
 from licq.quant.config import FLOAT_BITS
 from licq.quant.fixedpoint import int_range, round_half_away
 from licq.quant.layers import PLAIN_LAYERS, QuantLinear
@@ -265,22 +266,40 @@ def gptq(
     backwards = order.flip(0)
     factor = torch.linalg.cholesky(h[backwards][:, backwards]).flip(0, 1).to(weight.dtype)
     shares = factor / factor.diagonal()
-    work = weight[:, order]
-    mask = None if mask is None else mask[:, order]
+    work = weight[:, order].T.contiguous()  # (D, outputs)
+    mask = None if mask is None else mask[:, order].T
     w_int, errors = torch.empty_like(work), torch.empty_like(work)
-    for start in range(0, work.shape[1], _BLOCK):
-        stop = min(start + _BLOCK, work.shape[1])
-        before = errors[:, :start] @ shares[:start, start:stop]
-        target = (work[:, start:stop] + before).T.contiguous()
-        within = shares[start:stop, start:stop]
-        for j in range(stop - start):
-            column = round_half_away(target[j]).clamp_(*limits)
-            if mask is not None:
-                column = torch.where(mask[:, start + j], column, 0.0)
-            w_int[:, start + j] = column
-            errors[:, start + j] = error = work[:, start + j] - column
-            if j + 1 < stop - start:
-                target[j + 1 :].addr_(within[j, j + 1 :], error)
-    result = torch.empty_like(w_int)
-    result[:, order] = w_int
+    for start in range(0, len(work), _BLOCK):
+        block = slice(start, start + _BLOCK)
+        target = torch.addmm(work[block], shares[:start, block].T, errors[:start])
+        _round_block(
+            target,
+            work[block],
+            shares[block, block].contiguous(),
+            limits,
+            None if mask is None else mask[block],
+            w_int[block],
+            errors[block],
+        )
+    result = torch.empty_like(weight)
+    result[:, order] = w_int.T
     return result
+
+
+def _round_block(
+    target: Tensor,
+    work: Tensor,
+    within: Tensor,
+    limits: tuple[int, int],
+    mask: Tensor | None,
+    w_int: Tensor,
+    errors: Tensor,
+) -> None:
+    """The columns of a block, one after the other; arguments as in `fused_rows.compensated_block`."""
+    if fused_rows.compensated_block(target, work, within, limits, mask, w_int, errors):
+        return
+    for j in range(len(work)):
+        column = round_half_away(target[j]).clamp_(*limits)
+        w_int[j] = column if mask is None else torch.where(mask[j], column, 0.0)
+        errors[j] = work[j] - w_int[j]
+        target[j + 1 :].addr_(within[j, j + 1 :], errors[j])
