@@ -6,13 +6,15 @@
  * whatever the number of threads. `quant/fused.py` calls these functions.
  */
 
+#include <stdlib.h>
+
 #include "arithmetic.h"
 
 enum { LANES = 16, PIECE = 4096 };
 
 /* Grows with every change of what the functions here take or give. */
 int calibration_version(void) {
-    return 1;
+    return 2;
 }
 
 /* ---------------------------------------------------------------------------------------- requantization */
@@ -40,7 +42,7 @@ typedef struct {
     const void *x;                    /* float, or double where `wide` */
     void *out;                        /* float, or double where `wide` and there are no limits */
     int8_t *inside;                   /* twice the gradient of clipping, or null */
-    const double *m;                  /* of `fixed_multipliers` */
+    const double *m;                  /* multipliers, any positive numbers */
     const float *low, *high, *factor; /* each null, or one number, or one for each channel */
     int64_t outer, channels, inner;   /* x is (outer, channels, inner) */
     int32_t m_alike, limits_alike, factor_alike, wide, threads;
@@ -109,6 +111,10 @@ CLONES static void wide_unlimited(const double *restrict x, double *restrict out
     for (int64_t i = 0; i < count; i++) out[i] = wide_rounded(x[i] * m[i * m_step]);
 }
 
+static int64_t multipliers_of(const Requantize *job) {
+    return job->m_alike ? 1 : job->channels;
+}
+
 static void requantize_run(const Requantize *job, int64_t start, int64_t channel, int64_t count) {
     const int64_t m_at = job->m_alike ? 0 : channel, at = job->limits_alike ? 0 : channel;
     const float one = 1.0f;
@@ -167,7 +173,7 @@ static void requantize_each(const Requantize *job, int64_t start, int64_t count,
         narrow_unlimited(x, out, count, each->m, 0);
 }
 
-void requantize_floats(const Requantize *job) {
+static void requantize_all(const Requantize *job) {
     const int alike =
         job->m_alike && (!job->low || job->limits_alike) && (!job->factor || job->factor_alike);
     if (job->inner == 1 && job->channels > 1 && !alike) {
@@ -198,15 +204,29 @@ void requantize_floats(const Requantize *job) {
     }
 }
 
+/* Returns 1 where a multiplier is zero, negative or not finite, 2 where memory is lacking. */
+int requantize_floats(const Requantize *given) {
+    Requantize job = *given;
+    const int64_t count = multipliers_of(given);
+    double *fixed = malloc(sizeof(double) * count);
+    if (!fixed) return 2;
+    const int good = fixed_multipliers(given->m, fixed, count, !given->wide);
+    job.m = fixed;
+    if (good) requantize_all(&job);
+    free(fixed);
+    return !good;
+}
+
 typedef struct {
     const float *grad;
     const int8_t *inside; /* or null */
     const void *x;        /* or null: no sums are wanted */
     float *grad_x;        /* or null; double where `wide` and there are no limits, as `grad` then is */
-    const float *m;       /* the multipliers, halved where there is `inside` */
+    const double *m;      /* the multipliers */
     const float *factor;  /* or null */
     double *sums; /* of grad * x, one for each piece: (outer, parts, channels) or (outer, channels, parts) */
     int64_t outer, channels, inner;
+    double half; /* 0.5 where there is `inside`, else 1 */
     int32_t m_alike, factor_alike, wide, threads;
 } RequantizeGradient;
 
@@ -260,7 +280,7 @@ CHANNELS(gradient_channels, float) CHANNELS(gradient_wide_channels, double)
         ROWS = 256
     };
 
-void requantize_gradient(const RequantizeGradient *job) {
+static void gradient_all(const RequantizeGradient *job, const float *m) {
     const float one = 1.0f;
     const float *factor = job->factor ? job->factor : &one;
     if (job->inner == 1 && job->channels > 1) {
@@ -276,10 +296,10 @@ void requantize_gradient(const RequantizeGradient *job) {
                 float *grad_x = job->grad_x ? job->grad_x + r * n : 0;
                 if (job->wide)
                     gradient_wide_channels(grad, inside, job->x ? (const double *)job->x + r * n : 0, grad_x,
-                                           n, job->m, !job->m_alike, factor, factor_step, sums);
+                                           n, m, !job->m_alike, factor, factor_step, sums);
                 else
                     gradient_channels(grad, inside, job->x ? (const float *)job->x + r * n : 0, grad_x, n,
-                                      job->m, !job->m_alike, factor, factor_step, sums);
+                                      m, !job->m_alike, factor, factor_step, sums);
             }
         }
         return;
@@ -290,21 +310,32 @@ void requantize_gradient(const RequantizeGradient *job) {
         const int64_t row = piece / parts, start = row * job->inner + piece % parts * PIECE,
                       count = smaller(PIECE, job->inner - piece % parts * PIECE),
                       channel = row % job->channels;
-        const float m = job->m[job->m_alike ? 0 : channel],
+        const float by_m = m[job->m_alike ? 0 : channel],
                     by = factor[job->factor && !job->factor_alike ? channel : 0];
         const int8_t *inside = job->inside ? job->inside + start : 0;
         float *grad_x = job->grad_x ? job->grad_x + start : 0;
         double sum;
         if (job->wide)
             sum = gradient_wide(job->grad + start, inside, job->x ? (const double *)job->x + start : 0,
-                                grad_x, count, m, by);
+                                grad_x, count, by_m, by);
         else {
             const float *x = job->x ? (const float *)job->x + start : 0;
-            sum = inside && x && grad_x ? gradient_full(job->grad + start, inside, x, grad_x, count, m, by)
-                                        : gradient_any(job->grad + start, inside, x, grad_x, count, m, by);
+            sum = inside && x && grad_x ? gradient_full(job->grad + start, inside, x, grad_x, count, by_m, by)
+                                        : gradient_any(job->grad + start, inside, x, grad_x, count, by_m, by);
         }
         if (job->sums) job->sums[piece] = sum;
     }
+}
+
+/* Returns 1 where memory is lacking. */
+int requantize_gradient(const RequantizeGradient *job) {
+    const int64_t count = job->m_alike ? 1 : job->channels;
+    float *m = malloc(sizeof(float) * count);
+    if (!m) return 1;
+    for (int64_t i = 0; i < count; i++) m[i] = (float)(job->m[i] * job->half);
+    gradient_all(job, m);
+    free(m);
+    return 0;
 }
 
 /* ------------------------------------------------------------------------------------- weights and ranges */
@@ -375,6 +406,27 @@ void weights_gradient(const Weights *job) {
                                             job->mask ? job->mask + at : 0, job->grad + at, job->out + at,
                                             job->count, job->scale[job->alike ? 0 : o], job->low, job->high);
     }
+}
+
+/* The largest over outputs of sum |w| * largest + |bias|. w is (outputs, inputs, taps); bias may be null. */
+CLONES double largest_sum(const float *restrict w, const float *restrict largest, const double *restrict bias,
+                          int64_t outputs, int64_t inputs, int64_t taps) {
+    double most = 0;
+    for (int64_t o = 0; o < outputs; o++) {
+        double sum = bias ? fabs(bias[o]) : 0, lanes[LANES] = {0};
+        for (int64_t k = 0; k < inputs; k++, w += taps) {
+            double part = 0;
+            if (taps == 1)
+                lanes[k % LANES] += (double)(fabsf(w[0]) * largest[k]);
+            else {
+                for (int64_t t = 0; t < taps; t++) part += (double)fabsf(w[t]);
+                sum += part * (double)largest[k];
+            }
+        }
+        for (int l = 0; l < LANES; l++) sum += lanes[l];
+        most = sum > most ? sum : most;
+    }
+    return most;
 }
 
 /* Smallest and largest number and sum of squares of each row of (rows, count). */

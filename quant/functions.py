@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from licq.models.attention import MaskedSoftmax
+from licq.quant import unchanged
 from licq.quant.config import FLOAT_BITS, QuantConfig
 from licq.quant.fixedpoint import round_half_away, round_ste
 from licq.quant.integer_functions import (
@@ -353,12 +354,39 @@ class QuantTable(QuantFunction):
         scale_out = self.grid_out.parameters_of_grid()[0]
         first = int(self.grid_in.parameters_of_grid()[1])
         with torch.no_grad():
-            entries = self.build() if self.table is None else self.table
+            entries = self.entries() if self.table is None else self.table
+        if x.unit.requires_grad or scale_out.requires_grad:
 
-        def smooth(numbers: Tensor) -> Tensor:
-            return self.f(numbers * x.unit.float()) / scale_out.float()
+            def smooth(numbers: Tensor) -> Tensor:
+                return self.f(numbers * x.unit.float()) / scale_out.float()
 
-        return x.like(table(x.q, entries, first, smooth), scale_out)
+            return x.like(table(x.q, entries, first, smooth), scale_out)
+        return x.like(table(x.q, entries, first, slopes=self.slopes), scale_out)
+
+    def entries(self) -> Tensor:
+        """`build`, once as long as the grids stay."""
+        return self._kept("entries", self.build)
+
+    def slopes(self) -> Tensor:
+        """The derivative at every integer of the input quantizer, in steps of the output quantizer."""
+        return self._kept("slopes", self._slopes)
+
+    def _kept(self, what: str, make: Callable[[], Tensor]) -> Tensor:
+        kept = unchanged.memory(self.grid_in.log_n, self.grid_out.log_n)
+        if kept is None:
+            return make()
+        if (self, what) not in kept:
+            kept[self, what] = make()
+        return kept[self, what]
+
+    def _slopes(self) -> Tensor:
+        scale_in, qmin, qmax = (t.detach() for t in self.grid_in.parameters_of_grid())
+        scale_out = self.grid_out.parameters_of_grid()[0].detach()
+        index = torch.arange(int(qmin), int(qmax) + 1, dtype=torch.float64, device=scale_in.device)
+        with torch.enable_grad():
+            index.requires_grad_()
+            (slopes,) = torch.autograd.grad((self.f(index * scale_in) / scale_out).sum(), index)
+        return slopes.float()
 
     def freeze(self) -> None:
         super().freeze()

@@ -16,12 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from licq.quant import unchanged
 from licq.support.kernels import compiled_libraries
 
-_VERSION = 1  # of integer/calibration.c
+_VERSION = 2  # of integer/calibration.c
 PIECE, ROWS = 4096, 256  # PIECE and ROWS there
 _MOST_ENTRIES = 1 << 15  # of a multiplier that is written out
 _SMALL = 1 << 15  # numbers that are not worth a second thread
+_MOST_JOBS = 2048
+NO_MULTIPLIER = "a requantization multiplier must be positive and finite"
 _switched_off = False
 
 
@@ -43,7 +46,7 @@ _RequantizeGradient = structure(
     "_RequantizeGradient",
     "grad inside x grad_x m factor sums",
     "outer channels inner",
-    [],
+    [("half", ctypes.c_double)],
     "m_alike factor_alike wide threads",
 )
 
@@ -69,8 +72,11 @@ def switched_off() -> Iterator[None]:
 
 def kernels(*tensors: Tensor | None) -> ctypes.CDLL | None:
     """The kernels for these tensors; None: PyTorch has to do."""
-    if _switched_off or any(t is not None and t.device.type != "cpu" for t in tensors):
+    if _switched_off:
         return None
+    for tensor in tensors:
+        if tensor is not None and not tensor.is_cpu:
+            return None
     return _library()
 
 
@@ -158,34 +164,27 @@ class Requantization:
         Raises:
             ValueError: a multiplier that is not positive and finite.
         """
-        wide = acc.dtype == torch.float64
         multiplier = self._of_channels(multiplier).to(torch.float64).contiguous()
-        fixed = torch.empty(multiplier.numel(), dtype=torch.float64)
-        if not self.library.fixed_multipliers(
-            ctypes.c_void_p(multiplier.data_ptr()),
-            ctypes.c_void_p(fixed.data_ptr()),
-            ctypes.c_int64(fixed.numel()),
-            ctypes.c_int32(not wide),
-        ):
-            raise ValueError("a requantization multiplier must be positive and finite")
         out = torch.empty(acc.shape, dtype=acc.dtype if self.low is None else torch.float32)
         factor = self.factor
         job = _Requantize(
             acc.data_ptr(),
             out.data_ptr(),
             pointer(inside),
-            fixed.data_ptr(),
+            multiplier.data_ptr(),
             pointer(self.low),
             pointer(self.high),
             pointer(factor),
             *self.shape,
-            fixed.numel() == 1,
+            multiplier.numel() == 1,
             self.low is None or self.low.numel() == 1,
             factor is None or factor.numel() == 1,
-            wide,
+            acc.dtype == torch.float64,
             threads(acc.numel()),
         )
-        self.library.requantize_floats(ctypes.byref(job))
+        failed = self.library.requantize_floats(ctypes.byref(job))
+        if failed:
+            raise MemoryError() if failed > 1 else ValueError(NO_MULTIPLIER)
         return out
 
     def backward(
@@ -202,7 +201,7 @@ class Requantization:
             shape = (parts, channels) if along else (outer, channels, parts)
             sums = torch.empty(shape, dtype=torch.float64)
         half = 1.0 if inside is None else 0.5
-        m, factor = (self._of_channels(multiplier) * half).to(torch.float32).contiguous(), self.factor
+        m, factor = self._of_channels(multiplier).to(torch.float64).contiguous(), self.factor
         job = _RequantizeGradient(
             grad.data_ptr(),
             pointer(inside),
@@ -212,12 +211,14 @@ class Requantization:
             pointer(factor),
             pointer(sums),
             *self.shape,
+            half,
             m.numel() == 1,
             factor is None or factor.numel() == 1,
             acc is not None and acc.dtype == torch.float64,
             threads(grad.numel()),
         )
-        self.library.requantize_gradient(ctypes.byref(job))
+        if self.library.requantize_gradient(ctypes.byref(job)):
+            raise MemoryError()
         if sums is not None:
             sums = (sums.sum(0) if sums.ndim == 2 else sums.sum((0, 2))) * half
             sums = self._summed(sums, multiplier).to(multiplier.dtype)
@@ -228,6 +229,23 @@ def requantization(
     acc: Tensor, multiplier: Tensor, low: Tensor | None, high: Tensor | None, factor: Tensor | None
 ) -> Requantization | None:
     """The requantization of `fixedpoint.requantize_ste`, for a kernel."""
+    kept = unchanged.memory(low, high, factor)
+    if kept is None:
+        return _requantization(acc, multiplier, low, high, factor)
+    operands = (low, high, factor)
+    key = (acc.shape, acc.stride(), acc.dtype, acc.requires_grad, multiplier.shape, *map(id, operands))
+    jobs = kept.setdefault("requantizations", {})
+    if key not in jobs:
+        if len(jobs) >= _MOST_JOBS:  # limits that are not kept themselves
+            jobs.clear()
+        # with the operands, whose numbers nothing else must get meanwhile
+        jobs[key] = _requantization(acc, multiplier, low, high, factor), operands
+    return jobs[key][0]
+
+
+def _requantization(
+    acc: Tensor, multiplier: Tensor, low: Tensor | None, high: Tensor | None, factor: Tensor | None
+) -> Requantization | None:
     library = kernels(acc, multiplier, low, high, factor)
     if library is None or acc.dtype not in (torch.float32, torch.float64) or acc.numel() == 0:
         return None

@@ -231,3 +231,23 @@ def ends_of_channels(x: Tensor, dim: int | None) -> tuple[Tensor, Tensor, Tensor
         ctypes.c_int32(threads(x.numel())),
     )
     return low.amin(0), high.amax(0), squares.sum(0).float()
+
+
+def largest_sum(w_int: Tensor, largest: Tensor, bias: Tensor | None) -> float | None:
+    """The largest over outputs of sum |w_int| * largest + |bias|.
+
+    Args:
+        w_int: (outputs, inputs, ...). largest: (inputs,) or (), float32. bias: (outputs,), float64.
+    """
+    library = kernels(w_int, largest, bias)
+    if library is None or w_int.dtype != torch.float32 or largest.dtype != torch.float32:
+        return None
+    if bias is not None and bias.dtype != torch.float64:
+        return None
+    w_int, largest = w_int.contiguous(), largest.expand(w_int.shape[1]).contiguous()
+    bias = None if bias is None else bias.expand(len(w_int)).contiguous()
+    library.largest_sum.restype = ctypes.c_double
+    return library.largest_sum(
+        *(ctypes.c_void_p(pointer(t)) for t in (w_int, largest, bias)),
+        *(ctypes.c_int64(n) for n in (len(w_int), w_int.shape[1], w_int[0, 0].numel())),
+    )

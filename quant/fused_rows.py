@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from licq.quant.fused import kernels, pointer, structure, threads
+from licq.quant.fused import NO_MULTIPLIER, kernels, pointer, structure, threads
 
 _Softmax = structure(
     "_Softmax",
@@ -198,7 +198,7 @@ def layer_norm(
         ctypes.c_int64(count),
         ctypes.c_int32(1),
     ):
-        raise ValueError("a requantization multiplier must be positive and finite")
+        raise ValueError(NO_MULTIPLIER)
 
     def of_channels(t: Tensor) -> Tensor:
         return t.detach().to(torch.float32).expand(count).contiguous()

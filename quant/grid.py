@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from licq.quant import unchanged
 from licq.quant.channel_split import more_steps, split_shares, split_steps
 from licq.quant.config import FLOAT_BITS, SYMMETRY
 from licq.quant.fixedpoint import SCALES, int_range, round_half_away
@@ -94,6 +95,14 @@ class Grid(nn.Module):
             )
         if self.frozen:
             return self.scale, self.qmin, self.qmax
+        kept = unchanged.memory(self.log_n)
+        if kept is not None:
+            if self not in kept:
+                kept[self] = self._present_parameters()
+            return kept[self]
+        return self._present_parameters()
+
+    def _present_parameters(self) -> tuple[Tensor, Tensor, Tensor]:
         if self.log_n.device.type != "cpu" or (torch.is_grad_enabled() and self.log_n.requires_grad):
             return self._computed_parameters()
         # by values, not by versions: `.data` changes those without telling
@@ -147,14 +156,23 @@ class Grid(nn.Module):
     def parameters_for(self, x_ndim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(scale, qmin, qmax, fine), shaped to broadcast against a tensor of `x_ndim` dimensions."""
         scale, qmin, qmax = self.parameters_of_grid()
-        fine = self.fine
         if scale.ndim:
-            shape = self.shape_for(x_ndim)
-            scale, qmin, qmax = scale.reshape(shape), qmin.reshape(shape), qmax.reshape(shape)
-            fine = fine.reshape(shape) if fine.ndim else fine
+            scale = scale.reshape(self.shape_for(x_ndim))
         elif not self.frozen and self.fixed is None:
             scale = scale.view(())  # each call gives another object: numbers of it may have been added since
-        return scale, qmin, qmax, fine
+        kept = None if self.frozen else unchanged.memory(self.log_n)
+        if kept is None:
+            return scale, *self._limits_for(x_ndim, qmin, qmax)
+        if (self, x_ndim) not in kept:
+            kept[self, x_ndim] = self._limits_for(x_ndim, qmin, qmax)
+        return scale, *kept[self, x_ndim]
+
+    def _limits_for(self, x_ndim: int, qmin: Tensor, qmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        fine = self.fine
+        if not qmin.ndim:
+            return qmin, qmax, fine
+        shape = self.shape_for(x_ndim)
+        return qmin.reshape(shape), qmax.reshape(shape), fine.reshape(shape) if fine.ndim else fine
 
     def largest(self) -> Tensor:
         """The largest magnitude of an integer of this grid: () or (channels,)."""

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
+from licq.quant import fused_layers, unchanged
 from licq.quant.config import FLOAT_BITS, QuantConfig
-from licq.quant.fixedpoint import int_range, requantize_ste, round_ste
+from licq.quant.fixedpoint import int_range, requantize_ste, round_half_away, round_ste
 from licq.quant.modules import QuantModule
 from licq.quant.operations import MultiplyAccumulate
 from licq.quant.primitives import multiply_accumulate
@@ -22,6 +24,26 @@ from licq.support.errors import InputError
 
 LARGEST_BIAS = 2**30
 """Of a bias in units of the accumulator, which leaves the other half to the products."""
+
+
+class _BiasSTE(torch.autograd.Function):
+    """round(bias / scale) as an int32, float64; the gradient of bias / scale, 0 where it is clipped."""
+
+    @staticmethod
+    def forward(ctx, bias, scale):
+        ratio = bias.double() / scale
+        rounded = round_half_away(ratio)
+        ctx.save_for_backward(ratio, scale)
+        ctx.bias_shape, ctx.dtype = bias.shape, bias.dtype
+        return rounded.clamp_(-(2.0**31), 2.0**31 - 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        ratio, scale = ctx.saved_tensors
+        grad = torch.where(ratio.abs() < 2.0**31, grad / scale, 0.0)
+        grad_scale = (-grad * ratio).sum_to_size(scale.shape) if ctx.needs_input_grad[1] else None
+        return grad.sum_to_size(ctx.bias_shape).to(ctx.dtype), grad_scale
 
 
 class QuantMAC(QuantModule):
@@ -249,15 +271,15 @@ class QuantMAC(QuantModule):
         bias = self.float_bias()
         if bias is None:
             return None
-        if self.config.bias_bits == 8:
-            qmax = int_range(8)[1]
-            largest = bias.detach().abs().amax().clamp(min=2**-12).double()
-            scale = self.weight_quantizer.make_scale(
-                torch.exp(self.log_n_bias.double()) * largest / qmax, self.config.frac_bits
-            )
-            b_int = round_ste((bias / scale).float()).clamp(-qmax, qmax)
-            return requantize_ste(b_int.double(), scale / out_scale).clamp(-(2.0**31), 2.0**31 - 1)
-        return round_ste(bias.double() / out_scale).clamp(-(2.0**31), 2.0**31 - 1)
+        if self.config.bias_bits != 8:
+            return _BiasSTE.apply(bias, out_scale)
+        qmax = int_range(8)[1]
+        largest = bias.detach().abs().amax().clamp(min=2**-12).double()
+        scale = self.weight_quantizer.make_scale(
+            torch.exp(self.log_n_bias.double()) * largest / qmax, self.config.frac_bits
+        )
+        b_int = round_ste((bias / scale).float()).clamp(-qmax, qmax)
+        return requantize_ste(b_int.double(), scale / out_scale).clamp(-(2.0**31), 2.0**31 - 1)
 
     def rounded_weight(self) -> Tensor:
         """The canonical weight that w_int represents, without the spread of the input scales; float32."""
@@ -310,6 +332,19 @@ class QuantMAC(QuantModule):
         of learning."""
         if self.weight_int is not None and self.out_scale is not None and self.bound is not None:
             return self.operation(self.weight_int, self.bias_int, int(self.bound)), self.out_scale
+        kept = unchanged.memory(*self._read())
+        if kept is None:
+            return self._integer_layer()
+        if self not in kept:
+            kept[self] = self._integer_layer()
+        return kept[self]
+
+    def _read(self) -> list[Tensor]:
+        """What the integers of the layer depend on."""
+        parameters = [*self.module.parameters(), *self.weight_quantizer.parameters()]
+        return [*parameters, self.input_grid.log_n, self.bias_change, self.log_n_bias]
+
+    def _integer_layer(self) -> tuple[MultiplyAccumulate, Tensor]:
         w_int, out_scale = self.integer_weight()
         b_int = self.integer_bias(out_scale)
         return self.operation(w_int, b_int, self.rough_bound(w_int, b_int)), out_scale
@@ -355,7 +390,16 @@ class QuantMAC(QuantModule):
         """A number that `accumulator_bound` does not exceed, in float32 and so much faster."""
         if self.groups > 1:
             return int(self.accumulator_bound(w_int, b_int))
-        largest = (self.input_grid.largest().double() ** self.input_power).float()
+        kept = unchanged.memory(self.input_grid.log_n)
+        largest = None if kept is None else kept.get((self, "largest"))
+        if largest is None:
+            largest = (self.input_grid.largest().double() ** self.input_power).float()
+            if kept is not None:
+                kept[self, "largest"] = largest
+        if type(self).largest_sum is QuantMAC.largest_sum:
+            bound = fused_layers.largest_sum(w_int, largest, b_int)
+            if bound is not None:
+                return int(bound * (1 + 2.0**-10)) + 1
         weight = w_int.abs().float()
         rows = weight.flatten(2) if weight.ndim > 2 else weight.T
         sums = torch.matmul(largest.expand(weight.shape[1]), rows)

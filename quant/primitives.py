@@ -196,15 +196,41 @@ def leaky(x: Tensor, slope: float) -> Tensor:
     return x.recorder.emit(operation, x.shape, Range(low, max(numbers.high, 0)))
 
 
-def table(x: Tensor, entries: Tensor, first: int, smooth: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+class _TableSTE(torch.autograd.Function):
+    """entries[x - first], with the gradient slopes[x - first]."""
+
+    @staticmethod
+    def forward(ctx, x, entries, first, slopes):
+        ctx.save_for_backward(x, slopes)
+        ctx.first = first
+        return table_lookup(x, entries, first).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, slopes = ctx.saved_tensors
+        return table_lookup(x, slopes, ctx.first).mul_(grad), None, None, None
+
+
+def table(
+    x: Tensor,
+    entries: Tensor,
+    first: int,
+    smooth: Callable[[Tensor], Tensor] | None = None,
+    slopes: Callable[[], Tensor] | None = None,
+) -> Tensor:
     """entries[x - first]: any function of one number. Range: the extremes of the entries.
 
-    smooth: the function on real numbers, of which the gradient is taken; None: there is no gradient.
+    Args:
+        smooth: the function on real numbers, of which the gradient is taken.
+        slopes: gives the derivative at each entry, which is taken instead. Both None: there is no gradient.
     """
     if isinstance(x, Symbol):
         entries = _int64(entries)
         operation = ops.Table((x.number,), table=entries, first=first)
         return x.recorder.emit(operation, x.shape, Range.of(entries))
+    if slopes is not None and torch.is_grad_enabled() and x.requires_grad:
+        return _TableSTE.apply(x, entries, first, slopes())
     with torch.no_grad():
         exact = table_lookup(x, entries, first).to(x.dtype)
     if smooth is not None and torch.is_grad_enabled() and x.requires_grad:

@@ -1,9 +1,11 @@
 """Weights as integers: their scales (eqs. 3, 4, 15) and the scheme that rounds them (eq. 14)."""
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from licq.quant.config import QuantConfig
 from licq.quant.fixedpoint import SCALES, int_range, power_of_two_scale
@@ -15,6 +17,29 @@ from licq.quant.transforms import range_groups
 def per_output(scale: Tensor, w: Tensor) -> Tensor:
     """A scale (outputs,) or (), shaped to broadcast against a weight (outputs, inputs, ...)."""
     return scale.reshape(-1, *[1] * (w.ndim - 1)) if scale.ndim else scale
+
+
+class _ScaleSTE(torch.autograd.Function):
+    """exp(log_n) * largest / qmax, not below min_scale, as a scale of `make`; no gradient where it is
+    below."""
+
+    @staticmethod
+    def forward(ctx, log_n, largest, qmax, min_scale, make):
+        scale = torch.exp(log_n.double()) * largest / qmax
+        slope = scale
+        if min_scale is not None:
+            above = scale > min_scale
+            slope = torch.where(above, scale, torch.where(scale == min_scale, scale / 2, 0.0))
+            scale = torch.maximum(scale, min_scale)
+        ctx.save_for_backward(slope)
+        ctx.shape, ctx.dtype = log_n.shape, log_n.dtype
+        return make(scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (slope,) = ctx.saved_tensors
+        return (grad * slope).sum_to_size(ctx.shape).to(ctx.dtype), None, None, None, None
 
 
 class WeightQuantizer(nn.Module):
@@ -115,12 +140,18 @@ class WeightQuantizer(nn.Module):
     def scale(self, w: Tensor, min_scale: Tensor | None = None) -> Tensor:
         """s_w of eqs. 3 and 15, not below `min_scale`: (outputs,) or (), float64."""
         qmax = int_range(self.bits)[1]
-        scale = torch.exp(self.log_n.double()) * self._of_groups(self._largest(w).double()) / qmax
+        largest = self._of_groups(self._largest(w).double())
         if min_scale is not None:
             # upwards: rounding to nearest could end below it
             min_scale = torch.ceil(min_scale * 2.0**self.frac_bits) * 2.0**-self.frac_bits
-            scale = torch.maximum(scale, self._of_groups(min_scale) if scale.ndim else min_scale.max())
-        scale = self.make_scale(scale, self.frac_bits)
+            min_scale = self._of_groups(min_scale) if largest.ndim else min_scale.max()
+        if largest.requires_grad:
+            scale = torch.exp(self.log_n.double()) * largest / qmax
+            scale = scale if min_scale is None else torch.maximum(scale, min_scale)
+            scale = self.make_scale(scale, self.frac_bits)
+        else:
+            make = partial(self.make_scale, frac_bits=self.frac_bits)
+            scale = _ScaleSTE.apply(self.log_n, largest, qmax, min_scale, make)
         return scale if self.group is None else scale[self.group]
 
     def forward(self, w: Tensor, min_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:

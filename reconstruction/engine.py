@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from licq.quant import unchanged
 from licq.quant.model import QuantModel
 from licq.quant.rounding import Rounding
 from licq.reconstruction.cache import PrefixCache
@@ -127,7 +128,7 @@ class Engine:
             cache: of the prefix behind which forwards start; None runs whole forwards.
         """
         costs, squares = [], []
-        with torch.no_grad():
+        with torch.no_grad(), unchanged.everything():
             for index in self.measured:
                 cost = self._cost(index, cache)
                 costs.append(cost)

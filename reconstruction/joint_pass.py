@@ -9,6 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from licq.quant import unchanged
 from licq.quant.modules import QuantModule
 from licq.quant.rounding import AdaRound
 from licq.reconstruction.engine import Engine
@@ -108,7 +109,7 @@ class JointPass:
         bar.update(step)
         for parameter in active.values():
             parameter.requires_grad_(True)
-        with bar:
+        with bar, unchanged.constants():
             while step < config.joint_iters:
                 schedule.set(step)
                 optimizer.zero_grad()

@@ -7,6 +7,7 @@ import torch
 from pytorch_msssim import ms_ssim
 from torch import Tensor
 
+from licq.quant import unchanged
 from licq.quant.outputs import codec_output
 from licq.support.errors import InputError
 
@@ -65,4 +66,5 @@ class Objective:
 @torch.no_grad()
 def mean_cost(codec: Callable[[Tensor], dict], batches: Iterable[Tensor], objective: Objective) -> float:
     """Mean J over all images of the batches, summed in double precision."""
-    return float(torch.cat([objective(codec(batch), batch) for batch in batches]).double().mean())
+    with unchanged.everything():
+        return float(torch.cat([objective(codec(batch), batch) for batch in batches]).double().mean())

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from licq.quant import unchanged
 from licq.quant.rounding import AdaRound, Rounding, temperature
 from licq.reconstruction.cache import PrefixCache, mixed
 from licq.reconstruction.engine import Engine
@@ -148,19 +149,20 @@ class UnitPass:
         ]
         for parameter in active.values():
             parameter.requires_grad_(True)
-        for step in range(steps):
-            if not self.queue:
-                self.queue = self.order.sample(self.engine.measured, len(self.engine.measured))
-            index = self.queue.pop()
-            schedule.set(step)
-            optimizer.zero_grad()
-            with self._act_drop():
-                loss = self._loss(index, in_tail=step >= steps - tail)
-            if adaptive and step >= config.warmup * steps:
-                beta = temperature(step, steps, warmup=config.warmup)
-                loss = loss + config.regularizer * sum(r.regularizer(beta) for r in adaptive)
-            loss.backward()
-            optimizer.step()
+        with unchanged.constants():
+            for step in range(steps):
+                if not self.queue:
+                    self.queue = self.order.sample(self.engine.measured, len(self.engine.measured))
+                index = self.queue.pop()
+                schedule.set(step)
+                optimizer.zero_grad()
+                with self._act_drop():
+                    loss = self._loss(index, in_tail=step >= steps - tail)
+                if adaptive and step >= config.warmup * steps:
+                    beta = temperature(step, steps, warmup=config.warmup)
+                    loss = loss + config.regularizer * sum(r.regularizer(beta) for r in adaptive)
+                loss.backward()
+                optimizer.step()
         for parameter in active.values():
             parameter.requires_grad_(False)
 
