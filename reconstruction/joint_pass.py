@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from licq.quant.modules import QuantModule
 from licq.quant.rounding import AdaRound
 from licq.reconstruction.engine import Engine
+from licq.reconstruction.expected import JOINT
 from licq.reconstruction.optimizers import CosineSchedule, make_optimizer
 from licq.reconstruction.state import knob_of, learned, restore, snapshot
 from licq.reconstruction.targets import Targets
@@ -104,8 +105,9 @@ class JointPass:
             desc=f"joint pass ({config.loss})",
             unit="step",
             enabled=engine.progress,
+            initial=step,
+            kind=JOINT,
         )
-        bar.update(step)
         for parameter in active.values():
             parameter.requires_grad_(True)
         with bar:

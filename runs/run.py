@@ -1,8 +1,6 @@
 """A run: everything that one command line of `main_ptq.py` needs, checked before the work starts."""
 
 import argparse
-import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +15,7 @@ from licq.models.registry import get_architecture
 from licq.quant.bits import Bits
 from licq.quant.config import FLOAT_BITS
 from licq.reconstruction.config import PtqConfig
+from licq.reconstruction.expected import count_layers
 from licq.runs.flags import build_config
 from licq.runs.float_models import FloatModel, find_float_models
 from licq.runs.folder import RunFolder
@@ -24,7 +23,20 @@ from licq.runs.inputs import calibration_crops, evaluation_set, images_digest, p
 from licq.runs.layer_bits import check_written_bits, read_layer_bits, settings_of_layers
 from licq.support.determinism import seed_everything, set_threads
 from licq.support.errors import InputError
+from licq.support.progress import say
 from licq.support.version import __version__
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of a float network: its convolutions and linear layers, and the numbers in all its parameters."""
+
+    layers: int
+    parameters: int
+
+    @classmethod
+    def of(cls, network: nn.Module) -> "Size":
+        return cls(count_layers(network), sum(parameter.numel() for parameter in network.parameters()))
 
 
 @dataclass(frozen=True)
@@ -34,6 +46,7 @@ class Run:
     args:           the command line.
     config:         the method.
     models:         float codecs, by rising quality.
+    networks:       the sizes of their networks, by quality.
     multiple:       sides of the network's inputs are multiples of it, in pixels.
     dataset:        the evaluation images.
     crops:          calibration crops, (n, 3, crop, crop) in 0..1; of a variable-rate codec (n, 5, crop, crop)
@@ -41,7 +54,6 @@ class Run:
     folder:         the results.
     shared_results: folder of results that other runs need too, see `runs.shared`.
     warnings:       remarks for the user.
-    started:        monotonic seconds.
     layer_bits:     bits of single layers, by quality; empty where every layer has the same.
     bits_origin:    where they come from, for a reader; empty: from --bits_file.
     models_from:    the folder of the run that has made the quantized codecs with them already.
@@ -52,13 +64,13 @@ class Run:
     config: PtqConfig
     device: torch.device
     models: list[FloatModel]
+    networks: dict[int, Size]
     multiple: int
     dataset: Dataset
     crops: Tensor
     folder: RunFolder
     shared_results: str | Path
     warnings: list[str]
-    started: float
     layer_bits: dict[int, Bits] = field(default_factory=dict)
     bits_origin: str = ""
     models_from: RunFolder | None = None
@@ -86,7 +98,7 @@ class Run:
     def say(self, text: str) -> None:
         """A line of progress, on standard error."""
         if self.progress:
-            print(text, file=sys.stderr, flush=True)
+            say(text)
 
 
 def prepare(args: argparse.Namespace) -> Run:
@@ -123,8 +135,10 @@ def prepare(args: argparse.Namespace) -> Run:
         )
     several = len(models) > 1 and not architecture.variable
     layer_bits: dict[int, Bits] = {}
+    networks: dict[int, Size] = {}
     for model in models:
         network = model.load()
+        networks[model.quality] = Size.of(network)
         layer_bits |= read_layer_bits(args, model.quality, network, several)
     if architecture.variable:
         crops = _with_rates(network, crops, models, args.seed)
@@ -152,13 +166,13 @@ def prepare(args: argparse.Namespace) -> Run:
         config=config,
         device=device,
         models=models,
+        networks=networks,
         multiple=architecture.multiple,
         dataset=dataset,
         crops=crops,
         folder=folder,
         shared_results=args.shared or folder.measured,
         warnings=[remark for remark in remarks if remark],
-        started=time.monotonic(),
         layer_bits=layer_bits,
     )
 
