@@ -28,7 +28,11 @@ QUALITIES = {
     "avif": (10, 25, 40, 55, 70, 85),
 }
 NAMES = {"jpeg": "JPEG", "webp": "WebP", "avif": "AVIF"}
-SECONDS = {"jpeg": 2.5, "webp": 2.2, "avif": 5.0}  # for a million pixels and all settings, about, for the time left
+SECONDS = {
+    "jpeg": 2.5,
+    "webp": 2.2,
+    "avif": 5.0,
+}  # for a million pixels and all settings, about, for the time left
 # Pillow's own default is speed 6 too; how many threads encode must not show in the bytes
 _OPTIONS = {"avif": {"speed": 6, "max_threads": 1}}
 

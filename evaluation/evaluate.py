@@ -26,7 +26,11 @@ from licq.support.determinism import plain_torch
 from licq.support.errors import InputError
 from licq.support.progress import progress as progress_bar
 
-FLOAT, QUANTIZED, COUNTING = "float codec", "quantized codec", "counting"  # kinds of loops, see `support.work`
+FLOAT, QUANTIZED, COUNTING = (
+    "float codec",
+    "quantized codec",
+    "counting",
+)  # kinds of loops, see `support.work`
 
 Picture = Path | str | Tensor | np.ndarray | Image
 Images = Dataset | Picture | Sequence[Picture]
@@ -228,7 +232,9 @@ def evaluate(
         with counting({} if codec else nodes) as counter:
             results = [
                 _evaluate_one(model, picture, index, pad, device, codec)
-                for index, picture in each(f"evaluating on {name}", QUANTIZED if isinstance(model, QuantModel) else FLOAT)
+                for index, picture in each(
+                    f"evaluating on {name}", QUANTIZED if isinstance(model, QuantModel) else FLOAT
+                )
             ]
         if codec and nodes:
             with counting(nodes) as counter:

@@ -13,8 +13,8 @@ from licq.quant.model import QuantModel
 from licq.quant.network_checks import check_network, unwrapped
 from licq.reconstruction.calibration import Calibration, device_of, run_steps
 from licq.reconstruction.config import PtqConfig
-from licq.reconstruction.expected import expected_loops
 from licq.reconstruction.crops import Images, calibration_crops, given_crops
+from licq.reconstruction.expected import expected_loops
 from licq.reconstruction.objective import Objective
 from licq.reconstruction.repeatability import check_frozen, check_source
 from licq.reconstruction.state import StateFolder, fingerprint

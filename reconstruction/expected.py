@@ -1,7 +1,7 @@
 """How long the loops of a calibration are expected to take, for the time left; no number depends on it.
 
-Times are in float forwards of one image of 256x256 pixels. Ratios are those of `benchmarks/calibration.py`, rounded;
-where a machine or a codec has others, the run's own times replace them (`support.work`).
+Times are in float forwards of one image of 256x256 pixels. Ratios are between those that were measured for
+several codecs; where a codec or a machine has others, the run's own times replace them (`support.work`).
 """
 
 from collections.abc import Mapping
@@ -85,7 +85,7 @@ def expected_preparation(config: PtqConfig, crops: int, side: int) -> float:
 
 
 def expected_bit_search(config: PtqConfig, crops: int, side: int, layers: int, choices: int) -> float:
-    """The time of `mixed_precision.measure_layers`, with so many pairs of bits in which a layer is measured."""
+    """The time of `mixed_precision.measure_layers`; each layer is measured in so many choices of bits."""
     measured = min(config.reconstruction.measured, crops)
     return choices * (expected_preparation(config, crops, side) + layers * measured * (side / SIDE) ** 2)
 

@@ -83,8 +83,8 @@ class StateFolder:
 
 
 def stored_records(folder: Path | None) -> dict[str, dict]:
-    """The records of a folder's finished parts by name, whatever calibration they belong to; of files that cannot
-    be read none."""
+    """The records of a folder's finished parts by name, whatever calibration they belong to; of files that
+    cannot be read none."""
     records = {}
     for path in sorted(folder.glob("*.safetensors")) if folder is not None else ():
         try:

@@ -3,7 +3,7 @@
 Costs are in float forwards of one image of 256x256 pixels by the first quality's network (`support.work`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from PIL import Image
@@ -30,17 +30,18 @@ _FILES, _SIMULATION = 0.7, 1.8
 _SECONDS_OF_REPORT = 3.0
 
 
-def planned_qualities(run: Run, folders: Sequence[QualityFolder]) -> list[Item]:
-    """The loops of the qualities that are not finished; `folders` are theirs, in the run's order."""
+def planned_qualities(run: Run, folders: Mapping[int, QualityFolder]) -> list[Item]:
+    """The loops that are left of qualities, {index among the run's: folder}."""
     items: list[Item] = []
-    images = _pixels(run) / SIDE**2
-    largest = max(map(_pixels_of, run.dataset.paths)) / SIDE**2
+    pixels = [_pixels_of(path) / SIDE**2 for path in run.dataset.paths]
+    images = sum(pixels)
     args, config, side = run.args, run.config, run.crops.shape[-1]
     files = run.device.type == "cpu" and not args.estimate
     evaluation = images * (_FILES if files else _SIMULATION)
     counting = [(COUNTING, images * _SIMULATION)] if config.clips and files else []
     first = run.networks[run.models[0].quality]
-    for index, (model, folder) in enumerate(zip(run.models, folders)):
+    for index, folder in folders.items():
+        model = run.models[index]
         network = run.networks[model.quality]
         loops: list[tuple[str, float]] = []
         copied = run.models_from is not None
@@ -49,9 +50,8 @@ def planned_qualities(run: Run, folders: Sequence[QualityFolder]) -> list[Item]:
         alone = index == 0 or not run.is_variable
         if searches_bits(args) and not (run.layer_bits or "bits" in folder.parts) and alone:
             choices = len(bits_choices(args)) * (2 if args.budget_bops is not None else 1)
-            loops.append(
-                ("measuring bits of layers", expected_bit_search(config, len(run.crops), side, network.layers, choices))
-            )
+            cost = expected_bit_search(config, len(run.crops), side, network.layers, choices)
+            loops.append(("measuring bits of layers", cost))
         if args.baseline and "baseline" not in folder.parts:
             if alone:
                 loops.append((OBSERVING, expected_baseline(config, len(run.crops), side)))
@@ -63,7 +63,7 @@ def planned_qualities(run: Run, folders: Sequence[QualityFolder]) -> list[Item]:
             loops.append((QUANTIZED, evaluation))
             loops += counting if alone else []
         if "crops" not in folder.parts:
-            loops.append((CROPS, 3 * largest))
+            loops.append((CROPS, 3 * max(pixels)))
         size = network.parameters / first.parameters
         items += [Item(f"q{model.quality}", kind, size * cost) for kind, cost in loops]
     return items
@@ -76,10 +76,6 @@ def planned_report(run: Run) -> list[Item]:
         for codec, paths in unmeasured(run.dataset.paths).items():
             items.append(Item("", NAMES[codec], SECONDS[codec] * sum(map(_pixels_of, paths)) / 1e6, True))
     return [*items, Item("", "report", _SECONDS_OF_REPORT, True)]
-
-
-def _pixels(run: Run) -> int:
-    return sum(map(_pixels_of, run.dataset.paths))
 
 
 def _pixels_of(path: Path) -> int:

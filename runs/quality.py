@@ -1,9 +1,9 @@
 """What one quality of a run goes through: a list of steps whose results are kept in the quality's folder."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, cast
 
 import torch
@@ -25,9 +25,11 @@ from licq.runs.folder import QualityFolder
 from licq.runs.layer_search import described_bits, find_layer_bits, write_layer_bits
 from licq.runs.run import Run
 from licq.runs.shared import shared
+from licq.runs.side_by_side import publish, run_in_workers
 from licq.support.files import atomic_path, sha256
 from licq.support.progress import progress
 from licq.support.work import Item, current, working
+from licq.workers.engine import Engine
 
 BASELINE = (
     "maximum ranges, nearest rounding, per-channel weights, one scale per activation tensor, no "
@@ -176,12 +178,16 @@ STEPS: tuple[Callable[[Quality], None], ...] = (
 )
 
 
-def run_quality(run: Run, index: int) -> dict:
-    """All steps of one quality; returns its point of report.json."""
+def run_quality(run: Run, index: int, announced: bool = False) -> dict:
+    """All steps of one quality; returns its point of report.json.
+
+    Args:
+        announced: the user knows already that it is finished.
+    """
     quality = Quality(run, index)
     label = f"{run.arch} quality {quality.source.quality} ({index + 1} of {len(run.models)})"
     work = current()
-    if quality.is_finished:
+    if quality.is_finished and not announced:
         run.say(f"{label}: finished before")
     elif work is not None:
         work.enter(f"q{quality.source.quality}", label)
@@ -191,15 +197,38 @@ def run_quality(run: Run, index: int) -> dict:
     return _point(quality)
 
 
-def run_all_qualities(run: Run) -> list[dict]:
-    """The points of report.json, one a quality."""
-    with working(run.arch, planned(run) if run.progress else [], run.progress):
-        return [run_quality(run, index) for index in range(len(run.models))]
+def run_all_qualities(run: Run, argv: Sequence[str] = ()) -> list[dict]:
+    """The points of report.json, one a quality.
+
+    Args:
+        argv: the command line, for qualities in other processes.
+    """
+    count = len(run.models)
+    items = planned(run) if run.progress and current() is None else []
+    with working(run.arch, items, run.progress, workers=run.workers) as work:
+        left = [number for number in range(count) if not Quality(run, number).is_finished]
+        if run.workers > 1 and len(left) > 1:
+            engine = Engine(run.workers, threads=run.args.threads)
+            qualities = [run.models[number].quality for number in left]
+            run_in_workers(argv, engine, run.folder.path, qualities, run.args.resume, work)
+            run.folder.resume = True  # what the workers have finished is taken up
+        else:
+            left = []
+        return [run_quality(run, number, announced=number in left) for number in range(count)]
+
+
+def run_part(run: Run) -> None:
+    """--part: one quality, in a worker process."""
+    index = [model.quality for model in run.models].index(run.args.part)
+    quality = Quality(run, index)
+    items = planned_qualities(run, {index: quality.folder})
+    with working(run.arch, items, run.progress, publish=partial(publish, quality.folder.path)):
+        run_quality(run, index)
 
 
 def planned(run: Run) -> list[Item]:
     """The work of all qualities that is left."""
-    return planned_qualities(run, [Quality(run, index).folder for index in range(len(run.models))])
+    return planned_qualities(run, {index: Quality(run, index).folder for index in range(len(run.models))})
 
 
 def _point(quality: Quality) -> dict:

@@ -1,5 +1,7 @@
 """The report of a run."""
 
+from collections.abc import Sequence
+
 from licq.evaluation.anchors import anchors_of
 from licq.report.build import build_report, write_report
 from licq.report.text import coverage_lines
@@ -11,11 +13,15 @@ from licq.support.progress import progress
 from licq.support.work import working
 
 
-def finish_run(run: Run) -> dict:
-    """Every quality, then the files of the report; returns what report.json holds."""
+def finish_run(run: Run, argv: Sequence[str] = ()) -> dict:
+    """Every quality, then the files of the report; returns what report.json holds.
+
+    Args:
+        argv: the command line, for qualities in other processes.
+    """
     items = [*planned(run), *planned_report(run)] if run.progress else []
-    with working(run.arch, items, run.progress) as work:
-        points = run_all_qualities(run)
+    with working(run.arch, items, run.progress, workers=run.workers) as work:
+        points = run_all_qualities(run, argv)
         if work is not None:
             work.enter("")
         report = summarize(run, points)

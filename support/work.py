@@ -137,6 +137,8 @@ class Work:
         before it are left out."""
         self._count_time()
         self.group, self.label = group, label
+        if self.workers > 1:
+            self._gap = 0.0  # it was that of the workers
         first = [index for index, item in enumerate(self.items) if item.group == group]
         if first:
             self._leave_out(first[0])
@@ -181,14 +183,22 @@ class Work:
 
     def state(self) -> dict[str, Any]:
         """What is done, for `take` in another process; as JSON."""
-        done = [[item.cost, item.share, item.seconds, item.gap] for item in self.items]
-        return {"items": done, "doing": self._doing()}
+        fields = [
+            [item.kind, item.cost, item.in_seconds, item.share, item.seconds, item.gap] for item in self.items
+        ]
+        return {"items": fields, "doing": self._doing()}
 
     def take(self, group: str, state: dict[str, Any]) -> None:
-        """What another process, which has the same plan, has done of a group."""
-        mine = [item for item in self.items if item.group == group]
-        for item, (cost, share, seconds, gap) in zip(mine, state.get("items", ())):
-            item.cost, item.share, item.seconds, item.gap = cost, share, seconds, gap
+        """What another process plans and has done of a group."""
+        first = next((index for index, item in enumerate(self.items) if item.group == group), len(self.items))
+        others = [item for item in self.items if item.group != group]
+        self.items = [*others[:first], *(Item(group, *fields) for fields in state["items"]), *others[first:]]
+
+    def finish(self, group: str) -> None:
+        """Another process has ended with a group."""
+        for item in self.items:
+            if item.group == group and item.share < 1:
+                item.cost, item.share = item.cost * item.share, 1.0
 
     def _count_time(self) -> None:
         now = self.clock()
@@ -228,9 +238,7 @@ class Work:
         if self.publish is not None and now - self._published >= 1:
             self._published = now
             self.publish(self.state())
-        if not self.shown or now - self._drawn < (
-            _TERMINAL_INTERVAL if self._on_terminal else _LOG_INTERVAL
-        ):
+        if not self.shown or now - self._drawn < (_TERMINAL_INTERVAL if self._on_terminal else _LOG_INTERVAL):
             return
         self._drawn = now
         words = ": ".join(filter(None, [self.label or self.title, doing or self._doing()]))
