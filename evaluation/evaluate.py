@@ -26,11 +26,7 @@ from licq.support.determinism import plain_torch
 from licq.support.errors import InputError
 from licq.support.progress import progress as progress_bar
 
-FLOAT, QUANTIZED, COUNTING = (
-    "float codec",
-    "quantized codec",
-    "counting",
-)  # kinds of loops, see `support.work`
+FLOAT, QUANTIZED, COUNTING = "float codec", "quantized codec", "counting"  # kinds of loops
 
 Picture = Path | str | Tensor | np.ndarray | Image
 Images = Dataset | Picture | Sequence[Picture]

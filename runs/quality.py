@@ -187,8 +187,9 @@ def run_quality(run: Run, index: int, announced: bool = False) -> dict:
     quality = Quality(run, index)
     label = f"{run.arch} quality {quality.source.quality} ({index + 1} of {len(run.models)})"
     work = current()
-    if quality.is_finished and not announced:
-        run.say(f"{label}: finished before")
+    if quality.is_finished:
+        if not announced:
+            run.say(f"{label}: finished before")
     elif work is not None:
         work.enter(f"q{quality.source.quality}", label)
     for step in STEPS:

@@ -261,12 +261,8 @@ class Work:
             self._write("\r\x1b[K")
 
     def _doing(self) -> str:
-        if not self.open:
-            return ""
-        part = self.open[-1]
-        steps = f" {part.n}/{part.total}" if part.total and part.total > 1 else ""
-        postfix = f" ({part.postfix})" if part.postfix else ""
-        return f"{part.desc}{steps}{postfix}"
+        """The outermost loop, and the innermost where there are several."""
+        return ": ".join(part.in_words() for part in (self.open[:1] + self.open[1:][-1:]))
 
     def _left_in_words(self) -> str:
         left = self.left()
@@ -319,6 +315,11 @@ class Part:
     def set_postfix_str(self, text: str) -> None:
         """A value to show."""
         self.postfix = text
+
+    def in_words(self) -> str:
+        """What is done, and how far it is."""
+        steps = f" {self.n}/{self.total}" if self.total and self.total > 1 else ""
+        return f"{self.desc}{steps}" + (f" ({self.postfix})" if self.postfix else "")
 
     def close(self) -> None:
         """The loop is over."""
