@@ -18,14 +18,14 @@ OBSERVING = "observing ranges"
 UNITS, JOINT = "units", "joint pass"
 
 # in float forwards of as many images
-_OBSERVED = 1.6  # forwards that set ranges
-_SENSITIVITY = 5.5  # a forward, and gradients to every layer's output
-_MOMENTS = 2.3  # forwards that collect GPTQ's moments
+_OBSERVED = 1.7  # forwards that set ranges
+_SENSITIVITY = 4.3  # a forward, and gradients to every layer's output
+_MOMENTS = 4.5  # forwards that collect GPTQ's moments
 _QUANTIZED = 1.8  # forwards of the quantized codec
-_STEP = 6.0  # its forward and backward
+_STEP = 5.0  # its forward and backward
 # in all, whatever the crops
-_BALANCE = 12.0
-_FACTORIZATION = 80.0
+_BALANCE = 2.0
+_FACTORIZATION = 120.0
 
 _FLAT, _HARDER, _SCORES = 12, 4, 7  # flat pictures; harder crops of one; measurements in the joint pass
 _LAYERS_A_UNIT = {"layer": 1.0, "block": 2.5, "stage": 5.0}
@@ -62,7 +62,7 @@ def expected_loops(
         loops.append(("searching ranges", knobs.search_evals * quantized))
     if _is_compensated(config) and "start" not in stored:
         shown = observed if crops >= knobs.observed else 4 * observed  # `gptq.turned`
-        moments = _MOMENTS * forward * (shown + _FLAT * knobs.flat)
+        moments = _MOMENTS * forward * shown
         loops.append(("compensating rounding", moments + _FACTORIZATION))
     has_units = bool(knobs.iters and knobs.learn)
     if has_units:

@@ -25,8 +25,7 @@ from licq.support.work import Item
 CROPS = "cutting crops"
 
 # in float forwards of as many pixels
-_FLOAT = 1.1  # with the measures
-_FILES, _SIMULATION = 0.7, 1.8
+_FLOAT, _FILES, _SIMULATION = 1.8, 1.0, 3.0  # large images take longer, and are compared
 _SECONDS_OF_REPORT = 3.0
 
 

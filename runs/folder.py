@@ -61,7 +61,8 @@ class RunFolder:
                 (folder / "partial.json").unlink(missing_ok=True)
                 shutil.rmtree(folder / "units", ignore_errors=True)
             self.forget_measured()
-        write_json(self.path / "run.json", {"settings": self.settings, "threads": threads})
+        stated = {} if threads is None else {"threads": threads}
+        write_json(self.path / "run.json", {"settings": self.settings, **stated})
 
     def quality(self, quality: int, settings: dict[str, Any], shared: bool = False) -> "QualityFolder":
         """The part of the folder that belongs to a quality; `settings` are its own, beside the run's.

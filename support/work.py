@@ -21,7 +21,7 @@ from typing import Any, TextIO
 
 _LOG_INTERVAL = 10.0  # seconds between two lines of a log
 _TERMINAL_INTERVAL = 0.2
-_BELIEF = 0.1  # what is expected of a kind counts as this share of an item of it
+_BELIEF = 0.3  # what is expected of a kind counts as this share of an item, until one of the kind is done
 
 
 @dataclass
@@ -52,9 +52,9 @@ def seconds_left(items: Sequence[Item]) -> list[float] | None:
     """How long the rest of each item takes; None where nothing has been done yet that could tell.
 
     An item's expected time is its cost, times the seconds that a unit of cost has taken in items of its
-    kind. Kinds that have not been met take the mean of those that have. A first guess at a kind weighs like
-    a tenth of an item. What happens between loops is expected before each loop as it was before others of
-    its kind.
+    kind. Kinds that have not been met take the mean of those that have. What was expected first weighs
+    like a third of an item, until one is done. Time between loops is expected again before loops of the same
+    kind.
     """
     done = [item for item in items if item.share > 0 and item.seconds > 0 and item.cost > 0]
     general = _mean_rate([item for item in done if not item.in_seconds])
@@ -64,7 +64,7 @@ def seconds_left(items: Sequence[Item]) -> list[float] | None:
     for item in items:
         same = [other for other in done if other.kind == item.kind]
         expected = 1.0 if item.in_seconds else general or 0.0
-        belief = _BELIEF * item.cost
+        belief = _BELIEF * item.cost * max(0.0, 1 - sum(other.share for other in same))
         seconds = sum(other.seconds for other in same) + belief * expected
         cost = sum(other.cost * other.share for other in same) + belief
         rest = item.cost * (1 - item.share) * seconds / cost if cost else 0.0
