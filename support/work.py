@@ -14,7 +14,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, TextIO
@@ -288,7 +288,7 @@ class Part:
         self, work: Work, iterable: Iterable | None, total: int | None, initial: int, desc: str, kind: str
     ):
         self.work, self.iterable, self.desc, self.kind = work, iterable, desc, kind
-        self.total = len(iterable) if total is None and hasattr(iterable, "__len__") else total
+        self.total = len(iterable) if total is None and isinstance(iterable, Sized) else total
         self.n = self.first = initial
         self.postfix = ""
         self.item: Item | None = None

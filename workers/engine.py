@@ -90,13 +90,14 @@ def _with_progress(
 ) -> Iterator[Outcome]:
     """The outcomes, with a bar of the finished tasks and the last line of what the running ones say."""
     bar = progress(total=len(tasks), desc=desc, unit=unit, enabled=not quiet)
+    interval = 1 if sys.stderr.isatty() else 10
     with bar, contextlib.closing(outcomes):
         shown = time.monotonic()
         for outcome in outcomes:
             if outcome is not None:
                 bar.update()
                 yield outcome
-            elif not quiet and time.monotonic() - shown > max(bar.mininterval, 1):
+            elif not quiet and time.monotonic() - shown > interval:
                 bar.set_postfix_str(last_log_line(tasks))
                 shown = time.monotonic()
 
