@@ -37,6 +37,11 @@ def main(argv: list[str] | None = None, prog: str = "main_ptq.py") -> int:
     from licq.runs.run import prepare
 
     run = prepare(args)
+    if args.part is not None:
+        from licq.runs.quality import run_part
+
+        run_part(run)
+        return 0
     if args.analyze:
         from licq.runs.analysis import analyze_run
 
@@ -51,7 +56,7 @@ def main(argv: list[str] | None = None, prog: str = "main_ptq.py") -> int:
         from licq.runs.bd_rate_limit import below_bd_rate
 
         run = below_bd_rate(run)
-    report = finish_run(run)
+    report = finish_run(run, argv)
     print(f"{render_summary(report)}\n\n{written_files(run)}")
     for warning in run.warnings:
         print(f"note: {warning}")

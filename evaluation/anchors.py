@@ -27,7 +27,12 @@ QUALITIES = {
     "webp": (1, 10, 25, 45, 65, 80, 90),
     "avif": (10, 25, 40, 55, 70, 85),
 }
-_NAMES = {"jpeg": "JPEG", "webp": "WebP", "avif": "AVIF"}
+NAMES = {"jpeg": "JPEG", "webp": "WebP", "avif": "AVIF"}
+SECONDS = {
+    "jpeg": 2.5,
+    "webp": 2.2,
+    "avif": 5.0,
+}  # for a million pixels and all settings, about, for the time left
 # Pillow's own default is speed 6 too; how many threads encode must not show in the bytes
 _OPTIONS = {"avif": {"speed": 6, "max_threads": 1}}
 
@@ -75,16 +80,26 @@ def anchor_points(
     qualities = sorted(qualities or QUALITIES[codec])
     points = np.zeros((len(qualities), len(paths), 3))
     for column, path in enumerate(
-        progress_bar(paths, desc=_NAMES[codec], unit="image", enabled=progress, leave=False)
+        progress_bar(paths, desc=NAMES[codec], unit="image", enabled=progress, leave=False)
     ):
-        what = {
-            "codec": codec,
-            "qualities": qualities,
-            "options": _OPTIONS.get(codec, {}) | options,
-            "ms_ssim": with_ms_ssim,
-        }
+        what = _settings(codec, qualities, with_ms_ssim, options)
         points[:, column] = _kept(path, what, lambda path=path, what=what: _points_of(path, **what))
     return points
+
+
+def unmeasured(paths: Sequence[Path]) -> dict[str, list[Path]]:
+    """{codec: the images that `classical_points` has still to measure} of the codecs that Pillow has."""
+    missing = {}
+    for codec in filter(can_write, QUALITIES):
+        what = _settings(codec, sorted(QUALITIES[codec]), True, {})
+        missing[codec] = [path for path in paths if not _entry(path, what).is_file()]
+    return {codec: images for codec, images in missing.items() if images}
+
+
+def _settings(codec: str, qualities: Sequence[int], with_ms_ssim: bool, options: dict) -> dict:
+    """What the points of an image depend on, the arguments of `_points_of`."""
+    options = _OPTIONS.get(codec, {}) | options
+    return {"codec": codec, "qualities": qualities, "options": options, "ms_ssim": with_ms_ssim}
 
 
 def _points_of(path: Path, codec: str, qualities: Sequence[int], options: dict, ms_ssim: bool) -> np.ndarray:
@@ -108,12 +123,17 @@ def _points_of(path: Path, codec: str, qualities: Sequence[int], options: dict, 
     return np.array(rows)
 
 
-def _kept(path: Path, what: dict, measure: Callable[[], np.ndarray]) -> np.ndarray:
-    """The points of one image from the cache folder, else measured and kept there, if that is possible."""
+def _entry(path: Path, what: dict) -> Path:
+    """The file of the cache folder that has an image's points."""
     library = features.version({"jpeg": "libjpeg_turbo"}.get(what["codec"], what["codec"]))
     key = {**what, "pillow": pillow, "library": library, "image": sha256(path), "form": 1}
     name = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:32]
-    entry = cache_folder() / "anchors" / f"{name}.json"
+    return cache_folder() / "anchors" / f"{name}.json"
+
+
+def _kept(path: Path, what: dict, measure: Callable[[], np.ndarray]) -> np.ndarray:
+    """The points of one image from the cache folder, else measured and kept there, if that is possible."""
+    entry = _entry(path, what)
     try:
         stored = np.array(json.loads(entry.read_text(encoding="utf-8")), dtype=float)
         if stored.shape == (len(what["qualities"]), 3):
@@ -190,7 +210,7 @@ def anchors_of(
         {name: points by rising rate} of JPEG, WebP and AVIF where Pillow has them, and of what was published.
     """
     points = points or classical_points(dataset.paths, progress)
-    curves = {_NAMES[codec]: _curve(values, QUALITIES[codec]) for codec, values in points.items()}
+    curves = {NAMES[codec]: _curve(values, QUALITIES[codec]) for codec, values in points.items()}
     published = published_curve(arch, dataset, metric)
     return curves | ({f"published {arch}": published} if published else {})
 

@@ -26,6 +26,8 @@ from licq.support.determinism import plain_torch
 from licq.support.errors import InputError
 from licq.support.progress import progress as progress_bar
 
+FLOAT, QUANTIZED, COUNTING = "float codec", "quantized codec", "counting"  # kinds of loops
+
 Picture = Path | str | Tensor | np.ndarray | Image
 Images = Dataset | Picture | Sequence[Picture]
 
@@ -218,18 +220,21 @@ def evaluate(
     started = time.monotonic()
     nodes = model.nodes if count_clipped and isinstance(model, QuantModel) else {}
 
-    def each(what: str):
-        return enumerate(progress_bar(pictures, desc=what, unit="image", enabled=progress, leave=False))
+    def each(what: str, kind: str):
+        bar = progress_bar(pictures, desc=what, unit="image", enabled=progress, leave=False, kind=kind)
+        return enumerate(bar)
 
     with _evaluating(model):
         with counting({} if codec else nodes) as counter:
             results = [
                 _evaluate_one(model, picture, index, pad, device, codec)
-                for index, picture in each(f"evaluating on {name}")
+                for index, picture in each(
+                    f"evaluating on {name}", QUANTIZED if isinstance(model, QuantModel) else FLOAT
+                )
             ]
         if codec and nodes:
             with counting(nodes) as counter:
-                for index, picture in each("counting what is clipped"):
+                for index, picture in each("counting what is clipped", COUNTING):
                     _decode(model, _image(picture, index)[1].to(device), str(index), pad)
     clipped = counter.shares() if nodes else None
     source = "bitstream" if codec else "estimate"

@@ -14,12 +14,14 @@ from licq.quant.network_checks import check_network, unwrapped
 from licq.reconstruction.calibration import Calibration, device_of, run_steps
 from licq.reconstruction.config import PtqConfig
 from licq.reconstruction.crops import Images, calibration_crops, given_crops
+from licq.reconstruction.expected import expected_loops
 from licq.reconstruction.objective import Objective
 from licq.reconstruction.repeatability import check_frozen, check_source
 from licq.reconstruction.state import StateFolder, fingerprint
 from licq.reconstruction.steps import PREPARATION, STEPS
 from licq.support.determinism import plain_torch
 from licq.support.errors import InputError
+from licq.support.work import Item, working
 
 
 @plain_torch(learning=True)
@@ -71,7 +73,7 @@ def quantize(
         device: where to run; default where the model is.
         folder: where finished parts are stored for `resume`; default nowhere.
         resume: go on behind the last finished part in `folder`. The result is that of an uninterrupted run.
-        progress: show bars with the time left.
+        progress: show what is done and the time left.
         num_images: how many images crops are drawn from. Fewer images are used again, at other positions.
         crop: side of a drawn crop in pixels, a multiple of what the codec's inputs are (mostly 64).
         crops_per_image: crops drawn from each image.
@@ -110,7 +112,9 @@ def quantize(
         None if folder is None else Path(folder) / "units", fingerprint(model, crops, *settings), resume
     )
     calibration = Calibration(model, crops, config, objective, bits, device, state, progress)
-    run_steps(calibration, STEPS)
+    loops = expected_loops(config, len(crops), crops.shape[-1], model, state.folder)
+    with working("quantizing", [Item("", *loop) for loop in loops], progress):
+        run_steps(calibration, STEPS)
     qmodel, history = calibration.qmodel, calibration.history
     qmodel.freeze()
     qmodel.checked["repeatable"] = check_frozen(qmodel, calibration.crops)

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from licq.quant.bits import Bits
 from licq.quant.config import QuantConfig
 from licq.quant.model import QuantModel
 from licq.quant.network_checks import unwrapped
 from licq.reconstruction.config import PtqConfig, ReconstructionConfig
+from licq.reconstruction.expected import OBSERVING
 from licq.reconstruction.objective import Objective
 from licq.reconstruction.sensitivity import Sensitivity
 from licq.reconstruction.state import StateFolder
@@ -122,7 +122,7 @@ class Calibration:
         qmodel = QuantModel(self.model, quant, self.bits).to(self.device)
         with progress_bar(
             total=len(self.observed_batches) + len(harder),
-            desc="observing ranges",
+            desc=OBSERVING,
             unit="batch",
             enabled=self.progress,
             leave=False,
@@ -137,7 +137,7 @@ def device_of(model: nn.Module, crops: Tensor) -> torch.device:
     return crops.device if parameter is None else parameter.device
 
 
-def _counted(batches: Iterable[Tensor], bar: tqdm) -> Iterator[Tensor]:
+def _counted(batches: Iterable[Tensor], bar: Any) -> Iterator[Tensor]:
     for batch in batches:
         yield batch
         bar.update()

@@ -35,8 +35,9 @@ ones), the unit, the knobs that are learned, or what is drawn at random (`input_
 """
 
 from licq.reconstruction.engine import Engine
+from licq.reconstruction.expected import UNITS
 from licq.reconstruction.joint_pass import JointPass
-from licq.reconstruction.state import learned, restore
+from licq.reconstruction.state import learned, restore, stored_records
 from licq.reconstruction.unit_pass import Prefix, UnitPass
 from licq.reconstruction.units import Unit
 from licq.support.progress import progress as progress_bar
@@ -75,6 +76,8 @@ def reconstruct_units(engine: Engine) -> list[dict]:
         desc=f"reconstructing {config.unit}s ({config.loss})",
         unit="unit",
         enabled=engine.progress,
+        initial=sum(name.isdigit() for name in stored_records(engine.state.folder)),
+        kind=UNITS,
     )
     with bar:
         for number, unit in enumerate(engine.units):
@@ -85,10 +88,10 @@ def reconstruct_units(engine: Engine) -> list[dict]:
                 unit_pass = UnitPass(engine, unit, number, prefix)
                 entry = unit_pass.run()
                 engine.state.save(f"{number:03d}", entry, unit_pass.parameters)
+                bar.update()
             engine.settle(unit.nodes)
             entries.append(entry)
             bar.set_postfix_str(f"{unit.name}: J {entry['j_before']:.4f} -> {entry['j_after']:.4f}")
-            bar.update()
     return entries
 
 

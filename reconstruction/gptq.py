@@ -34,6 +34,7 @@ _COLUMNS = 4  # or so many for each of its rows, if these are more
 _RARE = 4  # with fewer positions than one for so many rows H says too little
 _BLOCK = 128
 _ROWS = 256  # of H that one product adds to
+_IMAGE = 2  # layers that take as long to start as an image takes, about
 _LARGE = 256  # rows of H from which float32 must do: damped as it is, it is far from singular
 
 
@@ -83,7 +84,7 @@ def compensate_rounding(
     }
     groups = list(_groups(layers))
     bar = progress_bar(
-        total=len(groups) * (len(batches) + bool(flat)) + len(layers),
+        total=len(groups) * (_IMAGE * images + bool(flat)) + len(layers),
         desc="compensating rounding",
         unit="step",
         enabled=progress,
@@ -97,7 +98,7 @@ def compensate_rounding(
             try:
                 for batch in batches:
                     qmodel(batch)
-                    bar.update()
+                    bar.update(_IMAGE * len(batch))
             finally:
                 for hook in hooks:
                     hook.remove()

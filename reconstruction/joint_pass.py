@@ -13,6 +13,7 @@ from licq.quant import unchanged
 from licq.quant.modules import QuantModule
 from licq.quant.rounding import AdaRound
 from licq.reconstruction.engine import Engine
+from licq.reconstruction.expected import JOINT
 from licq.reconstruction.optimizers import CosineSchedule, make_optimizer
 from licq.reconstruction.state import knob_of, learned, restore, snapshot
 from licq.reconstruction.targets import Targets
@@ -105,8 +106,9 @@ class JointPass:
             desc=f"joint pass ({config.loss})",
             unit="step",
             enabled=engine.progress,
+            initial=step,
+            kind=JOINT,
         )
-        bar.update(step)
         for parameter in active.values():
             parameter.requires_grad_(True)
         with bar, unchanged.constants():

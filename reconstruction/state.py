@@ -82,6 +82,19 @@ class StateFolder:
         return metadata.get("identity"), json.loads(metadata.get("facts", "{}")), tensors
 
 
+def stored_records(folder: Path | None) -> dict[str, dict]:
+    """The records of a folder's finished parts by name, whatever calibration they belong to; of files that
+    cannot be read none."""
+    records = {}
+    for path in sorted(folder.glob("*.safetensors")) if folder is not None else ():
+        try:
+            with safe_open(os.fspath(path), "pt") as stored:
+                records[path.stem] = json.loads((stored.metadata() or {}).get("facts", "{}"))
+        except (OSError, SafetensorError):
+            continue
+    return records
+
+
 def learned(nodes: Mapping[str, QuantModule]) -> dict[str, nn.Parameter]:
     """Every parameter that nodes may learn, by "node|knob|number": names of tensors in a `StateFolder`."""
     return {

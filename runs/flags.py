@@ -251,6 +251,13 @@ def _add_run(parser: ScreenParser) -> None:
     )
     _add_measures(group)
     group.add_argument(
+        "--part",
+        metavar="Q",
+        type=options.positive,
+        help="do only this quality, of the run in the folder above --out: what --workers does with each "
+        "(default: all, and a report)",
+    )
+    group.add_argument(
         "--shared",
         metavar="FOLDER",
         help="keep there what other runs need too, and take it from there: results of float codecs and "
@@ -276,8 +283,13 @@ def _add_measures(group: argparse._ArgumentGroup) -> None:
 
 def check_single_run(args: argparse.Namespace) -> None:
     """Raises InputError for flags of a sweep, or flags of single layers that do not go together."""
-    if args.only or args.workers or args.ray or args.gpu_share is not None:
-        raise InputError("--only, --workers, --ray and --gpu_share are for --sweep; a single run is one task")
+    if args.only or args.ray or args.gpu_share is not None:
+        raise InputError(
+            "--only, --ray and --gpu_share are for --sweep; a single run takes --workers for its qualities"
+        )
+    if args.workers and (args.analyze or args.max_bd_rate is not None):
+        flag = "--analyze" if args.analyze else "--max_bd_rate"
+        raise InputError(f"{flag} does one quality after the other; leave --workers out")
     budgets = [
         flag for flag in ("budget_size", "budget_bops", "max_bd_rate") if getattr(args, flag) is not None
     ]

@@ -31,17 +31,29 @@ class RunFolder:
     Args:
         settings: JSON-able; everything that the numbers depend on, apart from what differs by quality.
         resume: go on with what `out` holds.
+        threads: what run.json says of them, beside the settings: a resumption has as many.
+        part: another process has begun the run, and this one does a part of it.
 
     Raises:
         InputError: `out` cannot be written, or `resume` and it holds a run with other settings.
     """
 
-    def __init__(self, out: str | Path, settings: dict[str, Any], resume: bool):
+    def __init__(
+        self,
+        out: str | Path,
+        settings: dict[str, Any],
+        resume: bool,
+        threads: int | None = None,
+        part: bool = False,
+    ):
         self.path = Path(out)
         self.resume = resume
-        before = read_json(self.path / "run.json") if resume else None
+        before = read_json(self.path / "run.json") if resume or part else None
         if before is not None:
             refuse_other_settings(self.path, before.get("settings", {}), _plain(settings))
+        self.settings = _plain(settings)
+        if part:
+            return
         writable_folder(self.path)
         # of every quality: unfinished parts must not be met by a later resumption with these settings
         if not resume:
@@ -49,8 +61,8 @@ class RunFolder:
                 (folder / "partial.json").unlink(missing_ok=True)
                 shutil.rmtree(folder / "units", ignore_errors=True)
             self.forget_measured()
-        self.settings = _plain(settings)
-        write_json(self.path / "run.json", {"settings": self.settings})
+        stated = {} if threads is None else {"threads": threads}
+        write_json(self.path / "run.json", {"settings": self.settings, **stated})
 
     def quality(self, quality: int, settings: dict[str, Any], shared: bool = False) -> "QualityFolder":
         """The part of the folder that belongs to a quality; `settings` are its own, beside the run's.

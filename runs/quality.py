@@ -1,9 +1,9 @@
 """What one quality of a run goes through: a list of steps whose results are kept in the quality's folder."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, cast
 
 import torch
@@ -16,15 +16,20 @@ from licq.quant.bits import Bits
 from licq.quant.config import QuantConfig
 from licq.quant.model import QuantModel
 from licq.reconstruction.api import quantize
+from licq.reconstruction.expected import OBSERVING
 from licq.report.build import make_point
 from licq.report.crops import save_crops
+from licq.runs.expected import CROPS, planned_qualities
 from licq.runs.float_models import FloatModel, set_rate
 from licq.runs.folder import QualityFolder
 from licq.runs.layer_search import described_bits, find_layer_bits, write_layer_bits
 from licq.runs.run import Run
 from licq.runs.shared import shared
+from licq.runs.side_by_side import publish, run_in_workers
 from licq.support.files import atomic_path, sha256
-from licq.support.progress import time_left
+from licq.support.progress import progress
+from licq.support.work import Item, current, working
+from licq.workers.engine import Engine
 
 BASELINE = (
     "maximum ranges, nearest rounding, per-channel weights, one scale per activation tensor, no "
@@ -144,10 +149,13 @@ def write_bits(quality: Quality) -> None:
 
 def cut_crops(quality: Quality) -> None:
     """crops.png: where quantization shows most."""
+    quality.folder.part("crops", lambda: _crops(quality))
+
+
+def _crops(quality: Quality) -> dict:
     run, source = quality.run, quality.source
-    quality.folder.part(
-        "crops",
-        lambda: save_crops(
+    with progress(total=1, desc=CROPS, unit="picture", enabled=run.progress, leave=False):
+        return save_crops(
             run.folder.path,
             source.quality,
             codecs=(quality.network, quality.saved_codec()),
@@ -157,8 +165,7 @@ def cut_crops(quality: Quality) -> None:
             metric=run.args.metric,
             pad=run.multiple,
             device=run.device,
-        ),
-    )
+        )
 
 
 STEPS: tuple[Callable[[Quality], None], ...] = (
@@ -171,20 +178,58 @@ STEPS: tuple[Callable[[Quality], None], ...] = (
 )
 
 
-def run_quality(run: Run, index: int) -> dict:
-    """All steps of one quality; returns its point of report.json."""
+def run_quality(run: Run, index: int, announced: bool = False) -> dict:
+    """All steps of one quality; returns its point of report.json.
+
+    Args:
+        announced: the user knows already that it is finished.
+    """
     quality = Quality(run, index)
-    progress = ": finished before" if quality.is_finished else time_left(run.started, index, len(run.models))
-    run.say(f"{run.arch} quality {quality.source.quality} ({index + 1} of {len(run.models)}){progress}")
+    label = f"{run.arch} quality {quality.source.quality} ({index + 1} of {len(run.models)})"
+    work = current()
+    if quality.is_finished:
+        if not announced:
+            run.say(f"{label}: finished before")
+    elif work is not None:
+        work.enter(f"q{quality.source.quality}", label)
     for step in STEPS:
         step(quality)
     quality.folder.finish()
     return _point(quality)
 
 
-def run_all_qualities(run: Run) -> list[dict]:
-    """The points of report.json, one a quality."""
-    return [run_quality(run, index) for index in range(len(run.models))]
+def run_all_qualities(run: Run, argv: Sequence[str] = ()) -> list[dict]:
+    """The points of report.json, one a quality.
+
+    Args:
+        argv: the command line, for qualities in other processes.
+    """
+    count = len(run.models)
+    items = planned(run) if run.progress and current() is None else []
+    with working(run.arch, items, run.progress, workers=run.workers) as work:
+        left = [number for number in range(count) if not Quality(run, number).is_finished]
+        if run.workers > 1 and len(left) > 1:
+            engine = Engine(run.workers, threads=run.args.threads)
+            qualities = [run.models[number].quality for number in left]
+            run_in_workers(argv, engine, run.folder.path, qualities, run.args.resume, work)
+            run.folder.resume = True  # what the workers have finished is taken up
+        else:
+            left = []
+        return [run_quality(run, number, announced=number in left) for number in range(count)]
+
+
+def run_part(run: Run) -> None:
+    """--part: one quality, in a worker process."""
+    index = [model.quality for model in run.models].index(run.args.part)
+    quality = Quality(run, index)
+    items = planned_qualities(run, {index: quality.folder})
+    with working(run.arch, items, run.progress, publish=partial(publish, quality.folder.path)):
+        run_quality(run, index)
+
+
+def planned(run: Run) -> list[Item]:
+    """The work of all qualities that is left."""
+    return planned_qualities(run, {index: Quality(run, index).folder for index in range(len(run.models))})
 
 
 def _point(quality: Quality) -> dict:
@@ -242,7 +287,8 @@ def _observed_baseline(quality: Quality) -> QuantModel:
     )
     plain = QuantModel(quality.network, config, quality.allocation)
     plain.to(run.device)
-    plain.observe(run.crops[: run.config.reconstruction.observed].to(run.device).split(2))
+    batches = run.crops[: run.config.reconstruction.observed].to(run.device).split(2)
+    plain.observe(progress(batches, desc=OBSERVING, unit="batch", enabled=run.progress, leave=False))
     plain.freeze()
     return plain
 

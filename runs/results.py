@@ -1,17 +1,32 @@
 """The report of a run."""
 
+from collections.abc import Sequence
+
 from licq.evaluation.anchors import anchors_of
 from licq.report.build import build_report, write_report
 from licq.report.text import coverage_lines
-from licq.runs.quality import BASELINE, run_all_qualities
+from licq.runs.expected import planned_report
+from licq.runs.quality import BASELINE, planned, run_all_qualities
 from licq.runs.run import Run
 from licq.runs.shared import shared
+from licq.support.progress import progress
+from licq.support.work import working
 
 
-def finish_run(run: Run) -> dict:
-    """Every quality, then the files of the report; returns what report.json holds."""
-    report = summarize(run, run_all_qualities(run))
-    write_report(run.folder.path, report)
+def finish_run(run: Run, argv: Sequence[str] = ()) -> dict:
+    """Every quality, then the files of the report; returns what report.json holds.
+
+    Args:
+        argv: the command line, for qualities in other processes.
+    """
+    items = [*planned(run), *planned_report(run)] if run.progress else []
+    with working(run.arch, items, run.progress, workers=run.workers) as work:
+        points = run_all_qualities(run, argv)
+        if work is not None:
+            work.enter("")
+        report = summarize(run, points)
+        with progress(total=1, desc="report", enabled=run.progress, leave=False):
+            write_report(run.folder.path, report)
     run.folder.forget_measured()
     return report
 

@@ -341,8 +341,9 @@ def add_engine(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> Non
         "--workers",
         metavar="N",
         type=positive,
-        help="run so many tasks at a time, each in a process of its own, with an equal share of the "
-        "processors, and on one of the GPUs if there are any (default: one after the other in this process)",
+        help="run so many tasks (qualities, runs of a sweep, parts of the images) at a time, each in a "
+        "process of its own, with an equal share of the processors, and on one of the GPUs if there are any "
+        "(default: one after the other in this process)",
     )
     parser.add_argument(
         "--ray",

@@ -7,6 +7,8 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from licq.support.work import Part, current, in_words
+
 _LOG_INTERVAL = 10.0  # seconds between two lines of a log
 _LOG_FORMAT = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 
@@ -39,9 +41,11 @@ def progress(
     unit: str = "it",
     enabled: bool = True,
     leave: bool = True,
+    initial: int = 0,
+    kind: str = "",
     stream: TextIO | None = None,
-) -> tqdm:
-    """A tqdm with the time left, on standard error.
+) -> tqdm | Part:
+    """A tqdm with the time left, on standard error; inside of a `support.work.working` a part of its line.
 
     On a terminal it is a bar. Elsewhere (a log file, CI) it is one line every 10 seconds and one at the end,
     and nothing where the loop is over sooner. `.set_postfix_str("J 0.81")` adds a value.
@@ -52,13 +56,19 @@ def progress(
         desc, unit: words for the user.
         enabled: False for no output at all.
         leave: False to take the bar away at the end.
+        initial: steps that were done before.
+        kind: of the items that the loop can be in a plan; default `desc`.
         stream: instead of standard error.
     """
+    work = current()
+    if work is not None and enabled:
+        return Part(work, iterable, total, initial, desc, kind or desc)
     output = stream or sys.stderr
     if getattr(output, "isatty", lambda: False)():
         return tqdm(
             iterable,
             total=total,
+            initial=initial,
             desc=desc,
             unit=unit,
             disable=not enabled,
@@ -70,6 +80,7 @@ def progress(
     return tqdm(
         iterable,
         total=total,
+        initial=initial,
         desc=desc,
         unit=unit,
         disable=not enabled,
@@ -82,6 +93,15 @@ def progress(
     )
 
 
+def say(text: str) -> None:
+    """A line on standard error, beside the line of the work that goes on."""
+    work = current()
+    if work is not None:
+        work.say(text)
+    else:
+        print(text, file=sys.stderr, flush=True)
+
+
 def time_left(started: float, done: int, total: int) -> str:
     """The words ", about 3 min left", by the mean time of the steps so far; empty before the first is done.
 
@@ -91,4 +111,4 @@ def time_left(started: float, done: int, total: int) -> str:
     """
     if not done:
         return ""
-    return f", about {max(1, round((time.monotonic() - started) / done * (total - done) / 60))} min left"
+    return f", {in_words((time.monotonic() - started) / done * (total - done))} left"

@@ -38,6 +38,7 @@ _OF_THE_SWEEP = {
     "out",
     "resume",
     "shared",
+    "part",
     "quiet",
     "help",
     "help_all",

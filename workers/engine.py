@@ -5,7 +5,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 from licq.support.errors import InputError
@@ -44,13 +44,21 @@ class Engine:
             raise InputError("`gpu_share` is for `ray`; leave it out")
         return cls(args.workers, args.ray, args.gpu_share, args.threads or _default_threads(args))
 
-    def run(self, tasks: Sequence[Task], desc: str, unit: str, quiet: bool = False) -> Iterator[Outcome]:
+    def run(
+        self,
+        tasks: Sequence[Task],
+        desc: str,
+        unit: str,
+        quiet: bool = False,
+        watch: Callable[[], None] | None = None,
+    ) -> Iterator[Outcome]:
         """Run the tasks. A task that fails does not stop the others.
 
         Args:
             desc: for the progress on standard error: what the tasks are together.
             unit: what one of them is called.
             quiet: no progress.
+            watch: called about twice a second, of tasks in other processes; it shows the progress.
 
         Yields:
             The outcome of each task as it ends, in any order.
@@ -67,7 +75,10 @@ class Engine:
         else:
             yield from _in_this_process(tasks, unit, quiet)
             return
-        yield from _with_progress(outcomes, tasks, desc, unit, quiet)
+        if watch is not None:
+            yield from _watched(outcomes, watch)
+        else:
+            yield from _with_progress(outcomes, tasks, desc, unit, quiet)
 
 
 def _with_progress(
@@ -79,15 +90,24 @@ def _with_progress(
 ) -> Iterator[Outcome]:
     """The outcomes, with a bar of the finished tasks and the last line of what the running ones say."""
     bar = progress(total=len(tasks), desc=desc, unit=unit, enabled=not quiet)
+    interval = 1 if sys.stderr.isatty() else 10
     with bar, contextlib.closing(outcomes):
         shown = time.monotonic()
         for outcome in outcomes:
             if outcome is not None:
                 bar.update()
                 yield outcome
-            elif not quiet and time.monotonic() - shown > max(bar.mininterval, 1):
+            elif not quiet and time.monotonic() - shown > interval:
                 bar.set_postfix_str(last_log_line(tasks))
                 shown = time.monotonic()
+
+
+def _watched(outcomes: Generator[Outcome | None, None, None], watch: Callable[[], None]) -> Iterator[Outcome]:
+    with contextlib.closing(outcomes):
+        for outcome in outcomes:
+            if outcome is not None:
+                yield outcome
+            watch()
 
 
 def _in_this_process(tasks: Sequence[Task], unit: str, quiet: bool) -> Iterator[Outcome]:

@@ -14,7 +14,7 @@ from licq.support.cli import explain
 
 LOG = "log.txt"
 RETRIES = 2  # how often a task is begun again after its worker has died
-_FIRST_FILE = "run.json"  # an entry writes it before any result
+_FIRST_FILES = ("run.json", "partial.json")  # an entry writes one of them before it keeps anything else
 
 
 @dataclass(frozen=True)
@@ -101,10 +101,11 @@ def run_here(task: Task, resume: bool, silent: bool) -> str | None:
 
 def has_begun(task: Task, since: float) -> bool:
     """Whether the task's folder holds a run that was begun after the time `since` (seconds since 1970)."""
-    try:
-        return (Path(task.folder) / _FIRST_FILE).stat().st_mtime >= since
-    except OSError:
-        return False
+    for name in _FIRST_FILES:
+        with contextlib.suppress(OSError):
+            if (Path(task.folder) / name).stat().st_mtime >= since:
+                return True
+    return False
 
 
 def worker_died(attempts: int) -> str:

@@ -50,7 +50,7 @@ from tests.main_jobs import ARCH, refused
         ({"set": "lr_range=nan"}, ["lr_range", "number"]),
         ({"set": "learn=luck"}, ["luck"]),
         ({"sweep": "nowhere"}, ["no sweep nowhere", "table1"]),
-        ({"workers": 2}, ["--workers", "--sweep"]),
+        ({"ray": True}, ["--ray", "--sweep"]),
         ({"colour": "red"}, ["--colour"]),
         ({"eval": "/nowhere"}, ["/nowhere", "photos"]),
         ({"calib": "/nowhere"}, ["/nowhere", "photos"]),
