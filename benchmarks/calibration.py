@@ -28,6 +28,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from licq.models.registry import create_model, get_architecture
+from licq.quant import unchanged
 from licq.quant.model import QuantModel
 from licq.reconstruction import gptq
 from licq.reconstruction.api import peak_memory_mb, quantize
@@ -76,6 +77,13 @@ def seconds(run: Callable[[], Any], repeat: int = 1) -> float:
         run()
         times.append(time.process_time() - started)
     return statistics.median(times)
+
+
+def measure_pass(qmodel: QuantModel, batch: Tensor, count: int) -> None:
+    """`count` forwards between which no parameter changes."""
+    with unchanged.everything():
+        for _ in range(count):
+            qmodel(batch)
 
 
 def step_of(
@@ -169,10 +177,14 @@ def measure(arch: str, configuration: str | None, width: float, crop: int, sampl
 
     qmodel = run.qmodel
     qmodel.quantize_nodes(True)
+    knob = PtqConfig.from_preset(**knobs).reconstruction
+    passes = -(-knob.measured // len(batch))
+    # as learning measures J: parameters stay over all measured batches
     with torch.no_grad():
-        quant_forward = seconds(lambda: qmodel(batch), REPEAT) / len(batch)
+        quant_forward = seconds(lambda: measure_pass(qmodel, batch, passes), REPEAT) / (len(batch) * passes)
     parameters = [p for key, p in learned(qmodel.nodes).items() if knob_of(key) in run.knobs.learn]
-    quant_step = seconds(step_of(qmodel, batch, objective, parameters), REPEAT) / len(batch)
+    with unchanged.constants():
+        quant_step = seconds(step_of(qmodel, batch, objective, parameters), REPEAT) / len(batch)
     with counted() as learning:
         run.config = PtqConfig.from_preset(**knobs | {"joint_iters": 6})  # measures as often as with 40
         run_steps(run, LEARNING)
@@ -183,7 +195,6 @@ def measure(arch: str, configuration: str | None, width: float, crop: int, sampl
     result["step_ratio"] = quant_step / step
     result["observing_ratio"] = times["observing"] / (observed * forward)
     # a default calibration: 80 crops
-    knob = PtqConfig.from_preset(**knobs).reconstruction
     whole = Calibration(model, crops[:1].expand(80, -1, -1, -1), config, objective, progress=False)
     flat = sum(map(len, whole.flat_batches))
     compensated = times.get("compensating rounding", 0.0)
@@ -203,7 +214,8 @@ def measure(arch: str, configuration: str | None, width: float, crop: int, sampl
         "measuring sensitivities": times["measuring sensitivities"] / sample * knob.measured,
         "splitting and balancing": times["splitting and balancing"],
         "compensating rounding": of_gptq["factorization"] + moments,
-        "learning": forward * learning["float"] / sample * 80
+        # each crop in float once, and one batch for the order of the layers
+        "learning": forward * (80 + learning["float"] - sample)
         + quant_forward * learning["measured"] / sample * knob.measured
         + quant_step * knob.joint_iters * knob.batch,
     }

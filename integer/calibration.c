@@ -429,41 +429,7 @@ CLONES double largest_sum(const float *restrict w, const float *restrict largest
     return most;
 }
 
-/* Smallest and largest number and sum of squares of each row of (rows, count). */
-CLONES static void ends_row(const float *restrict x, int64_t count, float *restrict low, float *restrict high,
-                            double *restrict squares) {
-    float lows[LANES], highs[LANES];
-    double lanes[LANES] = {0};
-    for (int l = 0; l < LANES; l++) lows[l] = highs[l] = x[0];
-    int64_t i = 0;
-    for (; i + LANES <= count; i += LANES)
-        for (int l = 0; l < LANES; l++) {
-            const float v = x[i + l];
-            lows[l] = v < lows[l] ? v : lows[l];
-            highs[l] = v > highs[l] ? v : highs[l];
-            lanes[l] += (double)v * (double)v;
-        }
-    for (int l = 0; i < count; i++, l++) {
-        const float v = x[i];
-        lows[l] = v < lows[l] ? v : lows[l];
-        highs[l] = v > highs[l] ? v : highs[l];
-        lanes[l] += (double)v * (double)v;
-    }
-    for (int l = 1; l < LANES; l++) {
-        lows[0] = lows[l] < lows[0] ? lows[l] : lows[0];
-        highs[0] = highs[l] > highs[0] ? highs[l] : highs[0];
-        lanes[0] += lanes[l];
-    }
-    *low = lows[0], *high = highs[0], *squares = lanes[0];
-}
-
-void row_ends(const float *x, float *low, float *high, double *squares, int64_t rows, int64_t count,
-              int32_t threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t r = 0; r < rows; r++) ends_row(x + r * count, count, low + r, high + r, squares + r);
-}
-
-/* The same of columns: x is (rows, channels), the results are (parts of ROWS rows, channels). */
+/* Smallest and largest number and sum of squares of each column of (rows, channels). */
 CLONES static void ends_columns(const float *restrict x, int64_t rows, int64_t channels, float *restrict low,
                                 float *restrict high, double *restrict squares) {
     for (int64_t c = 0; c < channels; c++) low[c] = high[c] = x[c], squares[c] = 0;
@@ -476,6 +442,37 @@ CLONES static void ends_columns(const float *restrict x, int64_t rows, int64_t c
         }
 }
 
+/* The same of one row. */
+CLONES static void ends_row(const float *restrict x, int64_t count, float *restrict low, float *restrict high,
+                            double *restrict squares) {
+    enum { SIDE = 64 };
+    float lows[SIDE], highs[SIDE];
+    double sums[SIDE];
+    const int64_t rows = count / SIDE;
+    *low = *high = x[0], *squares = 0;
+    if (rows) {
+        ends_columns(x, rows, SIDE, lows, highs, sums);
+        for (int i = 0; i < SIDE; i++) {
+            *low = lows[i] < *low ? lows[i] : *low;
+            *high = highs[i] > *high ? highs[i] : *high;
+            *squares += sums[i];
+        }
+    }
+    for (int64_t i = rows * SIDE; i < count; i++) {
+        *low = x[i] < *low ? x[i] : *low;
+        *high = x[i] > *high ? x[i] : *high;
+        *squares += (double)x[i] * (double)x[i];
+    }
+}
+
+/* Of each row of (rows, count). */
+void row_ends(const float *x, float *low, float *high, double *squares, int64_t rows, int64_t count,
+              int32_t threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t r = 0; r < rows; r++) ends_row(x + r * count, count, low + r, high + r, squares + r);
+}
+
+/* Of the columns of (rows, channels); the results are (parts of ROWS rows, channels). */
 void column_ends(const float *x, float *low, float *high, double *squares, int64_t rows, int64_t channels,
                  int32_t threads) {
     const int64_t parts = (rows + ROWS - 1) / ROWS;

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from licq.quant.fused import ROWS, kernels, pointer, structure, threads
 
+_SHORT, _MOST_COLUMNS = 64, 4096  # shorter rows of a channel are taken side by side
 _Weights = structure(
     "_Weights",
     "w offset scale mask grad out sums",
@@ -214,22 +215,27 @@ def ends_of_channels(x: Tensor, dim: int | None) -> tuple[Tensor, Tensor, Tensor
     if not x.is_contiguous():  # in the order in which it lies in memory it mostly is
         order = sorted(range(x.ndim), key=lambda axis: -x.stride(axis))
         x, dim = x.permute(order).contiguous(), None if dim is None else order.index(dim)
-    along = dim is not None and dim == x.ndim - 1 and x.ndim > 1
-    if along:
-        rows, count = x.numel() // x.shape[-1], x.shape[-1]
+    inner = 1 if dim is None else math.prod(x.shape[dim + 1 :])
+    columns = 0 if dim is None else x.shape[dim] * inner
+    if inner < _SHORT and 0 < columns <= _MOST_COLUMNS and x.numel() > columns:
+        rows, count = x.numel() // columns, columns
         shape = (-(-rows // ROWS), count)
     else:
+        columns = 0
         shape = (1, 1) if dim is None else (math.prod(x.shape[:dim]), x.shape[dim])
         rows = math.prod(shape)
         count = x.numel() // rows
     low, high = torch.empty(shape), torch.empty(shape)
     squares = torch.empty(shape, dtype=torch.float64)
-    (library.column_ends if along else library.row_ends)(
+    (library.column_ends if columns else library.row_ends)(
         *(ctypes.c_void_p(t.data_ptr()) for t in (x, low, high, squares)),
         ctypes.c_int64(rows),
         ctypes.c_int64(count),
         ctypes.c_int32(threads(x.numel())),
     )
+    if columns and inner > 1:
+        low, high, squares = (t.reshape(-1, columns // inner, inner) for t in (low, high, squares))
+        return low.amin((0, 2)), high.amax((0, 2)), squares.sum((0, 2)).float()
     return low.amin(0), high.amax(0), squares.sum(0).float()
 
 

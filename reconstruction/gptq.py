@@ -174,11 +174,12 @@ class _Moment:
         """A forward pre-hook."""
         x = inputs[0]
         values = x.real() if isinstance(x, QTensor) else x
-        x_int = self.node.input_grid(QTensor(values, None, self.node.runtime)).q
         if isinstance(self.node, QuantLinear):
-            rows = x_int.reshape(-1, x_int.shape[-1])
-            self._add(0, rows[self._drawn(len(rows), self.limits[0] * len(x_int))].T)
+            rows = values.reshape(-1, values.shape[-1])
+            drawn = rows[self._drawn(len(rows), self.limits[0] * len(values))]
+            self._add(0, self._integers(drawn).T)
             return
+        x_int = self._integers(values)
         size = output_size(self.node, x_int)
         for number, phase in enumerate(self.phases):
             lengths = [len(range(f, n, s)) for f, n, s in zip(phase.first, size, phase.step)]
@@ -186,6 +187,9 @@ class _Moment:
                 drawn = torch.unravel_index(self._drawn(math.prod(lengths), self.limits[number]), lengths)
                 at = [index * s + f for index, s, f in zip(drawn, phase.step, phase.first)]
                 self._add(number, columns(self.node, image[0], phase, at))
+
+    def _integers(self, values: Tensor) -> Tensor:
+        return self.node.input_grid(QTensor(values, None, self.node.runtime)).q
 
     def _drawn(self, count: int, limit: int) -> Tensor:
         """All of `count` indices, or `limit` of them drawn with replacement."""
