@@ -201,8 +201,8 @@ const char *layout_entry(int index, int64_t *offset, int64_t *size) {
     return LAYOUT[index].name;
 }
 
-/* Whether direct products run on 8-bit instructions here: then inputs that 8 bits hold are best stored as U8, else
- * as S16. Winograd's products need S16; `beats_bytes` in integer/winograd.py says where they are faster. */
+/* Whether direct products run on 8-bit instructions here: then inputs that 8 bits hold are best stored as
+ * U8, else as S16. Winograd's products need S16; `beats_bytes` in integer/winograd.py says where they win. */
 int has_vnni(void) {
     return HAS_VNNI;
 }

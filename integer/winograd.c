@@ -23,7 +23,7 @@ enum {
     MAX_TILES = 24,
     TOGETHER = 2,
     VNNI_TILES = 12, /* chains of sums that hide the latency of vpdpwssd */
-    AHEAD = 4096     /* bytes of weights that are fetched early: those of a layer are larger than the second cache */
+    AHEAD = 4096     /* bytes of weights that are fetched early: those of a layer exceed the second cache */
 };
 
 #if X86

@@ -147,7 +147,7 @@ def test_products_of_the_largest_numbers(kind, kernel, stride, shape, numbers):
 
 
 class AsWithVnni:
-    """The kernels, which say that there are 8-bit instructions and no Winograd: values are stored as 8 bits."""
+    """The kernels, which say that there are 8-bit instructions and no Winograd: values are stored so."""
 
     says = {"has_vnni": 1, "has_winograd": 0}
 
