@@ -209,5 +209,5 @@ int has_vnni(void) {
 
 /* whether `winograd` runs here */
 int has_winograd(void) {
-    return HAS_AVX2;
+    return HAS_AVX2 != 0;
 }
