@@ -29,6 +29,7 @@ from licq.integer.launches import (
 from licq.integer.library import kernels
 from licq.integer.memory import memory_offsets, values_to_drop
 from licq.integer.program import Program
+from licq.integer.winograd import beats_bytes
 from licq.quant import operations as ops
 from licq.quant.operations import Operation
 
@@ -101,11 +102,17 @@ class FastProgram:
         padded = value.range.with_zero
         only_products = len(products) == len(readers) and number not in self.program.outputs.values()
         if self.eight_bits and only_products and padded.high - padded.low < 256:
-            return torch.uint8, -padded.low
+            if not any(self._runs_winograd(entry, value.range.largest) for entry in products):
+                return torch.uint8, -padded.low
         operand = operand_type(value.range)
         if operand is None or (operand[1] and not only_products):
             return value.dtype, 0
         return operand
+
+    def _runs_winograd(self, group: Group, largest_input: int) -> bool:
+        """Whether the product of a group is to read 16 bits, though 8 bits hold its input."""
+        assert group.root is not None
+        return bool(kernels().has_winograd()) and beats_bytes(group.root, largest_input, group.shape)
 
     def __call__(self, inputs: Mapping[str, Tensor], keep: bool = False) -> dict[Any, Tensor]:
         """The outputs of the program by name; with `keep`, all that was stored, by number."""

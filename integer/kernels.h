@@ -30,6 +30,7 @@
 #define CLONES __attribute__((target_clones("avx2", "default")))
 #endif
 #define AVX2 __attribute__((target("avx2")))
+#define VNNI __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni")))
 #define HAS_AVX2 __builtin_cpu_supports("avx2")
 #define HAS_AVX512                                                                                           \
     (LICQ_ISA > 1 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&              \

@@ -16,7 +16,15 @@
 
 #include "arithmetic.h"
 
-enum { SIDE = 6, POSITIONS = 36, OUT = 4, MAX_TILES = 24, TOGETHER = 2 };
+enum {
+    SIDE = 6,
+    POSITIONS = 36,
+    OUT = 4,
+    MAX_TILES = 24,
+    TOGETHER = 2,
+    VNNI_TILES = 12, /* chains of sums that hide the latency of vpdpwssd */
+    AHEAD = 4096     /* bytes of weights that are fetched early: those of a layer exceed the second cache */
+};
 
 #if X86
 
@@ -106,6 +114,7 @@ AVX2 static inline __attribute__((always_inline)) void products_at(const char *v
         for (int64_t i = 0; i < pairs; i++, w += 4 * BLOCK) {
             const __m256i w0 = _mm256_loadu_si256((const __m256i *)w),
                           w1 = _mm256_loadu_si256((const __m256i *)w + (halves > 1));
+            _mm_prefetch(w + AHEAD, _MM_HINT_T0);
 #pragma GCC unroll 12
             for (int t = 0; t < tiles; t++) {
                 const __m256i pair = _mm256_set1_epi32(four_bytes(from[t / 3] + t % 3 * row + 4 * i));
@@ -120,7 +129,31 @@ AVX2 static inline __attribute__((always_inline)) void products_at(const char *v
             _mm256_storeu_si256((__m256i *)(m + t * BLOCK) + h, sums[h * GROUP + t]);
 }
 
+/* The same of `tiles` tiles with 16 outputs. */
+VNNI static inline __attribute__((always_inline)) void
+products_vnni(const char *v, int64_t phase_step, const int32_t *phases, int64_t row, int pairs, const char *w,
+              int32_t *m, const int tiles) {
+    __m512i sums[MAX_TILES];
+    for (int t = 0; t < tiles; t++) sums[t] = _mm512_setzero_si512();
+    for (int p = 0; p < phases[0]; p++) {
+        const char *from[MAX_TILES / 3]; /* every third row */
+        for (int t = 0; t < tiles / 3; t++) from[t] = v + phases[1 + p] * phase_step + 3 * t * row;
+        for (int64_t i = 0; i < pairs; i++, w += 4 * BLOCK) {
+            const __m512i weights = _mm512_loadu_si512(w);
+            _mm_prefetch(w + AHEAD, _MM_HINT_T0);
+#pragma GCC unroll 24
+            for (int t = 0; t < tiles; t++)
+                sums[t] = _mm512_dpwssd_epi32(
+                    sums[t], weights, _mm512_set1_epi32(four_bytes(from[t / 3] + t % 3 * row + 4 * i)));
+        }
+    }
+    for (int t = 0; t < tiles; t++) _mm512_storeu_si512(m + t * BLOCK, sums[t]);
+}
+
 /* of `tiles` tiles, a multiple of 6; outputs: of the block */
+typedef void PositionProducts(const char *v, int64_t phase_step, const int32_t *phases, int64_t row,
+                              int pairs, const char *w, int32_t *m, int tiles, int outputs);
+
 AVX2 static void position_products(const char *v, int64_t phase_step, const int32_t *phases, int64_t row,
                                    int pairs, const char *w, int32_t *m, int tiles, int outputs) {
     int t = 0;
@@ -129,6 +162,17 @@ AVX2 static void position_products(const char *v, int64_t phase_step, const int3
             products_at(v + t * row, phase_step, phases, row, pairs, w, m + t * BLOCK, 1);
     for (; t < tiles; t += GROUP)
         products_at(v + t * row, phase_step, phases, row, pairs, w, m + t * BLOCK, 2);
+}
+
+VNNI static void position_products_vnni(const char *v, int64_t phase_step, const int32_t *phases, int64_t row,
+                                        int pairs, const char *w, int32_t *m, int tiles, int outputs) {
+    int t = 0;
+    for (; t + 4 * GROUP <= tiles; t += 4 * GROUP)
+        products_vnni(v + t * row, phase_step, phases, row, pairs, w, m + t * BLOCK, 4 * GROUP);
+    for (; t + 2 * GROUP <= tiles; t += 2 * GROUP)
+        products_vnni(v + t * row, phase_step, phases, row, pairs, w, m + t * BLOCK, 2 * GROUP);
+    for (; t < tiles; t += GROUP)
+        products_vnni(v + t * row, phase_step, phases, row, pairs, w, m + t * BLOCK, GROUP);
 }
 
 typedef struct {
@@ -279,7 +323,9 @@ int winograd(const Winograd *job, const Step *steps, int step_count, const Array
     /* as many tiles as have transformed inputs of about half a megabyte, for weights are read once for all of
      * them */
     const int room = (int)(600000 / (POSITIONS * rows_of_phases * row * 2)) / GROUP * GROUP;
-    const int max_tiles = room < GROUP ? GROUP : smaller_of(room, MAX_TILES);
+    const int least = HAS_VNNI ? VNNI_TILES : GROUP;
+    const int max_tiles = room < least ? least : smaller_of(room, MAX_TILES);
+    PositionProducts *multiply = HAS_VNNI ? position_products_vnni : position_products;
     const int64_t phase_step = 2 * (rows_of_phases == 1 ? job->inputs : max_tiles * row);
     const int64_t size = outputs < TILE_NUMBERS ? TILE_NUMBERS / outputs * outputs : outputs;
     int failed = 0;
@@ -311,7 +357,7 @@ int winograd(const Winograd *job, const Step *steps, int step_count, const Array
                             for (int n = 0; n < together; n++) {
                                 const int64_t entry =
                                     ((int64_t)part * blocks + block + n) * POSITIONS + position;
-                                position_products(
+                                multiply(
                                     (const char *)(v + (int64_t)position * rows_of_phases * max_tiles * row),
                                     phase_step, job->phases + entry * (in_phases + 1), row * 2, pairs,
                                     job->weights + job->starts[entry],

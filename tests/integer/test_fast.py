@@ -147,10 +147,18 @@ def test_products_of_the_largest_numbers(kind, kernel, stride, shape, numbers):
 
 
 class AsWithVnni:
-    """The kernels, which say that there are 8-bit instructions: values are stored as 8 bits then."""
+    """The kernels, which say that there are 8-bit instructions and no Winograd: values are stored so."""
+
+    says = {"has_vnni": 1, "has_winograd": 0}
 
     def __getattr__(self, name):
-        return (lambda: 1) if name == "has_vnni" else getattr(library(), name)
+        return (lambda: self.says[name]) if name in self.says else getattr(library(), name)
+
+
+class WithVnniAndWinograd(AsWithVnni):
+    """The kernels, which say that there is all: values are stored as it is faster."""
+
+    says = {"has_vnni": 1}
 
 
 class WithoutVnni:
@@ -279,6 +287,30 @@ def test_winograd_of_the_largest_sums(kind, kernel, stride, shape, outputs, thre
         assert [
             type(job).__name__ for entry in fast.launches if hasattr(entry, "jobs") for job in entry.jobs
         ] == ["Winograd"]
+
+
+@needs_kernels
+def test_eight_bits_are_stored_where_winograd_saves_too_little(monkeypatch):
+    monkeypatch.setattr("licq.integer.fast.kernels", WithVnniAndWinograd)
+
+    def stored(kernel, stride, low=0):
+        program = Program()
+        x = program.input("x", (1, 8, 16, 16), Range(low, 255))
+        weight = extremes((16, 8, kernel, kernel), -127, 127).to(torch.int8)
+        options = {"stride": (stride,) * 2, "padding": (kernel // 2,) * 2, "dilation": (1, 1), "groups": 1}
+        bound = 255 * 127 * 8 * kernel**2
+        conv = ops.Conv2d((x,), weight=weight, bias=None, bound=bound, **options)
+        shape = (1, 16, 16 // stride, 16 // stride)
+        program.outputs["out"] = program.add(conv, shape, Range(-bound, bound))
+        fast = FastProgram(program, 1)
+        given = {"x": extremes((1, 8, 16, 16), low, 255, seed=2).to(program.values[x].dtype)}
+        assert torch.equal(fast(given)["out"], run(program, given)["out"])
+        return fast.storage[x][0]
+
+    winograd = torch.int16 if library().has_winograd() else torch.uint8
+    assert stored(3, 1) is winograd and stored(5, 2) is winograd
+    assert stored(3, 2) is torch.uint8 and stored(1, 1) is torch.uint8
+    assert stored(3, 2, low=-255) is torch.int16
 
 
 def test_winograd_only_where_its_sums_and_numbers_fit():

@@ -139,33 +139,51 @@ def test_every_instruction_set_gives_the_references_numbers(name, with_other_ker
     assert_same(program, FastProgram(program, 2), pixels(seed=6))
 
 
-@pytest.mark.parametrize("ends", [(-127, 127), (0, 255), (-9, 246)])
+BYTES = pytest.mark.parametrize("ends", [(-127, 127), (0, 255), (-9, 246)])
+
+
+@BYTES
 @pytest.mark.parametrize("inputs", [1, 3, 16, 33])
 def test_every_instruction_set_multiplies_bytes(ends, inputs, other_kernels, monkeypatch):
     """Inputs stored as uint8, which only VNNI is chosen for, and as int16: the largest products and sums."""
-    monkeypatch.setattr(module, "library", lambda: other_kernels)
+    check_bytes(ends, inputs, 21, other_kernels, monkeypatch)
+
+
+@needs_kernels
+@BYTES
+@pytest.mark.parametrize(("inputs", "outputs"), [(1, 16), (3, 21), (33, 32), (16, 40), (5, 64)])
+def test_the_newest_instruction_set_multiplies_bytes(ends, inputs, outputs, monkeypatch):
+    """Of one to four blocks of outputs, which VNNI's kernel takes by twos."""
+    check_bytes(ends, inputs, outputs, library(), monkeypatch)
+
+
+def check_bytes(ends, inputs, outputs, kernels, monkeypatch):
+    monkeypatch.setattr(module, "library", lambda: kernels)
     program = Program()
     x = program.input("x", (1, inputs, 7, 13), Range(*ends))
-    weight = extremes((21, inputs, 3, 3), -128, 127, seed=1).to(torch.int8)
+    weight = extremes((outputs, inputs, 3, 3), -128, 127, seed=1).to(torch.int8)
     weight[0], weight[1] = 127, -128
     bound = 255 * 128 * 9 * inputs
     options = {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 1}
     conv = ops.Conv2d((x,), weight=weight, bias=None, bound=bound, **options)
-    program.outputs["out"] = program.add(conv, (1, 21, 7, 13), Range(-bound, bound))
+    program.outputs["out"] = program.add(conv, (1, outputs, 7, 13), Range(-bound, bound))
     given = {"x": extremes((1, inputs, 7, 13), *ends, seed=2).to(program.values[x].dtype)}
     expected = run(program, given)["out"]
     for eight_bits in (False, True):
-        monkeypatch.setattr("licq.integer.fast.kernels", lambda says=eight_bits: Says(other_kernels, says))
+        says = Says(kernels, eight_bits)
+        monkeypatch.setattr("licq.integer.fast.kernels", lambda says=says: says)
+        monkeypatch.setattr("licq.integer.group_launch.kernels", lambda says=says: says)
         fast = FastProgram(program)
         assert (fast.storage[x][0] is torch.uint8) == eight_bits
         assert torch.equal(fast(given)["out"], expected)
 
 
 class Says:
-    """Kernels that say whether they have 8-bit instructions."""
+    """Kernels that say whether they have 8-bit instructions, and no Winograd."""
 
     def __init__(self, kernels, eight_bits):
         self.kernels, self.has_vnni = kernels, lambda: int(eight_bits)
+        self.has_winograd = lambda: 0  # which stores 16 bits
 
     def __getattr__(self, name):
         return getattr(self.kernels, name)
