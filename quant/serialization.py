@@ -98,7 +98,9 @@ def _stored(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
         else:
             if small.dtype != tensor.dtype:
                 types[name] = _type_name(tensor.dtype)
-            if small.dtype == torch.int8 and tensor.numel() >= _MIN_PACKED:
+            # the lengths of CDF tables are read before anything is unpacked
+            packs = name.rpartition(".")[2] != "_cdf_length" and tensor.numel() >= _MIN_PACKED
+            if small.dtype == torch.int8 and packs:
                 bits = bits_needed(small)
                 if bits < 8:
                     small, packed[name] = pack(small, bits), [bits, list(tensor.shape)]

@@ -569,3 +569,15 @@ def test_a_probe_of_a_hostile_size_is_not_run(tmp_path):
     model.save(path)
     with pytest.raises(InputError, match="is damaged"):
         QuantModel.load(path, model=own(1))
+
+
+def test_many_short_cdf_tables_are_read_back(tmp_path):
+    """Their lengths, 80 numbers below 64, were packed and could not be read."""
+    bottleneck = EntropyBottleneck(80, init_scale=2)
+    bottleneck.update(force=True)
+    assert len(bottleneck._cdf_length) >= serialization._MIN_PACKED and bottleneck._cdf_length.max() < 64
+    tensors = {f"z.{name}": getattr(bottleneck, name) for name in ("_quantized_cdf", "_cdf_length", "_offset")}
+    stored, storage = serialization._stored(tensors)
+    write_tensors(tmp_path / "m.safetensors", stored, {})
+    read = serialization._restored(storage, read_tensors(tmp_path / "m.safetensors")[0])
+    assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
