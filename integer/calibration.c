@@ -174,8 +174,7 @@ static void requantize_each(const Requantize *job, int64_t start, int64_t count,
 }
 
 static void requantize_all(const Requantize *job) {
-    const int alike =
-        job->m_alike && (!job->low || job->limits_alike) && (!job->factor || job->factor_alike);
+    const int alike = job->m_alike && (!job->low || job->limits_alike) && (!job->factor || job->factor_alike);
     if (job->inner == 1 && job->channels > 1 && !alike) {
         const int64_t n = job->channels, parts = (n + PIECE - 1) / PIECE;
         const int64_t together = parts > 1 ? 1 : PIECE / n; /* rows of a piece */
@@ -298,8 +297,8 @@ static void gradient_all(const RequantizeGradient *job, const float *m) {
                     gradient_wide_channels(grad, inside, job->x ? (const double *)job->x + r * n : 0, grad_x,
                                            n, m, !job->m_alike, factor, factor_step, sums);
                 else
-                    gradient_channels(grad, inside, job->x ? (const float *)job->x + r * n : 0, grad_x, n,
-                                      m, !job->m_alike, factor, factor_step, sums);
+                    gradient_channels(grad, inside, job->x ? (const float *)job->x + r * n : 0, grad_x, n, m,
+                                      !job->m_alike, factor, factor_step, sums);
             }
         }
         return;

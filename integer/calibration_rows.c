@@ -13,15 +13,16 @@ enum { LANES = 16 };
 
 #define NORM_TIE_FREE (1 + 0x1p-46)
 
-/* ------------------------------------------------------------------------------------------------- softmax */
+/* ------------------------------------------------------------------------------------------------- softmax
+ */
 
 typedef struct {
-    const float *q;      /* (batch, tiles, rows, keys) */
-    const float *offset; /* (kinds, rows, keys), or null */
-    const int64_t *kind; /* (tiles,); null: tile t has offset 0 */
-    const float *table;  /* exponentials by the distance from the largest score */
-    const float *grad;   /* for `softmax_gradient` */
-    float *out;          /* the probabilities; the gradient of q */
+    const float *q;                         /* (batch, tiles, rows, keys) */
+    const float *offset;                    /* (kinds, rows, keys), or null */
+    const int64_t *kind;                    /* (tiles,); null: tile t has offset 0 */
+    const float *table;                     /* exponentials by the distance from the largest score */
+    const float *grad;                      /* for `softmax_gradient` */
+    float *out;                             /* the probabilities; the gradient of q */
     int64_t batch, tiles, rows, keys, last; /* last: of the table's entries */
     float unit;                             /* of the gradient */
     int32_t threads;

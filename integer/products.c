@@ -84,11 +84,9 @@ micro_s16_avx512(const char *const *x, int taps, int inputs, const char *weights
 
 /* One block of outputs, or two: `after` is how many bytes the weights of the second lie behind those of the
  * first. */
-VNNI static inline __attribute__((always_inline)) void blocks_vnni(const char *const *x, int taps, int bytes,
-                                                                   const char *weights, int64_t after,
-                                                                   const int32_t *bias, int32_t *acc,
-                                                                   int64_t row, const int eight_bits,
-                                                                   const int blocks) {
+VNNI static inline __attribute__((always_inline)) void
+blocks_vnni(const char *const *x, int taps, int bytes, const char *weights, int64_t after,
+            const int32_t *bias, int32_t *acc, int64_t row, const int eight_bits, const int blocks) {
     __m512i sums[2][GROUP];
     for (int n = 0; n < blocks; n++)
         for (int p = 0; p < GROUP; p++) sums[n][p] = _mm512_loadu_si512(bias + n * BLOCK);

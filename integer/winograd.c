@@ -130,9 +130,10 @@ AVX2 static inline __attribute__((always_inline)) void products_at(const char *v
 }
 
 /* The same of `tiles` tiles with 16 outputs. */
-VNNI static inline __attribute__((always_inline)) void
-products_vnni(const char *v, int64_t phase_step, const int32_t *phases, int64_t row, int pairs, const char *w,
-              int32_t *m, const int tiles) {
+VNNI static inline __attribute__((always_inline)) void products_vnni(const char *v, int64_t phase_step,
+                                                                     const int32_t *phases, int64_t row,
+                                                                     int pairs, const char *w, int32_t *m,
+                                                                     const int tiles) {
     __m512i sums[MAX_TILES];
     for (int t = 0; t < tiles; t++) sums[t] = _mm512_setzero_si512();
     for (int p = 0; p < phases[0]; p++) {

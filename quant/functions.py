@@ -20,9 +20,10 @@ from licq.quant.integer_functions import (
     softmax_table,
 )
 from licq.quant.modules import QuantModule, replaces
-from licq.quant.primitives import add, constant, leaky, matmul, product, softmax, table
+from licq.quant.primitives import add, constant, leaky, product, table
 from licq.quant.qtensor import QTensor
 from licq.quant.quantizer import Quantizer
+from licq.quant.sums import matmul, softmax
 from licq.support.errors import InputError
 
 FUNCTIONS: dict[str, type["QuantFunction"]] = {}

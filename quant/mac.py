@@ -14,9 +14,9 @@ from licq.quant.config import FLOAT_BITS, QuantConfig
 from licq.quant.fixedpoint import int_range, requantize_ste, round_half_away, round_ste
 from licq.quant.modules import QuantModule
 from licq.quant.operations import MultiplyAccumulate
-from licq.quant.primitives import multiply_accumulate
 from licq.quant.qtensor import QTensor
 from licq.quant.quantizer import NO_INTEGERS, Quantizer
+from licq.quant.sums import multiply_accumulate
 from licq.quant.transforms import TRANSFORMS
 from licq.quant.weights import WeightQuantizer, per_output
 from licq.quant.wide_products import exact_sums

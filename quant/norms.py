@@ -13,9 +13,10 @@ from licq.quant.integer_functions import LAYER_NORM_FRAC_BITS
 from licq.quant.mac import QuantMAC
 from licq.quant.modules import QuantModule, replaces
 from licq.quant.operations import Conv2d, Range
-from licq.quant.primitives import absolute, gdn, layer_norm, multiply_accumulate, square
+from licq.quant.primitives import absolute, gdn, square
 from licq.quant.qtensor import QTensor
 from licq.quant.quantizer import NO_INTEGERS, Quantizer
+from licq.quant.sums import layer_norm, multiply_accumulate
 from licq.quant.wide_products import exact_sums
 from licq.support.errors import InputError
 

@@ -268,10 +268,8 @@ def _before_repetition(
 ) -> Tensor | None:
     """The quantized numbers, requantized before they are repeated; None: the grid does not allow it."""
     values = (repeated.scale / step, qmin, qmax, *(() if ratio is None else (ratio,)))
-    before = [repeated.before(value) for value in values]
-    if any(value is None for value in before):
-        return None
-    return repeated.moved(rescale(repeated.numbers, *before))
+    before = [known for value in values if (known := repeated.before(value)) is not None]
+    return repeated.moved(rescale(repeated.numbers, *before)) if len(before) == len(values) else None
 
 
 def _broadcast(multiplier: Tensor, ndim: int) -> Tensor:

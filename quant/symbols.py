@@ -1,8 +1,8 @@
 """Symbols: what stands for the values of an integer program while the codec's forward is written down.
 
 The forward of a frozen codec runs once on symbols instead of tensors. A symbol has a shape and no numbers.
-Every PyTorch function that is called on one, and every primitive of `quant.primitives`, appends an operation
-to the recorder's program.
+Every PyTorch function that is called on one, and every primitive of `quant.primitives` and `quant.sums`,
+appends an operation to the recorder's program.
 """
 
 from collections.abc import Callable, Iterator
@@ -92,3 +92,8 @@ def flat(parts: Any) -> Iterator[Any]:
             yield from flat(part)
         else:
             yield part
+
+
+def int64(numbers: Tensor | float) -> Tensor:
+    """The numbers as an operation holds them."""
+    return torch.as_tensor(numbers).detach().to(torch.int64)

@@ -18,14 +18,14 @@ OBSERVING = "observing ranges"
 UNITS, JOINT = "units", "joint pass"
 
 # in float forwards of as many images
-_OBSERVED = 1.7  # forwards that set ranges
+_OBSERVED = 1.3  # forwards that set ranges
 _SENSITIVITY = 4.3  # a forward, and gradients to every layer's output
-_MOMENTS = 4.5  # forwards that collect GPTQ's moments
-_QUANTIZED = 1.8  # forwards of the quantized codec
-_STEP = 5.0  # its forward and backward
+_MOMENTS = 3.6  # forwards that collect GPTQ's moments
+_QUANTIZED = 1.4  # forwards of the quantized codec
+_STEP = 4.5  # its forward and backward
 # in all, whatever the crops
 _BALANCE = 2.0
-_FACTORIZATION = 120.0
+_FACTORIZATION = 75.0
 
 _FLAT, _HARDER, _SCORES = 12, 4, 7  # flat pictures; harder crops of one; measurements in the joint pass
 _LAYERS_A_UNIT = {"layer": 1.0, "block": 2.5, "stage": 5.0}

@@ -5,7 +5,7 @@ import torch
 
 from licq.quant import fused, fused_rows
 from licq.quant.integer_functions import softmax_table
-from licq.quant.primitives import layer_norm, softmax
+from licq.quant.sums import layer_norm, softmax
 from tests.quant.test_fused import both
 
 pytestmark = pytest.mark.skipif(fused.kernels() is None, reason="no compiled kernels")

@@ -576,7 +576,8 @@ def test_many_short_cdf_tables_are_read_back(tmp_path):
     bottleneck = EntropyBottleneck(80, init_scale=2)
     bottleneck.update(force=True)
     assert len(bottleneck._cdf_length) >= serialization._MIN_PACKED and bottleneck._cdf_length.max() < 64
-    tensors = {f"z.{name}": getattr(bottleneck, name) for name in ("_quantized_cdf", "_cdf_length", "_offset")}
+    names = ("_quantized_cdf", "_cdf_length", "_offset")
+    tensors = {f"z.{name}": getattr(bottleneck, name) for name in names}
     stored, storage = serialization._stored(tensors)
     write_tensors(tmp_path / "m.safetensors", stored, {})
     read = serialization._restored(storage, read_tensors(tmp_path / "m.safetensors")[0])

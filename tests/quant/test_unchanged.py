@@ -1,0 +1,61 @@
+"""What is computed once while parameters stay is what each forward would compute."""
+
+import torch
+
+from licq.quant import unchanged
+from licq.quant.config import QuantConfig
+from licq.quant.model import QuantModel
+from licq.reconstruction.state import knob_of, learned
+from tests.tiny_codecs import images, tiny_codec
+
+
+def observed() -> tuple[QuantModel, torch.Tensor]:
+    x = images(2, 64)
+    qmodel = QuantModel(tiny_codec("lu2022"), QuantConfig())
+    qmodel.observe([x])
+    qmodel.quantize_nodes(True)
+    return qmodel, x
+
+
+def test_forwards_are_equal_while_nothing_changes_and_follow_a_change_behind_it():
+    qmodel, x = observed()
+    with torch.no_grad():
+        expected = qmodel(x)["x_hat"]
+        with unchanged.everything():
+            assert torch.equal(qmodel(x)["x_hat"], expected) and torch.equal(qmodel(x)["x_hat"], expected)
+        for key, parameter in learned(qmodel.nodes).items():
+            if knob_of(key) in ("range_w", "range_a"):
+                parameter.sub_(0.7)
+        changed = qmodel(x)["x_hat"]
+        assert not torch.equal(changed, expected)
+        with unchanged.everything():
+            assert torch.equal(qmodel(x)["x_hat"], changed)
+
+
+def test_a_learned_parameter_changes_while_the_others_are_taken_as_constant():
+    qmodel, x = observed()
+    active = {key: p for key, p in learned(qmodel.nodes).items() if knob_of(key) in ("range_w", "bias")}
+
+    def learn() -> tuple[list[torch.Tensor], torch.Tensor]:
+        values = {key: p.detach().clone() for key, p in active.items()}
+        gradients = []
+        for _ in range(2):
+            for parameter in active.values():
+                parameter.grad = None
+                parameter.requires_grad_(True)
+            qmodel(x)["x_hat"].square().mean().backward()
+            gradients += [p.grad.clone() for p in active.values()]
+            with torch.no_grad():
+                for parameter in active.values():
+                    parameter.sub_(parameter.grad.sign() * 0.05)
+        with torch.no_grad(), unchanged.everything():
+            end = qmodel(x)["x_hat"]
+        with torch.no_grad():
+            for key, parameter in active.items():
+                parameter.copy_(values[key]).requires_grad_(False)
+        return gradients, end
+
+    gradients, end = learn()
+    with unchanged.constants():
+        again, same_end = learn()
+    assert all(torch.equal(a, b) for a, b in zip(gradients, again)) and torch.equal(end, same_end)
