@@ -113,5 +113,8 @@ def columns(node: QuantMAC, x: Tensor, phase: Phase, at: Sequence[Tensor]) -> Te
         length = x.shape[axis + 1]
         inside = inside[..., None, :] & (position >= 0) & (position < length)
         index = index[..., None, :] * length + position.clamp(0, length - 1)
-    values = x.flatten(1)[:, index.to(x.device)] * inside.to(x)
+    # on a CPU index_select is several times faster than x[:, index]
+    values = x.flatten(1).index_select(1, index.flatten().to(x.device))
+    if not inside.all():
+        values.mul_(inside.flatten().to(x))
     return values.reshape(-1, len(at[0]))
