@@ -23,7 +23,6 @@ _VERSION = 2  # of integer/calibration.c
 PIECE, ROWS = 4096, 256  # PIECE and ROWS there
 _MOST_ENTRIES = 1 << 15  # of a multiplier that is written out
 _SMALL = 1 << 15  # numbers that are not worth a second thread
-_MOST_JOBS = 2048
 NO_MULTIPLIER = "a requantization multiplier must be positive and finite"
 _switched_off = False
 
@@ -229,18 +228,15 @@ def requantization(
     acc: Tensor, multiplier: Tensor, low: Tensor | None, high: Tensor | None, factor: Tensor | None
 ) -> Requantization | None:
     """The requantization of `fixedpoint.requantize_ste`, for a kernel."""
-    kept = unchanged.memory(low, high, factor)
-    if kept is None:
-        return _requantization(acc, multiplier, low, high, factor)
+    kept = None if _switched_off else unchanged.memory(low, high, factor)
     operands = (low, high, factor)
-    key = (acc.shape, acc.stride(), acc.dtype, acc.requires_grad, multiplier.shape, *map(id, operands))
-    jobs = kept.setdefault("requantizations", {})
-    if key not in jobs:
-        if len(jobs) >= _MOST_JOBS:  # limits that are not kept themselves
-            jobs.clear()
-        # with the operands, whose numbers nothing else must get meanwhile
-        jobs[key] = _requantization(acc, multiplier, low, high, factor), operands
-    return jobs[key][0]
+    if kept is None or not all(t is None or unchanged.is_kept(kept, t) for t in operands):
+        return _requantization(acc, multiplier, *operands)
+    form = (acc.shape, acc.stride(), acc.dtype, acc.device, acc.requires_grad, multiplier.shape)
+    key = (_requantization, *form, *map(id, operands))
+    if key not in kept:
+        kept[key] = _requantization(acc, multiplier, *operands)
+    return kept[key]
 
 
 def _requantization(

@@ -125,7 +125,7 @@ def softmax(
             return None
         if kinds is None:
             same = offset.reshape(offset.shape[next((i for i, n in enumerate(offset.shape) if n != 1), 0) :])
-            if same.shape != q.shape[q.ndim - same.ndim :]:
+            if not same.ndim or same.shape != q.shape[q.ndim - same.ndim :]:
                 return None
             batch = math.prod(q.shape[: q.ndim - same.ndim])
         else:

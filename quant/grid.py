@@ -164,7 +164,8 @@ class Grid(nn.Module):
         if kept is None:
             return scale, *self._limits_for(x_ndim, qmin, qmax)
         if (self, x_ndim) not in kept:
-            kept[self, x_ndim] = self._limits_for(x_ndim, qmin, qmax)
+            kept[self, x_ndim] = limits = self._limits_for(x_ndim, qmin, qmax)
+            unchanged.keep(kept, *limits)
         return scale, *kept[self, x_ndim]
 
     def _limits_for(self, x_ndim: int, qmin: Tensor, qmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:

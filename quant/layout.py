@@ -172,7 +172,7 @@ def _along_dims(runtime, function, args, kwargs):
         shape = [1 if axis in (0, dims % x.ndim) else size for axis, size in enumerate(x.shape)]
         places = torch.arange(math.prod(shape), device=x.q.device).reshape(shape)
         form = torch.empty(x.shape, device="meta").narrow(dims, 0, 1)
-        form = form.expand([len(index) if axis == dims % x.ndim else n for axis, n in enumerate(x.shape)])
+        form = form.expand([index.numel() if axis == dims % x.ndim else n for axis, n in enumerate(x.shape)])
         gather = partial(torch.index_select, dim=dims, index=index)
         return QTensor.of_repeated(Repeated(x.q, x.scale, (gather,), places, tuple(shape), form), x)
     return x.moved(function(x.q, *args[1:], **kwargs), x.scale)
@@ -185,7 +185,9 @@ def _worth_deferring(x: QTensor, dim: int, index: Tensor) -> bool:
     """Whether a gather makes more integers of x, so that they are better quantized before."""
     if not x.is_integer or x.recorder is not None or x.repeated is not None or x.ndim < 2:
         return False
-    return len(index) > x.shape[dim] and x.shape[1:].numel() <= _MOST_PLACES * x.shape[dim] and dim % x.ndim
+    return (
+        index.numel() > x.shape[dim] and x.shape[1:].numel() <= _MOST_PLACES * x.shape[dim] and dim % x.ndim
+    )
 
 
 @handles("pad")

@@ -6,6 +6,7 @@ node that the runtime has for this point of the forward.
 """
 
 import dataclasses
+import math
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -51,6 +52,8 @@ class Repeated:
         """Values that broadcast to the moved tensor, as they broadcast to `numbers`; None: they cannot."""
         if values.numel() == 1:
             return values.reshape(())
+        if self.places.numel() != math.prod(self.shape):  # a reshape has mixed them with what was gathered
+            return None
         values = values.reshape((1,) * (self.places.ndim - values.ndim) + values.shape)
         if any(size not in (1, places) for size, places in zip(values.shape, self.places.shape)):
             return None
@@ -172,6 +175,7 @@ class QTensor:
         """Take the values of `new`, the result of `function` in place."""
         if new is self:
             return
+        numbers, scale = new.q, new.scale
         if self.runtime.tracer is None:  # symbols have no memory
             for reference in self.aliases:
                 other = reference()
@@ -183,7 +187,7 @@ class QTensor:
                 ):
                     other.overwritten = f"{function} in {self.runtime.where}"
                     del other.q
-        self.q, self.scale, self.aliases = new.q, new.scale, []
+        self.q, self.scale, self.aliases, self.repeated = numbers, scale, [], None
         self.pixels, self.latent, self.levels = new.pixels, new.latent, new.levels
 
     @property

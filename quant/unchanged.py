@@ -5,39 +5,58 @@ learned. The passes say so, because to compare all values at every run would tak
 """
 
 import contextlib
+import threading
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-_constants: dict | None = None  # what depends on tensors without gradients alone
-_everything: dict | None = None
+
+class _Memories(threading.local):
+    """Of this thread: others may calibrate other codecs meanwhile."""
+
+    constants: dict | None = None
+    """What depends on tensors without gradients alone."""
+
+    everything: dict | None = None
+
+
+_memories = _Memories()
 
 
 @contextlib.contextmanager
 def constants() -> Iterator[None]:
     """While this lasts, parameters that take no gradient do not change."""
-    global _constants
-    before, _constants = _constants, {}
+    before, _memories.constants = _memories.constants, {}
     try:
         yield
     finally:
-        _constants = before
+        _memories.constants = before
 
 
 @contextlib.contextmanager
 def everything() -> Iterator[None]:
     """While this lasts, no parameter changes."""
-    global _everything
-    before, _everything = _everything, {}
+    before, _memories.everything = _memories.everything, {}
     try:
         yield
     finally:
-        _everything = before
+        _memories.everything = before
 
 
 def memory(*tensors: Tensor | None) -> dict | None:
     """Where to keep what depends on these alone; None: they may change, or take gradients."""
-    if _constants is not None and not any(t is not None and t.requires_grad for t in tensors):
-        return _constants
-    return None if torch.is_grad_enabled() else _everything
+    if _memories.constants is not None and not any(t is not None and t.requires_grad for t in tensors):
+        return _memories.constants
+    return None if torch.is_grad_enabled() else _memories.everything
+
+
+def keep(kept: dict, *tensors: Tensor) -> None:
+    """Keep tensors themselves, so that each is known by its identity."""
+    for tensor in tensors:
+        kept[id(tensor)] = tensor
+
+
+def is_kept(kept: dict, tensor: Tensor) -> bool:
+    """Whether a memory keeps this tensor, not an equal one."""
+    return kept.get(id(tensor)) is tensor

@@ -36,7 +36,6 @@ from licq.runs.saved_models import (
 )
 from licq.runs.shards import PART, forget_shards, measured_in_shards
 from licq.support import options
-from licq.support.cli import ArgumentParser
 from licq.support.determinism import set_threads, versions
 from licq.support.errors import InputError
 from licq.support.files import sha256, writable_folder, write_json
@@ -299,13 +298,7 @@ def _files_digest(paths: Sequence[Path]) -> str:
 
 def _words_of_shards(argv: Sequence[str], engine: Engine) -> list[str]:
     """The command line without what is the whole evaluation's, for its parts."""
-    whole = ArgumentParser(add_help=False, allow_abbrev=False)
-    options.add_engine(whole)
-    for flag in ("--out", "--threads"):
-        whole.add_argument(flag)
-    for flag in ("--resume", "--quiet"):
-        whole.add_argument(flag, action="store_true")
-    rest = whole.parse_known_args(argv)[1]
+    rest = options.words_of_parts(argv)
     return rest if engine.threads is None else [*rest, "--threads", str(engine.threads)]
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from licq.runs.folder import read_json
 from licq.support import options
-from licq.support.cli import ArgumentParser
 from licq.support.errors import InputError
 from licq.support.files import write_json
 from licq.support.work import Work
@@ -39,7 +38,7 @@ def run_in_workers(
     Raises:
         InputError: qualities have failed, when all others are finished.
     """
-    words = [*_words(argv), "--threads", str(engine.threads)]
+    words = [*options.words_of_parts(argv), "--threads", str(engine.threads)]
     tasks = [
         Task(
             f"quality {quality}",
@@ -96,14 +95,3 @@ def _look(work: Work, running: dict[str, Path], count: int) -> None:
             doing.append(f"{name} {state['doing']}")
     done = f"{count - len(running)} of {count} qualities done"
     work.draw("; ".join([done, *doing]))
-
-
-def _words(argv: Sequence[str]) -> list[str]:
-    """The command line without what is the whole run's."""
-    whole = ArgumentParser(add_help=False, allow_abbrev=False)
-    options.add_engine(whole)
-    for flag in ("--out", "--threads"):
-        whole.add_argument(flag)
-    for flag in ("--resume", "--quiet"):
-        whole.add_argument(flag, action="store_true")
-    return whole.parse_known_args(argv)[1]

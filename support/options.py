@@ -3,6 +3,7 @@ once."""
 
 import argparse
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -359,6 +360,19 @@ def add_engine(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> Non
         type=share,
         help="with --ray: share of a GPU that a task takes, 0 to 1 (default: 1 where the cluster has GPUs)",
     )
+
+
+def words_of_parts(argv: Sequence[str]) -> list[str]:
+    """A command line without the flags that say where and how often it runs: for its parts in other
+    processes."""
+    # not our own parser: messages go on naming the flags of the command's
+    whole = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    add_engine(whole)
+    for flag in ("--out", "--threads"):
+        whole.add_argument(flag)
+    for flag in ("--resume", "--quiet"):
+        whole.add_argument(flag, action="store_true")
+    return whole.parse_known_args(argv)[1]
 
 
 def _integer(text: str) -> int:

@@ -44,6 +44,12 @@ def test_softmax_is_alike_to_the_bit_and_its_gradient_nearly(shape, offsets):
     assert (grad - expected[1]).abs().max() <= 1e-6 * expected[1].abs().max()
 
 
+def test_one_offset_for_all_scores_changes_nothing():
+    q = uniform(-300, 300, (2, 3, 5), 0)
+    expected = softmax(q, softmax_table(), None, None, -1)
+    assert torch.equal(softmax(q, softmax_table(), torch.tensor(-0.5), None, -1), expected)
+
+
 @pytest.mark.parametrize("shape", [(2, 5, 48), (3, 17), (2, 2, 320), (4, 1)])
 @pytest.mark.parametrize("eps", [0.3, 1e-5, 1e5])
 def test_layer_norm_is_alike_to_the_bit_and_its_gradient_nearly(shape, eps):

@@ -50,3 +50,29 @@ def test_repeated_numbers_can_be_read_as_any_others():
     assert x.repeated is not None and x.shape == (1, 6, 6) and x.ndim == 3 and x.numel() == 36
     assert torch.equal(x[:, 1:3].q, q[:, :2])
     assert x.repeated is None
+
+
+@pytest.mark.parametrize("change", ["add", "multiply"])
+def test_an_operation_in_place_reaches_the_next_quantizer(change):
+    """It was lost: the quantizer took the numbers from before the gather."""
+    grid = Quantizer(8, 24)
+    grid.observe(torch.tensor([-4.0, 4.0]))
+    grid.initialize()
+    q, scale = torch.arange(24.0).reshape(1, 4, 6), torch.full((), 2.0**-3, dtype=torch.float64)
+    x = QTensor(q, scale, Runtime(QuantConfig())).index_select(1, torch.tensor([0, 1, 1, 2, 3, 3]))
+    other = QTensor(q.index_select(1, torch.tensor([0, 1, 1, 2, 3, 3])), scale, x.runtime)
+    x.overwrite(x.like(x.q + 5 if change == "add" else x.q * 2, scale), change)
+    assert x.repeated is None
+    expected = grid(other.like(other.q + 5 if change == "add" else other.q * 2, scale))
+    assert torch.equal(grid(x).q, expected.q)
+
+
+def test_a_reshape_over_the_gathered_dimension_and_an_index_without_dimensions():
+    runtime, grid = Runtime(QuantConfig()), Quantizer(8, 24, 1)
+    q = torch.arange(48.0).reshape(2, 4, 6)
+    scale = torch.rand(1, 1, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.5
+    x = QTensor(q, scale, runtime).index_select(1, torch.tensor([0, 1, 1, 2, 3, 3])).flatten(1)
+    grid.observe(x.real())
+    grid.initialize()
+    assert torch.equal(grid(x).q, grid(QTensor(x.q, x.scale, runtime)).q)
+    assert QTensor(q, scale, runtime).index_select(1, torch.tensor(2)).shape == (2, 1, 6)

@@ -1,5 +1,7 @@
 """What is computed once while parameters stay is what each forward would compute."""
 
+import threading
+
 import torch
 
 from licq.quant import unchanged
@@ -59,3 +61,25 @@ def test_a_learned_parameter_changes_while_the_others_are_taken_as_constant():
     with unchanged.constants():
         again, same_end = learn()
     assert all(torch.equal(a, b) for a, b in zip(gradients, again)) and torch.equal(end, same_end)
+
+
+def test_only_what_is_kept_itself_is_remembered_and_other_threads_have_a_memory_of_their_own():
+    qmodel, x = observed()
+    parameters = learned(qmodel.nodes)
+    with unchanged.constants():
+        kept = unchanged.memory()
+        assert kept is not None
+        sizes = []
+        for _ in range(3):
+            for key, parameter in parameters.items():
+                if knob_of(key) == "range_a":
+                    parameter.requires_grad_(True)
+            qmodel(x)
+            sizes.append(len(kept))
+        assert sizes[0] == sizes[2]
+        others = []
+        thread = threading.Thread(target=lambda: others.append(unchanged.memory()))
+        thread.start()
+        thread.join()
+        assert others == [None]
+    assert unchanged.memory() is None
