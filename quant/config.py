@@ -11,6 +11,9 @@ from licq.support.errors import InputError
 FLOAT_BITS = 32
 """The number of bits that stands for float."""
 
+SIMULATED = "simulated: no integer machine computes this"
+"""What reports say of a codec with simulated scales, and why it has no files."""
+
 SYMMETRY = {"symmetric": 0.0, "one_sided": 0.25, "asymmetric": 1.01}
 """By the name of `QuantConfig.a_symmetry`: a channel has a zero point where its smaller side is below this
 share of the larger."""
@@ -43,6 +46,15 @@ class QuantConfig:
     a_granularity: str = "channel"
     """"channel": a scale per input channel, folded into the weights that consume it (eq. 16). "tensor": one
     scale."""
+
+    a_scales: str = "folded"
+    """How the scales of a layer's input channels are computed with:
+
+    - "folded": the weights take them over before they are quantized, so that integers are summed.
+    - "simulated": weights keep scales of their own, and everything is computed in float. Weights, biases and
+      inputs of convolutions, linear layers and attention's products are rounded; what lies between them is
+      not. No integer machine computes that, so such a codec has no files. Papers measure methods like this.
+    """
 
     a_symmetry: str = "asymmetric"
     """Which input channels have a zero point: "asymmetric" all; "one_sided" those whose smaller side is below
@@ -118,6 +130,7 @@ class QuantConfig:
         if self.bias_bits not in (8, 32):
             raise InputError(f"`bias_bits={self.bias_bits}` is not possible; choose 32 or 8")
         one_of("a_granularity", self.a_granularity, ("channel", "tensor"))
+        one_of("a_scales", self.a_scales, ("folded", "simulated"))
         one_of("a_symmetry", self.a_symmetry, tuple(SYMMETRY))
         if not re.fullmatch(r"channel|tensor|groups[1-9]\d*", self.w_granularity):
             raise InputError(
@@ -150,6 +163,11 @@ class QuantConfig:
             in_range(name, getattr(self, name), 2, 16)
         in_range("boundary_bits", self.boundary_bits, 4, 16)
         in_range("frac_bits", self.frac_bits, 8, 30)
+
+    @property
+    def is_simulated(self) -> bool:
+        """Whether float stands for what integers would have to compute."""
+        return self.a_scales == "simulated"
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -156,6 +156,7 @@ class QuantMatMul(QuantFunction):
     """
 
     kind = "matmul"
+    simulates = True
 
     def __init__(self, config: QuantConfig, heads: bool = True, depth: int = 0):
         super().__init__(config, heads=heads, depth=depth)
@@ -218,7 +219,7 @@ class QuantMatMul(QuantFunction):
     def integer(self, a: QTensor, b: QTensor) -> QTensor:
         self._check_heads((a, b))
         a, b = self.grid_a(a), self.grid_b(b)
-        if not (a.is_integer and b.is_integer):
+        if self.config.is_simulated or not (a.is_integer and b.is_integer):
             return a.like(a.real() @ b.real(), None)
         wide = max(self.grid_a.bits, self.grid_b.bits) > 8  # sums of such products pass 2^24
         return a.like(matmul(a.q, b.q, wide), a.unit * b.unit)

@@ -54,6 +54,8 @@ class QuantMAC(QuantModule):
     output o has the single scale s_ref * s_w[o] (design, section 3). The output stays in the accumulator.
     """
 
+    simulates = True
+
     channel_dim: int = 1
     """Of input and output."""
 
@@ -194,7 +196,7 @@ class QuantMAC(QuantModule):
 
     def folded_weight(self) -> tuple[Tensor, Tensor]:
         """(w', s_ref): the weights times the spread of the input scales, float32, and the largest scale."""
-        if self.config.a_bits == FLOAT_BITS:
+        if self.config.a_bits == FLOAT_BITS or self.config.is_simulated:
             weight = self.float_weight()
             return weight, torch.ones((), dtype=torch.float64, device=weight.device)
         scale = self.input_grid.parameters_of_grid()[0]
@@ -246,6 +248,8 @@ class QuantMAC(QuantModule):
         Raises:
             InputError: the accumulator is too narrow for every s_w.
         """
+        if self.config.is_simulated:
+            return None
         bias, limit = self.float_bias(), 2.0 ** (self.config.accumulator_bits - 1)
         share = None if bias is None else bias.abs().double() / (reference / self.input_grid.refinement)
         if not self.config.accumulator_bits or self.config.a_bits == FLOAT_BITS:
@@ -273,18 +277,22 @@ class QuantMAC(QuantModule):
             return None
         if self.config.bias_bits != 8:
             return _BiasSTE.apply(bias, out_scale)
+        b_int, scale = self._bias_of_8_bits(bias)
+        return requantize_ste(b_int.double(), scale / out_scale).clamp(-(2.0**31), 2.0**31 - 1)
+
+    def _bias_of_8_bits(self, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """(integers, their scale), eq. 17."""
         qmax = int_range(8)[1]
         largest = bias.detach().abs().amax().clamp(min=2**-12).double()
         scale = self.weight_quantizer.make_scale(
             torch.exp(self.log_n_bias.double()) * largest / qmax, self.config.frac_bits
         )
-        b_int = round_ste((bias / scale).float()).clamp(-qmax, qmax)
-        return requantize_ste(b_int.double(), scale / out_scale).clamp(-(2.0**31), 2.0**31 - 1)
+        return round_ste((bias / scale).float()).clamp(-qmax, qmax), scale
 
     def rounded_weight(self) -> Tensor:
         """The canonical weight that w_int represents, without the spread of the input scales; float32."""
         w_int, scale = self.integer_weight()
-        if self.config.a_bits == FLOAT_BITS:
+        if self.config.a_bits == FLOAT_BITS or self.config.is_simulated:
             return (per_output(scale, w_int) * w_int).float()
         step = self.input_grid.parameters_of_grid()[0] / self.input_grid.refinement
         return (per_output(scale, w_int) * w_int / self.per_input(step**self.input_power, w_int)).float()
@@ -314,6 +322,8 @@ class QuantMAC(QuantModule):
         if self.runtime.tracer is not None and self.weight_int is None:
             raise InputError(f"{self.name} has {NO_INTEGERS}")
         x = self.input_grid(x)
+        if self.config.is_simulated:
+            return self._simulated(x)
         if self.config.w_bits == FLOAT_BITS or not x.is_integer:
             return self._weights_or_inputs_only(x)
         layer, out_scale = self.integer_layer()
@@ -357,11 +367,24 @@ class QuantMAC(QuantModule):
             weight = (w_int * per_output(scale, w_int)).float()
         return x.like(self.real_with(x.real(), weight), None)
 
+    def _simulated(self, x: QTensor) -> QTensor:
+        """Float arithmetic on rounded inputs, weights and biases."""
+        weight, bias = self.float_weight(), self.float_bias()
+        if self.config.w_bits != FLOAT_BITS:
+            weight = self.rounded_weight()
+        y = self.product(x.real(), weight)
+        if bias is not None:
+            if self.config.bias_bits == 8:
+                b_int, scale = self._bias_of_8_bits(bias)
+                bias = (b_int * scale).float()
+            y = y + bias.reshape(self._channel_shape(y.ndim))
+        return x.like(y, None)
+
     def freeze(self) -> None:
         super().freeze()
         if self.weight_quantizer.rounding is not None:
             self.weight_quantizer.rounding.harden()  # AdaRound's soft steps are no integers
-        if FLOAT_BITS in (self.config.w_bits, self.config.a_bits):
+        if FLOAT_BITS in (self.config.w_bits, self.config.a_bits) or self.config.is_simulated:
             return
         with torch.no_grad():
             w_int, out_scale = self.integer_weight()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from licq.quant.bits import SIDES, Bits
 from licq.quant.boundaries import QuantEntropyBottleneck
-from licq.quant.config import FLOAT_BITS, QuantConfig
+from licq.quant.config import FLOAT_BITS, SIMULATED, QuantConfig
 from licq.quant.file_checks import wrong_numbers
 from licq.quant.fixedpoint import INT32, quantize_multiplier, requantize
 from licq.quant.functions import QuantMatMul, QuantWide
@@ -240,6 +240,8 @@ class QuantModel(RewrittenCodec):
             return
         self.quantize_nodes(True)
         for name, node in self.nodes.items():
+            if node.stays_float:
+                continue
             node.freeze()
             if (problem := wrong_numbers(node)) is not None:
                 raise InputError(f"{name}: {problem}; its training or its calibration has diverged")
@@ -330,7 +332,7 @@ class QuantModel(RewrittenCodec):
         """
         kinds: dict[str, int] = {}
         for node in self.nodes.values():
-            if not float_sides(node):
+            if not (float_sides(node) or self.config.is_simulated):
                 kinds[node.kind] = kinds.get(node.kind, 0) + 1
         unseen = {name: "never ran in calibration" for name in self.rewrite.nodes if name not in self.nodes}
         return {
@@ -349,6 +351,8 @@ class QuantModel(RewrittenCodec):
     def _why_real(self) -> dict[str, str]:
         """Layers that compute on real numbers, and why. Those with the bits of the whole model have one
         line."""
+        if self.config.is_simulated:
+            return {"the codec": SIMULATED}
         lines: dict[str, str] = {}
         common: dict[tuple[str, str], list[str]] = {}
         for name, node in self.nodes.items():

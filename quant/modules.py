@@ -54,6 +54,9 @@ class QuantModule(nn.Module):
     gives_latents: bool = False
     """The (first) output is y_hat or z_hat."""
 
+    simulates: bool = False
+    """With simulated scales (`QuantConfig.a_scales`) the node rounds what it computes with."""
+
     runtime: Runtime
     """Of the codec that the node belongs to; set by `bind`."""
 
@@ -68,6 +71,11 @@ class QuantModule(nn.Module):
     def gives_levels(self) -> bool:
         """The output is on levels that are no multiples of a step."""
         return False
+
+    @property
+    def stays_float(self) -> bool:
+        """The node computes in float also where the codec is quantized: its scales are simulated."""
+        return self.config.is_simulated and not self.simulates
 
     def bind(self, runtime: Runtime, name: str) -> None:
         """Make this the node `name` of a codec."""
@@ -98,7 +106,7 @@ class QuantModule(nn.Module):
                     f"{self.name} is kept in float, so the model cannot be lowered; "
                     "quantize it with all nodes"
                 )
-        if self.quantized:
+        if self.quantized and not self.stays_float:
             return self.integer(*inputs, **kwargs)
         output = self.real(*(x.real() if isinstance(x, QTensor) else x for x in inputs), **kwargs)
         if runtime.observing:

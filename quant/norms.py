@@ -38,6 +38,7 @@ class QuantGDN(QuantMAC):
     """
 
     kind = "gdn"
+    simulates = False  # papers quantize convolutions and attention
     module: GDN
     mantissa: Tensor | None
     shift: Tensor | None

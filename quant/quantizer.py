@@ -121,6 +121,7 @@ class Quantizer(Grid):
         low, high, self.energy = observer.low.clamp(max=0), observer.high.clamp(min=0), observer.energy()
         if self.pixels:
             low, high = torch.zeros_like(low), torch.ones_like(high)
+            self.symmetry = "one_sided"  # 256 codes, whatever the method does with activations
         # a channel of zeros in calibration may hold values later: it gets a share of the largest range
         peak = torch.maximum(-low, high)
         floor = peak.max().clamp(min=2**-8) * 2**-8

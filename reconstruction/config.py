@@ -248,6 +248,11 @@ class PtqConfig:
                 raise InputError(
                     f"`learn={knob}` needs `rounding={scheme}`, not {self.quant.rounding}; choose that"
                 )
+        if self.quant.is_simulated and (self.reconstruction.split or self.reconstruction.balance):
+            raise InputError(
+                "`a_scales=simulated` has no integers to split or scales to balance; choose split=0 and "
+                "balance=0 with it"
+            )
         learn = dict.fromkeys("rounding" if knob in SCHEMES else knob for knob in learn)
         object.__setattr__(
             self, "reconstruction", dataclasses.replace(self.reconstruction, learn=tuple(learn))

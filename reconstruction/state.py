@@ -100,6 +100,7 @@ def learned(nodes: Mapping[str, QuantModule]) -> dict[str, nn.Parameter]:
     return {
         f"{name}|{knob}|{number}": parameter
         for name, node in nodes.items()
+        if not node.stays_float
         for knob, parameters in node.learnable().items()
         for number, parameter in enumerate(parameters)
     }

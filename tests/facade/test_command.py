@@ -95,7 +95,7 @@ def test_bash_completes_commands_flags_and_their_values():
     assert complete("quantize", "--w_bi") == {"--w_bits"}
     assert complete("evaluate", "--rea") == {"--real"}
     assert complete("quantize", "--arch", "lu") == {"lu2022"}
-    assert complete("quantize", "--preset", "rdo") == {"rdo-ptq", "rdo-ptq-public"}
+    assert complete("quantize", "--preset", "rdo") == {"rdo-ptq", "rdo-ptq-integer", "rdo-ptq-public"}
     assert complete("quantize", "--loss", "rd") == {"rd", "rd_direct"}
     assert complete("completion", "z") == {"zsh"}
 
