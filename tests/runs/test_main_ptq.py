@@ -6,6 +6,7 @@ from pathlib import Path
 
 import main_ptq
 from licq.models.registry import LAMBDAS, create_model, list_models
+from licq.quant.config import SIMULATED
 from licq.reconstruction.config import LOSSES, UNITS
 from licq.runs.float_models import find_float_models
 from licq.runs.inputs import evaluation_set
@@ -86,6 +87,13 @@ def test_kodak_is_the_default_where_it_is_found_and_photos_elsewhere(monkeypatch
     monkeypatch.setenv("LICQ_DATA", str(tmp_path / "data"))
     dataset, remark = evaluation_set(None)
     assert (dataset.name, len(dataset), remark) == ("kodak", 24, None)
+
+
+def test_a_simulated_method_has_a_report_that_says_so_and_no_files(job, capsys):
+    assert run(job, preset="rdo-ptq", loss=None, iters="1") == 0
+    folder, report = Path(job["--out"]), report_of(job)
+    assert report["bpp_source"] == "estimate" and report["left_alone"] == {"the codec": SIMULATED}
+    assert SIMULATED in (folder / "report.md").read_text() and SIMULATED in capsys.readouterr().out
 
 
 def test_few_calibration_images_are_remarked(job, capsys):
