@@ -28,9 +28,8 @@ class TwoLayers(nn.Module):
 
 
 def simulated(model: nn.Module, x: torch.Tensor, **knobs) -> QuantModel:
-    config = QuantConfig(
-        a_scales="simulated", a_symmetry="symmetric", a_headroom=1.0, frac_bits=30, **{"transform": "fold"} | knobs
-    )
+    given = {"a_symmetry": "symmetric", "a_headroom": 1.0, "frac_bits": 30, "transform": "fold"}
+    config = QuantConfig(a_scales="simulated", **given | knobs)
     qmodel = QuantModel(model, config)
     qmodel.observe([x])
     qmodel.freeze()
