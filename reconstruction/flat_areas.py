@@ -25,6 +25,7 @@ from licq.reconstruction.targets import tensor_of
 WEIGHT = 0.1  # of the error in flat areas beside that on photographs
 _POSITIONS = 64  # of each flat picture; most lie inside, some at a border
 _DAMPING = 1e-3  # of the mean diagonal
+_ROWS = 1024  # of a matrix that are taken in float64 at a time
 _REFINEMENTS = 6
 _EXACT = 1e-6  # what may be left of an equation's right side
 
@@ -119,7 +120,7 @@ def towards(weight: Tensor, moment: Tensor, area: Area) -> tuple[Tensor, Tensor]
 
     Args:
         weight: w, (outputs, D).
-        moment: H of photographs, (D, D).
+        moment: H of photographs, (D, D); it becomes the second result.
         area: X and Y, in the units in which w meets X.
 
     Returns:
@@ -127,8 +128,8 @@ def towards(weight: Tensor, moment: Tensor, area: Area) -> tuple[Tensor, Tensor]
     """
     x, y, counts = _different(area)
     share = WEIGHT / counts.sum()
-    together = torch.addmm(moment, x * counts, x.T, alpha=float(share))
     damping = _DAMPING * float(moment.diagonal().mean().clamp(min=1e-12))
+    together = moment.addmm_(x * counts, x.T, alpha=float(share))
     error = weight.double() @ x.double() - y.double()
     right = (x.double() * (share * counts)) @ error.T
     return weight - _solved(together, damping, right).T.to(weight), together
@@ -158,18 +159,26 @@ def _solved(matrix: Tensor, damping: float, right: Tensor) -> Tensor:
     damped = matrix.clone()
     damped.diagonal().add_(damping)
     factor, failed = torch.linalg.cholesky_ex(damped)
-    damped = damped.double()
+    del damped
     if not failed:
         solution, rest = torch.zeros_like(right), right
         start = size = float(torch.linalg.vector_norm(right))
         for _ in range(_REFINEMENTS):
             solution += torch.cholesky_solve(rest.to(factor), factor).double()
-            rest = right - damped @ solution
+            rest = right - _times(matrix, solution) - damping * solution
             before, size = size, float(torch.linalg.vector_norm(rest))
             if size <= _EXACT * start:
                 return solution
             if not size < before / 2:
                 break
-    factor, failed = torch.linalg.cholesky_ex(damped)
+    del factor
+    wide = matrix.double()
+    wide.diagonal().add_(damping)
+    factor, failed = torch.linalg.cholesky_ex(wide)
     # no photograph shows the layer anything: then the damping is next to nothing
-    return torch.linalg.solve(damped, right) if failed else torch.cholesky_solve(right, factor)
+    return torch.linalg.solve(wide, right) if failed else torch.cholesky_solve(right, factor)
+
+
+def _times(matrix: Tensor, x: Tensor) -> Tensor:
+    """matrix @ x in float64; of a wide layer a float64 copy of the matrix would take gigabytes."""
+    return torch.cat([rows.double() @ x for rows in matrix.split(_ROWS)])

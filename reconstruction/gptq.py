@@ -213,12 +213,18 @@ class _Moment:
             total[start:stop, :stop].addmm_(x[start:stop], x[:stop].T)
         self.counts[number] += x.shape[1]
 
-    def mean(self, number: int) -> Tensor:
-        """H of a phase."""
+    def take_mean(self, number: int) -> Tensor:
+        """H of a phase, which is not kept here: of a wide layer it takes gigabytes."""
         total = self.totals[number]
         assert total is not None
-        lower = total.tril_()
-        return (lower + lower.tril(-1).T).div_(self.counts[number])
+        self.totals[number] = None
+        total.div_(self.counts[number])
+        for start in range(0, len(total), _ROWS):
+            stop = min(start + _ROWS, len(total))
+            total[:start, start:stop] = total[start:stop, :start].T
+            square = total[start:stop, start:stop]
+            square.copy_(square.tril() + square.tril(-1).T)
+        return total
 
 
 def _start_rounding(node: QuantMAC, moment: _Moment, areas: Sequence[Area] | None) -> None:
@@ -235,7 +241,7 @@ def _start_rounding(node: QuantMAC, moment: _Moment, areas: Sequence[Area] | Non
     for number, (weights, count) in enumerate(zip(moment.weights, moment.counts)):
         if count * _RARE >= len(weights):
             at = weights.to(flat.device)
-            start, h = flat[:, at], moment.mean(number)
+            start, h = flat[:, at], moment.take_mean(number)
             if areas is not None and mask is None:
                 area = areas[number]
                 start, h = towards(start, h, Area(area.inputs, area.outputs / unit))
@@ -268,16 +274,20 @@ def gptq(
         w_int = torch.zeros_like(weight)
         w_int[:, free] = gptq(weight[:, free], moment[free][:, free], limits, mask[:, free], damping)
         return w_int
-    alive = moment.diagonal() > 0
-    h = moment.to(torch.float32, copy=True) if len(moment) > _LARGE else moment.double()
-    h.diagonal().add_(damping * h.diagonal()[alive].mean() if alive.any() else 1.0)
+    h = moment.float() if len(moment) > _LARGE else moment.double()
+    alive = h.diagonal() > 0
+    more = damping * h.diagonal()[alive].mean() if alive.any() else 1.0
     order = h.diagonal().argsort(descending=True, stable=True)
     # H = R R^T with R upper triangular, from the Cholesky factor in reverse order. The error is
     # |(w_int - w) R|^2, and column j of that depends on columns up to j alone: w_int[j] takes back what these
     # have made of it.
     backwards = order.flip(0)
-    factor = torch.linalg.cholesky(h[backwards][:, backwards]).flip(0, 1).to(weight.dtype)
-    shares = factor / factor.diagonal()
+    h = h[backwards][:, backwards]
+    h.diagonal().add_(more)
+    h = torch.linalg.cholesky(h)
+    shares = h.flip(0, 1).to(weight.dtype)
+    del h
+    shares.div_(shares.diagonal().clone())
     work = weight[:, order].T.contiguous()  # (D, outputs)
     mask = None if mask is None else mask[:, order].T
     w_int, errors = torch.empty_like(work), torch.empty_like(work)

@@ -70,7 +70,7 @@ def test_the_change_of_the_weights_is_the_least_squares_one():
     weight, photographs = torch.randn(3, 7, generator=draw), torch.randn(7, 50, generator=draw)
     area = Area(torch.randn(7, 4, generator=draw), torch.randn(3, 4, generator=draw))
     moment = photographs @ photographs.T / 50
-    ours, together = towards(weight, moment, area)
+    ours, together = towards(weight, moment.clone(), area)
     # the same as one regression: rows of photographs ask for no change, rows of the area for its outputs
     share = (WEIGHT / 4) ** 0.5
     damping = (1e-3 * moment.diagonal().mean()).sqrt() * torch.eye(7)
