@@ -54,13 +54,13 @@ RUNS = {
         "3",
     ],
     "minnen2018-aquant": ["--arch", "minnen2018", "--quality", "1", "--preset", "aquant", "--iters", "2"],
-    "balle2018-rdo-ptq": [
+    "balle2018-rdo-ptq-integer": [
         "--arch",
         "balle2018",
         "--quality",
         "5",
         "--preset",
-        "rdo-ptq",
+        "rdo-ptq-integer",
         "--iters",
         "2",
         "--bias_bits",
