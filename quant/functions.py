@@ -374,12 +374,7 @@ class QuantTable(QuantFunction):
         return self._kept("slopes", self._slopes)
 
     def _kept(self, what: str, make: Callable[[], Tensor]) -> Tensor:
-        kept = unchanged.memory(self.grid_in.log_n, self.grid_out.log_n)
-        if kept is None:
-            return make()
-        if (self, what) not in kept:
-            kept[self, what] = make()
-        return kept[self, what]
+        return unchanged.once((self, what), make, self.grid_in.log_n, self.grid_out.log_n)
 
     def _slopes(self) -> Tensor:
         scale_in, qmin, qmax = (t.detach() for t in self.grid_in.parameters_of_grid())

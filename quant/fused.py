@@ -19,7 +19,7 @@ from torch import Tensor
 from licq.quant import unchanged
 from licq.support.kernels import compiled_libraries
 
-_VERSION = 2  # of integer/calibration.c
+_VERSION = 2  # of integer/calibration.c and calibration_rows.c
 PIECE, ROWS = 4096, 256  # PIECE and ROWS there
 _MOST_ENTRIES = 1 << 15  # of a multiplier that is written out
 _SMALL = 1 << 15  # numbers that are not worth a second thread

@@ -177,7 +177,7 @@ def layer_norm(
     unit: float,
     constants: Callable[[int, float], Tensor],
 ) -> Tensor | None:
-    """`primitives.layer_norm` of x, whose other arguments take no gradient.
+    """`sums.layer_norm` of x, whose other arguments take no gradient.
 
     constants: `integer_functions.layer_norm_constants`.
     """

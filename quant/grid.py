@@ -95,12 +95,7 @@ class Grid(nn.Module):
             )
         if self.frozen:
             return self.scale, self.qmin, self.qmax
-        kept = unchanged.memory(self.log_n)
-        if kept is not None:
-            if self not in kept:
-                kept[self] = self._present_parameters()
-            return kept[self]
-        return self._present_parameters()
+        return unchanged.once(self, self._present_parameters, self.log_n)
 
     def _present_parameters(self) -> tuple[Tensor, Tensor, Tensor]:
         if self.log_n.device.type != "cpu" or (torch.is_grad_enabled() and self.log_n.requires_grad):

@@ -185,9 +185,8 @@ def _worth_deferring(x: QTensor, dim: int, index: Tensor) -> bool:
     """Whether a gather makes more integers of x, so that they are better quantized before."""
     if not x.is_integer or x.recorder is not None or x.repeated is not None or x.ndim < 2:
         return False
-    return (
-        index.numel() > x.shape[dim] and x.shape[1:].numel() <= _MOST_PLACES * x.shape[dim] and dim % x.ndim
-    )
+    places = x.shape[1:].numel() // max(1, x.shape[dim])
+    return dim % x.ndim != 0 and index.numel() > x.shape[dim] and places <= _MOST_PLACES
 
 
 @handles("pad")

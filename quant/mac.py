@@ -342,12 +342,7 @@ class QuantMAC(QuantModule):
         of learning."""
         if self.weight_int is not None and self.out_scale is not None and self.bound is not None:
             return self.operation(self.weight_int, self.bias_int, int(self.bound)), self.out_scale
-        kept = unchanged.memory(*self._read())
-        if kept is None:
-            return self._integer_layer()
-        if self not in kept:
-            kept[self] = self._integer_layer()
-        return kept[self]
+        return unchanged.once(self, self._integer_layer, *self._read())
 
     def _read(self) -> list[Tensor]:
         """What the integers of the layer depend on."""
@@ -369,16 +364,24 @@ class QuantMAC(QuantModule):
 
     def _simulated(self, x: QTensor) -> QTensor:
         """Float arithmetic on rounded inputs, weights and biases."""
-        weight, bias = self.float_weight(), self.float_bias()
-        if self.config.w_bits != FLOAT_BITS:
-            weight = self.rounded_weight()
+        weight, bias = unchanged.once((self, "simulated"), self._simulated_layer, *self._read())
         y = self.product(x.real(), weight)
-        if bias is not None:
-            if self.config.bias_bits == 8:
-                b_int, scale = self._bias_of_8_bits(bias)
-                bias = (b_int * scale).float()
-            y = y + bias.reshape(self._channel_shape(y.ndim))
-        return x.like(y, None)
+        return x.like(y if bias is None else y + bias.reshape(self._channel_shape(y.ndim)), None)
+
+    def _simulated_layer(self) -> tuple[Tensor, Tensor | None]:
+        """The real numbers that the rounded weights (canonical) and biases stand for."""
+        floats = self.config.w_bits == FLOAT_BITS
+        weight, bias = self.float_weight() if floats else self.rounded_weight(), self.float_bias()
+        if bias is not None and self.config.bias_bits == 8:
+            b_int, scale = self._bias_of_8_bits(bias)
+            bias = (b_int * scale).float()
+        return weight, bias
+
+    def weighted_numbers(self, x: QTensor) -> Tensor:
+        """What the weights are multiplied with: the integers of the layer's input quantizer, or with
+        simulated scales the numbers that these stand for."""
+        quantized = self.input_grid(x)
+        return quantized.real() if self.config.is_simulated else quantized.q
 
     def freeze(self) -> None:
         super().freeze()
@@ -413,12 +416,11 @@ class QuantMAC(QuantModule):
         """A number that `accumulator_bound` does not exceed, in float32 and so much faster."""
         if self.groups > 1:
             return int(self.accumulator_bound(w_int, b_int))
-        kept = unchanged.memory(self.input_grid.log_n)
-        largest = None if kept is None else kept.get((self, "largest"))
-        if largest is None:
-            largest = (self.input_grid.largest().double() ** self.input_power).float()
-            if kept is not None:
-                kept[self, "largest"] = largest
+        largest = unchanged.once(
+            (self, "largest"),
+            lambda: (self.input_grid.largest().double() ** self.input_power).float(),
+            self.input_grid.log_n,
+        )
         if type(self).largest_sum is QuantMAC.largest_sum:
             bound = fused_layers.largest_sum(w_int, largest, b_int)
             if bound is not None:

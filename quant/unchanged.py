@@ -6,10 +6,13 @@ learned. The passes say so, because to compare all values at every run would tak
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+Result = TypeVar("Result")
 
 
 class _Memories(threading.local):
@@ -49,6 +52,16 @@ def memory(*tensors: Tensor | None) -> dict | None:
     if _memories.constants is not None and not any(t is not None and t.requires_grad for t in tensors):
         return _memories.constants
     return None if torch.is_grad_enabled() else _memories.everything
+
+
+def once(key: Hashable, make: Callable[[], Result], *tensors: Tensor | None) -> Result:
+    """What `make` gives, computed once as long as these tensors, on which alone it depends, stay."""
+    kept = memory(*tensors)
+    if kept is None:
+        return make()
+    if key not in kept:
+        kept[key] = make()
+    return kept[key]
 
 
 def keep(kept: dict, *tensors: Tensor) -> None:

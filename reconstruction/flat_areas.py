@@ -33,7 +33,7 @@ _EXACT = 1e-6  # what may be left of an equation's right side
 class Area(NamedTuple):
     """What the weights of one phase of a layer meet in flat areas.
 
-    inputs: (D, n), the integers of the layer's input quantizer at n positions.
+    inputs: (D, n), what the layer's weights are multiplied with at n positions: integers of its quantizer.
     outputs: (outputs, n), what the products should sum to.
     """
 
@@ -90,7 +90,7 @@ def _areas(node: QuantMAC, x: QTensor, y: Tensor, count: int) -> list[Area]:
         y: its outputs on them in float.
         count: of the pictures.
     """
-    x_int, bias = node.input_grid(x).q, node.float_bias()
+    x_int, bias = node.weighted_numbers(x), node.float_bias()
     y = y.movedim(node.channel_dim, 0)
     if bias is not None:
         y = y - bias.reshape(-1, *[1] * (y.ndim - 1))

@@ -127,13 +127,6 @@ def turned(batches: Sequence[Tensor]) -> list[Tensor]:
     return views
 
 
-def weighted_numbers(node: QuantMAC, x: QTensor) -> Tensor:
-    """What the weights are multiplied with: the integers of the layer's input quantizer, or with simulated
-    scales the numbers that these stand for."""
-    quantized = node.input_grid(x)
-    return quantized.real() if node.config.is_simulated else quantized.q
-
-
 def _positions(qmodel: QuantModel, layers: dict[str, QuantMAC], image: Tensor) -> dict[str, int]:
     """At how many output positions one image shows each layer."""
     calls = [(name, call) for name, node in layers.items() for call in range(node.calls)]
@@ -196,7 +189,7 @@ class _Moment:
                 self._add(number, columns(self.node, image[0], phase, at))
 
     def _integers(self, values: Tensor) -> Tensor:
-        return weighted_numbers(self.node, QTensor(values, None, self.node.runtime))
+        return self.node.weighted_numbers(QTensor(values, None, self.node.runtime))
 
     def _drawn(self, count: int, limit: int) -> Tensor:
         """All of `count` indices, or `limit` of them drawn with replacement."""

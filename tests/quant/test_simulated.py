@@ -8,6 +8,7 @@ from licq.codec.api import Codec
 from licq.quant.config import SIMULATED, QuantConfig
 from licq.quant.model import QuantModel
 from licq.reconstruction.config import PtqConfig
+from licq.reconstruction.gptq import compensate_rounding
 from licq.support.errors import InputError
 from tests.tiny_codecs import images, tiny_codec
 
@@ -100,3 +101,21 @@ def test_what_needs_integers_is_refused_beside_it():
     paper, integers = (PtqConfig.from_preset(name) for name in ("rdo-ptq", "rdo-ptq-integer"))
     assert paper.quant.is_simulated and not integers.quant.is_simulated
     assert paper.reconstruction == integers.reconstruction
+
+
+def test_compensated_rounding_sees_the_numbers_that_weights_are_multiplied_with():
+    """Not their integers, whose channels have different scales; on flat pictures too."""
+    model, x = TwoLayers().eval(), images(4)
+    flat = torch.ones_like(x[:1]) * torch.tensor([0.0, 0.5, 1.0]).reshape(3, 1, 1, 1)
+    outputs = {}
+    for compensated in (False, True):
+        config = QuantConfig(w_bits=4, a_scales="simulated", rounding="learned_offset")
+        qmodel = QuantModel(model, config)
+        qmodel.observe([x], [flat])
+        if compensated:
+            compensate_rounding(qmodel, [x], [flat], progress=False)
+        qmodel.freeze()
+        with torch.no_grad():
+            outputs[compensated] = [qmodel(part)["x_hat"] - model(part)["x_hat"] for part in (x, flat)]
+    for before, after in zip(outputs[False], outputs[True]):
+        assert after.square().mean() < 0.7 * before.square().mean()
