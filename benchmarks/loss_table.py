@@ -27,7 +27,7 @@ from licq.reconstruction.api import quantize
 from licq.reconstruction.config import PtqConfig, parse_knobs
 from licq.reconstruction.objective import Objective, rate
 from licq.runs.float_models import find_float_models
-from licq.runs.inputs import calibration_crops, evaluation_set
+from licq.runs.inputs import calibration_images, evaluation_set
 from licq.support import options
 from licq.support.cli import ArgumentParser, main_guard
 from licq.support.determinism import seed_everything, set_threads
@@ -139,7 +139,7 @@ def main() -> None:
                 key = f"{prefix} {settings} | W{w_bits}A{a_bits} {loss} {seed}"
                 if key not in done:
                     seed_everything(seed)
-                    calibration, _, _ = calibration_crops(
+                    calibration, whole, _, _ = calibration_images(
                         arguments.calib,
                         arguments.num_calib,
                         arguments.crop,
@@ -149,8 +149,9 @@ def main() -> None:
                         multiple,
                         "mse",
                         dataset,
+                        config.reconstruction.whole,
                     )
-                    codec = quantize(model, calibration, config, lmbda=source.lmbda)
+                    codec = quantize(model, calibration, config, lmbda=source.lmbda, whole=whole)
                     history = codec.history
                     done[key] = measure(codec, crops, objective) | {
                         "seconds": history["seconds"],

@@ -14,6 +14,9 @@ from licq.support.determinism import plain_torch
 from licq.support.errors import InputError
 from licq.support.files import sha256
 
+TILE = 768
+"""Pixels: the longest side of what `whole_images` gives."""
+
 _TRIES = 64  # draws of another position before a repeated crop of the same image is accepted
 
 
@@ -76,7 +79,7 @@ def sample_crops(
     reduced: dict[tuple[int, int], Tensor] = {}
     for index, reduction in sorted(set(chosen)):
         image = images.setdefault(index, load_image(paths[index]))
-        reduced[index, reduction] = _at_least(_reduce(image, reduction, crop), crop)
+        reduced[index, reduction] = _at_least(_reduce(image, reduction, crop), crop, crop)
     used: set[tuple[int, int, int, int]] = set()
     crops = []
     for index, reduction in chosen:
@@ -89,6 +92,53 @@ def sample_crops(
         used.add((index, reduction, top, left))
         crops.append(image[:, top : top + crop, left : left + crop])
     return torch.stack(crops)
+
+
+@plain_torch()
+def whole_images(
+    files: Sequence[str | Path],
+    num: int = 10,
+    seed: int = 0,
+    multiple: int = 64,
+    reductions: Sequence[int] = (1,),
+) -> list[Tensor]:
+    """All pixels of the images that `sample_crops` draws its crops from with the same arguments.
+
+    A large image comes in tiles, so that a codec needs no more memory for it than for a Kodak image. They overlap
+    where their sides do not divide the image's. A small image is continued by reflection to multiples.
+
+    Args:
+        files, num, seed: those of `sample_crops`.
+        multiple: of which the sides of a codec's inputs are multiples, in pixels.
+        reductions: each image comes at each of these, once.
+
+    Returns:
+        Tiles (3, H, W) in uint8, of at most `TILE` pixels a side.
+
+    Raises:
+        InputError: an unreadable image.
+    """
+    order = random.Random(seed).sample(range(len(files)), len(files))
+    longest = max(TILE // multiple, 1) * multiple
+    tiles = []
+    for index in order[:num]:
+        image = load_image(files[index])
+        for reduction in sorted(set(reductions)):
+            pixels = (_reduce(image, reduction, multiple) * 255).round().to(torch.uint8)
+            (tops, height), (lefts, width) = (_cuts(side, longest, multiple) for side in pixels.shape[1:])
+            pixels = _at_least(pixels, height, width)
+            tiles += [
+                pixels[:, top : top + height, left : left + width].clone() for top in tops for left in lefts
+            ]
+    return tiles
+
+
+def _cuts(length: int, longest: int, multiple: int) -> tuple[list[int], int]:
+    """(where tiles begin, their side), so that together they cover `length` pixels. A side is a multiple of
+    `multiple`, and at most `longest`."""
+    count = -(-length // longest)
+    side = -(-length // (count * multiple)) * multiple
+    return [round(number * (length - side) / max(count - 1, 1)) for number in range(count)], side
 
 
 def draw_levels(count: int, levels: Sequence[int], seed: int = 0) -> list[int]:
@@ -153,9 +203,9 @@ def _reduce(image: Tensor, reduction: int, crop: int) -> Tensor:
     return (avg_pool2d(image, reduction) * 255).round() / 255
 
 
-def _at_least(image: Tensor, side: int) -> Tensor:
-    """An image (3, H, W) continued by reflection, again and again, to at least `side` pixels each way."""
-    missing = [max(0, side - length) for length in image.shape[1:]]
+def _at_least(image: Tensor, height: int, width: int) -> Tensor:
+    """An image (3, H, W) continued by reflection, again and again, to at least so many pixels."""
+    missing = [max(0, side - length) for side, length in zip((height, width), image.shape[1:], strict=True)]
     if not any(missing):
         return image
     padded = np.pad(image.numpy(), ((0, 0), (0, missing[0]), (0, missing[1])), mode="reflect")

@@ -173,6 +173,7 @@ class QuantMatMul(QuantFunction):
             for _ in "ab"
         )
         self.grid_a.allows_act_drop = self.grid_b.allows_act_drop = True
+        self.grid_a.widens = self.grid_b.widens = True
 
     def real(self, a: Tensor, b: Tensor) -> Tensor:
         return a @ b

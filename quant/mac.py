@@ -85,6 +85,7 @@ class QuantMAC(QuantModule):
             scales=config.scales,
         )
         self.input_grid.allows_act_drop = self.input_power == 1
+        self.input_grid.widens = True
         self.input_grid.border_dim = self.channel_dim
         self.log_n_bias = nn.Parameter(torch.zeros(()), requires_grad=False)
         # a learned correction of the bias

@@ -22,6 +22,15 @@ LATENT_HEADROOM = 4.0
 calibration crops."""
 
 
+def room(bits: int) -> float:
+    """The factor on an activation's range for its bits: 1 up to 8 bits, twice as much for each four bits more.
+
+    Other images reach further than calibration images. At 8 bits a wider range costs as much as what it no longer
+    clips. Rounding errors fall by half with each bit, so from four more bits a quarter is spent on the range.
+    """
+    return 2.0 ** (max(bits - 8, 0) / 4)
+
+
 class Quantizer(Grid):
     """Rounds to a grid whose range is observed in calibration and may be learned.
 
@@ -37,6 +46,7 @@ class Quantizer(Grid):
         allows_act_drop: QDrop may replace integers by the same numbers before rounding, since the result
         enters
             sums of products. `Runtime.act_drop` does it.
+        widens: the range is multiplied by `room` of its bits.
         border: the learned rounding border of each channel, or None: a number goes up where its fraction is
         at
             least 1/2 + border.
@@ -67,6 +77,7 @@ class Quantizer(Grid):
         self.integers = True
         self.exact = False
         self.allows_act_drop = False
+        self.widens = False
         self.register_parameter("border", None)
         self.border_dim = 1 if channel_dim is None else channel_dim
         self.register_buffer("energy", torch.zeros(()))
@@ -128,7 +139,7 @@ class Quantizer(Grid):
         is_zero = peak < floor
         low, high = torch.where(is_zero, -floor, low), torch.where(is_zero, floor, high)
         # no image leaves 0..1, and its 256 values are the codes of 8 bits
-        headroom = 1.0 if self.pixels else self.headroom
+        headroom = 1.0 if self.pixels else self.headroom * (room(self.bits) if self.widens else 1.0)
         if self.latent:
             # eight bits have no room to spare
             headroom, self.symmetry = LATENT_HEADROOM if self.bits > 8 else headroom, "symmetric"

@@ -13,8 +13,8 @@ from licq.quant.model import QuantModel
 from licq.quant.network_checks import check_network, unwrapped
 from licq.reconstruction.calibration import Calibration, device_of, run_steps
 from licq.reconstruction.config import PtqConfig
-from licq.reconstruction.crops import Images, calibration_crops, given_crops
-from licq.reconstruction.expected import expected_loops
+from licq.reconstruction.crops import Images, calibration_crops, calibration_images, given_crops, listed
+from licq.reconstruction.expected import expected_loops, pixels_of
 from licq.reconstruction.objective import Objective
 from licq.reconstruction.repeatability import check_frozen, check_source
 from licq.reconstruction.state import StateFolder, fingerprint
@@ -41,6 +41,7 @@ def quantize(
     crop: int = 256,
     crops_per_image: int = 8,
     crop_reductions: Sequence[int] = (1, 2),
+    whole: Sequence[Tensor] | None = None,
 ) -> QuantModel:
     """Quantize a learned image codec on calibration images, without training data or labels.
 
@@ -78,6 +79,9 @@ def quantize(
         crop: side of a drawn crop in pixels, a multiple of what the codec's inputs are (mostly 64).
         crops_per_image: crops drawn from each image.
         crop_reductions: by how much an image is made smaller before its first, second ... crop, in turn.
+        whole: the images of crops in memory, (3, H, W) in uint8, of any sizes that the codec takes, for methods
+            that observe ranges on whole images (`config.reconstruction.whole`). Default: those of `images` where
+            these are files.
 
     Returns:
         A frozen `QuantModel`. Its `history` holds J in bits per pixel, a mean over crops, of the float codec
@@ -103,16 +107,20 @@ def quantize(
     _check_float(model)
     model, config = unwrapped(model), config or PtqConfig.from_preset()
     objective = Objective(lmbda, metric)
-    seed = config.reconstruction.seed
+    seed, images = config.reconstruction.seed, listed(images)
     crops = calibration_crops(model, images, metric, seed, num_images, crop, crops_per_image, crop_reductions)
+    if not config.reconstruction.whole:
+        whole = ()
+    elif whole is None:
+        whole = calibration_images(model, images, seed, num_images, crop_reductions)
     started = time.monotonic()
     check_source(model, crops, device_of(model, crops) if device is None else device)
     settings = [config.to_dict(), lmbda, metric, *([dict(bits)] if bits else [])]
     state = StateFolder(
-        None if folder is None else Path(folder) / "units", fingerprint(model, crops, *settings), resume
+        None if folder is None else Path(folder) / "units", fingerprint(model, (crops, *whole), *settings), resume
     )
-    calibration = Calibration(model, crops, config, objective, bits, device, state, progress)
-    loops = expected_loops(config, len(crops), crops.shape[-1], model, state.folder)
+    calibration = Calibration(model, crops, config, objective, bits, device, whole, state, progress)
+    loops = expected_loops(config, len(crops), crops.shape[-1], model, state.folder, pixels_of(whole))
     with working("quantizing", [Item("", *loop) for loop in loops], progress):
         run_steps(calibration, STEPS)
     qmodel, history = calibration.qmodel, calibration.history
@@ -134,12 +142,13 @@ def prepare_calibration(
     *,
     bits: Bits | None = None,
     device: torch.device | str | None = None,
+    whole: Sequence[Tensor] = (),
     progress: bool = True,
 ) -> Calibration:
     """The steps of `quantize` before anything is learned: ranges, splitting, balance, the first rounding.
 
     Args:
-        model, config, bits, device, progress: those of `quantize`.
+        model, config, bits, device, whole, progress: those of `quantize`.
         crops: a tensor as `quantize` takes it.
         objective: J.
 
@@ -148,7 +157,7 @@ def prepare_calibration(
     """
     _check_float(model)
     crops = given_crops(model, crops, objective.metric)
-    calibration = Calibration(model, crops, config, objective, bits, device, progress=progress)
+    calibration = Calibration(model, crops, config, objective, bits, device, whole, progress=progress)
     run_steps(calibration, PREPARATION)
     return calibration
 

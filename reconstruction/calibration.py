@@ -2,7 +2,8 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from licq.support.progress import progress as progress_bar
 class Calibration:
     """What the steps read and write.
 
-    The first eight fields are given; the steps fill in the others, in the order of `steps.STEPS`.
+    The first nine fields are given; the steps fill in the others, in the order of `steps.STEPS`.
     """
 
     model: nn.Module
@@ -45,6 +46,9 @@ class Calibration:
 
     device: torch.device | str | None = None
     """Where to run; None: where the model is."""
+
+    whole: Sequence[Tensor] = ()
+    """The images of the crops, (3, H, W) in uint8, of any sizes."""
 
     state: StateFolder = dataclasses.field(default_factory=lambda: StateFolder(None, "", False))
     """Where finished parts are stored, and taken from when a killed calibration is repeated."""
@@ -119,16 +123,24 @@ class Calibration:
         if self.knobs.stress:
             harder = stressed(self.crops[: self.knobs.measured]).split(self.knobs.batch)
         harder += self.flat_batches
+        whole = self.whole if self.knobs.whole else ()
         qmodel = QuantModel(self.model, quant, self.bits).to(self.device)
         with progress_bar(
-            total=len(self.observed_batches) + len(harder),
+            total=len(self.observed_batches) + len(whole) + len(harder),
             desc=OBSERVING,
             unit="batch",
             enabled=self.progress,
             leave=False,
         ) as bar:
-            qmodel.observe(_counted(self.observed_batches, bar), _counted(harder, bar))
+            images = chain(self.observed_batches, map(self._as_batch, range(len(whole)), whole))
+            qmodel.observe(_counted(images, bar), _counted(harder, bar))
         return qmodel
+
+    def _as_batch(self, number: int, pixels: Tensor) -> Tensor:
+        """uint8 (3, H, W) as a batch in 0..1; of a variable-rate codec with the planes of a crop."""
+        image = pixels.to(self.device)[None].float() / 255
+        planes = self.crops[number % len(self.crops), None, 3:, :1, :1]
+        return torch.cat([image, planes.expand(-1, -1, *image.shape[2:])], 1)
 
 
 def device_of(model: nn.Module, crops: Tensor) -> torch.device:

@@ -61,8 +61,12 @@ class ReconstructionConfig:
     """
 
     iters: int = 0
-    """Optimizer steps of each unit, over both phases of Algorithm 1. 0 leaves the units out: from the start
+    """Optimizer steps of each round of a unit, over both phases of Algorithm 1. 0 leaves the units out: from the start
     that `round_init` gives, units gained nothing in trials, or less than as much time of the joint pass."""
+
+    rounds: int = 1
+    """A unit's steps are repeated until they lower its loss by less than a hundredth, at most so many times
+    (Algorithm 1, lines 2 to 12)."""
 
     tail_share: float = 0.1
     """Share of `iters`, the last ones, that use a loss of the whole codec ("rd", "rd_direct", "output"). The
@@ -135,6 +139,9 @@ class ReconstructionConfig:
     estimator that clips ("mse", "percentile" ...) does not see them. Rounding that starts at "gptq" also
     keeps the outputs of flat areas (`reconstruction.flat_areas`)."""
 
+    whole: bool = False
+    """Ranges are also observed on the whole images that crops are drawn from, where these are files."""
+
     split: float = 0.1
     """Channel splitting (after Zhao et al. 2019): share of multiply-accumulate operations that may be added.
     Input channels whose rounding raises J most for their operations are carried by two digits of a_bits each.
@@ -162,7 +169,7 @@ class ReconstructionConfig:
             one_of("learn", knob, (*KNOBS, *SCHEMES))
         one_of("round_init", self.round_init, ROUND_INITS)
         one_of("range_search", self.range_search, RANGE_SEARCHES)
-        counts = ("iters", "joint_iters", "batch", "measured", "observed", "search_evals", "seed")
+        counts = ("iters", "rounds", "joint_iters", "batch", "measured", "observed", "search_evals", "seed")
         for name in counts:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool):
@@ -170,7 +177,7 @@ class ReconstructionConfig:
         for name in ("iters", "joint_iters", "blend", "regularizer", "lr_range", "lr_rounding", "lr_bias"):
             if not getattr(self, name) >= 0:
                 raise InputError(f"`{name}={getattr(self, name)}` is negative; choose 0 or more")
-        for name in ("batch", "measured", "observed", "search_evals"):
+        for name in ("rounds", "batch", "measured", "observed", "search_evals"):
             if getattr(self, name) < 1:
                 raise InputError(f"`{name}={getattr(self, name)}` is too small; choose 1 or more")
         for name in ("tail_share", "input_mix", "act_drop", "warmup", "split", "balance"):

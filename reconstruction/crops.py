@@ -9,7 +9,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from licq.data.calibration import draw_levels, sample_crops
+from licq.data.calibration import draw_levels, sample_crops, whole_images
 from licq.data.datasets import Dataset, open_dataset
 from licq.data.samples import is_image, samples_of
 from licq.models.qvrf import VariableRate
@@ -40,10 +40,7 @@ def calibration_crops(
     Raises:
         InputError: images that are none, or that the codec or the metric cannot take.
     """
-    given: Any = images.tolist() if isinstance(images, np.ndarray) and not is_image(images) else images
-    if not is_image(given) and not isinstance(given, (str, Path, Dataset)):
-        given = list(given) if isinstance(given, Iterable) else [given]
-        _check_kinds(given)
+    given = listed(images)
     if is_image(given) or isinstance(given, list) and is_image(given[0]):
         return given_crops(model, given, metric)
     _check_side(model, crop, metric)
@@ -54,6 +51,31 @@ def calibration_crops(
         crops = _with_rates(model, crops, metric, seed)
     _check_taken(model, crops)
     return crops
+
+
+def listed(images: Images) -> Any:
+    """Images in memory, a folder or a data set as they are; files and images one by one as a list.
+
+    Raises:
+        InputError: a list that is empty, or that holds something else or both.
+    """
+    given: Any = images.tolist() if isinstance(images, np.ndarray) and not is_image(images) else images
+    if not is_image(given) and not isinstance(given, (str, Path, Dataset)):
+        given = list(given) if isinstance(given, Iterable) else [given]
+        _check_kinds(given)
+    return given
+
+
+def calibration_images(
+    model: nn.Module, images: Images, seed: int, num_images: int, crop_reductions: Sequence[int]
+) -> list[Tensor]:
+    """The whole images behind `calibration_crops`, as `quantize` takes them; none where they are in memory."""
+    given = listed(images)
+    if is_image(given) or isinstance(given, list) and is_image(given[0]):
+        return []
+    made = architecture_of(model)
+    multiple = get_architecture(made[0]).multiple if made else 64
+    return whole_images(_files(given), num_images, seed, multiple, crop_reductions)
 
 
 def given_crops(model: nn.Module, images: Any, metric: str) -> Tensor:

@@ -4,10 +4,10 @@ Times are in float forwards of one image of 256x256 pixels. Ratios are between t
 several codecs; where a codec or a machine has others, the run's own times replace them (`support.work`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from licq.quant.rounding import ROUNDINGS
 from licq.reconstruction.config import PtqConfig, ReconstructionConfig
@@ -32,7 +32,12 @@ _LAYERS_A_UNIT = {"layer": 1.0, "block": 2.5, "stage": 5.0}
 
 
 def expected_loops(
-    config: PtqConfig, crops: int, side: int, network: nn.Module | int, folder: Path | None = None
+    config: PtqConfig,
+    crops: int,
+    side: int,
+    network: nn.Module | int,
+    folder: Path | None = None,
+    pixels: int = 0,
 ) -> list[tuple[str, float]]:
     """(kind, time) of the loops of `quantize`, in their order.
 
@@ -40,6 +45,7 @@ def expected_loops(
         crops, side: how many calibration crops there are, and their sides in pixels.
         network: the float codec, or how many layers it has.
         folder: units/ of a calibration that is resumed: what it has stored is left out.
+        pixels: of the whole images.
     """
     knobs = config.reconstruction
     layers = network if isinstance(network, int) else count_layers(network)
@@ -48,7 +54,7 @@ def expected_loops(
     observed = max(min(knobs.observed, crops), measured)
     forward = (side / SIDE) ** 2  # of one crop
     harder = _HARDER * measured * knobs.stress + _FLAT * knobs.flat
-    observing = _OBSERVED * forward * (observed + harder)
+    observing = _OBSERVED * (forward * (observed + harder) + pixels / SIDE**2)
     quantized = _QUANTIZED * forward * measured  # J of the measured crops
     sensitivities = ("measuring sensitivities", _SENSITIVITY * forward * measured)
     loops = []
@@ -78,16 +84,25 @@ def expected_loops(
     return loops
 
 
-def expected_preparation(config: PtqConfig, crops: int, side: int) -> float:
+def pixels_of(images: Iterable[Tensor]) -> int:
+    """How many pixels images (3, H, W) have together."""
+    return sum(image.shape[-2] * image.shape[-1] for image in images)
+
+
+def expected_preparation(config: PtqConfig, crops: int, side: int, pixels: int = 0) -> float:
     """The time of `prepare_calibration`."""
     behind = {"measuring J", "measuring J in float", UNITS, JOINT}
-    return sum(time for kind, time in expected_loops(config, crops, side, 1) if kind not in behind)
+    loops = expected_loops(config, crops, side, 1, pixels=pixels)
+    return sum(time for kind, time in loops if kind not in behind)
 
 
-def expected_bit_search(config: PtqConfig, crops: int, side: int, layers: int, choices: int) -> float:
+def expected_bit_search(
+    config: PtqConfig, crops: int, side: int, layers: int, choices: int, pixels: int = 0
+) -> float:
     """The time of `mixed_precision.measure_layers`; each layer is measured in so many choices of bits."""
     measured = min(config.reconstruction.measured, crops)
-    return choices * (expected_preparation(config, crops, side) + layers * measured * (side / SIDE) ** 2)
+    preparation = expected_preparation(config, crops, side, pixels)
+    return choices * (preparation + layers * measured * (side / SIDE) ** 2)
 
 
 def expected_baseline(config: PtqConfig, crops: int, side: int) -> float:
@@ -110,7 +125,7 @@ def _units(knobs: ReconstructionConfig, layers: int, measured: int, stored: Mapp
     on a loss of the whole codec, and a measurement, that of what is behind it, half of it on average."""
     units = 1 if knobs.unit == "network" else max(1, round(layers / _LAYERS_A_UNIT[knobs.unit]))
     tail = (1.0 if units == 1 else knobs.tail_share) if knobs.is_global else 0.0
-    steps = knobs.iters * knobs.batch * _STEP * (1 - tail + tail * (units / 2 if units > 1 else 1))
-    measurements = units * 2 * measured * _QUANTIZED / 2
+    steps = knobs.rounds * knobs.iters * knobs.batch * _STEP * (1 - tail + tail * (units / 2 if units > 1 else 1))
+    measurements = units * (1 + knobs.rounds) * measured * _QUANTIZED / 2
     remaining = max(0, units - sum(name.isdigit() for name in stored)) / units
     return remaining * (steps + measurements)

@@ -51,6 +51,7 @@ def measure_layers(
     a_choices: Sequence[int],
     remember: Remember,
     device: Any = None,
+    whole: Sequence[Tensor] = (),
     progress: bool = True,
 ) -> list[Layer]:
     """The losses of every layer at every candidate.
@@ -62,6 +63,7 @@ def measure_layers(
 
     Args:
         images: crops (n, 3, H, W) in 0..1.
+        whole: their images, as `quantize` takes them.
         w_choices, a_choices: candidates, numbers of bits of weights and of inputs.
         remember: keeps every measurement, for a process that is repeated.
     """
@@ -72,7 +74,13 @@ def measure_layers(
         if (w_bits, a_bits) not in latest:
             latest.clear()
             prepared = prepare_calibration(
-                model, images, with_bits(config, w_bits, a_bits), objective, device=device, progress=progress
+                model,
+                images,
+                with_bits(config, w_bits, a_bits),
+                objective,
+                device=device,
+                whole=whole,
+                progress=progress,
             )
             latest[w_bits, a_bits] = probe_of(prepared)
         return latest[w_bits, a_bits]
@@ -224,6 +232,7 @@ def start_loss(
     objective: Objective,
     bits: Bits,
     device: Any = None,
+    whole: Sequence[Tensor] = (),
     progress: bool = True,
 ) -> dict[str, float]:
     """Rate and J before learning, means over the measured crops, in bits per pixel.
@@ -231,7 +240,8 @@ def start_loss(
     Returns:
         {"bpp": of the float codec, "j": its J, "loss": rise of J of the prepared codec with these bits}.
     """
-    probe = probe_of(
-        prepare_calibration(model, images, config, objective, bits=bits, device=device, progress=progress)
+    prepared = prepare_calibration(
+        model, images, config, objective, bits=bits, device=device, whole=whole, progress=progress
     )
+    probe = probe_of(prepared)
     return {"bpp": probe.real.bpp, "j": probe.real.j, "loss": probe.all_units().j}

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -16,13 +16,14 @@ from licq.support.errors import InputError
 from licq.support.files import atomic_path
 
 
-def fingerprint(model: nn.Module, images: Tensor, *settings: object) -> str:
+def fingerprint(model: nn.Module, images: Iterable[Tensor], *settings: object) -> str:
     """SHA-256 of all that a calibration depends on: weights, images, settings (JSON)."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    digest.update(images.detach().cpu().contiguous().numpy().tobytes())
+    for image in images:
+        digest.update(image.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -20,6 +20,8 @@ from licq.reconstruction.units import Unit
 
 WEIGHT_KNOBS = ("range_w", "range_b", "rounding", "bias")
 ACTIVATION_KNOBS = ("range_a", "border")
+CONVERGED = 0.01
+"""A unit is finished where a round lowers its loss by less than this share."""
 
 
 @dataclass
@@ -95,19 +97,45 @@ class UnitPass:
         self.local_scale = self.global_scale = 1.0  # of the losses, as weights are rounded before learning
 
     def run(self) -> dict:
-        """Learn, and restore the parameters where the loss has become worse on the measured crops.
+        """Learn, until a round lowers the loss on the measured crops by less than `CONVERGED` of it, and keep the
+        best round.
 
         Returns:
-            {"name", "nodes": how many, "j_before", "j_after", "kept", "seconds"}: what the history says.
+            {"name", "nodes": how many, "j_before", "j_after", "rounds": how many were begun, "kept": whether one
+            of them is in the result, "seconds"}: what the history says.
         """
         started = time.monotonic()
         config, engine = self.config, self.engine
         self.qmodel.quantize_nodes(True, self.unit.nodes)
-        before_values = snapshot(self.parameters)
+        best_values = snapshot(self.parameters)
         self._harden(True)
         j_before, eq12 = engine.measure(self.prefix.quantized)
-        before = self._score(j_before, eq12)
-        self.local_scale, self.global_scale = self._local_score(), max(before, 1e-12)
+        j_after, best = j_before, self._score(j_before, eq12)
+        self.local_scale, self.global_scale = self._local_score(), max(best, 1e-12)
+        rounds, kept = 0, False
+        while rounds < config.rounds:
+            rounds += 1
+            self._learn_round()
+            j, eq12 = engine.measure(self.prefix.quantized)
+            score, before = self._score(j, eq12), best
+            if score <= best:
+                j_after, best, best_values, kept = j, score, snapshot(self.parameters), True
+            if score >= before * (1 - CONVERGED):
+                break
+        restore(self.parameters, best_values)  # a round on a few crops may lose; then the one before it counts
+        return {
+            "name": self.unit.name,
+            "nodes": len(self.nodes),
+            "j_before": j_before,
+            "j_after": j_after,
+            "rounds": rounds,
+            "kept": kept,
+            "seconds": time.monotonic() - started,
+        }
+
+    def _learn_round(self) -> None:
+        """One round of Algorithm 1: first weights and biases, then activations; or all together."""
+        config = self.config
         self._harden(False)
         phases = [WEIGHT_KNOBS, ACTIVATION_KNOBS] if config.alternate else [WEIGHT_KNOBS + ACTIVATION_KNOBS]
         chosen = [
@@ -124,18 +152,6 @@ class UnitPass:
             if any(knob_of(key) == "rounding" for key in active):
                 self._harden(True)  # what is learned after the rounding meets integer weights
         self._harden(True)
-        j_after, eq12 = engine.measure(self.prefix.quantized)
-        kept = self._score(j_after, eq12) <= before
-        if not kept:  # learning on a few crops may lose; then the unit stays as it was
-            restore(self.parameters, before_values)
-        return {
-            "name": self.unit.name,
-            "nodes": len(self.nodes),
-            "j_before": j_before,
-            "j_after": j_after if kept else j_before,
-            "kept": kept,
-            "seconds": time.monotonic() - started,
-        }
 
     def learn(self, active: dict[str, nn.Parameter], steps: int) -> None:
         """So many optimizer steps for these parameters: first on the local loss, at the end on the global."""

@@ -28,7 +28,13 @@ def _analyze_codec(run: Run, source: FloatModel) -> str:
     folder = run.folder.quality(source.quality, quality_settings(source))
     objective = Objective(source.lmbda, args.metric)
     start = prepare_calibration(
-        source.load(), run.crops, config, objective, device=run.device, progress=run.progress
+        source.load(),
+        run.crops,
+        config,
+        objective,
+        device=run.device,
+        whole=run.whole,
+        progress=run.progress,
     )
     batches = start.measured_batches
     analysis = analyze(

@@ -92,7 +92,14 @@ class _Rounds:
         return self.folders[index].part(
             f"start {key}",
             lambda: start_loss(
-                self.networks[index], run.crops, run.config, objective, bits, run.device, run.progress
+                self.networks[index],
+                run.crops,
+                run.config,
+                objective,
+                bits,
+                run.device,
+                run.whole,
+                run.progress,
             ),
         )
 

@@ -16,6 +16,7 @@ from licq.reconstruction.expected import (
     expected_baseline,
     expected_bit_search,
     expected_loops,
+    pixels_of,
 )
 from licq.runs.folder import QualityFolder
 from licq.runs.layer_bits import bits_choices, searches_bits
@@ -39,6 +40,7 @@ def planned_qualities(run: Run, folders: Mapping[int, QualityFolder]) -> list[It
     evaluation = images * (_FILES if files else _SIMULATION)
     counting = [(COUNTING, images * _SIMULATION)] if config.clips and files else []
     first = run.networks[run.models[0].quality]
+    whole = pixels_of(run.whole)
     for index, folder in folders.items():
         model = run.models[index]
         network = run.networks[model.quality]
@@ -49,7 +51,7 @@ def planned_qualities(run: Run, folders: Mapping[int, QualityFolder]) -> list[It
         alone = index == 0 or not run.is_variable
         if searches_bits(args) and not (run.layer_bits or "bits" in folder.parts) and alone:
             choices = len(bits_choices(args)) * (2 if args.budget_bops is not None else 1)
-            cost = expected_bit_search(config, len(run.crops), side, network.layers, choices)
+            cost = expected_bit_search(config, len(run.crops), side, network.layers, choices, whole)
             loops.append(("measuring bits of layers", cost))
         if args.baseline and "baseline" not in folder.parts:
             if alone:
@@ -58,7 +60,7 @@ def planned_qualities(run: Run, folders: Mapping[int, QualityFolder]) -> list[It
         if "quant" not in folder.parts and not copied:
             if alone:
                 units = folder.path / "units" if args.resume else None
-                loops += expected_loops(config, len(run.crops), side, network.layers, units)
+                loops += expected_loops(config, len(run.crops), side, network.layers, units, whole)
             loops.append((QUANTIZED, evaluation))
             loops += counting if alone else []
         if "crops" not in folder.parts:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from licq.data.calibration import sample_crops
+from licq.data.calibration import sample_crops, whole_images
 from licq.data.datasets import Dataset, is_local, open_dataset
 from licq.data.images import load_pixels
 from licq.support.errors import InputError
@@ -61,7 +61,7 @@ def check_images(dataset: Dataset, metric: str = "mse", progress: bool = False) 
             )
 
 
-def calibration_crops(
+def calibration_images(
     name_or_folder: str | None,
     num: int,
     crop: int,
@@ -71,9 +71,10 @@ def calibration_crops(
     multiple: int,
     metric: str,
     exclude: Dataset,
-) -> tuple[Tensor, dict, str | None]:
-    """Crops (num * crops_per_image, 3, crop, crop) in 0..1, what they are as a dictionary, and a remark where
-    images repeat.
+    whole: bool,
+) -> tuple[Tensor, list[Tensor], dict, str | None]:
+    """Crops (num * crops_per_image, 3, crop, crop) in 0..1, their images where `whole` asks for them, what the
+    crops are as a dictionary, and a remark where images repeat.
 
     None means photos-calib, images that installed packages ship.
 
@@ -104,14 +105,14 @@ def calibration_crops(
         "seed": seed,
         "sha256": hashlib.sha256(crops.numpy().tobytes()).hexdigest(),
     }
-    if len(dataset) >= num:
-        return crops, description, None
-    return (
-        crops,
-        description,
-        f"{num} calibration images were asked for, and there are {len(dataset)}: they are used again, at "
-        "other places",
-    )
+    images = whole_images(dataset.paths, num, seed, multiple, reductions) if whole else []
+    remark = None
+    if len(dataset) < num:
+        remark = (
+            f"{num} calibration images were asked for, and there are {len(dataset)}: they are used again, at "
+            "other places"
+        )
+    return crops, images, description, remark
 
 
 def images_digest(paths: Sequence[Path], progress: bool = False) -> str:

@@ -70,6 +70,7 @@ def measured_layers(run: Run, index: int, network: nn.Module, folder: QualityFol
         choices if inputs_count else [run.config.quant.a_bits],
         folder.part,
         run.device,
+        run.whole,
         progress=run.progress,
     )
 

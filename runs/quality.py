@@ -312,6 +312,7 @@ def _quantized_part(quality: Quality) -> dict[str, Any]:
         folder=quality.folder.path,
         resume=run.args.resume,
         progress=run.progress,
+        whole=run.whole,
     )
     quality.made = codec
     _check_files(quality, codec)

@@ -19,7 +19,7 @@ from licq.reconstruction.expected import count_layers
 from licq.runs.flags import build_config
 from licq.runs.float_models import FloatModel, find_float_models
 from licq.runs.folder import RunFolder, read_json
-from licq.runs.inputs import calibration_crops, evaluation_set, images_digest, pick_device
+from licq.runs.inputs import calibration_images, evaluation_set, images_digest, pick_device
 from licq.runs.layer_bits import check_written_bits, read_layer_bits, settings_of_layers
 from licq.support.determinism import seed_everything, set_threads
 from licq.support.errors import InputError
@@ -52,6 +52,7 @@ class Run:
     dataset:        the evaluation images.
     crops:          calibration crops, (n, 3, crop, crop) in 0..1; of a variable-rate codec (n, 5, crop, crop)
                     with the planes of `models.qvrf.VariableRate.with_planes`.
+    whole:          the images of the crops, as `quantize` takes them; none where the method does without.
     folder:         the results.
     shared_results: folder of results that other runs need too, see `runs.shared`.
     warnings:       remarks for the user.
@@ -70,6 +71,7 @@ class Run:
     multiple: int
     dataset: Dataset
     crops: Tensor
+    whole: list[Tensor]
     folder: RunFolder
     shared_results: str | Path
     warnings: list[str]
@@ -124,7 +126,7 @@ def prepare(args: argparse.Namespace) -> Run:
     workers = 1 if architecture.variable else min(args.workers or 1, len(models))
     args.threads = set_threads(_threads(args, out, workers))
     dataset, fallback = evaluation_set(args.data, args.metric, progress=not args.quiet)
-    crops, calibration, scarce = calibration_crops(
+    crops, whole, calibration, scarce = calibration_images(
         args.calib,
         args.num_calib,
         args.crop,
@@ -134,6 +136,7 @@ def prepare(args: argparse.Namespace) -> Run:
         architecture.multiple,
         args.metric,
         dataset,
+        config.reconstruction.whole,
     )
     if args.max_bd_rate is not None and len(models) < 2:
         raise InputError(
@@ -177,6 +180,7 @@ def prepare(args: argparse.Namespace) -> Run:
         multiple=architecture.multiple,
         dataset=dataset,
         crops=crops,
+        whole=whole,
         folder=folder,
         shared_results=args.shared or folder.measured,
         warnings=[remark for remark in remarks if remark],
