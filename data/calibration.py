@@ -104,8 +104,9 @@ def whole_images(
 ) -> list[Tensor]:
     """All pixels of the images that `sample_crops` draws its crops from with the same arguments.
 
-    A large image comes in tiles, so that a codec needs no more memory for it than for a Kodak image. They overlap
-    where their sides do not divide the image's. A small image is continued by reflection to multiples.
+    A large image comes in tiles, so that a codec needs no more memory for it than for a Kodak image. They
+    overlap where their sides do not divide the image's. A small image is continued by reflection to
+    multiples.
 
     Args:
         files, num, seed: those of `sample_crops`.

@@ -117,8 +117,8 @@ class QuantConfig:
     """n_r of eqs. 3 and 4: fractional bits of scales."""
 
     a_headroom: float = 1.1
-    """First ranges of activations of up to 8 bits are this multiple of what the estimator gives. With more bits
-    they are wider, `quantizer.room` times."""
+    """First ranges of activations of up to 8 bits are this multiple of what the estimator gives. With more
+    bits they are wider, `quantizer.room` times."""
 
     headroom: float = 2.0
     """Ranges of wide activations are this multiple of the largest value in calibration."""

@@ -25,8 +25,8 @@ calibration crops."""
 def room(bits: int) -> float:
     """The factor on an activation's range for its bits: 1 up to 8 bits, twice as much for each four bits more.
 
-    Other images reach further than calibration images. At 8 bits a wider range costs as much as what it no longer
-    clips. Rounding errors fall by half with each bit, so from four more bits a quarter is spent on the range.
+    Other images reach further than calibration images. At 8 bits a wider range costs as much as what it no
+    longer clips. With each bit more rounding errors are halved, and a quarter of that bit goes to the range.
     """
     return 2.0 ** (max(bits - 8, 0) / 4)
 

@@ -79,9 +79,9 @@ def quantize(
         crop: side of a drawn crop in pixels, a multiple of what the codec's inputs are (mostly 64).
         crops_per_image: crops drawn from each image.
         crop_reductions: by how much an image is made smaller before its first, second ... crop, in turn.
-        whole: the images of crops in memory, (3, H, W) in uint8, of any sizes that the codec takes, for methods
-            that observe ranges on whole images (`config.reconstruction.whole`). Default: those of `images` where
-            these are files.
+        whole: the images of crops in memory, (3, H, W) in uint8, of any sizes that the codec takes, for
+            methods that observe ranges on whole images (`config.reconstruction.whole`). Default: those of
+            `images` where these are files.
 
     Returns:
         A frozen `QuantModel`. Its `history` holds J in bits per pixel, a mean over crops, of the float codec
@@ -117,7 +117,9 @@ def quantize(
     check_source(model, crops, device_of(model, crops) if device is None else device)
     settings = [config.to_dict(), lmbda, metric, *([dict(bits)] if bits else [])]
     state = StateFolder(
-        None if folder is None else Path(folder) / "units", fingerprint(model, (crops, *whole), *settings), resume
+        None if folder is None else Path(folder) / "units",
+        fingerprint(model, (crops, *whole), *settings),
+        resume,
     )
     calibration = Calibration(model, crops, config, objective, bits, device, whole, state, progress)
     loops = expected_loops(config, len(crops), crops.shape[-1], model, state.folder, pixels_of(whole))

@@ -61,8 +61,9 @@ class ReconstructionConfig:
     """
 
     iters: int = 0
-    """Optimizer steps of each round of a unit, over both phases of Algorithm 1. 0 leaves the units out: from the start
-    that `round_init` gives, units gained nothing in trials, or less than as much time of the joint pass."""
+    """Optimizer steps of each round of a unit, over both phases of Algorithm 1. 0 leaves the units out: from
+    the start that `round_init` gives, units gained nothing in trials, or less than as much time of the joint
+    pass."""
 
     rounds: int = 1
     """A unit's steps are repeated until they lower its loss by less than a hundredth, at most so many times

@@ -69,7 +69,7 @@ def listed(images: Images) -> Any:
 def calibration_images(
     model: nn.Module, images: Images, seed: int, num_images: int, crop_reductions: Sequence[int]
 ) -> list[Tensor]:
-    """The whole images behind `calibration_crops`, as `quantize` takes them; none where they are in memory."""
+    """The images behind `calibration_crops`, as `quantize` takes them; none where they are in memory."""
     given = listed(images)
     if is_image(given) or isinstance(given, list) and is_image(given[0]):
         return []

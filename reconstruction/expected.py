@@ -125,7 +125,9 @@ def _units(knobs: ReconstructionConfig, layers: int, measured: int, stored: Mapp
     on a loss of the whole codec, and a measurement, that of what is behind it, half of it on average."""
     units = 1 if knobs.unit == "network" else max(1, round(layers / _LAYERS_A_UNIT[knobs.unit]))
     tail = (1.0 if units == 1 else knobs.tail_share) if knobs.is_global else 0.0
-    steps = knobs.rounds * knobs.iters * knobs.batch * _STEP * (1 - tail + tail * (units / 2 if units > 1 else 1))
+    steps = (
+        knobs.rounds * knobs.iters * knobs.batch * _STEP * (1 - tail + tail * (units / 2 if units > 1 else 1))
+    )
     measurements = units * (1 + knobs.rounds) * measured * _QUANTIZED / 2
     remaining = max(0, units - sum(name.isdigit() for name in stored)) / units
     return remaining * (steps + measurements)

@@ -97,12 +97,12 @@ class UnitPass:
         self.local_scale = self.global_scale = 1.0  # of the losses, as weights are rounded before learning
 
     def run(self) -> dict:
-        """Learn, until a round lowers the loss on the measured crops by less than `CONVERGED` of it, and keep the
-        best round.
+        """Learn, until a round lowers the loss on the measured crops by less than `CONVERGED` of it, and keep
+        the best round.
 
         Returns:
-            {"name", "nodes": how many, "j_before", "j_after", "rounds": how many were begun, "kept": whether one
-            of them is in the result, "seconds"}: what the history says.
+            {"name", "nodes": how many, "j_before", "j_after", "rounds": how many were begun, "kept": whether
+            one of them is in the result, "seconds"}: what the history says.
         """
         started = time.monotonic()
         config, engine = self.config, self.engine
@@ -122,7 +122,9 @@ class UnitPass:
                 j_after, best, best_values, kept = j, score, snapshot(self.parameters), True
             if score >= before * (1 - CONVERGED):
                 break
-        restore(self.parameters, best_values)  # a round on a few crops may lose; then the one before it counts
+        restore(
+            self.parameters, best_values
+        )  # a round on a few crops may lose; then the one before it counts
         return {
             "name": self.unit.name,
             "nodes": len(self.nodes),

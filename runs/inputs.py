@@ -73,8 +73,8 @@ def calibration_images(
     exclude: Dataset,
     whole: bool,
 ) -> tuple[Tensor, list[Tensor], dict, str | None]:
-    """Crops (num * crops_per_image, 3, crop, crop) in 0..1, their images where `whole` asks for them, what the
-    crops are as a dictionary, and a remark where images repeat.
+    """Crops (num * crops_per_image, 3, crop, crop) in 0..1, their images where `whole` asks for them, what
+    the crops are as a dictionary, and a remark where images repeat.
 
     None means photos-calib, images that installed packages ship.
 

@@ -7,7 +7,9 @@ from licq.data.calibration import TILE, sample_crops, whole_images
 from licq.data.images import load_image
 
 
-@pytest.mark.parametrize("width, height, count", [(160, 96, 1), (100, 70, 1), (TILE + 1, 64, 2), (2000, 900, 6)])
+@pytest.mark.parametrize(
+    "width, height, count", [(160, 96, 1), (100, 70, 1), (64, TILE + 1, 2), (1600, 64, 3)]
+)
 def test_tiles_hold_every_pixel_and_have_sides_of_the_multiple(width, height, count, make_image):
     path = make_image(width=width, height=height)
     tiles = whole_images([path], multiple=32)

