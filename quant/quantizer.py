@@ -23,7 +23,7 @@ calibration crops."""
 
 
 def room(bits: int) -> float:
-    """The factor on an activation's range for its bits: 1 up to 8 bits, twice as much for each four bits more.
+    """The factor on an activation's range for its bits: 1 up to 8, twice as much for each four bits more.
 
     Other images reach further than calibration images. At 8 bits a wider range costs as much as what it no
     longer clips. With each bit more rounding errors are halved, and a quarter of that bit goes to the range.
