@@ -31,7 +31,7 @@ from licq.data.images import load_pixels
 from licq.data.padding import pad_to_multiple
 from licq.integer.execution import usable
 from licq.models.checkpoints import load_checkpoint
-from licq.models.layers import RoundAboutMeans
+from licq.models.layers import RoundAboutMeans, TabulatedBottleneck
 from licq.quant.model import QuantModel
 from licq.support.errors import InputError
 
@@ -116,7 +116,7 @@ class Tape:
         """While this lasts, the model's forward passes its latents through the tape."""
         hooks = []
         for module in self.model.modules():
-            if isinstance(module, (EntropyBottleneck, GaussianConditional)):
+            if isinstance(module, (EntropyBottleneck, TabulatedBottleneck, GaussianConditional)):
                 hooks.append(module.register_forward_hook(self._entropy_model, with_kwargs=True))
             elif isinstance(module, RoundAboutMeans):
                 hooks.append(module.register_forward_hook(self._rounding))
