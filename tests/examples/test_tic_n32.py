@@ -11,11 +11,13 @@ import torch
 
 from licq.codec.api import Codec
 from licq.data.images import load_pixels
+from licq.models import registry
 from licq.models.checkpoints import load_model
 from licq.models.layers import TabulatedBottleneck
 from licq.models.registry import create_model
 from licq.quant.config import QuantConfig
 from licq.quant.model import QuantModel
+from licq.runs import coding
 from licq.runs.float_models import find_float_models
 from licq.support.errors import InputError
 from tests.tiny_codecs import images
@@ -106,6 +108,29 @@ def test_quantized_it_has_files_that_survive_the_model_s_file(file, tmp_path):
         with torch.no_grad():
             x_hat = loaded(pixels[None] / 255)["x_hat"][0]
         assert torch.equal(decoded, (x_hat * 255).round().to(torch.uint8))
+
+
+def test_encode_and_decode_take_the_codec_s_file(file, tmp_path, make_image, monkeypatch):
+    model = QuantModel(load_model(FILE, 4, file), QuantConfig())
+    model.observe([images(2)])
+    model.freeze()
+    model.save(tmp_path / "m.safetensors")
+    photo = make_image("photo.png", 64, 128)
+    with torch.no_grad():
+        x_hat = model(torch.from_numpy(load_pixels(photo)).permute(2, 0, 1)[None] / 255)["x_hat"][0]
+    monkeypatch.setattr(registry, "_PLUGINS", {})  # as in a process that never named the file
+    monkeypatch.delitem(registry._REGISTRY, "tic_n32")
+    coding._loaded.cache_clear()
+    common = ["--model", str(tmp_path / "m.safetensors"), "--quiet", "--threads", "1"]
+    encode = coding.build_encode_parser().parse_args([str(photo), *common])
+    with pytest.raises(InputError, match="needs the architecture 'tic_n32'"):
+        coding.encode(encode)
+    encode.arch = FILE
+    assert coding.encode(encode) == 0
+    decode = [str(photo.with_suffix(".licq")), "-o", str(tmp_path / "out.png"), "--arch", FILE, *common]
+    assert coding.decode(coding.build_decode_parser().parse_args(decode)) == 0
+    decoded = torch.from_numpy(load_pixels(tmp_path / "out.png")).permute(2, 0, 1)
+    assert torch.equal(decoded, (x_hat * 255).round().to(torch.uint8))
 
 
 def test_command_line_finds_all_four_rates_behind_one_file(file):
