@@ -4,6 +4,7 @@ Jobs are a JSON list, and are done one after the other. A job is an object:
 
     model    a quantized model's file, or null
     level    the rate of a variable-rate model, or null
+    plugin   the Python file that registers the model's codec, or null
     float    [file, architecture, quality or level] of a float codec, or null
     images   files
     threads, batch, device    numbers and a name
@@ -31,7 +32,8 @@ from licq.data.images import load_pixels
 from licq.data.padding import pad_to_multiple
 from licq.integer.execution import usable
 from licq.models.checkpoints import load_checkpoint
-from licq.models.layers import RoundAboutMeans
+from licq.models.layers import RoundAboutMeans, TabulatedBottleneck
+from licq.models.registry import get_architecture
 from licq.quant.model import QuantModel
 from licq.support.errors import InputError
 
@@ -116,7 +118,7 @@ class Tape:
         """While this lasts, the model's forward passes its latents through the tape."""
         hooks = []
         for module in self.model.modules():
-            if isinstance(module, (EntropyBottleneck, GaussianConditional)):
+            if isinstance(module, (EntropyBottleneck, TabulatedBottleneck, GaussianConditional)):
                 hooks.append(module.register_forward_hook(self._entropy_model, with_kwargs=True))
             elif isinstance(module, RoundAboutMeans):
                 hooks.append(module.register_forward_hook(self._rounding))
@@ -188,6 +190,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     """The result of a job: versions, and hashes of each image under "integer" and "float"."""
     torch.set_num_threads(job["threads"])
     _use_kernels(job["reference"])
+    if job["plugin"]:
+        get_architecture(job["plugin"])
     folder = Path(job["keep"])
     codec = Codec(_quantized(job["model"]), None, job["threads"], tile=job["tile"]) if job["model"] else None
     if codec and job["level"] is not None:

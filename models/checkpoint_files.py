@@ -5,11 +5,13 @@ import json
 import lzma
 import re
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
@@ -57,7 +59,8 @@ class CheckpointFile:
 
 
 def read_file(path: str | Path) -> CheckpointFile:
-    """Read the state_dicts, bare or wrapped, of a PyTorch file (zip or legacy) or a safetensors file.
+    """Read the state_dicts, bare or wrapped, of a PyTorch file (zip or legacy), a safetensors file or an npz
+    file of NumPy.
 
     Nothing in the file is executed. Constants of layers (bounds such as 1e-9) are left out where the file has
     them in half precision, which they do not survive; every layer has its own.
@@ -75,7 +78,7 @@ def read_file(path: str | Path) -> CheckpointFile:
             )
         found = [("", tensors, metadata), *((f"{p}*", part, {}) for p, part in behind_prefixes(tensors))]
     else:
-        found = list(wrapped(_read_pytorch(path, head)))
+        found = list(wrapped(_read_pytorch(path, head) if not _is_npz(path, head) else _read_npz(path)))
         if not found:
             raise InputError(
                 f"{path} holds no state_dict; save the weights with torch.save(model.state_dict(), PATH)"
@@ -296,6 +299,32 @@ def _decompress(path: Path, content: Tensor, size: Any) -> tuple[dict[str, Tenso
     if metadata.pop("sha256", None) != digest_of(tensors):
         raise _damaged(path, "its tensors do not have the SHA-256 that it states")
     return tensors, metadata
+
+
+def _is_npz(path: Path, head: bytes) -> bool:
+    """Whether the file is a zip archive of NumPy's arrays; one that is cut off goes by its name."""
+    if not head.startswith(b"PK"):
+        return False
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith(".npy") for name in archive.namelist())
+    except zipfile.BadZipFile:
+        return path.suffix == ".npz"
+
+
+def _read_npz(path: Path) -> dict[str, Tensor]:
+    """The arrays of numbers of an npz file; other arrays, such as texts, are left out."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            numbers = {name: array for name, array in arrays.items() if array.dtype.kind in "biuf"}
+        return {name: torch.from_numpy(array) for name, array in numbers.items()}
+    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, TypeError, ValueError) as error:
+        if "allow_pickle" in str(error):
+            raise InputError(
+                f"{path} needs code to be loaded (an array of Python objects), which is refused; where you "
+                "trust it, save its numbers alone: numpy.savez(PATH, **weights)"
+            ) from error
+        raise _damaged(path, error) from error
 
 
 def _read_pytorch(path: Path, head: bytes) -> Any:

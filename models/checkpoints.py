@@ -200,12 +200,12 @@ def fill_network(model: nn.Module, state_dict: Mapping[str, Tensor], path: str |
         InputError: parameters are missing, unknown or of another shape.
     """
     tensors = dict(state_dict)
-    incomplete = set()
+    incomplete, parameters = set(), {name for name, _ in model.named_parameters()}
     for name, buffer in model.state_dict().items():
         if _is_coder_state(name):
             if tensors.get(name) is None or tensors[name].numel() == 0:
                 incomplete.add(name.rpartition(".")[0])
-        elif name not in tensors or tensors[name].shape != buffer.shape:
+        elif name not in parameters and (name not in tensors or tensors[name].shape != buffer.shape):
             tensors[name] = buffer
     for name, buffer in model.state_dict().items():
         if _is_coder_state(name) and name.rpartition(".")[0] in incomplete:

@@ -12,7 +12,7 @@ from compressai.entropy_models import EntropyBottleneck, GaussianConditional, Ga
 from torch import Tensor, nn
 
 from licq.models.checkpoint_files import CDF_STATE
-from licq.models.layers import RoundAboutMeans, WholeGaussianConditional
+from licq.models.layers import RoundAboutMeans, TabulatedBottleneck, WholeGaussianConditional
 from licq.models.vbr import VariableBottleneck
 from licq.quant.config import QuantConfig
 from licq.quant.density import (
@@ -141,7 +141,7 @@ class QuantEntropyBottleneck(QuantBoundary):
             raise InputError(f"{self.name}: {error}") from error
         had = self.tables
         self.replaced |= had is not None and made.differ(had)
-        device = self.module.quantiles.device
+        device = self.module._get_medians().device
         for name, table in zip(CDF_STATE, (made.cdf, made.offsets, made.lengths), strict=True):
             self.module._buffers[name] = table.to(device)
 
@@ -188,6 +188,19 @@ class QuantEntropyBottleneck(QuantBoundary):
         boundary("entropy_bottleneck", self.name, z.q, symbols, values, means=medians)
         z_hat = self.latent(values, z)
         return z_hat, likelihood(values, lambda: self._likelihood_of(z_hat.real()))
+
+
+@replaces(TabulatedBottleneck)
+class QuantTabulatedBottleneck(QuantEntropyBottleneck):
+    """TabulatedBottleneck: z_hat from integers, coded with the module's own tables."""
+
+    module: Any
+
+    def make_tables(self) -> None:
+        """There is no density from which tables could be made anew."""
+
+    def _likelihood_of(self, z_hat: Tensor) -> Tensor:
+        return self.module.likelihood(z_hat)
 
 
 @replaces(GaussianConditional, WholeGaussianConditional)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor, isfinite
 
+from licq.models.layers import wrong_rows
 from licq.quant.boundaries import QuantEntropyBottleneck, QuantGaussianConditional
 from licq.quant.config import FLOAT_BITS
 from licq.quant.density import FACTORIZED_BITS, INVERSE_BITS, LARGEST, LEVELS, NORMAL_BITS, REACH, STEP_BITS
@@ -17,9 +18,6 @@ from licq.quant.mac import QuantMAC
 from licq.quant.modules import QuantModule
 from licq.quant.norms import QuantGDN, QuantLayerNorm
 from licq.support.errors import InputError
-
-_PRECISION = 16  # bits of a stored CDF's total
-_REACH_BITS = 24  # of a symbol
 
 
 def wrong_numbers(node: QuantModule) -> str | None:
@@ -124,7 +122,7 @@ def _gaussian(node: QuantGaussianConditional) -> str | None:
 
 def _bottleneck(node: QuantEntropyBottleneck) -> str | None:
     cumulative, inner = getattr(node, "cumulative", None), node.module
-    channels = inner.quantiles.shape[0]
+    channels = inner._get_medians().numel()
     if cumulative is not None:
         usable = cumulative.ndim == 2 and len(cumulative) == channels and cumulative.shape[1] % 2 == 1
         return (
@@ -133,21 +131,6 @@ def _bottleneck(node: QuantEntropyBottleneck) -> str | None:
             else "its distribution functions do not rise"
         )
     return None if node.tables is None else wrong_rows(*node.tables, channels)
-
-
-def wrong_rows(cdf: Tensor, lengths: Tensor, offsets: Tensor, channels: int) -> str | None:
-    """What is wrong with the tables of an entropy bottleneck, see `quant.density.BottleneckTables`."""
-    lengths, offsets = lengths.flatten(), offsets.flatten()
-    if not (
-        cdf.ndim == 2
-        and len(cdf) == len(lengths) == len(offsets) == channels
-        and _inside(lengths, 3, cdf.shape[1])
-        and _inside(offsets, -(2**_REACH_BITS), 2**_REACH_BITS)
-    ):
-        return "its tables of frequencies have other sizes"
-    rows = (row[:length].long() for row, length in zip(cdf, lengths.tolist()))
-    usable = all(row[0] == 0 and row[-1] == 2**_PRECISION and bool((row.diff() > 0).all()) for row in rows)
-    return None if usable else "its cumulative frequencies do not rise from 0 to 65536"
 
 
 _CHECKS = {

@@ -73,7 +73,7 @@ def _network(path: str | Path, header: Mapping[str, Any], network: nn.Module | N
     if arch not in list_models():
         raise InputError(
             f"{path} needs the architecture {arch!r} of a plug-in; "
-            "name the file that registers it: `arch=FILE.py`"
+            "name the file that registers it: `arch=FILE.py` (in Python: import it first)"
         )
     return create_network(arch, header["kwargs"])
 

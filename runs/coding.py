@@ -70,6 +70,7 @@ def _add_model_and_output(parser: ArgumentParser) -> None:
         required=True,
         help="a model.safetensors, or the folder of a main_ptq.py run",
     )
+    options.add_plugin(parser)
 
 
 def _add_machine(parser: ArgumentParser) -> None:
@@ -177,17 +178,22 @@ class _Piece:
     threads: int | None
     tile: int | None
     progress: bool
+    arch: str | None
 
 
 @lru_cache(maxsize=1)
-def _loaded(model: Path, threads: int | None, tile: int | None):
+def _loaded(model: Path, threads: int | None, tile: int | None, arch: str | None):
     from licq.codec.quick import QuickCodec
 
+    if arch is not None:  # a plug-in's file registers its codec, in this process
+        from licq.models.registry import get_architecture
+
+        get_architecture(arch)
     return QuickCodec(model, threads, tile)
 
 
 def _codec_of(piece: _Piece):
-    codec = _loaded(piece.model, piece.threads, piece.tile)
+    codec = _loaded(piece.model, piece.threads, piece.tile, piece.arch)
     codec.progress = piece.progress
     return codec
 
@@ -236,7 +242,7 @@ def _model_for(args: argparse.Namespace) -> tuple[Path, float | None]:
                 f"{args.model} holds the qualities {', '.join(by_quality)}; choose one of them with --quality"
             )
         return by_quality[quality], None
-    codec = _loaded(files[0], args.threads, args.tile or None)
+    codec = _loaded(files[0], args.threads, args.tile or None, args.arch)
     if codec.variable and args.quality is None:
         raise InputError(
             f"{files[0]} has many rates; choose one with --quality, a number from 1 to "
@@ -296,7 +302,7 @@ def _worked(
     threads = args.threads if args.threads or count == 1 else 1
     shown = not args.quiet and len(pieces) == 1
     work = [
-        _Piece(source, target, model, level, threads, args.tile or None, shown)
+        _Piece(source, target, model, level, threads, args.tile or None, shown, args.arch)
         for source, target, model, level in pieces
     ]
     return progress(

@@ -118,6 +118,7 @@ def build_verify_parser(prog: str = "main_eval.py verify") -> ArgumentParser:
         required=True,
         help="a model.safetensors, or the folder of a main_ptq.py run",
     )
+    options.add_plugin(parser)
     parser.add_argument(
         "--quality", metavar="Q", type=options.positive, help="which model of the folder (default: the first)"
     )
@@ -158,7 +159,8 @@ def main(argv: Sequence[str], prog: str = "main_eval.py verify") -> int:
     images = [str(path) for path in evaluation_set(args.data)[0].paths][: args.images]
     source = float_of(model, level) if args.with_float else None
     tried = conditions(args.python, torch.cuda.is_available())
-    results = measure(model, source, images, tried, level, progress=not args.quiet)
+    plugin = str(Path(args.arch).resolve()) if args.arch and args.arch.endswith(".py") else None
+    results = measure(model, source, images, tried, level, progress=not args.quiet, plugin=plugin)
     text = table(results, tried, model, len(images))
     print(text)
     if args.out:
@@ -219,10 +221,14 @@ def measure(
     tried: list[Condition],
     level: int | None = None,
     progress: bool = True,
+    plugin: str | None = None,
 ) -> list[dict[str, Any]]:
     """What `codec.fingerprint` says under each condition.
 
     The process of the first condition runs alone. The others run at the same time, one a processor.
+
+    Args:
+        plugin: the Python file that registers the model's codec, absolute.
 
     Raises:
         InputError: a process failed; its last line is told.
@@ -241,6 +247,7 @@ def measure(
             return {
                 "model": str(model.resolve()),
                 "level": level,
+                "plugin": plugin,
                 "float": None if condition.only_integer else source,
                 "images": [str(Path(image).resolve()) for image in images],
                 "threads": condition.threads,

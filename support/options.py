@@ -294,8 +294,8 @@ def add_float_model(parser: argparse.ArgumentParser, metric: str | None = "mse")
         "--checkpoint",
         metavar="FILE",
         type=existing_or_pattern,
-        help="trained weights, .pth.tar, .pt or .safetensors; {quality} in the name stands for the quality "
-        "(default: those of the project)",
+        help="trained weights, .pth.tar, .pt, .safetensors or .npz; {quality} in the name stands for the "
+        "quality (default: those of the project)",
     )
     group.add_argument(
         "--pretrained",
@@ -316,6 +316,15 @@ def add_float_model(parser: argparse.ArgumentParser, metric: str | None = "mse")
         choices=METRICS,
         default=metric,
         help=f"distortion D of J (default: {metric or 'what the quantized models are made for, else mse'})",
+    )
+
+
+def add_plugin(parser: argparse.ArgumentParser) -> None:
+    """--arch of commands that take quantized models alone."""
+    parser.add_argument(
+        "--arch",
+        metavar="FILE",
+        help="the Python file that registers the model's codec, where it is one of your own",
     )
 
 

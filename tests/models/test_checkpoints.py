@@ -4,6 +4,7 @@ import argparse
 import json
 import warnings
 
+import numpy as np
 import pytest
 import safetensors
 import safetensors.torch
@@ -325,6 +326,7 @@ def good(model, tmp_path_factory):
     torch.save(model.state_dict(), folder / "zip.pth.tar")
     torch.save(model.state_dict(), folder / "legacy.pth.tar", _use_new_zipfile_serialization=False)
     save_checkpoint(model, folder / "own.safetensors", {"arch": "minnen2018", "quality": 3, "lambda": 0.0067})
+    np.savez(folder / "arrays.npz", **{key: value.numpy() for key, value in model.state_dict().items()})
     return folder
 
 
@@ -348,18 +350,33 @@ def test_files_that_are_no_checkpoints(content, expected, suffix, tmp_path):
     assert expected in refusal(write(tmp_path / f"bad{suffix}", content))
 
 
-@pytest.mark.parametrize("name", ["zip.pth.tar", "legacy.pth.tar", "own.safetensors"])
+@pytest.mark.parametrize("name", ["zip.pth.tar", "legacy.pth.tar", "own.safetensors", "arrays.npz"])
 @pytest.mark.parametrize("share", [0.01, 0.5, 0.999])
 def test_truncated_files(name, share, good, tmp_path):
     content = (good / name).read_bytes()
     assert "damaged" in refusal(write(tmp_path / name, content[: int(len(content) * share)]))
 
 
-@pytest.mark.parametrize("name", ["zip.pth.tar", "own.safetensors"])
+@pytest.mark.parametrize("name", ["zip.pth.tar", "own.safetensors", "arrays.npz"])
 def test_a_flipped_bit_is_noticed(name, good, tmp_path):
     content = bytearray((good / name).read_bytes())
     content[len(content) // 2] ^= 1
     assert "damaged" in refusal(write(tmp_path / name, bytes(content)))
+
+
+def test_arrays_of_numpy_are_a_checkpoint(model, good, tmp_path):
+    loaded = load_checkpoint(good / "arrays.npz", "minnen2018")
+    assert all(torch.equal(value, loaded.get_parameter(key)) for key, value in model.named_parameters())
+    np.savez_compressed(
+        tmp_path / "a.npz", **{"module.a": np.float64([1.5]), "b": np.int64([2]), "c": "text"}
+    )
+    tensors = read_state_dict(tmp_path / "a.npz")
+    assert {key: (value.dtype, value.item()) for key, value in tensors.items()} == {
+        "a": (torch.float32, 1.5),
+        "b": (torch.int64, 2),
+    }
+    np.savez(tmp_path / "objects.npz", a=np.array([{}], dtype=object))
+    assert "needs code to be loaded" in refusal(tmp_path / "objects.npz")
 
 
 @pytest.mark.parametrize("is_zip", [True, False])
