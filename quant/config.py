@@ -73,6 +73,11 @@ class QuantConfig:
     - "ptf": powers of two times one scale (FQ-ViT, Lin et al. 2022).
     """
 
+    float_stages: tuple[str, ...] = ()
+    """Stages that stay in float (g_a, h_s, ...: the first part of a layer's name, without its number; names
+    that a codec does not have count for nothing). Papers that quantize a part of a codec are measured so. A
+    codec with such a stage has no files, since these are written and read by one integer program."""
+
     rounding: str = "nearest"
     """How weights are rounded: "nearest", "adaround", "ste" or "learned_offset"; see `quant.rounding`."""
 
@@ -123,6 +128,7 @@ class QuantConfig:
     """Ranges of wide activations are this multiple of the largest value in calibration."""
 
     def __post_init__(self):
+        object.__setattr__(self, "float_stages", tuple(self.float_stages))
         for name in ("w_bits", "a_bits"):
             bits = getattr(self, name)
             if bits != FLOAT_BITS and not 2 <= bits <= 16:
@@ -169,8 +175,23 @@ class QuantConfig:
         """Whether float stands for what integers would have to compute."""
         return self.a_scales == "simulated"
 
+    @property
+    def why_no_files(self) -> str | None:
+        """Why a codec with these settings has no files, whatever its layers are; None: nothing forbids
+        them."""
+        if self.is_simulated:
+            return SIMULATED
+        if self.float_stages:
+            return f"float_stages: {', '.join(self.float_stages)} stay in float"
+        return None
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+
+def stage_of(name: str) -> str:
+    """g_a of "g_a.3.conv1" and of "g_a3.blocks.0": the first component, without its number."""
+    return name.split(".")[0].rstrip("0123456789").rstrip("_") or name.split(".")[0]
 
 
 def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
