@@ -104,8 +104,9 @@ class QuantConfig:
     """alpha of the transform "smooth", 0 to 1."""
 
     scales: str = "fixed_point"
-    """Scales of weights and inputs: "fixed_point" (eqs. 3 and 4); or "power_of_two", with which
-    requantization is a shift."""
+    """Scales of weights and inputs: "fixed_point" (eqs. 3 and 4); "power_of_two", with which requantization
+    is a shift; or "power_of_two_weights", only weights in fixed point, as where papers leave activations
+    alone."""
 
     accumulator_bits: int = 0
     """16 to 48: the scales of a layer's weights are raised until its sums provably fit. 0: no limit; the
@@ -149,7 +150,7 @@ class QuantConfig:
                 "use `split=0.1`, the share of operations it may add"
             )
         one_of("transform", self.transform, ("equalize", "fold", "smooth", "ptf"))
-        one_of("scales", self.scales, ("fixed_point", "power_of_two"))
+        one_of("scales", self.scales, ("fixed_point", "power_of_two", "power_of_two_weights"))
         one_of("softmax", self.softmax, ("linear", "log2", "log_sqrt2"))
         if self.accumulator_bits and not 16 <= self.accumulator_bits <= 48:
             raise InputError(
@@ -174,6 +175,16 @@ class QuantConfig:
     def is_simulated(self) -> bool:
         """Whether float stands for what integers would have to compute."""
         return self.a_scales == "simulated"
+
+    @property
+    def w_scales(self) -> str:
+        """`scales` of weights: "fixed_point" or "power_of_two"."""
+        return self.scales.removesuffix("_weights")
+
+    @property
+    def input_scales(self) -> str:
+        """`scales` of inputs."""
+        return "fixed_point" if self.scales == "power_of_two_weights" else self.scales
 
     @property
     def why_no_files(self) -> str | None:

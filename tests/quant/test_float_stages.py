@@ -28,7 +28,9 @@ def test_only_the_prior_changes_when_the_transforms_stay_in_float(a_scales):
     part = quantized(model, x, a_scales=a_scales, float_stages=TRANSFORMS)
     with torch.no_grad():
         expected, ours, all_layers = model(x), part(x), whole(x)
-    assert torch.equal(ours["x_hat"], expected["x_hat"]) and not torch.equal(all_layers["x_hat"], ours["x_hat"])
+    assert torch.equal(ours["x_hat"], expected["x_hat"]) and not torch.equal(
+        all_layers["x_hat"], ours["x_hat"]
+    )
     assert torch.allclose(ours["likelihoods"]["z"], expected["likelihoods"]["z"], atol=1e-5)
     assert not torch.equal(ours["likelihoods"]["y"], expected["likelihoods"]["y"])
 

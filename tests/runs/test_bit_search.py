@@ -98,7 +98,6 @@ def test_totals_are_those_of_the_definition():
     assert found.bops == 10 * 64 + 2 * 16 and found.relative_bops == pytest.approx(672 / 768)
 
 
-
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("mean_bits", [4.5, 5.5, 7.0, 8.0])
 def test_a_tolerance_gives_each_layer_the_fewest_bits_below_it(mean_bits, seed):
@@ -107,7 +106,10 @@ def test_a_tolerance_gives_each_layer_the_fewest_bits_below_it(mean_bits, seed):
 
     def fewest(tolerance: float) -> dict:
         return {
-            layer.name: {"w_bits": min([b for b in (4, 5, 8) if layer.w_loss[b] <= tolerance] or [8]), "a_bits": 8}
+            layer.name: {
+                "w_bits": min([b for b in (4, 5, 8) if layer.w_loss[b] <= tolerance] or [8]),
+                "a_bits": 8,
+            }
             for layer in layers
         }
 
