@@ -46,8 +46,8 @@ class RewrittenCodec(nn.Module):
 
     Raises:
         InputError: `bits` names a layer that the codec does not have, a layer has a forward hook, or a part
-            of the model is scripted, traced or quantized already, or is a lazy layer that never ran; all layers
-            lie in `QuantConfig.float_stages`.
+            of the model is scripted, traced or quantized already, or is a lazy layer that never ran; all
+            layers lie in `QuantConfig.float_stages`.
     """
 
     config: QuantConfig
@@ -93,8 +93,8 @@ class RewrittenCodec(nn.Module):
         inside = [layer for layer in self.layers.values() if layer.in_float_stage]
         if inside and len(inside) == len(self.layers):
             raise InputError(
-                f"all layers of this codec lie in {', '.join(stages)}, which `float_stages` keeps in float, so "
-                "nothing is quantized; choose other `float_stages`, or another preset"
+                f"all layers of this codec lie in {', '.join(stages)}, which `float_stages` keeps in float, "
+                "so nothing is quantized; choose other `float_stages`, or another preset"
             )
         for layer in inside:
             layer.set_bits(FLOAT_BITS, FLOAT_BITS)

@@ -1,9 +1,9 @@
 """The allocation of bits to layers with the lowest predicted loss under a budget, by integer programming.
 
-The preset "fmpq" allocates by a tolerance instead (`allocate_by_threshold`). The rise of J is taken as additive over layers and over their weights and inputs (HAWQ-V3, Yao et al. 2021,
-arXiv 2011.10680, whose losses are predicted from the Hessian; fractional changes of the R-D loss of single
-layers also guide Hossain et al. 2025, arXiv 2506.01221). The choice is then a multiple-choice knapsack
-problem, which a MILP solver answers exactly.
+The rise of J is taken as additive over layers and over their weights and inputs (HAWQ-V3, Yao et al. 2021,
+arXiv 2011.10680, whose losses are predicted from the Hessian). The choice is then a multiple-choice knapsack
+problem, which a MILP solver answers exactly. The preset "fmpq" allocates by a tolerance instead, see
+`allocate_by_threshold`.
 """
 
 from collections.abc import Mapping, Sequence
