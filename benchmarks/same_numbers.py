@@ -66,7 +66,16 @@ RUNS = {
         "--bias_bits",
         "8",
     ],
-    "cheng2020-sun2020": ["--arch", "cheng2020", "--quality", "3", "--preset", "sun2020"],
+    "cheng2020-sun2020": [
+        "--arch",
+        "cheng2020",
+        "--quality",
+        "3",
+        "--preset",
+        "sun2020",
+        "--set",
+        "a_scales=folded",
+    ],
     "tic-fq-vit": ["--arch", "tic", "--quality", "3", "--preset", "fq-vit"],
     "lu2022-repq-vit": ["--arch", "lu2022", "--quality", "3", "--preset", "repq-vit"],
 }

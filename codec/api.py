@@ -21,7 +21,6 @@ from licq.integer.execution import executable
 from licq.integer.lowering import lower
 from licq.integer.program import Program
 from licq.models.registry import architecture_of, get_architecture
-from licq.quant.config import SIMULATED
 from licq.quant.model import QuantModel
 from licq.quant.saving import model_identity
 from licq.support.determinism import plain_torch
@@ -74,8 +73,8 @@ class Codec:
     ):
         if not model.frozen:
             raise InputError("only a frozen model can write files; call freeze() after calibration")
-        if model.config.is_simulated:
-            raise InputError(f"{SIMULATED}, so the model has no files")
+        if (why := model.config.why_no_files) is not None:
+            raise InputError(f"{why}, so the model has no files")
         known = architecture_of(model.model)
         self.multiple = multiple or (get_architecture(known[0]).multiple if known else 64)
         self.model, self.threads = model, threads

@@ -14,7 +14,6 @@ import torch
 from licq.integer.program import Program
 from licq.quant import operations as ops
 from licq.quant import primitives
-from licq.quant.config import SIMULATED
 from licq.quant.model import PIXEL, QuantModel
 from licq.quant.operations import Boundary, Operand, Operation, Range
 from licq.quant.outputs import codec_output
@@ -46,8 +45,8 @@ def lower(model: QuantModel, height: int, width: int, batch: int = 1) -> Program
     """
     if not model.frozen:
         raise InputError("only a frozen model can be lowered; call freeze() after calibration")
-    if model.config.is_simulated:
-        raise InputError(f"{SIMULATED}, so the model cannot be lowered")
+    if (why := model.config.why_no_files) is not None:
+        raise InputError(f"{why}, so the model cannot be lowered")
     runtime = model.runtime
     assert isinstance(runtime, Runtime)  # torch types what a module holds as Tensor | Module
     tracer = Tracer(runtime)

@@ -73,6 +73,11 @@ class QuantConfig:
     - "ptf": powers of two times one scale (FQ-ViT, Lin et al. 2022).
     """
 
+    float_stages: tuple[str, ...] = ()
+    """Stages that stay in float (g_a, h_s, ...: the first part of a layer's name, without its number; names
+    that a codec does not have count for nothing). Papers that quantize a part of a codec are measured so. A
+    codec with such a stage has no files, since these are written and read by one integer program."""
+
     rounding: str = "nearest"
     """How weights are rounded: "nearest", "adaround", "ste" or "learned_offset"; see `quant.rounding`."""
 
@@ -99,8 +104,9 @@ class QuantConfig:
     """alpha of the transform "smooth", 0 to 1."""
 
     scales: str = "fixed_point"
-    """Scales of weights and inputs: "fixed_point" (eqs. 3 and 4); or "power_of_two", with which
-    requantization is a shift."""
+    """Scales of weights and inputs: "fixed_point" (eqs. 3 and 4); "power_of_two", with which requantization
+    is a shift; or "power_of_two_weights", only weights in fixed point, as where papers leave activations
+    alone."""
 
     accumulator_bits: int = 0
     """16 to 48: the scales of a layer's weights are raised until its sums provably fit. 0: no limit; the
@@ -124,6 +130,7 @@ class QuantConfig:
     """Ranges of wide activations are this multiple of the largest value in calibration."""
 
     def __post_init__(self):
+        object.__setattr__(self, "float_stages", tuple(self.float_stages))
         for name in ("w_bits", "a_bits"):
             bits = getattr(self, name)
             if bits != FLOAT_BITS and not 2 <= bits <= 16:
@@ -144,7 +151,7 @@ class QuantConfig:
                 "use `split=0.1`, the share of operations it may add"
             )
         one_of("transform", self.transform, ("equalize", "fold", "smooth", "ptf"))
-        one_of("scales", self.scales, ("fixed_point", "power_of_two"))
+        one_of("scales", self.scales, ("fixed_point", "power_of_two", "power_of_two_weights"))
         one_of("softmax", self.softmax, ("linear", "log2", "log_sqrt2"))
         if self.accumulator_bits and not 16 <= self.accumulator_bits <= 48:
             raise InputError(
@@ -170,8 +177,33 @@ class QuantConfig:
         """Whether float stands for what integers would have to compute."""
         return self.a_scales == "simulated"
 
+    @property
+    def w_scales(self) -> str:
+        """`scales` of weights: "fixed_point" or "power_of_two"."""
+        return self.scales.removesuffix("_weights")
+
+    @property
+    def input_scales(self) -> str:
+        """`scales` of inputs."""
+        return "fixed_point" if self.scales == "power_of_two_weights" else self.scales
+
+    @property
+    def why_no_files(self) -> str | None:
+        """Why a codec with these settings has no files, whatever its layers are; None: nothing forbids
+        them."""
+        if self.is_simulated:
+            return SIMULATED
+        if self.float_stages:
+            return f"float_stages: {', '.join(self.float_stages)} stay in float"
+        return None
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+
+def stage_of(name: str) -> str:
+    """g_a of "g_a.3.conv1" and of "g_a3.blocks.0": the first component, without its number."""
+    return name.split(".")[0].rstrip("0123456789").rstrip("_") or name.split(".")[0]
 
 
 def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:

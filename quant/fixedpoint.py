@@ -151,7 +151,7 @@ def power_of_two_scale(s: Tensor, frac_bits: int = 24) -> Tensor:
 
 
 SCALES = {"fixed_point": fixed_point_scale, "power_of_two": power_of_two_scale}
-"""By the name of `QuantConfig.scales`."""
+"""By the name of `QuantConfig.w_scales` and `input_scales`."""
 
 
 def quantize_multiplier(m: Tensor, mantissa_bits: int = MANTISSA_BITS) -> tuple[Tensor, Tensor]:

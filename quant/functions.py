@@ -168,7 +168,7 @@ class QuantMatMul(QuantFunction):
                 dim,
                 config.a_range,
                 symmetry=config.a_symmetry,
-                scales=config.scales,
+                scales=config.input_scales,
             )
             for _ in "ab"
         )

@@ -82,7 +82,7 @@ class QuantMAC(QuantModule):
             config.a_range,
             config.a_headroom,
             symmetry=config.a_symmetry,
-            scales=config.scales,
+            scales=config.input_scales,
         )
         self.input_grid.allows_act_drop = self.input_power == 1
         self.input_grid.widens = True

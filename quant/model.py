@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from licq.quant.bits import SIDES, Bits
 from licq.quant.boundaries import QuantEntropyBottleneck
-from licq.quant.config import FLOAT_BITS, SIMULATED, QuantConfig
+from licq.quant.config import FLOAT_BITS, SIMULATED, QuantConfig, stage_of
 from licq.quant.file_checks import wrong_numbers
 from licq.quant.fixedpoint import INT32, quantize_multiplier, requantize
 from licq.quant.functions import QuantMatMul, QuantWide
@@ -332,7 +332,7 @@ class QuantModel(RewrittenCodec):
         """
         kinds: dict[str, int] = {}
         for node in self.nodes.values():
-            if not (float_sides(node) or self.config.is_simulated):
+            if not (float_sides(node) or node.stays_float or self.config.is_simulated):
                 kinds[node.kind] = kinds.get(node.kind, 0) + 1
         unseen = {name: "never ran in calibration" for name in self.rewrite.nodes if name not in self.nodes}
         return {
@@ -351,12 +351,13 @@ class QuantModel(RewrittenCodec):
     def _why_real(self) -> dict[str, str]:
         """Layers that compute on real numbers, and why. Those with the bits of the whole model have one
         line."""
+        stages = dict.fromkeys(stage_of(name) for name, node in self.nodes.items() if node.in_float_stage)
+        lines = dict.fromkeys(stages, "stays in float (float_stages)")
         if self.config.is_simulated:
-            return {"the codec": SIMULATED}
-        lines: dict[str, str] = {}
+            return {"the codec": SIMULATED} | lines
         common: dict[tuple[str, str], list[str]] = {}
         for name, node in self.nodes.items():
-            if sides := float_sides(node):
+            if (sides := float_sides(node)) and not node.in_float_stage:
                 reason = f"products of real numbers ({' and '.join(sides)} 32)"
                 if (node.config.w_bits, node.config.a_bits) == (self.config.w_bits, self.config.a_bits):
                     common.setdefault(

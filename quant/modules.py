@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from licq.quant.config import QuantConfig
+from licq.quant.config import QuantConfig, stage_of
 from licq.quant.qtensor import QTensor
 from licq.quant.quantizer import Quantizer
 from licq.quant.runtime import Runtime
@@ -74,8 +74,14 @@ class QuantModule(nn.Module):
 
     @property
     def stays_float(self) -> bool:
-        """The node computes in float also where the codec is quantized: its scales are simulated."""
-        return self.config.is_simulated and not self.simulates
+        """The node computes in float also where the codec is quantized: its scales are simulated, or its
+        stage stays in float."""
+        return self.config.is_simulated and not self.simulates or self.in_float_stage
+
+    @property
+    def in_float_stage(self) -> bool:
+        """Whether the node lies in one of `QuantConfig.float_stages`."""
+        return stage_of(self.name) in self.config.float_stages
 
     def bind(self, runtime: Runtime, name: str) -> None:
         """Make this the node `name` of a codec."""

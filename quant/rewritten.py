@@ -9,13 +9,14 @@ from typing import Any
 from torch import nn
 
 from licq.quant.bits import Bits, check_layers
-from licq.quant.config import QuantConfig
+from licq.quant.config import FLOAT_BITS, QuantConfig
 from licq.quant.functions import make_function
 from licq.quant.mac import QuantMAC
 from licq.quant.modules import QuantModule
 from licq.quant.network_checks import check_code, unwrapped
 from licq.quant.rewriter import Rewrite, fixed_weights, rewrite
 from licq.quant.runtime import Runtime
+from licq.support.errors import InputError
 
 
 class RewrittenCodec(nn.Module):
@@ -26,7 +27,8 @@ class RewrittenCodec(nn.Module):
             `nn.DataParallel` counts as itself.
         config: see `QuantConfig`.
         bits: of single layers, {layer: {"w_bits": b, "a_bits": b}}. The other layers have the bits of
-            `config`. Products of attention have no weights and always have the bits of `config`.
+            `config`. Products of attention have no weights and always have the bits of `config`. Layers of
+            `QuantConfig.float_stages` have 32 bits whatever is said here.
 
     Attributes:
         model: the copy, on which the codec's own forward runs.
@@ -44,7 +46,8 @@ class RewrittenCodec(nn.Module):
 
     Raises:
         InputError: `bits` names a layer that the codec does not have, a layer has a forward hook, or a part
-            of the model is scripted, traced or quantized already, or is a lazy layer that never ran.
+            of the model is scripted, traced or quantized already, or is a lazy layer that never ran; all
+            layers lie in `QuantConfig.float_stages`.
     """
 
     config: QuantConfig
@@ -75,9 +78,26 @@ class RewrittenCodec(nn.Module):
         check_layers(bits or {}, self.layers)
         for name, sides in (bits or {}).items():
             self.layers[name].set_bits(**sides)
+        self._leave_stages_in_float()
         self.frozen = self.loaded = False
         self.extra, self.history, self.checked = {}, {}, {}
         self.file_sha256 = self.identity = None
+
+    def _leave_stages_in_float(self) -> None:
+        """Give the layers of `QuantConfig.float_stages` 32 bits.
+
+        Raises:
+            InputError: no layer is left.
+        """
+        stages = self.config.float_stages
+        inside = [layer for layer in self.layers.values() if layer.in_float_stage]
+        if inside and len(inside) == len(self.layers):
+            raise InputError(
+                f"all layers of this codec lie in {', '.join(stages)}, which `float_stages` keeps in float, "
+                "so nothing is quantized; choose other `float_stages`, or another preset"
+            )
+        for layer in inside:
+            layer.set_bits(FLOAT_BITS, FLOAT_BITS)
 
     @property
     def nodes(self) -> dict[str, QuantModule]:

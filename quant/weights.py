@@ -59,7 +59,7 @@ class WeightQuantizer(nn.Module):
     def __init__(self, config: QuantConfig, mask: Tensor | None):
         super().__init__()
         self.bits, self.frac_bits = config.w_bits, config.frac_bits
-        self.make_scale = SCALES[config.scales]
+        self.make_scale = SCALES[config.w_scales]
         self.per_channel = config.w_granularity != "tensor"
         self.group_count = (
             int(config.w_granularity.removeprefix("groups"))

@@ -1,9 +1,9 @@
 """The allocation of bits to layers with the lowest predicted loss under a budget, by integer programming.
 
 The rise of J is taken as additive over layers and over their weights and inputs (HAWQ-V3, Yao et al. 2021,
-arXiv 2011.10680, whose losses are predicted from the Hessian; fractional changes of the R-D loss of single
-layers also guide Hossain et al. 2025, arXiv 2506.01221). The choice is then a multiple-choice knapsack
-problem, which a MILP solver answers exactly.
+arXiv 2011.10680, whose losses are predicted from the Hessian). The choice is then a multiple-choice knapsack
+problem, which a MILP solver answers exactly. The preset "fmpq" allocates by a tolerance instead, see
+`allocate_by_threshold`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -144,6 +144,51 @@ def allocate(layers: Sequence[Layer], budget: Budget, minimize: str = "loss") ->
         for (number, w, a), taken in zip(pairs, solved.x)
         if taken > 0.5
     }
+
+
+def allocate_by_threshold(layers: Sequence[Layer], budget: Budget) -> tuple[Bits, float]:
+    """The rule of FMPQ (Hossain, Duan, Zhu 2024, arXiv 2506.01221, Algorithm 1), for weights alone.
+
+    From the most bits downwards, a layer takes the fewest bits with which its loss stays below a tolerance,
+    the same for all layers; the most, where even their loss is above it. The tolerance is the smallest with
+    which the codec is inside the budget. The paper's is relative to J, which here is the same number over J.
+
+    Returns:
+        (the allocation, the tolerance in bits per pixel).
+
+    Raises:
+        InputError: the budget bounds more than the size, or is too small for the candidates.
+    """
+    bounds = _bounds(layers, budget)
+    if any(len(layer.a_loss) > 1 for layer in layers) or set(bounds) - {"size"}:
+        raise InputError(
+            "`allocation=threshold` chooses bits of weights within a size; give --budget_size alone"
+        )
+    bound = bounds.get("size", np.inf)
+    smallest = sum(layer.weights * min(layer.w_loss) for layer in layers)
+    if smallest > bound * (1 + GAP):
+        raise InputError(_too_small("size", layers, budget, smallest))
+    tolerances = sorted({0.0, *(loss for layer in layers for loss in layer.w_loss.values())})
+    low, high = 0, len(tolerances) - 1  # the largest lets every layer have the fewest bits
+    while low < high:
+        middle = (low + high) // 2
+        size = sum(layer.weights * _fewest_bits(layer, tolerances[middle]) for layer in layers)
+        low, high = (low, middle) if size <= bound * (1 + GAP) else (middle + 1, high)
+    bits = {
+        layer.name: {"w_bits": _fewest_bits(layer, tolerances[low]), "a_bits": next(iter(layer.a_loss))}
+        for layer in layers
+    }
+    return bits, tolerances[low]
+
+
+def _fewest_bits(layer: Layer, tolerance: float) -> int:
+    """The fewest bits of the weights whose loss, like that of all more bits, is at most the tolerance."""
+    chosen = max(layer.w_loss)
+    for bits in sorted(layer.w_loss, reverse=True):
+        if layer.w_loss[bits] > tolerance:
+            break
+        chosen = bits
+    return chosen
 
 
 def _pairs(layer: Layer) -> list[tuple[int, int]]:

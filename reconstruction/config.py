@@ -21,6 +21,7 @@ KNOBS = ("range_w", "range_b", "range_a", "rounding", "bias", "border")
 SCHEMES = {"offset": "learned_offset", "weight": "ste"}
 RANGE_SEARCHES = ("none", "powell")
 ROUND_INITS = ("nearest", "gptq")
+ALLOCATIONS = ("knapsack", "threshold")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +125,11 @@ class ReconstructionConfig:
     search_evals: int = 600
     """How many times Powell's method may measure J."""
 
+    allocation: str = "knapsack"
+    """How a search with `--budget_size` chooses bits of layers from their losses: "knapsack", the least sum
+    of losses (`allocation.allocate`); "threshold", the fewest bits with which each layer's loss stays below
+    one tolerance (FMPQ, Hossain et al. 2024; `allocation.allocate_by_threshold`)."""
+
     regularizer: float = 0.01
     """Weight of AdaRound's regularizer, a sum over weights, beside a loss that is relative to that of
     rounding to nearest."""
@@ -169,6 +175,7 @@ class ReconstructionConfig:
         for knob in self.learn:
             one_of("learn", knob, (*KNOBS, *SCHEMES))
         one_of("round_init", self.round_init, ROUND_INITS)
+        one_of("allocation", self.allocation, ALLOCATIONS)
         one_of("range_search", self.range_search, RANGE_SEARCHES)
         counts = ("iters", "rounds", "joint_iters", "batch", "measured", "observed", "search_evals", "seed")
         for name in counts:

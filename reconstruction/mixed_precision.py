@@ -15,7 +15,7 @@ from licq.quant.bits import Bits
 from licq.quant.mac import QuantMAC
 from licq.quant.model import QuantModel
 from licq.quant.norms import SQUARED_BITS
-from licq.reconstruction.allocation import Budget, Layer, allocate, totals
+from licq.reconstruction.allocation import Budget, Layer, allocate, allocate_by_threshold, totals
 from licq.reconstruction.api import prepare_calibration
 from licq.reconstruction.calibration import Calibration
 from licq.reconstruction.config import PtqConfig
@@ -28,6 +28,7 @@ __all__ = [  # with what `allocation` does with the measured layers
     "Budget",
     "Layer",
     "allocate",
+    "allocate_by_threshold",
     "describe",
     "falling",
     "input_width",

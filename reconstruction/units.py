@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from licq.quant.config import stage_of
 from licq.quant.model import QuantModel
 from licq.quant.runtime import Call
 
@@ -74,11 +75,6 @@ class Trace:
         return max(around, key=lambda other: self.end[other], default=call)
 
 
-def stage_of(name: str) -> str:
-    """g_a of "g_a.3.conv1" and of "g_a3.blocks.0": the first component, without its number."""
-    return name.split(".")[0].rstrip("0123456789").rstrip("_") or name.split(".")[0]
-
-
 def find_units(qmodel: QuantModel, trace: Trace, kind: str) -> list[Unit]:
     """The codec cut into units of one kind.
 
@@ -87,6 +83,8 @@ def find_units(qmodel: QuantModel, trace: Trace, kind: str) -> list[Unit]:
     - "stage": g_a, h_a, h_s, g_s, the context model, the entropy parameters: by the first component of the
       name.
     - "network": everything.
+
+    Stages that stay in float are in no unit.
     """
     seen: list[str] = []
     for name, _ in trace.leaves:
@@ -97,6 +95,9 @@ def find_units(qmodel: QuantModel, trace: Trace, kind: str) -> list[Unit]:
     closed = True
     for name in seen:
         node = qmodel.nodes[name]
+        if node.in_float_stage:
+            closed = True
+            continue
         inside = _block_of(name, blocks) if kind == "block" else None
         if kind == "network":
             key = "network"

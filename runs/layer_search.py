@@ -7,7 +7,15 @@ from torch import nn
 
 from licq.quant.bits import Bits
 from licq.quant.model import QuantModel
-from licq.reconstruction.mixed_precision import Budget, Layer, allocate, describe, measure_layers, totals
+from licq.reconstruction.mixed_precision import (
+    Budget,
+    Layer,
+    allocate,
+    allocate_by_threshold,
+    describe,
+    measure_layers,
+    totals,
+)
 from licq.reconstruction.objective import Objective
 from licq.runs.folder import QualityFolder
 from licq.runs.layer_bits import bits_choices, searches_bits, written_bits_file
@@ -46,13 +54,18 @@ def find_layer_bits(
 def _search(run: Run, index: int, network: nn.Module, folder: QualityFolder) -> dict:
     layers = measured_layers(run, index, network, folder)
     budget = Budget(**(run.args.budget_size or {}), **(run.args.budget_bops or {}))
-    bits = allocate(layers, budget)
+    rule = "The least predicted loss"
+    if run.config.reconstruction.allocation == "threshold":
+        bits, tolerance = allocate_by_threshold(layers, budget)
+        rule = f"The fewest bits with which each layer alone loses at most {tolerance:.3g} bpp"
+    else:
+        bits = allocate(layers, budget)
     asked = " and ".join(
         f"{name.replace('_', ' ')} at most {value:.6g}"
         for name, value in dataclasses.asdict(budget).items()
         if value is not None
     )
-    how = f"The least predicted loss with {asked}; candidates {', '.join(map(str, bits_choices(run.args)))}."
+    how = f"{rule}, with {asked}; candidates {', '.join(map(str, bits_choices(run.args)))}."
     return {"layers": bits, "loss": totals(layers, bits).loss, "how": how}
 
 

@@ -13,7 +13,7 @@ from licq.codec.api import Codec
 from licq.evaluation import evaluate as evaluation
 from licq.evaluation.evaluate import Report
 from licq.quant.bits import Bits
-from licq.quant.config import SIMULATED, QuantConfig
+from licq.quant.config import QuantConfig
 from licq.quant.model import QuantModel
 from licq.reconstruction.api import quantize
 from licq.reconstruction.expected import OBSERVING
@@ -340,8 +340,8 @@ def _check_files(quality: Quality, codec: QuantModel) -> None:
         InputError: they do not.
     """
     run = quality.run
-    if codec.config.is_simulated:
-        codec.checked["files"] = {"none": SIMULATED}
+    if (why := codec.config.why_no_files) is not None:
+        codec.checked["files"] = {"none": why}
         return
     crop = (run.crops[0, :3] * 255).round().to("cpu", torch.uint8)
     Codec(codec, None, run.args.threads, run.multiple).check(crop)

@@ -143,6 +143,11 @@ def prepare(args: argparse.Namespace) -> Run:
             "--max_bd_rate needs two qualities at least, for a BD-rate is between curves; give more with "
             "--quality"
         )
+    if config.reconstruction.allocation == "threshold" and (args.budget_bops or args.max_bd_rate):
+        raise InputError(
+            "`allocation=threshold` chooses bits of weights within a size; give --budget_size alone, or "
+            "--set allocation=knapsack"
+        )
     several = len(models) > 1 and not architecture.variable
     layer_bits: dict[int, Bits] = {}
     networks: dict[int, Size] = {}
@@ -241,6 +246,10 @@ def _flags_without_effect(
     """Remarks on flags that change nothing beside the others."""
     remarks = []
     learning = config.reconstruction
+    if learning.allocation == "threshold" and args.budget_size is None and not args.analyze:
+        remarks.append(
+            "the bits of layers are not chosen: `allocation` has an effect with --budget_size, e.g. 8"
+        )
     if args.unit and not learning.iters and not (args.unit == "network" and learning.joint_iters):
         remarks.append(
             f"--unit {args.unit} has no effect: units are reconstructed in 0 steps each; give their number, "

@@ -61,6 +61,16 @@ def test_all_scales_are_powers_of_two_and_requantization_is_a_shift():
         assert torch.equal(torch.exp2(torch.log2(found).round()), found) and len(set(found.tolist())) > 2
 
 
+def test_powers_of_two_of_weights_leave_the_scales_of_inputs_alone():
+    both, weights, neither = (
+        observed(scales=scales)[1] for scales in ("power_of_two", "power_of_two_weights", "fixed_point")
+    )
+    inputs = [node.input_grid.parameters_of_grid()[0] for node in (both, weights, neither)]
+    assert torch.equal(inputs[1], inputs[2]) and not torch.equal(inputs[0], inputs[1])
+    scale = weights.weight_quantizer.scale(weights.folded_weight()[0])
+    assert torch.equal(torch.exp2(torch.log2(scale).round()), scale)
+
+
 @pytest.mark.parametrize("granularity", ["channel", "groups3", "tensor"])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_weights_take_the_power_of_two_with_the_smaller_error(granularity, bits):

@@ -12,7 +12,15 @@ from licq.quant.config import QuantConfig
 from licq.quant.model import QuantModel
 from licq.reconstruction.api import prepare_calibration
 from licq.reconstruction.config import PtqConfig
-from licq.reconstruction.mixed_precision import Budget, Layer, allocate, falling, measure_layers, totals
+from licq.reconstruction.mixed_precision import (
+    Budget,
+    Layer,
+    allocate,
+    allocate_by_threshold,
+    falling,
+    measure_layers,
+    totals,
+)
 from licq.reconstruction.objective import Objective
 from licq.runs.bit_search import ROUNDS, BdRateSearch, chosen
 from licq.support.errors import InputError
@@ -88,6 +96,35 @@ def test_totals_are_those_of_the_definition():
     found = totals(layers, {"a": {"w_bits": 8, "a_bits": 8}, "b": {"w_bits": 4, "a_bits": 4}})
     assert (found.mean_bits, found.megabytes, found.loss) == pytest.approx((5.0, 0.0025, 1.0))
     assert found.bops == 10 * 64 + 2 * 16 and found.relative_bops == pytest.approx(672 / 768)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("mean_bits", [4.5, 5.5, 7.0, 8.0])
+def test_a_tolerance_gives_each_layer_the_fewest_bits_below_it(mean_bits, seed):
+    layers = [dataclasses.replace(layer, a_loss={8: 0.0}) for layer in drawn_layers(6, seed)]
+    bits, tolerance = allocate_by_threshold(layers, Budget(mean_bits=mean_bits))
+
+    def fewest(tolerance: float) -> dict:
+        return {
+            layer.name: {
+                "w_bits": min([b for b in (4, 5, 8) if layer.w_loss[b] <= tolerance] or [8]),
+                "a_bits": 8,
+            }
+            for layer in layers
+        }
+
+    assert bits == fewest(tolerance) and totals(layers, bits).mean_bits <= mean_bits
+    smaller = [loss for layer in layers for loss in layer.w_loss.values() if loss < tolerance]
+    assert all(totals(layers, fewest(other)).mean_bits > mean_bits for other in smaller)
+
+
+def test_a_tolerance_bounds_the_size_alone_and_says_so():
+    layers = drawn_layers(4, 0)
+    with pytest.raises(InputError, match="budget_size alone"):
+        allocate_by_threshold(layers, Budget(mean_bits=6))  # inputs have candidates
+    with pytest.raises(InputError, match="4 bits a weight"):
+        one = [dataclasses.replace(layer, a_loss={8: 0.0}) for layer in layers]
+        allocate_by_threshold(one, Budget(mean_bits=3))
 
 
 @pytest.mark.parametrize(

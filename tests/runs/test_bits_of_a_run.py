@@ -70,6 +70,16 @@ def test_a_budget_is_met_written_and_read_again(job, capsys, tmp_path):
     )
 
 
+def test_a_tolerance_is_searched_for_a_size_and_for_nothing_else(job, capsys, tmp_path):
+    fmpq = {"preset": "fmpq", "a_bits": 32, "bits_choices": "4,8", "no-baseline": True}
+    refused(capsys, job, "allocation=threshold", "--budget_size alone", **fmpq, budget_bops=0.6)
+    assert run(job, budget_size=6, **fmpq) == 0
+    found = report_of(job)["points"][0]["bits"]
+    assert found["mean_bits"] <= 6 and {sides["w_bits"] for sides in found["layers"].values()} == {4, 8}
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "each layer alone loses at most" in text and "mean bits at most 6" in text
+
+
 def test_a_budget_of_bit_operations_searches_the_inputs_too(job, tmp_path):
     assert run(job, budget_bops=0.6, **NARROW) == 0
     found = report_of(job)["points"][0]["bits"]
