@@ -135,11 +135,16 @@ class ReconstructionConfig:
     estimator that clips ("mse", "percentile" ...) does not see them. Rounding that starts at "gptq" also
     keeps the outputs of flat areas (`reconstruction.flat_areas`)."""
 
-    split: float = 0.1
+    split: float = 0.2
     """Channel splitting (after Zhao et al. 2019): share of multiply-accumulate operations that may be added.
     Input channels whose rounding raises J most for their operations are carried by two digits of a_bits each.
     Losses that do not know J ("mse", "kl", "stage") take their layer's relative squared error instead. 0
     leaves it out."""
+
+    split_gain: float = 0.005
+    """A channel is split where that lowers the predicted J by at least this share of J for each share of
+    operations that it adds: with 0.005, 10 % more operations have to bring 0.05 % of J. 0: all that `split`
+    allows. Losses that do not know J do without it."""
 
     balance: float = 0.3
     """Scales of input channels are raised where that lowers the predicted rise of J
@@ -167,7 +172,8 @@ class ReconstructionConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool):
                 raise InputError(f"`{name}={value}` is no integer; give one")
-        for name in ("iters", "joint_iters", "blend", "regularizer", "lr_range", "lr_rounding", "lr_bias"):
+        positive = ("lr_range", "lr_rounding", "lr_bias")
+        for name in ("iters", "joint_iters", "split_gain", "blend", "regularizer", *positive):
             if not getattr(self, name) >= 0:
                 raise InputError(f"`{name}={getattr(self, name)}` is negative; choose 0 or more")
         for name in ("batch", "measured", "observed", "search_evals"):
