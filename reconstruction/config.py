@@ -80,12 +80,13 @@ class ReconstructionConfig:
 
     measured: int = 10
     """J and its sensitivities are measured on the first so many crops. The harder crops of `stress` come from
-    them, and units learn from them: their outputs are kept in memory."""
+    them, and units learn from them: their outputs are kept in memory. The joint pass does not learn from them
+    where there are as many others, and keeps what has the lowest J on them."""
 
     observed: int = 40
     """The first so many crops set ranges and are what rounding is compensated on. The joint pass learns from
-    all crops: a step takes `batch` of them however many there are, and what is learned from few does not hold
-    for other images."""
+    all crops but the measured ones: a step takes `batch` of them however many there are, and what is learned
+    from few does not hold for other images."""
 
     lr_range: float = 2e-3
     """Step size of Adam for ranges, in ln N."""
