@@ -86,12 +86,13 @@ class ReconstructionConfig:
 
     measured: int = 10
     """J and its sensitivities are measured on the first so many crops. The harder crops of `stress` come from
-    them, and units learn from them: their outputs are kept in memory."""
+    them, and units learn from them: their outputs are kept in memory. The joint pass does not learn from them
+    where there are as many others, and keeps what has the lowest J on them."""
 
     observed: int = 40
     """The first so many crops set ranges and are what rounding is compensated on. The joint pass learns from
-    all crops: a step takes `batch` of them however many there are, and what is learned from few does not hold
-    for other images."""
+    all crops but the measured ones: a step takes `batch` of them however many there are, and what is learned
+    from few does not hold for other images."""
 
     lr_range: float = 2e-3
     """Step size of Adam for ranges, in ln N."""
@@ -149,11 +150,16 @@ class ReconstructionConfig:
     whole: bool = False
     """Ranges are also observed on the whole images that crops are drawn from, where these are files."""
 
-    split: float = 0.1
+    split: float = 0.2
     """Channel splitting (after Zhao et al. 2019): share of multiply-accumulate operations that may be added.
     Input channels whose rounding raises J most for their operations are carried by two digits of a_bits each.
     Losses that do not know J ("mse", "kl", "stage") take their layer's relative squared error instead. 0
     leaves it out."""
+
+    split_gain: float = 0.005
+    """A channel is split where that lowers the predicted J by at least this share of J for each share of
+    operations that it adds: with 0.005, 10 % more operations have to bring 0.05 % of J. 0: all that `split`
+    allows. Losses that do not know J do without it."""
 
     balance: float = 0.3
     """Scales of input channels are raised where that lowers the predicted rise of J
@@ -182,7 +188,8 @@ class ReconstructionConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool):
                 raise InputError(f"`{name}={value}` is no integer; give one")
-        for name in ("iters", "joint_iters", "blend", "regularizer", "lr_range", "lr_rounding", "lr_bias"):
+        positive = ("lr_range", "lr_rounding", "lr_bias")
+        for name in ("iters", "joint_iters", "split_gain", "blend", "regularizer", *positive):
             if not getattr(self, name) >= 0:
                 raise InputError(f"`{name}={getattr(self, name)}` is negative; choose 0 or more")
         for name in ("rounds", "batch", "measured", "observed", "search_evals"):

@@ -26,7 +26,7 @@ The default (preset "licq"; iters = 0 leaves the units out, the joint pass takes
     for step in range(config.joint_iters):
         loss = engine.global_loss(order[step])                              # eq. 12 at the codec's output
         (loss / score).backward(); optimizer.step()
-        six times: if the loss on the measured crops is the lowest so far, best_values = parameters
+        six times: if J of the measured crops is the lowest so far, best_values = parameters
     restore(parameters, best_values)
     engine.settle_all()
 

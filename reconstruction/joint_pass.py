@@ -87,9 +87,10 @@ class JointPass:
         optimizer = make_optimizer(active, self.nodes, config, self._factor)
         schedule = CosineSchedule(optimizer, config.joint_iters)
         before = before or engine.measure()
-        score, j_best = self._score(loss, before)
         j_before = before[0]
-        best, best_values, step = score, snapshot(parameters), 0
+        first, j_best = self._score(loss, before)
+        unit = max(before[1] if config.loss == "rd" else first, 1e-12)  # losses are relative to the first
+        best, best_values, step = first, snapshot(parameters), 0
         if stored is not None:
             record, tensors = stored
             step, best, j_before = record["step"], record["best"], record["j_before"]
@@ -115,7 +116,7 @@ class JointPass:
             while step < config.joint_iters:
                 schedule.set(step)
                 optimizer.zero_grad()
-                (loss(order[step]) / max(score, 1e-12)).backward()
+                (loss(order[step]) / unit).backward()
                 optimizer.step()
                 step += 1
                 bar.update()
@@ -123,7 +124,7 @@ class JointPass:
                     now, j_now = self._score(loss)
                     if now < best:
                         best, best_values, j_best = now, snapshot(parameters), j_now
-                    bar.set_postfix_str(f"target {best / max(score, 1e-12):.3f} of its start")
+                    bar.set_postfix_str(f"{best:.5g} after {first:.5g}")
                     if step < config.joint_iters:
                         record = {
                             "done": False,
@@ -146,8 +147,14 @@ class JointPass:
         return self.config.joint_lr * 10 ** (max(8 - node.config.w_bits, 0) / 4)
 
     def _order(self) -> list[int]:
-        """The batch of each step: all in turn, each round in another order."""
-        batches = range(len(self.engine.batches))
+        """The batch of each step: all in turn, each round in another order.
+
+        Measured batches are held out where at least as many others are there: what is best on them is then
+        best on images that nothing was learned from.
+        """
+        measured, batches = len(self.engine.measured), range(len(self.engine.batches))
+        if len(batches) >= 2 * measured:
+            batches = batches[measured:]
         generator = random.Random(f"{self.config.seed} joint")
         rounds = math.ceil(self.config.joint_iters / len(batches))
         return [index for _ in range(rounds) for index in generator.sample(batches, len(batches))]
@@ -190,14 +197,17 @@ class JointPass:
     def _score(
         self, loss: Callable[[int], Tensor], known: tuple[float, float] | None = None
     ) -> tuple[float, float | None]:
-        """(the mean loss over the measured crops, their mean J; None where the loss does not give it).
+        """(what the best parameters have least of, mean J of the measured crops; None where it is not known).
+
+        That is J with "rd" and "rd_direct": eq. 12 squares the rise of each crop, and the crop that loses
+        most would decide. With the others it is the mean loss of the measured crops.
 
         Args:
             known: `Engine.measure` of the present parameters.
         """
         if self.config.loss in ("rd", "rd_direct"):
-            j, square = known or self.engine.measure()
-            return (square if self.config.loss == "rd" else j), j
+            j = (known or self.engine.measure())[0]
+            return j, j
         measured = self.engine.measured
         crops = [len(self.engine.batches[index]) for index in measured]
         return sum(float(loss(index)) * count for index, count in zip(measured, crops)) / sum(crops), None

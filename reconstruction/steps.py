@@ -48,8 +48,13 @@ def measure(calibration: Calibration) -> None:
 
 def split(calibration: Calibration) -> None:
     """Carry the input channels whose rounding costs most by two digits."""
+    knobs, least = calibration.knobs, 0.0
+    if knobs.split and knobs.split_gain and knobs.knows_j:
+        calibration.qmodel.quantize_nodes(False)
+        j = mean_cost(calibration.qmodel, calibration.measured_batches, calibration.objective)
+        least = knobs.split_gain * j
     calibration.history["splitting"] = split_channels(
-        calibration.qmodel, calibration.guide, calibration.knobs.split
+        calibration.qmodel, calibration.guide, knobs.split, least
     )
 
 

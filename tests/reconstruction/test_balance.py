@@ -1,11 +1,14 @@
 """Balanced input scales against the noise that they are meant to lower, predicted and measured."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
 
 from licq.quant.config import QuantConfig
 from licq.quant.model import QuantModel
+from licq.quant.qtensor import QTensor
 from licq.reconstruction.balance import balance_scales
 from licq.reconstruction.objective import Objective
 from licq.reconstruction.sensitivity import measure_sensitivities, predicted_losses
@@ -87,3 +90,27 @@ def test_nothing_happens_where_there_is_nothing_to_share(config):
     before = [p.clone() for p in qmodel.parameters()]
     balance_scales(qmodel, sensitivities, 0.3, progress=False)
     assert all(torch.equal(a, b) for a, b in zip(before, qmodel.parameters()))
+
+
+def test_symbols_stay_exact_in_steps_that_suit_the_weights():
+    """y_hat of a codec without means, small in some channels: before, these had much finer steps, and weights
+    smaller by as much."""
+    model, data = tiny_codec("balle2018"), list(images(2, 64, 64).split(1))
+    with torch.no_grad():
+        last, y = model.g_a[-1], torch.cat([model.g_a(x) for x in data])
+        wanted = torch.tensor([20.0, 2.0]).repeat(len(last.bias) // 2)
+        last.weight.mul_((wanted / y.std((0, 2, 3))).reshape(-1, 1, 1, 1))
+        last.bias.zero_()
+    qmodel, sensitivities = prepared(model, data)
+    node = qmodel.nodes["g_s.0"]
+    grid, known = node.input_grid, sensitivities["g_s.0"]
+    sensitivities["g_s.0"] = dataclasses.replace(known, curvature=torch.ones_like(known.curvature))
+    steps, before = grid.parameters_of_grid()[0], predicted_losses(qmodel, sensitivities)["g_s.0"]["weights"]
+    assert grid.exact and len(set(steps.tolist())) > 1
+    balance_scales(qmodel, sensitivities, 0.3, progress=False)
+    after = grid.parameters_of_grid()[0]
+    assert predicted_losses(qmodel, sensitivities)["g_s.0"]["weights"] < 0.95 * before
+    assert bool((after >= steps).all()) and float(after.max()) <= 1
+    assert bool((torch.log2(after) == torch.log2(after).round()).all())
+    y_hat = torch.arange(-20.0, 20.0).repeat(len(after), 1)[None, :, None]
+    assert torch.equal(grid(QTensor(y_hat, None, node.runtime)).real(), y_hat)

@@ -118,6 +118,22 @@ def test_j_is_measured_on_the_first_crops_and_all_teach(monkeypatch):
     assert {float(x.sum()) for batch in taught for x in batch} == {float(x.sum()) for x in crops}
 
 
+def test_many_crops_hold_out_those_that_j_is_measured_on_and_j_does_not_rise(monkeypatch):
+    model, crops = codec("balle2018"), images(8)
+    taught = []
+    loss = engine_module.Engine.global_loss
+
+    def watched(self, index, cache=None):
+        taught.append(self.batches[index])
+        return loss(self, index, cache)
+
+    monkeypatch.setattr(engine_module.Engine, "global_loss", watched)
+    config = method(iters=0, joint_iters=4, measured=2, joint_lr=100.0)  # steps that are much too large
+    history = quantize(model, crops, config, lmbda=0.01, progress=False).history
+    assert {float(x.sum()) for batch in taught for x in batch} == {float(x.sum()) for x in crops[2:]}
+    assert history["j_end"] == history["joint"]["j_after"] <= history["joint"]["j_before"]
+
+
 @pytest.mark.parametrize("arch", SIZES)
 @pytest.mark.parametrize("kind", UNITS)
 def test_units_hold_every_learning_node_once_and_in_order(arch, kind):

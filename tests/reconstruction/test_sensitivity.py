@@ -202,11 +202,25 @@ def test_predicted_weight_noise_is_what_rounding_does(transposed, groups, a_bits
     )
 
 
-def split_model(share: float, **config) -> tuple[QuantModel, dict, dict]:
+def split_model(share: float, least: float = 0.0, **config) -> tuple[QuantModel, dict, dict]:
     data = batches()
     qmodel = observed(tiny_codec("minnen2018"), data, **config)
     sensitivities = measure_sensitivities(qmodel, data, Objective(LAMBDA), progress=False)
-    return qmodel, sensitivities, split_channels(qmodel, sensitivities, share)
+    return qmodel, sensitivities, split_channels(qmodel, sensitivities, share, least)
+
+
+def test_channels_that_gain_too_little_are_not_split():
+    plain, sensitivities, _ = split_model(0.0)
+    total = sum(s.macs for s in sensitivities.values())
+    gains = {}
+    for name in split_model(1.0)[2]["layers"]:
+        noise = input_noise(plain.nodes[name], sensitivities[name])
+        gains[name] = noise * len(noise) / (sensitivities[name].macs / total)
+    least = 1.001 * float(torch.cat(list(gains.values())).median())
+    facts = split_model(1.0, least)[2]
+    expected = {name: float((gain > least).float().mean()) for name, gain in gains.items()}
+    assert facts["layers"] == pytest.approx({name: share for name, share in expected.items() if share})
+    assert 0 < facts["extra_macs"] < split_model(1.0)[2]["extra_macs"]
 
 
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.1, 1.0])
