@@ -1,6 +1,6 @@
 """Nodes of functions without weights: sums, products, attention's matrix products, softmax, tables."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,7 @@ from licq.quant.modules import QuantModule, replaces
 from licq.quant.primitives import add, constant, leaky, product, table
 from licq.quant.qtensor import QTensor
 from licq.quant.quantizer import Quantizer
+from licq.quant.storage import REGISTER_BITS, store, stored_operands
 from licq.quant.sums import matmul, softmax
 from licq.support.errors import InputError
 
@@ -49,10 +50,15 @@ class QuantFunction(QuantModule):
         super().__init__(config)
         self.options = options
 
-    def wide_quantizer(self) -> Quantizer:
+    def wide_quantizer(self, is_stored: bool = False) -> Quantizer:
         """The quantizer of a wide activation: one scale for the tensor, `QuantConfig.carrier_bits`,
-        headroom."""
+        headroom.
+
+        Under `strict_int8` it has `REGISTER_BITS`, unless the tensor is stored.
+        """
         bits = self.config.carrier_bits
+        if self.config.strict_int8 and not is_stored:
+            bits = max(bits, REGISTER_BITS)
         # eight bits have no room to spare
         headroom = self.config.headroom if bits > 8 else 1.0
         return Quantizer(
@@ -60,8 +66,23 @@ class QuantFunction(QuantModule):
         )
 
 
+def newly_stored(node: QuantFunction, inputs: tuple) -> list[int]:
+    """The operands that this call reads from memory and earlier calls did not; the node's options have them
+    all."""
+    known = node.options.setdefault("stored", [])
+    new = [number for number in stored_operands(inputs) if number not in known]
+    known.extend(new)
+    return new
+
+
+def learned_ranges(grids: Iterable[Quantizer]) -> dict[str, list]:
+    """`QuantModule.learnable` of the quantizers of stored tensors."""
+    parameters = [grid.log_n for grid in grids if not grid.exact]
+    return {"range_a": parameters} if parameters else {}
+
+
 class QuantWide(QuantFunction):
-    """A wide activation with one scale, before a function that mixes the channels of a tensor.
+    """A wide activation with one scale, before a function that mixes the channels of a tensor. It is stored.
 
     "carrier" is its name in files, whose functions are called `carrier0` ..., and in
     `QuantConfig.carrier_bits`. These names are stored or public and stay.
@@ -71,7 +92,7 @@ class QuantWide(QuantFunction):
 
     def __init__(self, config: QuantConfig):
         super().__init__(config)
-        self.grid = self.wide_quantizer()
+        self.grid = self.wide_quantizer(is_stored=True)
 
     def real(self, x: Tensor) -> Tensor:
         return x
@@ -84,42 +105,69 @@ class QuantWide(QuantFunction):
 
 
 class QuantAdd(QuantFunction):
-    """a + b as wide activations of one scale; b may be a constant, a float tensor or number."""
+    """a + b as wide activations of one scale; b may be a constant, a float tensor or number.
+
+    Args:
+        stored: under `strict_int8`, the numbers of the operands that are read from memory (`quant.storage`).
+            They have a quantizer each, `stored0` and `stored1`, with a scale for each channel.
+    """
 
     kind = "add"
 
-    def __init__(self, config: QuantConfig):
-        super().__init__(config)
+    def __init__(self, config: QuantConfig, stored: Sequence[int] | None = None):
+        super().__init__(config, **({} if stored is None else {"stored": list(stored)}))
         self.grid = self.wide_quantizer()
+        for number in stored or ():
+            setattr(self, f"stored{number}", self.wide_quantizer())
 
     def real(self, a: Tensor, b: Tensor | float) -> Tensor:
         return a + b
 
+    def place(self, inputs: tuple) -> None:
+        for number in newly_stored(self, inputs):
+            grid = self.wide_quantizer().to(inputs[number].device)
+            store(grid, inputs[number], self.config.carrier_bits)
+            setattr(self, f"stored{number}", grid)
+
     def observe(self, inputs: tuple, output: Any) -> None:
         self.grid.observe(output)
-        for x in inputs:
+        for number, x in enumerate(inputs):
             if isinstance(x, QTensor):
                 self.grid.observe(x.real())
+                if number in self.options.get("stored", ()):
+                    getattr(self, f"stored{number}").observe(x.real())
 
     def integer(self, a: QTensor, b: QTensor | Tensor | float) -> QTensor:
-        a = self.grid(a)
+        a = self._operand(0, a)
         scale, qmin, qmax = self.grid.parameters_of_grid()
         if isinstance(b, QTensor):
-            b_q = self.grid(b).q
+            b_q = self._operand(1, b).q
         elif isinstance(b, Tensor):
             b_q = constant(round_ste((b.double() / scale).float()), self.runtime.tracer)
         else:
             b_q = constant(round_half_away(b / scale.detach()).float(), self.runtime.tracer)
         return a.like(add(a.q, b_q, int(qmin), int(qmax)), scale)
 
+    def _operand(self, number: int, x: QTensor) -> QTensor:
+        if number in self.options.get("stored", ()):
+            x = getattr(self, f"stored{number}")(x)
+        return self.grid(x)
+
+    def learnable(self) -> dict[str, list]:
+        return learned_ranges((getattr(self, f"stored{n}") for n in self.options.get("stored", ())))
+
 
 class QuantMul(QuantFunction):
-    """a * b elementwise; both factors and the product are wide activations."""
+    """a * b elementwise; both factors and the product are wide activations.
+
+    Args:
+        stored: under `strict_int8`, the numbers of the factors that are read from memory (`quant.storage`).
+    """
 
     kind = "mul"
 
-    def __init__(self, config: QuantConfig):
-        super().__init__(config)
+    def __init__(self, config: QuantConfig, stored: Sequence[int] | None = None):
+        super().__init__(config, **({} if stored is None else {"stored": list(stored)}))
         self.grid_a, self.grid_b, self.grid_out = (
             self.wide_quantizer(),
             self.wide_quantizer(),
@@ -132,6 +180,10 @@ class QuantMul(QuantFunction):
     def wraps(self, index: int) -> bool:
         return True
 
+    def place(self, inputs: tuple) -> None:
+        for number in newly_stored(self, inputs):
+            store((self.grid_a, self.grid_b)[number], inputs[number], self.config.carrier_bits)
+
     def observe(self, inputs: tuple, output: Any) -> None:
         for grid, x in zip(
             (self.grid_a, self.grid_b, self.grid_out), (inputs[0].real(), inputs[1].real(), output)
@@ -142,6 +194,10 @@ class QuantMul(QuantFunction):
         a, b = self.grid_a(a), self.grid_b(b)
         q = product(a.q, b.q, wide=True)  # up to 30 bits
         return self.grid_out(a.like(q, a.unit * b.unit))
+
+    def learnable(self) -> dict[str, list]:
+        grids = self.grid_a, self.grid_b
+        return learned_ranges((grids[number] for number in self.options.get("stored", ())))
 
 
 class QuantMatMul(QuantFunction):
@@ -157,6 +213,7 @@ class QuantMatMul(QuantFunction):
 
     kind = "matmul"
     simulates = True
+    sums = True
 
     def __init__(self, config: QuantConfig, heads: bool = True, depth: int = 0):
         super().__init__(config, heads=heads, depth=depth)
