@@ -16,7 +16,7 @@ from licq.quant.operations import Conv2d, Range
 from licq.quant.primitives import absolute, gdn, square
 from licq.quant.qtensor import QTensor
 from licq.quant.quantizer import NO_INTEGERS, Quantizer
-from licq.quant.storage import REGISTER_BITS
+from licq.quant.storage import DEAD_SHARE, REGISTER_BITS
 from licq.quant.sums import layer_norm, multiply_accumulate
 from licq.quant.wide_products import exact_sums
 from licq.support.errors import InputError
@@ -51,7 +51,9 @@ class QuantGDN(QuantMAC):
         headroom = config.headroom if bits > 8 else 1.0
         symmetry = "asymmetric" if config.strict_int8 else "symmetric"
         self.x_grid = Quantizer(bits, frac_bits, 1, headroom=headroom, symmetry=symmetry)
-        if config.strict_int8:  # x is stored until its norm is there; what is made of both is in registers
+        if config.strict_int8:
+            self.x_grid.dead_share = DEAD_SHARE
+            # x is stored until its norm is there; what is made of both is in registers
             bits, headroom = max(bits, REGISTER_BITS), config.headroom
         self.out_grid = Quantizer(bits, frac_bits, 1, headroom=headroom, symmetry="symmetric")
         self.register_buffer("mantissa", None)
@@ -237,6 +239,7 @@ class QuantLayerNorm(QuantModule):
         self.stored: Quantizer | None = None
         if config.strict_int8:  # x is read from memory, where each channel has its scale
             self.stored = Quantizer(bits, config.frac_bits, -1, symmetry="asymmetric")
+            self.stored.dead_share = DEAD_SHARE
             bits = max(bits, REGISTER_BITS)
         headroom = config.headroom if bits > 8 else 1.0
         self.grid_in = Quantizer(bits, config.frac_bits, headroom=headroom, symmetry="symmetric")

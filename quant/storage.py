@@ -23,6 +23,9 @@ from licq.quant.torch_functions import function_name, is_in_place
 REGISTER_BITS = 16
 """Of what elementwise functions give, between the sums of a MAC layer and what is stored."""
 
+DEAD_SHARE = 2.0**-6
+"""`Quantizer.dead_share` of stored tensors: no weights have to take over the spread of their scales."""
+
 
 class Origin(NamedTuple):
     """Where a tensor comes from."""
@@ -139,3 +142,4 @@ def store(grid: Quantizer, x: QTensor, bits: int) -> None:
         axis = long[0] if x.origin is None and len(long) == 1 else None
     grid.bits, grid.headroom, grid.symmetry, grid.channel_dim = bits, 1.0, "asymmetric", axis
     grid.border_dim = 1 if axis is None else axis
+    grid.dead_share = DEAD_SHARE

@@ -63,9 +63,12 @@ def _wide_stored(program: Program) -> list[str]:
     def made_of(number: int) -> Iterator[int]:
         """The value, and what functions of one operand have made it of: any of these may be the stored one."""
         yield number
-        while len(producers[number].inputs) == 1 and not is_product(producers[number]):
-            (number,) = producers[number].inputs
+        while is_unary(producers[number]):
+            number = producers[number].inputs[0]
             yield number
+
+    def is_unary(operation: Operation) -> bool:
+        return operation.kind == "layout" or (len(operation.inputs) == 1 and not is_product(operation))
 
     def is_product(operation: Operation) -> bool:
         return isinstance(operation, MultiplyAccumulate) or operation.kind == "matmul"
@@ -94,3 +97,49 @@ def test_no_program_reads_more_than_8_bits_from_memory(name):
     pixels = (images(1, seed=3) * 255).round().to(torch.uint8)
     found = run(program, {"pixels": pixels})["pixels"]
     assert torch.equal(found, (codec(pixels / 255)["x_hat"] * 255).round().to(found.dtype))
+
+
+def test_a_gate_reads_its_first_factor_from_memory_and_its_second_from_registers():
+    """x waits for the sums of the gate's convolution; sigmoid's result and the product do not wait."""
+    codec = _strict(_Gated())
+    gate, skip = codec.functions["mul0"], codec.functions["add0"]
+    assert gate.options == skip.options == {"stored": [0]}
+    assert (gate.grid_a.bits, gate.grid_a.low.numel()) == (8, 4)
+    assert (gate.grid_b.bits, gate.grid_out.bits, codec.functions["sigmoid0"].grid_in.bits) == (16, 16, 12)
+    assert (skip.stored0.bits, skip.stored0.low.numel(), skip.grid.bits) == (8, 4, 16)
+
+
+def test_small_channels_of_a_stored_tensor_keep_their_values():
+    """With one scale for the tensor, the smallest of channels 1 : 8 : 64 : 512 would have a few codes."""
+    codec = _strict(_Gated())
+    stored = codec.functions["add0"].stored0
+    step = stored.parameters_of_grid()[0]
+    assert float(step.max() / step.min()) > 64
+
+
+def test_a_saved_program_keeps_what_is_stored(tmp_path):
+    codec = _strict(_Gated())
+    codec.freeze()
+    codec.save(tmp_path / "model.safetensors")
+    loaded = QuantModel.load(tmp_path / "model.safetensors", model=_Gated())
+    image = images(1, seed=3)
+    assert torch.equal(loaded(image)["x_hat"], codec(image)["x_hat"])
+    assert loaded.functions["mul0"].options == {"stored": [0]}
+
+
+def test_a_sum_that_runs_twice_stores_what_either_call_reads_from_memory():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two, self.sum = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1), _Sum()
+
+        def forward(self, x):
+            a, b = self.one(x), self.two(x)
+            return {"x_hat": self.two(self.sum(a, b) + self.sum(b, a)), "likelihoods": {"y": torch.ones(1, 1)}}
+
+    assert _strict(Twice()).functions["sum/add0"].options == {"stored": [0, 1]}
+
+
+class _Sum(nn.Module):
+    def forward(self, a, b):
+        return a + b
