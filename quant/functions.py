@@ -1,6 +1,7 @@
-"""Nodes of functions without weights: sums, products, attention's matrix products, softmax, tables."""
+"""Nodes of functions without weights: attention's matrix products, softmax, tables. Sums and gates are in
+`quant.operands`."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from licq.models.attention import MaskedSoftmax
 from licq.quant import unchanged
 from licq.quant.config import FLOAT_BITS, QuantConfig
-from licq.quant.fixedpoint import round_half_away, round_ste
+from licq.quant.fixedpoint import round_half_away
 from licq.quant.integer_functions import (
     LEVEL_UNIT,
     SOFTMAX_STEP,
@@ -20,10 +21,10 @@ from licq.quant.integer_functions import (
     softmax_table,
 )
 from licq.quant.modules import QuantModule, replaces
-from licq.quant.primitives import add, constant, leaky, product, table
+from licq.quant.primitives import leaky, table
 from licq.quant.qtensor import QTensor
 from licq.quant.quantizer import Quantizer
-from licq.quant.storage import REGISTER_BITS, store, stored_operands
+from licq.quant.storage import REGISTER_BITS
 from licq.quant.sums import matmul, softmax
 from licq.support.errors import InputError
 
@@ -66,21 +67,6 @@ class QuantFunction(QuantModule):
         )
 
 
-def newly_stored(node: QuantFunction, inputs: tuple) -> list[int]:
-    """The operands that this call reads from memory and earlier calls did not; the node's options have them
-    all."""
-    known = node.options.setdefault("stored", [])
-    new = [number for number in stored_operands(inputs) if number not in known]
-    known.extend(new)
-    return new
-
-
-def learned_ranges(grids: Iterable[Quantizer]) -> dict[str, list]:
-    """`QuantModule.learnable` of the quantizers of stored tensors."""
-    parameters = [grid.log_n for grid in grids if not grid.exact]
-    return {"range_a": parameters} if parameters else {}
-
-
 class QuantWide(QuantFunction):
     """A wide activation with one scale, before a function that mixes the channels of a tensor. It is stored.
 
@@ -102,102 +88,6 @@ class QuantWide(QuantFunction):
 
     def integer(self, x: QTensor) -> QTensor:
         return self.grid(x)
-
-
-class QuantAdd(QuantFunction):
-    """a + b as wide activations of one scale; b may be a constant, a float tensor or number.
-
-    Args:
-        stored: under `strict_int8`, the numbers of the operands that are read from memory (`quant.storage`).
-            They have a quantizer each, `stored0` and `stored1`, with a scale for each channel.
-    """
-
-    kind = "add"
-
-    def __init__(self, config: QuantConfig, stored: Sequence[int] | None = None):
-        super().__init__(config, **({} if stored is None else {"stored": list(stored)}))
-        self.grid = self.wide_quantizer()
-        for number in stored or ():
-            setattr(self, f"stored{number}", self.wide_quantizer())
-
-    def real(self, a: Tensor, b: Tensor | float) -> Tensor:
-        return a + b
-
-    def place(self, inputs: tuple) -> None:
-        for number in newly_stored(self, inputs):
-            grid = self.wide_quantizer().to(inputs[number].device)
-            store(grid, inputs[number], self.config.carrier_bits)
-            setattr(self, f"stored{number}", grid)
-
-    def observe(self, inputs: tuple, output: Any) -> None:
-        self.grid.observe(output)
-        for number, x in enumerate(inputs):
-            if isinstance(x, QTensor):
-                self.grid.observe(x.real())
-                if number in self.options.get("stored", ()):
-                    getattr(self, f"stored{number}").observe(x.real())
-
-    def integer(self, a: QTensor, b: QTensor | Tensor | float) -> QTensor:
-        a = self._operand(0, a)
-        scale, qmin, qmax = self.grid.parameters_of_grid()
-        if isinstance(b, QTensor):
-            b_q = self._operand(1, b).q
-        elif isinstance(b, Tensor):
-            b_q = constant(round_ste((b.double() / scale).float()), self.runtime.tracer)
-        else:
-            b_q = constant(round_half_away(b / scale.detach()).float(), self.runtime.tracer)
-        return a.like(add(a.q, b_q, int(qmin), int(qmax)), scale)
-
-    def _operand(self, number: int, x: QTensor) -> QTensor:
-        if number in self.options.get("stored", ()):
-            x = getattr(self, f"stored{number}")(x)
-        return self.grid(x)
-
-    def learnable(self) -> dict[str, list]:
-        return learned_ranges((getattr(self, f"stored{n}") for n in self.options.get("stored", ())))
-
-
-class QuantMul(QuantFunction):
-    """a * b elementwise; both factors and the product are wide activations.
-
-    Args:
-        stored: under `strict_int8`, the numbers of the factors that are read from memory (`quant.storage`).
-    """
-
-    kind = "mul"
-
-    def __init__(self, config: QuantConfig, stored: Sequence[int] | None = None):
-        super().__init__(config, **({} if stored is None else {"stored": list(stored)}))
-        self.grid_a, self.grid_b, self.grid_out = (
-            self.wide_quantizer(),
-            self.wide_quantizer(),
-            self.wide_quantizer(),
-        )
-
-    def real(self, a: Tensor, b: Tensor) -> Tensor:
-        return a * b
-
-    def wraps(self, index: int) -> bool:
-        return True
-
-    def place(self, inputs: tuple) -> None:
-        for number in newly_stored(self, inputs):
-            store((self.grid_a, self.grid_b)[number], inputs[number], self.config.carrier_bits)
-
-    def observe(self, inputs: tuple, output: Any) -> None:
-        for grid, x in zip(
-            (self.grid_a, self.grid_b, self.grid_out), (inputs[0].real(), inputs[1].real(), output)
-        ):
-            grid.observe(x)
-
-    def integer(self, a: QTensor, b: QTensor) -> QTensor:
-        a, b = self.grid_a(a), self.grid_b(b)
-        q = product(a.q, b.q, wide=True)  # up to 30 bits
-        return self.grid_out(a.like(q, a.unit * b.unit))
-
-    def learnable(self) -> dict[str, list]:
-        grids = self.grid_a, self.grid_b
-        return learned_ranges((grids[number] for number in self.options.get("stored", ())))
 
 
 class QuantMatMul(QuantFunction):

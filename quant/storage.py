@@ -1,10 +1,10 @@
 """Which operands of elementwise functions are read from memory, for `QuantConfig.strict_int8`.
 
-The sums of a multiply-accumulate layer (MAC layer) pass through what follows them number by number, activation
-functions, residual sums and gates, before anything is written: they are in registers. An elementwise function of
-several operands runs behind the latest of the MAC layers that its operands come from. Operands of that layer are
-in registers. Those of earlier layers were stored until then, and stored tensors have 8 bits, with a scale for each
-channel.
+The sums of a multiply-accumulate layer (MAC layer) pass through what follows them number by number,
+activation functions, residual sums and gates, before anything is written: they are in registers. An
+elementwise function of several operands runs behind the latest of the MAC layers that its operands come
+from. Operands of that layer are in registers. Those of earlier layers were stored until then, and stored
+tensors have 8 bits, with a scale for each channel.
 
 The first observed forward finds that out. Each tensor has an `Origin` in it.
 """

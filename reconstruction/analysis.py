@@ -43,7 +43,8 @@ def analyze(
 
     Returns:
         {"float": Cost, "all": rise with everything quantized, "unit": kind, "layers": `measure_units` of
-        layers, "units": of `kind`, "stored": `measure_stored`, "channels": `measure_channels`, "landscape": `measure_landscape`}.
+        layers, "units": of `kind`, "stored": `measure_stored`, "channels": `measure_channels`,
+        "landscape": `measure_landscape`}.
 
     Raises:
         InputError: no such layer.

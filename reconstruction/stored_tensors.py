@@ -1,8 +1,8 @@
 """What the rounding of each tensor between layers costs alone, and how its grid suits its values.
 
-The tensors are those that a quantizer with a range of its own rounds: inputs of multiply-accumulate layers, operands
-of sums and gates, what is normalized, and what functions give. In a codec under `strict_int8` those of 16 bits are in
-registers (`quant.storage`), the others are stored.
+The tensors are those that a quantizer with a range of its own rounds: inputs of multiply-accumulate layers,
+operands of sums and gates, what is normalized, and what functions give. In a codec under `strict_int8`
+those of 16 bits are in registers (`quant.storage`), the others are stored.
 """
 
 from collections.abc import Iterator
@@ -106,10 +106,10 @@ def measure_stored(probe: Probe, layers: dict, remember: Remember, progress: boo
         layers: `analysis.measure_units` of layers, which knows the inputs.
 
     Returns:
-        {tensor: {"bits", "scales": how many its grid has, "low", "high": ends of the range, "levels": how many
-        steps of the grid the values of the channel in the middle span, "fewest_levels": the same of the poorest
-        channel, "below_step": share of the values that are not zero and smaller than a step, "j", "bpp",
-        "weighted_distortion": rises against the float codec}}.
+        {tensor: {"bits", "scales": how many its grid has, "low", "high": ends of the range, "levels": how
+        many steps of the grid the values of the channel in the middle span, "fewest_levels": the same of
+        the poorest channel, "below_step": share of the values that are not zero and smaller than a step,
+        "j", "bpp", "weighted_distortion": rises against the float codec}}.
     """
     tensors = tensors_between_layers(probe.qmodel)
     facts = remember("tensors between layers", lambda: _facts(probe, tensors))
@@ -175,7 +175,9 @@ class _Span:
         step = scale / self.grid.fine
         levels = torch.zeros(1)
         if self.ends is not None:
-            levels = (torch.minimum(self.ends[1], qmax.max()) - torch.maximum(self.ends[0], qmin.min())).round() + 1
+            levels = (
+                torch.minimum(self.ends[1], qmax.max()) - torch.maximum(self.ends[0], qmin.min())
+            ).round() + 1
         return {
             "bits": self.grid.bits,
             "scales": scale.numel(),

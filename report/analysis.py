@@ -50,11 +50,12 @@ def render_analysis(analysis: dict) -> str:
     parts += [
         "![delta J of each part](delta_j.png)",
         "## Tensors between layers",
-        "Each row: this tensor alone is rounded, all else is float. A layer's input is what its weights are multiplied "
-        "with; operands are those of sums, gates and attention's products. Levels: how many steps of the grid the "
-        "values span, in the channel in the middle and in the poorest one. Below a step: share of the values that "
-        "are smaller than a step and not zero. Few levels and many small values in a tensor with one scale ask for "
-        "scales of channels. Under `--strict_int8` tensors of 16 bits are in registers and the others are stored.",
+        "Each row: this tensor alone is rounded, all else is float. A layer's input is what its weights are "
+        "multiplied with; operands are those of sums, gates and attention's products. Levels: how many "
+        "steps of the grid the values span, in the channel in the middle and in the poorest one. Below a "
+        "step: share of the values that are smaller than a step and not zero. Few levels and many small "
+        "values in a tensor with one scale ask for scales of channels. Under `--strict_int8` tensors of 16 "
+        "bits are in registers and the others are stored.",
         stored_table(analysis),
         "## Ranges of channels",
         "Spread: the largest channel's largest magnitude over the median channel's, without channels that "

@@ -61,7 +61,7 @@ def _wide_stored(program: Program) -> list[str]:
         return numbers.high - numbers.low + 1
 
     def made_of(number: int) -> Iterator[int]:
-        """The value, and what functions of one operand have made it of: any of these may be the stored one."""
+        """The value, and what functions of one operand have made it of: any of these may be stored."""
         yield number
         while is_unary(producers[number]):
             number = producers[number].inputs[0]
@@ -135,7 +135,10 @@ def test_a_sum_that_runs_twice_stores_what_either_call_reads_from_memory():
 
         def forward(self, x):
             a, b = self.one(x), self.two(x)
-            return {"x_hat": self.two(self.sum(a, b) + self.sum(b, a)), "likelihoods": {"y": torch.ones(1, 1)}}
+            return {
+                "x_hat": self.two(self.sum(a, b) + self.sum(b, a)),
+                "likelihoods": {"y": torch.ones(1, 1)},
+            }
 
     assert _strict(Twice()).functions["sum/add0"].options == {"stored": [0, 1]}
 

@@ -35,7 +35,8 @@ def _measured(**config) -> tuple[Probe, dict]:
     qmodel = QuantModel(_Skip().eval(), QuantConfig(**config))
     qmodel.observe(batches)
     probe = Probe(qmodel, batches, Objective(0.01))
-    layers = {unit.name: {"inputs": {"j": 0.0, "bpp": 0.0, "weighted_distortion": 0.0}} for unit in probe.layers()}
+    nothing = {"j": 0.0, "bpp": 0.0, "weighted_distortion": 0.0}
+    layers = {unit.name: {"inputs": nothing} for unit in probe.layers()}
     return probe, measure_stored(probe, layers, lambda name, compute: compute(), progress=False)
 
 
