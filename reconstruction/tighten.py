@@ -3,7 +3,8 @@
 A range that holds the harder crops of `stress` leaves a photograph half of the codes or less. With 8 bits
 on every stored tensor that costs more than anything else (docs/bits-and-methods.md). So each tensor's range
 is tried at 0.8 of itself, again and again, on the whole quantized codec. A smaller one stays where J of the
-photographs falls and J of the harder crops and of flat pictures does not rise.
+photographs falls and J of the harder crops and of flat pictures is not above what it was with all ranges as
+they were observed.
 """
 
 from collections.abc import Sequence
@@ -24,7 +25,6 @@ from licq.support.progress import progress as progress_bar
 FACTOR = 0.8
 _MOST = 4  # times the factor
 _LEAST_GAIN = 1e-5  # of J
-_MOST_HARDER = 1e-4  # J of harder pictures may rise by this share
 _LEAST_NOISE = 3e-4  # predicted, of J: an input that costs less is left alone
 
 
@@ -59,7 +59,7 @@ def tighten_ranges(
     qmodel.quantize_nodes(True)
     with unchanged.everything():
         j = [mean_cost(qmodel, batches, objective) for batches in (photographs, harder)]
-    before = j[0]
+    before, most = j
     ranges: dict[str, float] = {}
     tensors = [
         tensor
@@ -73,10 +73,10 @@ def tighten_ranges(
             tried = [mean_cost(qmodel, photographs, objective)]
             if tried[0] < j[0] * (1 - _LEAST_GAIN):
                 tried.append(mean_cost(qmodel, harder, objective))
-            if len(tried) < 2 or tried[1] > j[1] * (1 + _MOST_HARDER):
+            if len(tried) < 2 or tried[1] > most:
                 tensor.grid.log_n.data = start
                 break
-            j = tried
+            j[0] = tried[0]
             ranges[tensor.name] = ranges.get(tensor.name, 1.0) * FACTOR
     found = {"j_before": before, "j_after": j[0], "ranges": ranges}
     state.save("tightened", found, {})
