@@ -167,7 +167,7 @@ def measure(arch: str, configuration: str | None, width: float, crop: int, sampl
     images: dict[str, Counter] = {}
     with parts_of_gptq() as of_gptq:
         for part in PREPARATION:
-            if part.applies(run.knobs):
+            if part.applies(run.config):
                 with counted() as seen:
                     times[part.name] = times.get(part.name, 0.0) + seconds(
                         lambda part=part: run_steps(run, [part])

@@ -97,8 +97,9 @@ class QuantConfig:
     """Fractional bits of y, z, means and scales at the codec's boundaries."""
 
     strict_int8: bool = False
-    """8 bits on every stored tensor, as in the paper: `carrier_bits`, `table_bits` and `latent_bits` become
-    8, or `a_bits` where that is 9 to 16."""
+    """8 bits on every tensor that is stored between layers, as in the paper: `carrier_bits` and `latent_bits`
+    become 8, or `a_bits` where that is 9 to 16, and no channel is split. What elementwise functions make of
+    the sums of a layer stays in registers until it is stored; `quant.storage` says which operands are."""
 
     smooth_alpha: float = 0.5
     """alpha of the transform "smooth", 0 to 1."""
@@ -165,7 +166,7 @@ class QuantConfig:
         RangeSpec.parse(self.a_range)
         if self.strict_int8:
             bits = self.a_bits if 8 < self.a_bits <= 16 else 8
-            for name in ("carrier_bits", "table_bits", "latent_bits"):
+            for name in ("carrier_bits", "latent_bits"):
                 object.__setattr__(self, name, bits)
         for name in ("carrier_bits", "table_bits", "latent_bits", "softmax_bits"):
             in_range(name, getattr(self, name), 2, 16)

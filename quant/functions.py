@@ -1,4 +1,5 @@
-"""Nodes of functions without weights: sums, products, attention's matrix products, softmax, tables."""
+"""Nodes of functions without weights: attention's matrix products, softmax, tables. Sums and gates are in
+`quant.operands`."""
 
 from collections.abc import Callable
 from functools import partial
@@ -11,7 +12,7 @@ from torch import Tensor
 from licq.models.attention import MaskedSoftmax
 from licq.quant import unchanged
 from licq.quant.config import FLOAT_BITS, QuantConfig
-from licq.quant.fixedpoint import round_half_away, round_ste
+from licq.quant.fixedpoint import round_half_away
 from licq.quant.integer_functions import (
     LEVEL_UNIT,
     SOFTMAX_STEP,
@@ -20,9 +21,10 @@ from licq.quant.integer_functions import (
     softmax_table,
 )
 from licq.quant.modules import QuantModule, replaces
-from licq.quant.primitives import add, constant, leaky, product, table
+from licq.quant.primitives import leaky, table
 from licq.quant.qtensor import QTensor
 from licq.quant.quantizer import Quantizer
+from licq.quant.storage import REGISTER_BITS
 from licq.quant.sums import matmul, softmax
 from licq.support.errors import InputError
 
@@ -49,10 +51,15 @@ class QuantFunction(QuantModule):
         super().__init__(config)
         self.options = options
 
-    def wide_quantizer(self) -> Quantizer:
+    def wide_quantizer(self, is_stored: bool = False) -> Quantizer:
         """The quantizer of a wide activation: one scale for the tensor, `QuantConfig.carrier_bits`,
-        headroom."""
+        headroom.
+
+        Under `strict_int8` it has `REGISTER_BITS`, unless the tensor is stored.
+        """
         bits = self.config.carrier_bits
+        if self.config.strict_int8 and not is_stored:
+            bits = max(bits, REGISTER_BITS)
         # eight bits have no room to spare
         headroom = self.config.headroom if bits > 8 else 1.0
         return Quantizer(
@@ -61,7 +68,7 @@ class QuantFunction(QuantModule):
 
 
 class QuantWide(QuantFunction):
-    """A wide activation with one scale, before a function that mixes the channels of a tensor.
+    """A wide activation with one scale, before a function that mixes the channels of a tensor. It is stored.
 
     "carrier" is its name in files, whose functions are called `carrier0` ..., and in
     `QuantConfig.carrier_bits`. These names are stored or public and stay.
@@ -71,7 +78,7 @@ class QuantWide(QuantFunction):
 
     def __init__(self, config: QuantConfig):
         super().__init__(config)
-        self.grid = self.wide_quantizer()
+        self.grid = self.wide_quantizer(is_stored=True)
 
     def real(self, x: Tensor) -> Tensor:
         return x
@@ -81,67 +88,6 @@ class QuantWide(QuantFunction):
 
     def integer(self, x: QTensor) -> QTensor:
         return self.grid(x)
-
-
-class QuantAdd(QuantFunction):
-    """a + b as wide activations of one scale; b may be a constant, a float tensor or number."""
-
-    kind = "add"
-
-    def __init__(self, config: QuantConfig):
-        super().__init__(config)
-        self.grid = self.wide_quantizer()
-
-    def real(self, a: Tensor, b: Tensor | float) -> Tensor:
-        return a + b
-
-    def observe(self, inputs: tuple, output: Any) -> None:
-        self.grid.observe(output)
-        for x in inputs:
-            if isinstance(x, QTensor):
-                self.grid.observe(x.real())
-
-    def integer(self, a: QTensor, b: QTensor | Tensor | float) -> QTensor:
-        a = self.grid(a)
-        scale, qmin, qmax = self.grid.parameters_of_grid()
-        if isinstance(b, QTensor):
-            b_q = self.grid(b).q
-        elif isinstance(b, Tensor):
-            b_q = constant(round_ste((b.double() / scale).float()), self.runtime.tracer)
-        else:
-            b_q = constant(round_half_away(b / scale.detach()).float(), self.runtime.tracer)
-        return a.like(add(a.q, b_q, int(qmin), int(qmax)), scale)
-
-
-class QuantMul(QuantFunction):
-    """a * b elementwise; both factors and the product are wide activations."""
-
-    kind = "mul"
-
-    def __init__(self, config: QuantConfig):
-        super().__init__(config)
-        self.grid_a, self.grid_b, self.grid_out = (
-            self.wide_quantizer(),
-            self.wide_quantizer(),
-            self.wide_quantizer(),
-        )
-
-    def real(self, a: Tensor, b: Tensor) -> Tensor:
-        return a * b
-
-    def wraps(self, index: int) -> bool:
-        return True
-
-    def observe(self, inputs: tuple, output: Any) -> None:
-        for grid, x in zip(
-            (self.grid_a, self.grid_b, self.grid_out), (inputs[0].real(), inputs[1].real(), output)
-        ):
-            grid.observe(x)
-
-    def integer(self, a: QTensor, b: QTensor) -> QTensor:
-        a, b = self.grid_a(a), self.grid_b(b)
-        q = product(a.q, b.q, wide=True)  # up to 30 bits
-        return self.grid_out(a.like(q, a.unit * b.unit))
 
 
 class QuantMatMul(QuantFunction):
@@ -157,6 +103,7 @@ class QuantMatMul(QuantFunction):
 
     kind = "matmul"
     simulates = True
+    sums = True
 
     def __init__(self, config: QuantConfig, heads: bool = True, depth: int = 0):
         super().__init__(config, heads=heads, depth=depth)

@@ -15,7 +15,14 @@ from licq.quant.mac import QuantMAC
 from licq.quant.network_checks import unwrapped
 from licq.quant.rewritten import RewrittenCodec
 from licq.quant.rounding import AdaRound
-from licq.quant.saved_parts import GRID_ATTRIBUTES, layer_sizes, named_nodes, named_tensors, unread_tensors
+from licq.quant.saved_parts import (
+    GRID_ATTRIBUTES,
+    layer_sizes,
+    named_grids,
+    named_nodes,
+    named_tensors,
+    unread_tensors,
+)
 from licq.quant.serialization import read_quantized, refusing
 from licq.support.errors import InputError
 
@@ -111,6 +118,9 @@ def _rebuild(codec: RewrittenCodec, header: Mapping[str, Any], path: str | Path)
         grid.frozen = True
         for attribute, value in zip(GRID_ATTRIBUTES, values):
             setattr(grid, attribute, value)
+    for grid_path in named_grids(codec).keys() - header["grids"].keys():
+        parent, _, attribute = grid_path.rpartition(".")
+        setattr(codec.get_submodule(parent), attribute, None)  # this program has none
     for name, node in nodes.items():
         node.quantized = name not in header["float_nodes"]
     runtime.kept_in_float.clear()

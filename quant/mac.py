@@ -55,6 +55,7 @@ class QuantMAC(QuantModule):
     """
 
     simulates = True
+    sums = True
 
     channel_dim: int = 1
     """Of input and output."""

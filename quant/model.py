@@ -29,6 +29,7 @@ from licq.quant.rewritten import RewrittenCodec
 from licq.quant.runtime import StopForward
 from licq.quant.saving import save_quantized
 from licq.quant.serialization import refusing
+from licq.quant.storage import Origins
 from licq.support.cli import explain
 from licq.support.determinism import exact_products, plain_torch
 from licq.support.errors import InputError, InputWarning
@@ -143,7 +144,9 @@ class QuantModel(RewrittenCodec):
         try:
             for ranges_only, images in ((False, batches), (True, harder)):
                 for batch in images:
-                    first = batch[:1] if first is None else first
+                    if first is None:
+                        first = batch[:1]
+                        self._place(first)
                     for node in runtime.nodes.values():
                         node.calls = 0
                     output = self._run_foreign(batch)
@@ -155,7 +158,7 @@ class QuantModel(RewrittenCodec):
                         if isinstance(module, Quantizer):
                             module.ranges_only = True
         finally:
-            runtime.observing = False
+            runtime.observing, runtime.origins = False, None
         if first is None:
             raise InputError("there are no calibration images; give at least one as `images`")
         if not runtime.nodes:
@@ -165,6 +168,13 @@ class QuantModel(RewrittenCodec):
         for node in self.nodes.values():
             node.initialize()
         self._remove_idle_wide(first)
+
+    def _place(self, batch: Tensor) -> None:
+        """Find out what is stored between layers: every forward takes the same path."""
+        if self.config.strict_int8:
+            self.runtime.origins = Origins()
+            self._run_foreign(batch)
+            self.runtime.origins = None
 
     def _run_foreign(self, batch: Tensor) -> dict:
         """The forward, with whatever its code raises on quantized tensors as an error of the user's."""

@@ -54,6 +54,12 @@ class QuantModule(nn.Module):
     gives_latents: bool = False
     """The (first) output is y_hat or z_hat."""
 
+    sums: bool = False
+    """The node multiplies and accumulates."""
+
+    channel_dim: int | None = None
+    """Of the channels of what the node sums; None where that is not known."""
+
     simulates: bool = False
     """With simulated scales (`QuantConfig.a_scales`) the node rounds what it computes with."""
 
@@ -118,8 +124,13 @@ class QuantModule(nn.Module):
         if runtime.observing:
             runtime.nodes.setdefault(self.name, self)
             self.calls += 1
-            self.observe(inputs, output)
+            if runtime.origins is None:
+                self.observe(inputs, output)
+            else:
+                self.place(inputs)
         output = runtime.wrap(output)
+        if runtime.origins is not None:
+            runtime.origins.of_node(inputs, output, self.sums, self.channel_dim)
         if self.gives_latents:
             latent = output[0] if isinstance(output, tuple) else output
             latent.latent = True
@@ -134,6 +145,9 @@ class QuantModule(nn.Module):
     def real(self, *inputs: Tensor, **kwargs) -> Any:
         """The original computation."""
         raise NotImplementedError
+
+    def place(self, inputs: tuple) -> None:
+        """Under `strict_int8`, before anything is observed: see which inputs are stored (`quant.storage`)."""
 
     def observe(self, inputs: tuple, output: Any) -> None:
         """Show the values of one forward to the quantizers. output: of `real`."""

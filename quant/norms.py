@@ -16,6 +16,7 @@ from licq.quant.operations import Conv2d, Range
 from licq.quant.primitives import absolute, gdn, square
 from licq.quant.qtensor import QTensor
 from licq.quant.quantizer import NO_INTEGERS, Quantizer
+from licq.quant.storage import DEAD_SHARE, REGISTER_BITS
 from licq.quant.sums import layer_norm, multiply_accumulate
 from licq.quant.wide_products import exact_sums
 from licq.support.errors import InputError
@@ -48,7 +49,12 @@ class QuantGDN(QuantMAC):
         super().__init__(module, config)
         bits, frac_bits = config.carrier_bits, config.frac_bits
         headroom = config.headroom if bits > 8 else 1.0
-        self.x_grid = Quantizer(bits, frac_bits, 1, headroom=headroom, symmetry="symmetric")
+        symmetry = "asymmetric" if config.strict_int8 else "symmetric"
+        self.x_grid = Quantizer(bits, frac_bits, 1, headroom=headroom, symmetry=symmetry)
+        if config.strict_int8:
+            self.x_grid.dead_share = DEAD_SHARE
+            # x is stored until its norm is there; what is made of both is in registers
+            bits, headroom = max(bits, REGISTER_BITS), config.headroom
         self.out_grid = Quantizer(bits, frac_bits, 1, headroom=headroom, symmetry="symmetric")
         self.register_buffer("mantissa", None)
         self.register_buffer("shift", None)
@@ -201,6 +207,8 @@ class QuantGDN(QuantMAC):
             knobs["range_w"] = [self.weight_quantizer.log_n]
             knobs["rounding"] = self.weight_quantizer.rounding_parameters()
             knobs["range_a"] = [self.input_grid.log_n]
+            if self.config.strict_int8:
+                knobs["range_a"].append(self.x_grid.log_n)
             knobs["bias"] = [self.bias_change]
         return knobs
 
@@ -227,6 +235,12 @@ class QuantLayerNorm(QuantModule):
             raise ValueError("only LayerNorm over the last dimension has an integer algorithm")
         self.module = module
         bits = config.carrier_bits
+        # None in other codecs, and in files of versions that stored x with one scale
+        self.stored: Quantizer | None = None
+        if config.strict_int8:  # x is read from memory, where each channel has its scale
+            self.stored = Quantizer(bits, config.frac_bits, -1, symmetry="asymmetric")
+            self.stored.dead_share = DEAD_SHARE
+            bits = max(bits, REGISTER_BITS)
         headroom = config.headroom if bits > 8 else 1.0
         self.grid_in = Quantizer(bits, config.frac_bits, headroom=headroom, symmetry="symmetric")
         self.grid_out = Quantizer(bits, config.frac_bits, -1, headroom=headroom, symmetry="symmetric")
@@ -238,6 +252,8 @@ class QuantLayerNorm(QuantModule):
         return self.module(x)
 
     def observe(self, inputs: tuple, output: Tensor) -> None:
+        if self.stored is not None:
+            self.stored.observe(inputs[0].real())
         self.grid_in.observe(inputs[0].real())
         self.grid_out.observe(output)
 
@@ -252,7 +268,7 @@ class QuantLayerNorm(QuantModule):
         return torch.where(gain < 0, -1.0, 1.0), multiplier, offset / scale
 
     def integer(self, x: QTensor) -> QTensor:
-        x = self.grid_in(x)
+        x = self.grid_in(x if self.stored is None else self.stored(x))
         eps = float(self.module.eps / x.unit.detach() ** 2)
         scale, qmin, qmax = self.grid_out.parameters_of_grid()
         if self.gain_mantissa is not None and self.gain_shift is not None and self.offset is not None:

@@ -75,6 +75,7 @@ class QTensor:
     forward: the number of the forward that made it (`Runtime.number`).
 
     repeated: where the numbers are not computed yet; reading q computes them.
+    origin: where the tensor comes from, while that is found out (`quant.storage`).
 
     The tensors in q and scale never change: an operation in place puts new ones into these slots. A quantized
     tensor knows its views and what it is a view of (`aliases`). After an operation in place on one of them,
@@ -92,6 +93,7 @@ class QTensor:
         "aliases",
         "overwritten",
         "repeated",
+        "origin",
         "__weakref__",
     )
     q: Tensor
@@ -116,6 +118,7 @@ class QTensor:
         self.forward: int = 0 if runtime is None else runtime.number
         self.aliases: list[weakref.ref[QTensor]] = []
         self.repeated: Repeated | None = None
+        self.origin: Any = None
 
     @classmethod
     def of_repeated(cls, repeated: "Repeated", like: "QTensor") -> "QTensor":
@@ -189,6 +192,7 @@ class QTensor:
                     del other.q
         self.q, self.scale, self.aliases, self.repeated = numbers, scale, [], None
         self.pixels, self.latent, self.levels = new.pixels, new.latent, new.levels
+        self.origin = new.origin
 
     @property
     def readable(self) -> bool:

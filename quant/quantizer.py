@@ -50,9 +50,10 @@ class Quantizer(Grid):
         border: the learned rounding border of each channel, or None: a number goes up where its fraction is
         at
             least 1/2 + border.
-        border_dim: the dimension of the border's channels.
-        energy: mean square of each channel.
-        ranges_only: what is observed from here on counts for the ends of the range alone.
+        border_dim: the dimension of the border's channels. energy: mean square of each channel.
+        ranges_only: what is observed from here on counts for the ends of the range alone. dead_share: a
+        channel whose largest value is below this share of 2^-8 of the tensor's largest counts as
+            zero, and gets that range.
         clip_counter: while `quant.clipping.counting` lasts, it is told what is clipped.
     """
 
@@ -82,6 +83,7 @@ class Quantizer(Grid):
         self.border_dim = 1 if channel_dim is None else channel_dim
         self.register_buffer("energy", torch.zeros(()))
         self.ranges_only = False
+        self.dead_share = 1.0
         self.clip_counter: ClipCounter | None = None
         self.observer = RangeObserver(self.spec.method != "max")
 
@@ -136,7 +138,7 @@ class Quantizer(Grid):
         # a channel of zeros in calibration may hold values later: it gets a share of the largest range
         peak = torch.maximum(-low, high)
         floor = peak.max().clamp(min=2**-8) * 2**-8
-        is_zero = peak < floor
+        is_zero = peak < floor * self.dead_share
         low, high = torch.where(is_zero, -floor, low), torch.where(is_zero, floor, high)
         # no image leaves 0..1, and its 256 values are the codes of 8 bits
         headroom = 1.0 if self.pixels else self.headroom * (room(self.bits) if self.widens else 1.0)

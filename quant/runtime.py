@@ -19,6 +19,7 @@ from licq.quant.config import QuantConfig
 from licq.quant.dispatch import dispatch
 from licq.quant.fixedpoint import fixed_point_scale, round_ste
 from licq.quant.qtensor import QTensor, to_real
+from licq.quant.storage import Origins
 from licq.quant.symbols import Symbol
 from licq.quant.torch_functions import function_name
 from licq.support.errors import InputError
@@ -58,6 +59,7 @@ class Runtime:
         act_drop: while a unit learns with QDrop (Wei et al. 2022): (integers, the same before rounding and
             clipping) -> a mix of both. None: no QDrop.
         tracer: where the forward is written down as a program (`integer.lowering`); None: it computes.
+        origins: while it is found out what is stored between layers (`quant.storage`).
         calling: the PyTorch function that runs, for the message where it fails.
         number: of the forward; each has another one.
     """
@@ -71,6 +73,7 @@ class Runtime:
         self.observing = False
         self.act_drop: Callable[[Tensor, Tensor], Tensor] | None = None
         self.tracer: Any = None
+        self.origins: Origins | None = None
         self.calling = ""
         self.number = 0
         self._path: list[str] = [""]
@@ -240,7 +243,10 @@ class Runtime:
             InputError: one of them was kept from another forward, and this one or that one is written down.
         """
         self._refuse_kept((*args, *kwargs.values()), self.where)
-        return dispatch(self, function, args, kwargs)
+        result = dispatch(self, function, args, kwargs)
+        if self.origins is not None:
+            self.origins.of_function(function, args, kwargs, result)
+        return result
 
     def _refuse_kept(self, arguments: Iterable[Any], where: str) -> None:
         """Raises InputError where a program would read what another forward has computed."""

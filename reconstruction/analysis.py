@@ -16,6 +16,7 @@ from licq.quant.qtensor import QTensor
 from licq.reconstruction.landscape import measure_landscape
 from licq.reconstruction.probe import SIDES, Probe, Remember
 from licq.reconstruction.sensitivity import Sensitivity, predicted_losses
+from licq.reconstruction.stored_tensors import measure_stored
 from licq.reconstruction.units import Unit
 from licq.support.progress import progress as progress_bar
 
@@ -42,7 +43,8 @@ def analyze(
 
     Returns:
         {"float": Cost, "all": rise with everything quantized, "unit": kind, "layers": `measure_units` of
-        layers, "units": of `kind`, "channels": `measure_channels`, "landscape": `measure_landscape`}.
+        layers, "units": of `kind`, "stored": `measure_stored`, "channels": `measure_channels`,
+        "landscape": `measure_landscape`}.
 
     Raises:
         InputError: no such layer.
@@ -62,6 +64,7 @@ def analyze(
         "unit": kind,
         "layers": layers,
         "units": units,
+        "stored": measure_stored(probe, layers, remember, progress),
         "channels": channels,
         "landscape": measure_landscape(probe, landscape, remember, progress),
     }

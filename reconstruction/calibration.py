@@ -165,15 +165,15 @@ class Step:
     run: Callable[[Calibration], None]
     """It changes the calibration in place and writes its own entries of the history."""
 
-    applies: Callable[[ReconstructionConfig], bool] = lambda knobs: True
-    """Whether the knobs ask for it."""
+    applies: Callable[[PtqConfig], bool] = lambda config: True
+    """Whether the method asks for it."""
 
 
 def run_steps(calibration: Calibration, steps: Iterable[Step]) -> None:
     """Run the steps that apply, in their order, and keep their times."""
     seconds = calibration.seconds_by_step
     for step in steps:
-        if step.applies(calibration.knobs):
+        if step.applies(calibration.config):
             started = time.monotonic()
             step.run(calibration)
             seconds[step.name] = seconds.get(step.name, 0.0) + time.monotonic() - started

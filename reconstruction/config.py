@@ -166,6 +166,10 @@ class ReconstructionConfig:
     (`reconstruction.balance`). The number is the share of the noise of weights rounded to nearest that is
     expected to remain after learning, 1 for all of it. 0 leaves it out."""
 
+    tighten: bool = False
+    """Under `strict_int8`, behind the first rounding: ranges of stored tensors are made smaller where that
+    lowers J of crops and does not raise that of harder ones (`reconstruction.tighten`)."""
+
     round_init: str = "gptq"
     """Where learned rounding starts: "nearest", or "gptq", where each weight's rounding error is compensated
     by the others (Frantar et al. 2023). Only "learned_offset" and "ste" can start there. "nearest" and
@@ -284,7 +288,8 @@ class PtqConfig:
     def clips(self) -> bool:
         """Whether the method's activation ranges may be smaller than what values reach."""
         knobs = self.reconstruction
-        return self.quant.a_range != "max" or "range_a" in knobs.learn or not knobs.flat
+        tightened = knobs.tighten and self.quant.strict_int8
+        return self.quant.a_range != "max" or "range_a" in knobs.learn or not knobs.flat or tightened
 
     @classmethod
     def from_preset(cls, preset: str = "licq", **overrides: Any) -> "PtqConfig":

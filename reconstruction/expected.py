@@ -15,6 +15,7 @@ from licq.reconstruction.state import stored_records
 
 SIDE = 256
 OBSERVING = "observing ranges"
+TIGHTENING = "tightening ranges"
 UNITS, JOINT = "units", "joint pass"
 
 # in float forwards of as many images
@@ -27,6 +28,7 @@ _STEP = 4.5  # its forward and backward
 _BALANCE = 2.0
 _FACTORIZATION = 75.0
 
+_TIGHTENED, _TRIALS = 6, 2.0  # crops on which ranges are tightened; trials for each layer
 _FLAT, _HARDER, _SCORES = 12, 4, 7  # flat pictures; harder crops of one; measurements in the joint pass
 _LAYERS_A_UNIT = {"layer": 1.0, "block": 2.5, "stage": 5.0}
 
@@ -70,6 +72,9 @@ def expected_loops(
         shown = observed if crops >= knobs.observed else 4 * observed  # `gptq.turned`
         moments = _MOMENTS * forward * shown
         loops.append(("compensating rounding", moments + _FACTORIZATION))
+    if knobs.tighten and config.quant.strict_int8 and knobs.knows_j and "tightened" not in stored:
+        pictures = min(measured, _TIGHTENED) + _HARDER
+        loops.append((TIGHTENING, _TRIALS * layers * _QUANTIZED * forward * pictures))
     has_units = bool(knobs.iters and knobs.learn)
     if has_units:
         loops.append(("measuring J", quantized))

@@ -90,6 +90,11 @@ class Probe:
         with quantized_alone(self.qmodel, unit, side):
             return self._cost(self._cache) - self.real
 
+    def change_from(self, start: Call) -> Cost:
+        """By how much the costs rise through what is changed from this call on."""
+        self._reach(start)
+        return self._cost(self._cache) - self.real
+
     def all_units(self) -> Cost:
         """By how much the costs rise when everything is quantized."""
         self.qmodel.quantize_nodes(True)

@@ -6,7 +6,7 @@ from licq.quant.config import QuantConfig
 from licq.quant.rounding import ROUNDINGS
 from licq.reconstruction.balance import balance_scales
 from licq.reconstruction.calibration import Calibration, Step
-from licq.reconstruction.config import ReconstructionConfig
+from licq.reconstruction.config import PtqConfig
 from licq.reconstruction.driver import reconstruct
 from licq.reconstruction.engine import Engine
 from licq.reconstruction.gptq import compensate_rounding, turned
@@ -15,7 +15,15 @@ from licq.reconstruction.search import best_norm, search_ranges
 from licq.reconstruction.sensitivity import measure_sensitivities, predicted_losses
 from licq.reconstruction.split import split_channels
 from licq.reconstruction.state import learned, restore
+from licq.reconstruction.stress import flat, stressed
+from licq.reconstruction.tighten import tighten_ranges
 from licq.support.progress import progress as progress_bar
+
+TIGHTENED_BATCHES = 3
+"""Ranges are tightened on the first so many measured batches."""
+
+SMOOTH = 3
+"""And on so many smooth pictures, beside the harder crops of one crop."""
 
 
 def search_norm(calibration: Calibration) -> None:
@@ -95,6 +103,21 @@ def compensate(calibration: Calibration) -> None:
     state.save("start", {"seconds": time.monotonic() - started}, parameters)
 
 
+def tighten(calibration: Calibration) -> None:
+    """Under `strict_int8`: make ranges of stored tensors smaller where that lowers J."""
+    crops = calibration.crops
+    harder = [*stressed(crops[-1:]).split(2), *flat(crops)[-SMOOTH:].split(2)]
+    calibration.history["tightened"] = tighten_ranges(
+        calibration.qmodel,
+        calibration.measured_batches[:TIGHTENED_BATCHES],
+        harder,
+        calibration.objective,
+        calibration.sensitivities,
+        calibration.state,
+        calibration.progress,
+    )
+
+
 def measure_start(calibration: Calibration) -> None:
     """Measure J of the quantized codec before anything is learned."""
     calibration.qmodel.quantize_nodes(True)
@@ -129,12 +152,19 @@ def predict(calibration: Calibration) -> None:
     calibration.history["predicted"] = predicted_losses(calibration.qmodel, calibration.sensitivities)
 
 
-def _by_powell(knobs: ReconstructionConfig) -> bool:
-    return knobs.range_search == "powell"
+def _by_powell(config: PtqConfig) -> bool:
+    return config.reconstruction.range_search == "powell"
 
 
-def _differs_from_units(knobs: ReconstructionConfig) -> bool:
+def _tightens(config: PtqConfig) -> bool:
+    """Ranges shrink on J, so the loss must know it."""
+    knobs = config.reconstruction
+    return knobs.tighten and config.quant.strict_int8 and knobs.knows_j
+
+
+def _differs_from_units(config: PtqConfig) -> bool:
     """Whether J before learning is another one than J behind the units, which is measured anyway."""
+    knobs = config.reconstruction
     return bool(knobs.iters and knobs.learn)
 
 
@@ -146,6 +176,7 @@ PREPARATION = (
     Step("splitting and balancing", balance),
     Step("searching ranges", search, _by_powell),
     Step("compensating rounding", compensate),
+    Step("tightening ranges", tighten, _tightens),
 )
 LEARNING = (
     Step("learning", measure_start, _differs_from_units),

@@ -49,6 +49,14 @@ def render_analysis(analysis: dict) -> str:
         parts += [f"## {heading}", unit_table(analysis, key)]
     parts += [
         "![delta J of each part](delta_j.png)",
+        "## Tensors between layers",
+        "Each row: this tensor alone is rounded, all else is float. A layer's input is what its weights are "
+        "multiplied with; operands are those of sums, gates and attention's products. Levels: how many "
+        "steps of the grid the values span, in the channel in the middle and in the poorest one. Below a "
+        "step: share of the values that are smaller than a step and not zero. Few levels and many small "
+        "values in a tensor with one scale ask for scales of channels. Under `--strict_int8` tensors of 16 "
+        "bits are in registers and the others are stored.",
+        stored_table(analysis),
         "## Ranges of channels",
         "Spread: the largest channel's largest magnitude over the median channel's, without channels that "
         "are switched off. Outliers: the largest value of max / 99.9th percentile and of max / rms among a "
@@ -107,6 +115,28 @@ def unit_table(analysis: dict, key: str = "layers", most: int | None = None) -> 
         "predicted, weights",
         "predicted, inputs",
     ]
+    return _table(header, rows)
+
+
+def stored_table(analysis: dict, most: int | None = None) -> str:
+    """The tensors between layers, largest rise first."""
+    whole = analysis["float"]["j"]
+    order = sorted(analysis["stored"].items(), key=lambda tensor: -tensor[1]["j"])
+    rows = [
+        [
+            name,
+            tensor["bits"],
+            tensor["scales"],
+            f"{tensor['low']:.3g} .. {tensor['high']:.3g}",
+            f"{tensor['levels']} / {tensor['fewest_levels']}",
+            f"{100 * tensor['below_step']:.1f}%",
+            _percent(tensor["j"], whole),
+            f"{tensor['bpp']:+.5f}",
+            f"{tensor['weighted_distortion']:+.5f}",
+        ]
+        for name, tensor in order[:most]
+    ]
+    header = ["tensor", "bits", "scales", "range", "levels", "below a step", "delta J", "R", "lambda * D"]
     return _table(header, rows)
 
 

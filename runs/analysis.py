@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from licq.reconstruction.analysis import Probe, analyze
 from licq.reconstruction.api import prepare_calibration
 from licq.reconstruction.objective import Objective
-from licq.report.analysis import unit_table, write_analysis
+from licq.report.analysis import stored_table, unit_table, write_analysis
 from licq.runs.float_models import FloatModel
 from licq.runs.quality import quality_settings
 from licq.runs.run import Run
@@ -54,6 +54,7 @@ def _analyze_codec(run: Run, source: FloatModel) -> str:
     return (
         f"{title}: J {j:.4f}, with everything quantized {100 * analysis['all']['j'] / j:+.3f} %\n\n"
         f"{unit_table(analysis, most=_ROWS)}\n\n"
+        f"{stored_table(analysis, most=_ROWS)}\n\n"
         f"report:  {folder.path / 'analysis.md'}, analysis.json, delta_j.png, ranges.png, channels.png, "
         "landscape.png\n"
     )
