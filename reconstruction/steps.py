@@ -159,7 +159,7 @@ def _by_powell(config: PtqConfig) -> bool:
 def _tightens(config: PtqConfig) -> bool:
     """Ranges shrink on J, so the loss must know it."""
     knobs = config.reconstruction
-    return knobs.tighten and config.quant.strict_int8 and knobs.knows_j
+    return knobs.tighten and knobs.knows_j
 
 
 def _differs_from_units(config: PtqConfig) -> bool:

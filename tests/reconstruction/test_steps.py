@@ -39,7 +39,7 @@ def test_steps_run_in_the_order_of_the_list_and_their_times_add_up(monkeypatch):
     monkeypatch.setattr(calibration_module.time, "monotonic", lambda: float(next(clock)))
     listed = [
         Step("a", lambda _: order.append(1)),
-        Step("never", lambda _: order.append(2), lambda knobs: knobs.iters > 10**6),
+        Step("never", lambda _: order.append(2), lambda config: config.reconstruction.iters > 10**6),
         Step("b", lambda _: order.append(3)),
         Step("a", lambda _: order.append(4)),
     ]
@@ -65,7 +65,7 @@ def test_preparation_is_the_list_up_to_learning():
     assert steps.STEPS[: len(steps.PREPARATION)] == steps.PREPARATION
     assert [step.run for step in steps.PREPARATION] == [
         *(steps.search_norm, steps.observe, steps.measure, steps.split),
-        *(steps.balance, steps.search, steps.compensate),
+        *(steps.balance, steps.search, steps.compensate, steps.tighten),
     ]
     config = PtqConfig.from_preset(measured=3, observed=4)
     found = prepare_calibration(tiny_codec("balle2018"), images(5), config, Objective(0.01), progress=False)
