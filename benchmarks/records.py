@@ -30,7 +30,9 @@ from licq.support.errors import InputError
 from licq.support.files import write_text
 from licq.support.version import __version__
 
-CODE = ("codec data evaluation integer models quant reconstruction report runs support workers").split()
+CODE = (
+    "codec data evaluation examples integer models quant reconstruction report runs support workers"
+).split()
 RATES = ("bd_rate_psnr", "bd_rate_psnr_real", "bd_rate_psnr_cubic", "bd_rate_ms_ssim")
 _LAYERS = 4  # with most of the predicted loss, of each rate
 _DIGITS = {"bpp": 6, "bpp_estimated": 6, "psnr": 4, "ms_ssim": 6}
@@ -160,6 +162,7 @@ def stamp() -> dict[str, Any]:
         "numbers": max((change["number"] for change in stored.load("numbers")["changes"]), default=0),
         "commit": _git("rev-parse", "--short=10", "HEAD") or "unknown",
         "dirty": bool(dirty),
+        "code": code_digest(),
         "machine": machine(),
     }
 
@@ -181,7 +184,6 @@ def machine() -> dict[str, Any]:
     }
 
 
-@functools.cache
 def code_digest() -> str:
     """Eight digits for the code that a run's numbers come from. A run is only continued with the same."""
     digest = hashlib.sha256()
@@ -217,7 +219,6 @@ def make_record(cell: Cell, folder: Path, measured: dict[str, Any], minutes: flo
         "command": " ".join(cell.words),
         "config": cell.config,
         **measured,
-        "code": code_digest(),
         "minutes": round(minutes, 2),
         "expected_minutes": round(cell.minutes, 2),
     }
@@ -227,6 +228,10 @@ def make_record(cell: Cell, folder: Path, measured: dict[str, Any], minutes: flo
     if report is None:
         raise InputError(f"{folder} holds no report.json")
     calibration = report["config"]["calibration"]
+    seconds = sum(point["calibration_seconds"] for point in report["points"])
+    record["minutes"] = round(
+        max(minutes, seconds / 60), 2
+    )  # of a run that went on, minutes are the last part
     return record | {
         "images": report["images"],
         "calibration": {name: calibration[name] for name in ("dataset", "images", "crop", "crops_per_image")}

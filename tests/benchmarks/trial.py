@@ -82,6 +82,7 @@ STAMP = {
     "numbers": 1,
     "commit": "abcdef0123",
     "dirty": False,
+    "code": "00000000",
     "machine": {"cpu": "a CPU", "instructions": "AVX2", "cores": 2, "torch": "2.4"},
 }
 
