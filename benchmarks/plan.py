@@ -28,7 +28,14 @@ from licq.sweeps.values import as_text, list_of, mapping, one_of
 
 PLAN = ROOT / "benchmarks" / "tables.yaml"
 CHECKPOINTS = "{checkpoints}"  # stands in the plan and in records for a folder of this machine
-_OF_VALUES = {"depends", "minutes", "learning", "learning_below_8"}  # what a value has beside flags
+_OF_VALUES = {
+    "depends",
+    "minutes",
+    "layers",
+    "learning",
+    "learning_below_8",
+    "learning_a_layer",
+}  # what a value has beside flags
 _OF_TABLES = {"title", "text", "notes", "grid", "seeds", "flags", "show", "paper"}
 _IN_NAMES = ("preset", "w_bits", "a_bits")  # flags that the name of a cell shows without their names
 
@@ -206,6 +213,7 @@ class Plan:
         learning = 0.0
         for value in chosen:
             learning += value.get("learning_below_8" if low else "learning", value.get("learning", 0))
+            learning += value.get("learning_a_layer", 0) * of_codec.get("layers", 20)
         minutes = of_codec.get("minutes", {"files": 2, "simulated": 2, "licq": 5})
         simulated = config.get("a_scales") == "simulated" or 32 in (
             config.get("w_bits", 8),
