@@ -17,7 +17,7 @@ TORCH = [ -z '$(TORCH_INDEX)' ] || (export PIP_CONFIG_FILE=/dev/null PIP_EXTRA_I
 INSTALL = if command -v uv >/dev/null 2>&1; then uv pip install --quiet --python $(BIN)/python $(1); \
 	else $(BIN)/python -m pip install --quiet --disable-pip-version-check $(1); fi
 
-.PHONY: env demo test test-all lint format ide docs
+.PHONY: env demo test test-all lint format ide docs tables
 
 env: $(STAMP)
 
@@ -68,6 +68,12 @@ format: $(STAMP)-dev
 # Links by which pyright and IDEs find licq.<room> in a checkout.
 ide: env
 	@$(BIN)/python .ci/ide_links.py
+
+# What is open or old of the results' tables, two runs at a time; LICQ_DATA names the folder with kodak/, clic/ and checkpoints/.
+# `make tables TABLES_FLAGS="--hours 10"`; CONTRIBUTING.md says more.
+TABLES_FLAGS ?=
+tables: env
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/tables.py --workers 2 $(TABLES_FLAGS)
 
 # The documentation as a site, in site/.
 docs: $(STAMP)-dev

@@ -1,63 +1,46 @@
-"""The results pages of the documentation and README.md's table, made from docs/results/*.json.
+"""The results pages of the documentation and README.md's table.
 
     python benchmarks/results.py                       # write the pages
     python benchmarks/results.py --check               # status 1 where a page is not what would be written
-    python benchmarks/results.py --store embedded RUN  # rows of a table, from finished runs of main_ptq.py
     python benchmarks/results.py --numbers FILE        # do small runs still give the recorded numbers?
     python benchmarks/results.py --numbers FILE --record "what changed" --affects calibration
 
-One JSON file holds one table with its command, data, bits and checkpoint, and when it was measured.
-pages.json says which tables a page has, in which order.
+pages.json says which tables a page has, in which order. A table is one of two kinds:
 
-A table is marked as old by this command, not by hand. numbers.json lists every change of what licq computes:
-a number, a date, a sentence, and the kinds of results that it affects. A table, or a row, names the last
+- of the plan, benchmarks/tables.yaml: made of the records in docs/results/cells, which benchmarks/tables.py
+  measures;
+- stored: docs/results/<name>.json holds it with its own command, data, bits and checkpoint, and when it was
+  measured.
+
+A figure is marked as old by this command, not by hand. numbers.json lists every change of what licq computes:
+a number, a date, a sentence, and the kinds of results that it affects. A cell, a table or a row has the last
 change that it includes and the kinds that it depends on. It is old when a later change affects one of these.
-Moving code does not make a table old. `--numbers` tells when a change was forgotten: it compares the results
+Moving code does not make it old. `--numbers` tells when a change was forgotten: it compares the results
 of benchmarks/same_numbers.py with recorded hashes. FILE has to be made on the kind of machine that
 numbers.json names, because learned numbers depend on it.
 """
 
-import datetime
-import hashlib
-import json
 import re
 import sys
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT))  # this checkout, whatever is installed
 
+import main_ptq
+from benchmarks import stored
+from benchmarks.fingerprints import compare_numbers, record_change
+from benchmarks.plan import PLAN, Plan, Table
+from benchmarks.records import Records
+from benchmarks.shown import OLD, OPEN, Shown, status_of_plan
 from licq.support.cli import ArgumentParser, main_guard
 from licq.support.errors import InputError
 
-RESULTS = ROOT / "docs" / "results"
 README = ROOT / "README.md"
-README_COLUMNS = (0, 1, 2, 4, 6, 8)  # of the table "embedded"
+IN_README = "embedded"  # the table of the plan that README.md shows a part of
+README_COLUMNS = ("BD-rate", "delta J", "licq, calibration", "licq, file, of float's")  # ends of their titles
 BEGIN, END = "<!-- results: embedded -->", "<!-- /results -->"
-NOTE = "<!-- Written by benchmarks/results.py from docs/results/*.json: change these, not this page. -->"
-
-
-def load(name: str) -> Any:
-    """The content of docs/results/<name>.json.
-
-    Raises:
-        InputError: no such file, or one that is not JSON.
-    """
-    path = RESULTS / f"{name}.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not a readable table ({error})") from error
-
-
-def dump(data: dict) -> str:
-    """JSON with one line for each row of a table, so that a changed row is one changed line."""
-    text = json.dumps(data | {"rows": []} if "rows" in data else data, indent=2, ensure_ascii=False)
-    if data.get("rows"):
-        rows = ",\n".join("    " + json.dumps(row, ensure_ascii=False) for row in data["rows"])
-        text = text.replace('"rows": []', f'"rows": [\n{rows}\n  ]')
-    return text + "\n"
+NOTE = "<!-- Written by benchmarks/results.py: change what it reads in docs/results, not this page. -->"
 
 
 # Which results are old
@@ -156,44 +139,108 @@ def section(table: dict, changes: list[dict]) -> str:
     return "\n\n".join(parts)
 
 
+# Tables of the plan
+
+
+def plan_tables() -> tuple[dict[str, Table], Records]:
+    """The tables of benchmarks/tables.yaml by their names, and the stored records."""
+    records = Records()
+    tables = Plan(PLAN, main_ptq.build_parser()).tables(records.ranked)
+    return {table.name: table for table in tables}, records
+
+
+def plan_section(table: Table, records: Records) -> str:
+    """A table of the plan as a section of a page."""
+    shown = Shown(table, records)
+    parts = [f"## {table.content['title']}", *table.content.get("text", ())]
+    parts.append(f"```bash\npython benchmarks/tables.py --only {table.name}\n```")
+    if shown.rows:
+        rows = [[_unbroken(cell) for cell in row] for row in shown.rows]
+        parts.append(markdown_table(shown.columns, rows))
+    parts.append("\n>\n".join(f"> {line}" for line in status_of_plan(table, records)))
+    if table.content.get("notes"):
+        parts.append("\n".join(f"- {note}" for note in table.content["notes"]))
+    return "\n\n".join(parts)
+
+
+def stored_tables() -> list[tuple[str, str, str]]:
+    """(name, state, command) of every table that is stored with a command of its own."""
+    changes = stored.load("numbers")["changes"]
+    planned, _ = plan_tables()
+    return [
+        (name, _state(rows_of(table, changes))[1], "\n      ".join(table["command"]))
+        for page in stored.load("pages")
+        for name in page["tables"]
+        if name not in planned
+        for table in [stored.load(name)]
+    ]
+
+
+# Pages as files
+
+
 def render() -> dict[Path, str]:
     """The text of every page, and README.md with its table."""
-    changes = load("numbers")["changes"]
+    changes = stored.load("numbers")["changes"]
+    planned, records = plan_tables()
     pages = {}
-    for page in load("pages"):
+    for page in stored.load("pages"):
         parts = [f"# {page['title']}", NOTE, *page["text"]]
-        parts += [section(load(name), changes) for name in page["tables"]]
+        for name in page["tables"]:
+            if name in planned:
+                parts.append(plan_section(planned[name], records))
+            else:
+                parts.append(section(stored.load(name), changes))
         if page.get("overview"):
-            parts.append(_overview(changes))
-        pages[RESULTS / page["file"]] = "\n\n".join(parts) + "\n"
+            parts.append(_overview(changes, planned, records))
+        pages[stored.RESULTS / page["file"]] = "\n\n".join(parts) + "\n"
     text = README.read_text(encoding="utf-8")
     if BEGIN not in text or END not in text:
         raise InputError(f"{README}: the marks {BEGIN} and {END} are missing; put them around the table")
     pattern = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.DOTALL)
-    pages[README] = pattern.sub(lambda _: f"{BEGIN}\n{_readme_table(changes)}\n{END}", text)
+    table = _readme_table(planned[IN_README], records)
+    pages[README] = pattern.sub(lambda _: f"{BEGIN}\n{table}\n{END}", text)
     return pages
 
 
-def _overview(changes: list[dict]) -> str:
+def write() -> int:
+    """Write the pages; returns their number."""
+    pages = render()
+    for path, text in pages.items():
+        path.write_text(text, encoding="utf-8")
+    return len(pages)
+
+
+def _state(rows: list[tuple[list[str], dict, list[dict]]]) -> tuple[str, str]:
+    """When a stored table was measured, and whether it is old."""
+    dates = sorted({measured["date"] for _, measured, _ in rows})
+    old = sum(bool(later) for _, _, later in rows)
+    state = "current" if not old else "old" if old == len(rows) else f"{old} of {len(rows)} rows old"
+    return " to ".join(dates[:: max(1, len(dates) - 1)]), state
+
+
+def _state_of_plan(table: Table, records: Records) -> tuple[str, str]:
+    """The same of a table of the plan."""
+    cells = table.distinct
+    dates = sorted({record["date"] for cell in cells if (record := records.get(cell))})
+    states = [records.state(cell) for cell in cells]
+    count = {state: states.count(state) for state in ("current", "old", "open")}
+    words = [f"{number} {state}" for state, number in count.items() if number]
+    return " to ".join(dates[:: max(1, len(dates) - 1)]), ", ".join(words) + " cells" if words else "open"
+
+
+def _overview(changes: list[dict], planned: dict[str, Table], records: Records) -> str:
     """Every table with its page and its age, and the changes of the numbers."""
     rows = []
-    for page in load("pages"):
+    for page in stored.load("pages"):
         for name in page["tables"]:
-            table = load(name)
-            parts = rows_of(table, changes)
-            dates = sorted({measured["date"] for _, measured, _ in parts})
-            old = sum(bool(later) for _, _, later in parts)
-            state = (
-                "current" if not old else "old" if old == len(parts) else f"{old} of {len(parts)} rows old"
-            )
-            anchor = re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", table["title"]).strip().lower())
-            rows.append(
-                [
-                    f"[{table['title']}]({page['file']}#{anchor})",
-                    " to ".join(dates[:: max(1, len(dates) - 1)]),
-                    state,
-                ]
-            )
+            if name in planned:
+                title, state = planned[name].content["title"], _state_of_plan(planned[name], records)
+            else:
+                table = stored.load(name)
+                title, state = table["title"], _state(rows_of(table, changes))
+            anchor = re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", title).strip().lower())
+            rows.append([f"[{title}]({page['file']}#{anchor})", *state])
     listed = [
         [str(each["number"]), each["date"], each["change"], ", ".join(each["affects"])] for each in changes
     ]
@@ -202,177 +249,32 @@ def _overview(changes: list[dict]) -> str:
             "## How old is what",
             markdown_table(["table", "measured", "state"], rows),
             "## Changes of the numbers",
-            "At these points licq began to compute other numbers. A table is old if it was measured before a "
-            "change that affects it.",
+            "At these points licq began to compute other numbers. A figure is old if it was measured before "
+            "a change that affects it.",
             markdown_table(["number", "date", "change", "affects"], listed),
         ]
     )
 
 
-def _readme_table(changes: list[dict]) -> str:
-    table = load("embedded")
-    rows = rows_of(table, changes)
-    cells = [[row[index] for index in README_COLUMNS] for row in _marked(rows)]
-    lines = [markdown_table([table["columns"][index] for index in README_COLUMNS], cells)]
-    if any(later for _, _, later in rows):
-        lines.append("† older than a change of the numbers: [results](docs/results/codecs.md) say which.")
-    return "\n\n".join(lines)
-
-
-# Rows from runs
-
-
-def stored_rows(kind: str, folders: list[Path]) -> list[dict]:
-    """Rows of a table from finished runs.
-
-    Args:
-        kind: "codecs", one row for each run, or "points", one for each quality.
-
-    Raises:
-        InputError: a folder without report.json.
-    """
-    from benchmarks.codec_table import HEADS, row
-
-    rows = []
-    for folder in folders:
-        path = folder / "report.json"
-        if not path.is_file():
-            raise InputError(f"{folder} holds no report.json; give folders that main_ptq.py has finished")
-        report = json.loads(path.read_text(encoding="utf-8"))
-        date = datetime.date.fromtimestamp(path.stat().st_mtime).isoformat()
-        included = [change["number"] for change in load("numbers")["changes"] if change["date"] <= date]
-        measured = {"date": date, "version": report["versions"]["licq"], "numbers": max(included, default=0)}
-        if kind == "codecs":
-            cells = [
-                cell for head, cell in zip(HEADS, row(report), strict=True) if head not in ("rates", "images")
-            ]
-            rows.append({"cells": cells, "measured": measured})
-        else:
-            rows += [{"cells": point_cells(point), "measured": measured} for point in report["points"]]
-    return rows
-
-
-def point_cells(point: dict) -> list[str]:
-    """One rate point of report.json as a row of a table of kind "points"."""
-
-    def codec(name: str, key: str) -> list[str]:
-        if name not in point:
-            return ["", "", ""]
-        return [f"{point[name]['bpp']:.4f}", f"{point[name]['psnr']:.3f}", f"{point[key]:+.2f} %"]
-
-    return [
-        f"{point['quality']:g}",
-        f"{point['fp32']['bpp']:.4f}",
-        f"{point['fp32']['psnr']:.3f}",
-        *codec("quant", "delta_j_percent"),
-        *codec("baseline", "baseline_delta_j_percent"),
-        f"{point['calibration_seconds']:.0f} s",
-        f"{point['peak_memory_mb']:.0f} MB",
+def _readme_table(table: Table, records: Records) -> str:
+    shown = Shown(table, records)
+    chosen = [
+        index
+        for index, title in enumerate(shown.columns)
+        if index == 0 or title.endswith(README_COLUMNS) and "MS-SSIM" not in title
     ]
-
-
-def store(name: str, folders: list[Path]) -> None:
-    """Put rows of finished runs into a table, in the place of rows with the same first cell.
-
-    Raises:
-        InputError: the table is not made from runs.
-    """
-    table = load(name)
-    if "from" not in table:
-        raise InputError(f"the table {name!r} is not made from runs of main_ptq.py; change {name}.json")
-    fresh = {row["cells"][0]: row for row in stored_rows(table["from"], folders)}
-    rows = []
-    for row in table["rows"]:
-        own = row if isinstance(row, dict) else {"cells": row}
-        new = fresh.pop(own["cells"][0], None)
-        rows.append(row if new is None else {key: own[key] for key in ("depends",) if key in own} | new)
-    (RESULTS / f"{name}.json").write_text(
-        dump(table | {"rows": rows + list(fresh.values())}), encoding="utf-8"
-    )
-
-
-# Have the numbers changed?
-
-
-def fingerprints(results: dict) -> dict[str, str]:
-    """A hash of what benchmarks/same_numbers.py stored for each of its runs.
-
-    Left out are times, and hashes of models' files, which hold times.
-    """
-    return {
-        name: hashlib.sha256(json.dumps(_without_times(result), sort_keys=True).encode()).hexdigest()[:16]
-        for name, result in sorted(results.items())
-    }
-
-
-def _without_times(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {
-            key: _without_times(part)
-            for key, part in value.items()
-            if "seconds" not in key and key != "models"
-        }
-    return [_without_times(part) for part in value] if isinstance(value, list) else value
-
-
-def machine() -> str:
-    """What learned numbers depend on: PyTorch's version and the instruction set that it uses."""
-    import torch
-
-    return f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}"
-
-
-def read_fingerprints(path: Path) -> dict[str, str]:
-    """`fingerprints` of a file that benchmarks/same_numbers.py has written.
-
-    Raises:
-        InputError: it is not such a file.
-    """
-    try:
-        return fingerprints(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"{path}: not a file of benchmarks/same_numbers.py ({error})") from error
-
-
-def compare_numbers(path: Path) -> list[str]:
-    """The runs in a file of benchmarks/same_numbers.py that differ from the recorded ones.
-
-    Raises:
-        InputError: not such a file, or hashes were recorded on another kind of machine.
-    """
-    numbers = load("numbers")
-    if numbers["machine"] != machine():
-        raise InputError(
-            f"hashes were recorded with {numbers['machine']}, this is {machine()}; compare two checkouts by "
-            "benchmarks/same_numbers.py --compare"
-        )
-    recorded = numbers["fingerprints"]
-    return [name for name, value in read_fingerprints(path).items() if recorded.get(name) != value]
-
-
-def record_change(path: Path, change: str, affects: list[str]) -> None:
-    """Write a change of the numbers, and the hashes after it, to numbers.json."""
-    numbers = load("numbers")
-    entry = {
-        "number": numbers["changes"][-1]["number"] + 1,
-        "date": datetime.date.today().isoformat(),
-        "change": change,
-        "affects": affects,
-    }
-    numbers["changes"].append(entry)
-    numbers["machine"] = machine()
-    numbers["fingerprints"] |= read_fingerprints(path)
-    (RESULTS / "numbers.json").write_text(dump(numbers), encoding="utf-8")
+    rows = [[row[index] for index in chosen] for row in shown.rows]
+    lines = [markdown_table([shown.columns[index] for index in chosen], rows)]
+    for mark, words in ((OLD, "older than a change of the numbers"), (OPEN, "not yet, with this version")):
+        if any(mark in cell for row in rows for cell in row):
+            lines.append(f"{mark}: {words}; [results](docs/results/codecs.md) say which.")
+    return "\n\n".join(lines)
 
 
 def main() -> int:
     parser = ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument(
         "--check", action="store_true", help="only compare the pages with what would be written"
-    )
-    parser.add_argument("--store", metavar="TABLE", help="put the results of finished runs into this table")
-    parser.add_argument(
-        "runs", metavar="RUN", nargs="*", type=Path, help="folders of main_ptq.py, for --store"
     )
     parser.add_argument("--numbers", metavar="FILE", type=Path, help="results of same_numbers.py to compare")
     parser.add_argument(
@@ -388,19 +290,14 @@ def main() -> int:
         different = compare_numbers(args.numbers)
         print(f"changed: {', '.join(different)}; if that is meant: --record" if different else "equal")
         return int(bool(different))
-    if args.store:
-        store(args.store, args.runs)
-    pages = render()
     if args.check:
         different = [
-            path for path, text in pages.items() if not path.is_file() or path.read_text("utf-8") != text
+            path for path, text in render().items() if not path.is_file() or path.read_text("utf-8") != text
         ]
         for path in different:
             print(f"{path.relative_to(ROOT)} is not what benchmarks/results.py writes; run it")
         return int(bool(different))
-    for path, text in pages.items():
-        path.write_text(text, encoding="utf-8")
-    print(f"{len(pages)} pages written")
+    print(f"{write()} pages written")
     return 0
 
 

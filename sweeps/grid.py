@@ -100,6 +100,15 @@ def load_sweep(name_or_file: str, parser: argparse.ArgumentParser, changes: Sequ
         raise InputError(f"{path}: {error}") from error
 
 
+def read_sweep(name: str, content: Any, parser: argparse.ArgumentParser) -> Sweep:
+    """The sweep that a mapping, read from YAML, describes; see `load_sweep`.
+
+    Raises:
+        InputError: it is no sweep.
+    """
+    return _Reader(parser).read(name, content, ())
+
+
 class _Reader:
     """Reads the content of a sweep file, for the flags of a parser."""
 

@@ -1,6 +1,7 @@
 """Tasks in worker processes of this machine."""
 
 import contextlib
+import itertools
 import json
 import os
 import queue
@@ -8,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import asdict
 from pathlib import Path
@@ -24,8 +25,11 @@ _GRACE = 10  # seconds for a worker to end after an interrupt
 _START_WORKER = "import sys; sys.path[:] = sys.argv[1:]; from licq.workers.worker import main; main()"
 
 
-def in_processes(tasks: Sequence[Task], workers: int) -> Generator[Outcome | None, None, None]:
+def in_processes(tasks: Iterable[Task], workers: int) -> Generator[Outcome | None, None, None]:
     """Run tasks in worker processes, at most `workers` at a time.
+
+    The next task is taken from `tasks` when a worker is free for it, and after the outcome of the one before
+    was yielded: a generator may choose by what is finished.
 
     A task whose worker dies is begun again, `RETRIES` times, and continues from what its folder holds. When
     the generator is closed, the workers end.
@@ -35,9 +39,13 @@ def in_processes(tasks: Sequence[Task], workers: int) -> Generator[Outcome | Non
     """
     pool = _Workers(workers)
     with ThreadPoolExecutor(workers) as executor:
-        pending = {executor.submit(pool.run, task) for task in tasks}
+        waiting, pending = iter(tasks), set()
         try:
-            while pending:
+            while True:
+                free = workers - len(pending)
+                pending |= {executor.submit(pool.run, task) for task in itertools.islice(waiting, free)}
+                if not pending:
+                    return
                 done, pending = wait(pending, timeout=_PULSE, return_when=FIRST_COMPLETED)
                 yield from [future.result() for future in done] or [None]
         finally:

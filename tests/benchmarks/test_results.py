@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import results
+from benchmarks import fingerprints, results, stored
 from licq.support.errors import InputError
 
 CHANGES = [
@@ -31,9 +31,9 @@ def table(**changed) -> dict:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    monkeypatch.setattr(stored, "RESULTS", tmp_path)
     (tmp_path / "numbers.json").write_text(
-        json.dumps({"changes": CHANGES, "machine": results.machine(), "fingerprints": {}})
+        json.dumps({"changes": CHANGES, "machine": fingerprints.machine(), "fingerprints": {}})
     )
     return tmp_path
 
@@ -56,45 +56,27 @@ def test_a_table_that_is_old_as_a_whole_has_no_marked_rows():
 
 def test_dump_is_json_with_one_line_for_each_row():
     data = table()
-    text = results.dump(data)
+    text = stored.dump(data)
     assert json.loads(text) == data
     assert '    ["a", "+1 %"],\n' in text
-
-
-def test_rows_of_runs_replace_those_of_the_same_quality(folder, tmp_path):
-    columns = [str(number) for number in range(11)]
-    stored = table(columns=columns, rows=[["1", *["old"] * 10], ["3", *["old"] * 10]]) | {"from": "points"}
-    (folder / "mine.json").write_text(results.dump(stored))
-    run = tmp_path / "run"
-    run.mkdir()
-    means = {"bpp": 0.5, "psnr": 30.0}
-    point = {"quality": 3, "fp32": means, "quant": means, "delta_j_percent": 0.25}
-    point |= {"calibration_seconds": 9.6, "peak_memory_mb": 100.4}
-    (run / "report.json").write_text(json.dumps({"points": [point], "versions": {"licq": "0.2.0"}}))
-    results.store("mine", [run])
-    first, second = json.loads((folder / "mine.json").read_text())["rows"]
-    assert first == ["1", *["old"] * 10]
-    cells = ["3", "0.5000", "30.000", "0.5000", "30.000", "+0.25 %", "", "", "", "10 s", "100 MB"]
-    assert second["cells"] == cells
-    assert second["measured"]["numbers"] == 2 and second["measured"]["version"] == "0.2.0"
 
 
 def test_numbers_that_change_are_found_and_recorded(folder, tmp_path):
     before, after = tmp_path / "before.json", tmp_path / "after.json"
     before.write_text(json.dumps({"balle2018": {"j": 1.0, "seconds": 5}}))
     after.write_text(json.dumps({"balle2018": {"j": 1.1, "seconds": 5}}))
-    results.record_change(before, "third", ["calibration"])
+    fingerprints.record_change(before, "third", ["calibration"])
     before.write_text(json.dumps({"balle2018": {"j": 1.0, "seconds": 6}}))
-    assert results.compare_numbers(before) == []  # times are no numbers
-    assert results.compare_numbers(after) == ["balle2018"]
-    results.record_change(after, "fourth", ["calibration"])
-    assert results.compare_numbers(after) == []
-    assert [change["number"] for change in results.load("numbers")["changes"]] == [1, 2, 3, 4]
+    assert fingerprints.compare_numbers(before) == []  # times are no numbers
+    assert fingerprints.compare_numbers(after) == ["balle2018"]
+    fingerprints.record_change(after, "fourth", ["calibration"])
+    assert fingerprints.compare_numbers(after) == []
+    assert [change["number"] for change in stored.load("numbers")["changes"]] == [1, 2, 3, 4]
 
 
 def test_hashes_of_another_machine_are_not_compared(folder, tmp_path):
-    stored = results.load("numbers") | {"machine": "another"}
-    (folder / "numbers.json").write_text(json.dumps(stored))
+    numbers = stored.load("numbers") | {"machine": "another"}
+    (folder / "numbers.json").write_text(json.dumps(numbers))
     (tmp_path / "after.json").write_text("{}")
     with pytest.raises(InputError, match="recorded with another"):
-        results.compare_numbers(tmp_path / "after.json")
+        fingerprints.compare_numbers(tmp_path / "after.json")
