@@ -167,8 +167,9 @@ class ReconstructionConfig:
     expected to remain after learning, 1 for all of it. 0 leaves it out."""
 
     tighten: bool = False
-    """Under `strict_int8`, behind the first rounding: ranges of stored tensors are made smaller where that
-    lowers J of crops and does not raise that of harder ones (`reconstruction.tighten`)."""
+    """Behind the first rounding: ranges of layers' inputs, and under `strict_int8` those of all stored tensors,
+    are made smaller where that lowers J of crops and does not raise that of harder ones
+    (`reconstruction.tighten`). The loss must know J."""
 
     round_init: str = "gptq"
     """Where learned rounding starts: "nearest", or "gptq", where each weight's rounding error is compensated
@@ -286,7 +287,7 @@ class PtqConfig:
 
     @property
     def clips(self) -> bool:
-        """Whether the method's activation ranges may be smaller than what values reach."""
+        """Whether so much is clipped on purpose that a report counts it, at the price of a simulation."""
         knobs = self.reconstruction
         tightened = knobs.tighten and self.quant.strict_int8
         return self.quant.a_range != "max" or "range_a" in knobs.learn or not knobs.flat or tightened

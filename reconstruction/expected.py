@@ -29,6 +29,7 @@ _BALANCE = 2.0
 _FACTORIZATION = 75.0
 
 _TIGHTENED, _TRIALS = 6, 2.0  # crops on which ranges are tightened; trials for each layer
+_COSTLY = 0.4  # share of the layers whose inputs cost enough to be tried
 _FLAT, _HARDER, _SCORES = 12, 4, 7  # flat pictures; harder crops of one; measurements in the joint pass
 _LAYERS_A_UNIT = {"layer": 1.0, "block": 2.5, "stage": 5.0}
 
@@ -72,9 +73,10 @@ def expected_loops(
         shown = observed if crops >= knobs.observed else 4 * observed  # `gptq.turned`
         moments = _MOMENTS * forward * shown
         loops.append(("compensating rounding", moments + _FACTORIZATION))
-    if knobs.tighten and config.quant.strict_int8 and knobs.knows_j and "tightened" not in stored:
+    if knobs.tighten and knobs.knows_j and "tightened" not in stored:
         pictures = min(measured, _TIGHTENED) + _HARDER
-        loops.append((TIGHTENING, _TRIALS * layers * _QUANTIZED * forward * pictures))
+        trials = _TRIALS * layers * (1.0 if config.quant.strict_int8 else _COSTLY)
+        loops.append((TIGHTENING, trials * _QUANTIZED * forward * pictures))
     has_units = bool(knobs.iters and knobs.learn)
     if has_units:
         loops.append(("measuring J", quantized))

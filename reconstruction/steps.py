@@ -104,7 +104,7 @@ def compensate(calibration: Calibration) -> None:
 
 
 def tighten(calibration: Calibration) -> None:
-    """Under `strict_int8`: make ranges of stored tensors smaller where that lowers J."""
+    """Make ranges of inputs, and under `strict_int8` of all stored tensors, smaller where that lowers J."""
     crops = calibration.crops
     harder = [*stressed(crops[-1:]).split(2), *flat(crops)[-SMOOTH:].split(2)]
     calibration.history["tightened"] = tighten_ranges(

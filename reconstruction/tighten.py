@@ -1,4 +1,4 @@
-"""Ranges of stored tensors that are made smaller where that lowers J.
+"""Ranges of layers' inputs, and of stored tensors, that are made smaller where that lowers J.
 
 A range that holds the harder crops of `stress` leaves a photograph half of the codes or less. With 8 bits
 on every stored tensor that costs more than anything else (docs/bits-and-methods.md). So each tensor's range
@@ -7,6 +7,7 @@ photographs falls and J of the harder crops and of flat pictures is not above wh
 they were observed.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -54,7 +55,9 @@ def tighten_ranges(
     stored = state.load("tightened")
     if stored is not None:
         found = stored[0]
-        _apply(qmodel, found["ranges"])
+        for tensor in tensors_between_layers(qmodel):
+            for _ in range(round(math.log(found["ranges"].get(tensor.name, 1.0), FACTOR))):
+                _shrink(tensor)
         return found
     qmodel.quantize_nodes(True)
     with unchanged.everything():
@@ -68,8 +71,7 @@ def tighten_ranges(
     ]
     for tensor in progress_bar(tensors, desc=TIGHTENING, unit="tensor", enabled=progress, leave=False):
         for _ in range(_MOST):
-            start = tensor.grid.log_n.data.clone()
-            tensor.grid.log_n.data = start + torch.log(torch.as_tensor(FACTOR)).to(start)
+            start = _shrink(tensor)
             tried = [mean_cost(qmodel, photographs, objective)]
             if tried[0] < j[0] * (1 - _LEAST_GAIN):
                 tried.append(mean_cost(qmodel, harder, objective))
@@ -83,18 +85,18 @@ def tighten_ranges(
     return found
 
 
-def _apply(qmodel: QuantModel, ranges: dict[str, float]) -> None:
-    for tensor in tensors_between_layers(qmodel):
-        if tensor.name in ranges:
-            log_n = tensor.grid.log_n
-            log_n.data = log_n.data + torch.log(torch.as_tensor(ranges[tensor.name])).to(log_n)
+def _shrink(tensor: BetweenLayers) -> Tensor:
+    """Make the tensor's range `FACTOR` of itself; returns ln N as it was."""
+    start = tensor.grid.log_n.data.clone()
+    tensor.grid.log_n.data = start + torch.log(torch.as_tensor(FACTOR)).to(start)
+    return start
 
 
 def _can_shrink(tensor: BetweenLayers, qmodel: QuantModel) -> bool:
     grid = tensor.grid
     # what a GDN squares sets its norm alone: there rounding costs next to nothing, and clipping does
     of_norm = tensor.is_input and tensor.node.kind == "gdn"
-    few = grid.bits <= max(qmodel.config.carrier_bits, qmodel.config.a_bits)
+    few = grid.bits <= max(qmodel.config.a_bits, 8)  # what has more bits has codes to spare
     return few and not (grid.exact or grid.latent or of_norm)
 
 

@@ -48,14 +48,19 @@ def test_steps_run_in_the_order_of_the_list_and_their_times_add_up(monkeypatch):
     assert order == [1, 3, 4] and state.seconds_by_step == {"a": 2.0, "b": 1.0}
 
 
-@pytest.mark.parametrize("preset, search", [("licq", False), ("nearest", False), ("lapq", True)])
-def test_the_history_names_every_step(preset, search):
+@pytest.mark.parametrize(
+    "preset, search, tightens", [("licq", False, True), ("nearest", False, False), ("lapq", True, False)]
+)
+def test_the_history_names_every_step(preset, search, tightens):
     config = PtqConfig.from_preset(preset, joint_iters=0, search_evals=5, measured=2, observed=2)
     history = quantize(tiny_codec("balle2018"), images(2), config, lmbda=0.01, progress=False).history
-    assert sorted(history["seconds_by_step"]) == sorted(ALWAYS + ["searching ranges"] * search)
+    assert sorted(history["seconds_by_step"]) == sorted(
+        ALWAYS + ["searching ranges"] * search + ["tightening ranges"] * tightens
+    )
     assert set(history) == {
         *("search", "splitting", "j_start", "units", "joint", "j_float", "j_units", "j_end", "predicted"),
         *("seconds", "seconds_by_step", "peak_memory_mb"),
+        *(["tightened"] if tightens else []),
     }
     assert (history["search"] is not None) == search
     assert {"j_start", "j_units", "j_end"} <= history.keys() and history["j_float"] > 0
