@@ -167,8 +167,8 @@ class ReconstructionConfig:
     expected to remain after learning, 1 for all of it. 0 leaves it out."""
 
     tighten: bool = False
-    """Behind the first rounding: ranges of layers' inputs, and under `strict_int8` those of all stored tensors,
-    are made smaller where that lowers J of crops and does not raise that of harder ones
+    """Behind the first rounding: ranges of layers' inputs, and under `strict_int8` those of all stored
+    tensors, are made smaller where that lowers J of crops and does not raise that of harder ones
     (`reconstruction.tighten`). The loss must know J."""
 
     round_init: str = "gptq"
