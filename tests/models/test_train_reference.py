@@ -1,6 +1,8 @@
 """The training of reference checkpoints: what it writes, and that a killed run resumed is the run that was
 not."""
 
+import argparse
+
 import pytest
 import torch
 
@@ -31,23 +33,24 @@ def train(folder, photos, name, steps, **more):
         "threads": 1,
         **more,
     }
-    training.main(sum(([f"--{key}", str(value)] for key, value in flags.items()), []))
+    words = ([f"--{key}", *([] if value is None else [str(value)])] for key, value in flags.items())
+    training.main(sum(words, []))
 
 
 @pytest.mark.parametrize("name", ["balle2018", "qvrf-balle2018", "balle2018-vbr"])
 def test_stopped_and_resumed_gives_the_same_checkpoint(name, photos, tmp_path, monkeypatch):
     train(tmp_path / "whole", photos, name, 4, quality=3)
-    original = training.draw_batch
+    original = training.learning_rate
 
-    def stop_at_the_third(photos, batch, crop, seed, step):
+    def stop_at_the_third(step, *more):
         if step == 2:
             raise KeyboardInterrupt
-        return original(photos, batch, crop, seed, step)
+        return original(step, *more)
 
-    monkeypatch.setattr(training, "draw_batch", stop_at_the_third)
+    monkeypatch.setattr(training, "learning_rate", stop_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "parts", photos, name, 4, quality=3)
-    monkeypatch.setattr(training, "draw_batch", original)
+    monkeypatch.setattr(training, "learning_rate", original)
     train(tmp_path / "parts", photos, name, 4, quality=3)
     variable = name != "balle2018"
     file = f"{name}.safetensors" if variable else f"{name}-q3.safetensors"
@@ -61,6 +64,28 @@ def test_stopped_and_resumed_gives_the_same_checkpoint(name, photos, tmp_path, m
         assert (stated["quality"], stated["lambda"]) == (3, 0.0067)
     model = load_checkpoint(tmp_path / "whole" / "out" / file, name, 3)
     assert model.entropy_bottleneck._quantized_cdf.numel()
+
+
+def test_crops_drawn_ahead_are_those_of_their_steps(photos):
+    pictures = training.read_photos(photos, 64)
+    args = argparse.Namespace(batch=2, crop=64, seed=5, steps=5, device="cpu")
+    drawn = list(training.drawn_ahead(pictures, args, 2))
+    expected = [training.draw_batch(pictures, 2, 64, 5, step) for step in (2, 3, 4)]
+    assert len(drawn) == 3 and all(map(torch.equal, drawn, expected))
+
+
+def test_bfloat16_and_channels_last_learn_the_same_but_for_rounding(photos, tmp_path):
+    train(tmp_path / "plain", photos, "minnen2018-mean", 3, quality=3)
+    train(tmp_path / "fast", photos, "minnen2018-mean", 3, quality=3, bf16=None, channels_last=None)
+    plain, fast = (
+        read_checkpoint(tmp_path / folder / "out" / "minnen2018-mean-q3.safetensors").state_dict
+        for folder in ("plain", "fast")
+    )
+    one, other = (
+        torch.cat([t[key].flatten().float() for key in plain if key.endswith("weight")])
+        for t in (plain, fast)
+    )
+    assert not torch.equal(one, other) and float((one - other).norm() / one.norm()) < 0.05
 
 
 def test_starts_from_a_wider_codec_and_from_one_that_shares_layers(photos, tmp_path, capsys):
