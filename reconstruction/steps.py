@@ -107,6 +107,7 @@ def tighten(calibration: Calibration) -> None:
     """Make ranges of inputs, and under `strict_int8` of all stored tensors, smaller where that lowers J."""
     crops = calibration.crops
     harder = [*stressed(crops[-1:]).split(2), *flat(crops)[-SMOOTH:].split(2)]
+    is_resumed = calibration.state.load("tightened") is not None
     calibration.history["tightened"] = tighten_ranges(
         calibration.qmodel,
         calibration.measured_batches[:TIGHTENED_BATCHES],
@@ -116,6 +117,8 @@ def tighten(calibration: Calibration) -> None:
         calibration.state,
         calibration.progress,
     )
+    if is_resumed:
+        calibration.resumed_seconds += calibration.history["tightened"]["seconds"]
 
 
 def measure_start(calibration: Calibration) -> None:
