@@ -129,7 +129,7 @@ class Shown:
         return self.mark(text, cells)
 
     def label(self, labels: Mapping[str, str], name: str) -> str:
-        """A label of a row; a method that no integer machine computes says so, and a public codec where."""
+        """A label of a row; a method that no integer machine computes says so."""
         cells = [
             cell
             for key, seeds in self.table.cells.items()

@@ -122,9 +122,7 @@ class UnitPass:
                 j_after, best, best_values, kept = j, score, snapshot(self.parameters), True
             if score >= before * (1 - CONVERGED):
                 break
-        restore(
-            self.parameters, best_values
-        )  # a round on a few crops may lose; then the one before it counts
+        restore(self.parameters, best_values)  # a round may lose; then the one before it counts
         return {
             "name": self.unit.name,
             "nodes": len(self.nodes),
