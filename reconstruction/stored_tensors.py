@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from licq.quant.boundaries import QuantBoundary
 from licq.quant.config import FLOAT_BITS
 from licq.quant.mac import QuantMAC
 from licq.quant.model import QuantModel
@@ -87,7 +88,7 @@ def tensors_between_layers(qmodel: QuantModel) -> list[BetweenLayers]:
     """All of them, in the order of execution."""
     tensors = []
     for name, node in qmodel.nodes.items():
-        if node.stays_float:
+        if node.stays_float or isinstance(node, QuantBoundary):  # that comes from the accumulator
             continue
         for attribute, grid in node.named_children():
             if not isinstance(grid, Quantizer) or grid.fixed is not None or grid.bits == FLOAT_BITS:

@@ -90,3 +90,11 @@ def test_what_stays_in_float_is_not_rounded(settings):
     qmodel.observe([images(1)])
     tensors = tensors_between_layers(qmodel)
     assert tensors and not any(tensor.node.stays_float for tensor in tensors)
+
+
+def test_the_scale_of_an_offset_is_no_tensor_between_layers():
+    """Its quantizer rounds neither the input nor the output of its node."""
+    qmodel = QuantModel(tiny_codec("balle2018-vbr"), QuantConfig())
+    qmodel.observe([images(1)])
+    assert "offsets" in {node.kind for node in qmodel.nodes.values()}
+    assert "offsets" not in {tensor.node.kind for tensor in tensors_between_layers(qmodel)}
