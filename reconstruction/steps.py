@@ -56,13 +56,13 @@ def measure(calibration: Calibration) -> None:
 
 def split(calibration: Calibration) -> None:
     """Carry the input channels whose rounding costs most by two digits."""
-    knobs, least = calibration.knobs, 0.0
+    knobs, min_gain = calibration.knobs, 0.0
     if knobs.split and knobs.split_gain and knobs.knows_j:
         calibration.qmodel.quantize_nodes(False)
         j = mean_cost(calibration.qmodel, calibration.measured_batches, calibration.objective)
-        least = knobs.split_gain * j
+        min_gain = knobs.split_gain * j
     calibration.history["splitting"] = split_channels(
-        calibration.qmodel, calibration.guide, knobs.split, least
+        calibration.qmodel, calibration.guide, knobs.split, min_gain
     )
 
 

@@ -119,14 +119,14 @@ def measure_stored(probe: Probe, layers: dict, remember: Remember, progress: boo
     """
     tensors = tensors_between_layers(probe.qmodel)
     facts = remember("tensors between layers", lambda: _facts(probe, tensors))
-    found = {}
+    costs = {}
     for tensor in progress_bar(tensors, desc="rounding each tensor alone", unit="tensor", enabled=progress):
         if tensor.is_input:
             rise = layers[tensor.node.name]["inputs"]
         else:
             rise = remember(f"tensor {tensor.name}", lambda tensor=tensor: asdict(_rise(probe, tensor)))
-        found[tensor.name] = facts[tensor.name] | rise
-    return found
+        costs[tensor.name] = facts[tensor.name] | rise
+    return costs
 
 
 def _rise(probe: Probe, tensor: BetweenLayers) -> Any:

@@ -55,11 +55,11 @@ def tighten_ranges(
     """
     stored = state.load("tightened")
     if stored is not None:
-        found = stored[0]
+        outcome = stored[0]
         for tensor in tensors_between_layers(qmodel):
-            for _ in range(round(math.log(found["ranges"].get(tensor.name, 1.0), FACTOR))):
+            for _ in range(round(math.log(outcome["ranges"].get(tensor.name, 1.0), FACTOR))):
                 _shrink(tensor)
-        return found
+        return outcome
     started = time.monotonic()
     qmodel.quantize_nodes(True)
     with unchanged.everything():
@@ -82,9 +82,9 @@ def tighten_ranges(
                 break
             j[0] = tried[0]
             ranges[tensor.name] = ranges.get(tensor.name, 1.0) * FACTOR
-    found = {"j_before": before, "j_after": j[0], "ranges": ranges, "seconds": time.monotonic() - started}
-    state.save("tightened", found, {})
-    return found
+    outcome = {"j_before": before, "j_after": j[0], "ranges": ranges, "seconds": time.monotonic() - started}
+    state.save("tightened", outcome, {})
+    return outcome
 
 
 def _shrink(tensor: BetweenLayers) -> Tensor:
