@@ -107,8 +107,10 @@ class Shown:
     def figure(self, name: str, labels: Mapping[str, str]) -> str:
         """One value of the cells at these labels: empty where the table has none."""
         if name == PAPER:
-            own = self.table.content.get("paper", {}).get(labels.get("method"), {}).get(labels.get("codec"))
-            return "" if own is None else percent(own)
+            published = (
+                self.table.content.get("paper", {}).get(labels.get("method"), {}).get(labels.get("codec"))
+            )
+            return "" if published is None else percent(published)
         cells = self.table.at(**labels)
         if not cells:
             return ""
@@ -129,7 +131,7 @@ class Shown:
         return self.mark(text, cells)
 
     def label(self, labels: Mapping[str, str], name: str) -> str:
-        """A label of a row; a method that no integer machine computes says so, and a public codec where."""
+        """A label of a row; a method that no integer machine computes says so."""
         cells = [
             cell
             for key, seeds in self.table.cells.items()
@@ -147,22 +149,22 @@ class Shown:
 def _pivot(shown: Shown) -> None:
     """A row for each combination of labels of `rows`; for each of `columns` the `values`; then `more`."""
     rows, columns = shown.names("rows"), shown.names("columns")
-    wanted = []
+    figures = []
     for labels in shown.combinations(columns):
         for name in shown.show.get("values", ["bd_rate", "delta_j"]):
-            wanted.append((", ".join([*labels.values(), TITLES.get(name, name)]), name, labels))
+            figures.append((", ".join([*labels.values(), TITLES.get(name, name)]), name, labels))
     for one in shown.show.get("more", ()):
         labels = {axis: label for axis, label in one.items() if axis != "value"}
-        wanted.append((", ".join([*labels.values(), TITLES[one["value"]]]), one["value"], labels))
+        figures.append((", ".join([*labels.values(), TITLES[one["value"]]]), one["value"], labels))
     lines = []
     for labels in shown.combinations(rows):
-        cells = [shown.figure(name, labels | at) for _, name, at in wanted]
-        first = [cells for _, _, at in wanted for cells in [shown.table.at(**(labels | at))]]
+        cells = [shown.figure(name, labels | at) for _, name, at in figures]
+        first = [cells for _, _, at in figures for cells in [shown.table.at(**(labels | at))]]
         values = [value for one in first for value in shown.records.value(one, delta_j)]
         order = (statistics.mean(values) if values else float("inf")) if shown.show.get("sort") else 0
         lines.append((order, [*(shown.label(labels, axis) for axis in rows), *cells]))
-    filled = [any(cells[len(rows) + index] for _, cells in lines) for index in range(len(wanted))]
-    shown.columns = rows + [title for (title, _, _), any_of in zip(wanted, filled) if any_of]
+    filled = [any(cells[len(rows) + index] for _, cells in lines) for index in range(len(figures))]
+    shown.columns = rows + [title for (title, _, _), any_of in zip(figures, filled) if any_of]
     for _, cells in sorted(lines, key=lambda line: line[0]):
         values = [cell for cell, any_of in zip(cells[len(rows) :], filled) if any_of]
         shown.rows.append([*cells[: len(rows)], *values])
@@ -283,13 +285,15 @@ def status_of_plan(table: Table, records: Records) -> list[str]:
         lines.append(
             f"**Open:** {_named(states['open'], cells)}: `python benchmarks/tables.py --only {table.name}`."
         )
-    places: dict[str, list[Cell]] = {}
+    origins: dict[str, list[Cell]] = {}
     for cell in cells:
         record = records.get(cell)
         if record:
-            places.setdefault(where(record), []).append(cell)
-    for place, measured in places.items():
-        lines.append(f"Measured {place}" + ("" if len(places) == 1 else f": {_named(measured, cells)}") + ".")
+            origins.setdefault(where(record), []).append(cell)
+    for origin, measured in origins.items():
+        lines.append(
+            f"Measured {origin}" + ("" if len(origins) == 1 else f": {_named(measured, cells)}") + "."
+        )
     return lines or ["Nothing of this table can be named yet: it depends on another one."]
 
 

@@ -71,7 +71,7 @@ class Measuring:
     def tables(self) -> list[Table]:
         return self.plan.tables(self.records.ranked)
 
-    def wanted(self) -> list[Cell]:
+    def unfinished(self) -> list[Cell]:
         """The cells that are not current, and can be run, in their order."""
         cells = dict.fromkeys(
             cell for table in self.tables() for cell in table.distinct if is_chosen(table, cell, self.only)
@@ -82,7 +82,7 @@ class Measuring:
     def left(self) -> list[Cell]:
         """Those of them that this command has not begun."""
         return [
-            cell for cell in self.wanted() if cell.key not in self.started and cell.key not in self.failed
+            cell for cell in self.unfinished() if cell.key not in self.started and cell.key not in self.failed
         ]
 
     def tasks(self) -> Iterator[Task]:
@@ -195,8 +195,8 @@ def listed(measuring: Measuring) -> str:
             continue
         states = [records.state(cell) for cell in cells]
         new = [cell for cell in cells if cell not in seen]
-        wanted = [cell for cell in new if records.state(cell) != "current" and not cell.problem]
-        minutes = sum(map(records.minutes, wanted))
+        unfinished = [cell for cell in new if records.state(cell) != "current" and not cell.problem]
+        minutes = sum(map(records.minutes, unfinished))
         seen.update(cells)
         total += minutes
         rows.append(

@@ -31,6 +31,7 @@ import licq
 from licq.models.checkpoints import fill_network, read_state_dict
 from licq.models.layers import TabulatedBottleneck
 from licq.models.registry import register_model
+from licq.support.cli import ArgumentParser, main_guard
 from licq.support.errors import InputError
 
 STEPS = {1: 4.0, 2: 2.5, 3: 1.6, 4: 1.0}  # quality -> step of y; 1 is the published codec
@@ -172,5 +173,15 @@ def main(path: str, images: str) -> None:
         print(f"{quality:7} {step:5} {mean['bpp']:7.4f} {mean['psnr']:7.3f} {slope:8.5f}", flush=True)
 
 
+def command() -> int:
+    """The command line."""
+    parser = ArgumentParser(description="Rate, distortion and lambda of each quality.", allow_abbrev=False)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="tic_n32_fp32.npz")
+    parser.add_argument("images", metavar="IMAGES", help="a folder, or the name of a data set")
+    args = parser.parse_args()
+    main(args.checkpoint, args.images)
+    return 0
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    sys.exit(main_guard(command))

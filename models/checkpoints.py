@@ -200,7 +200,8 @@ def fill_network(model: nn.Module, state_dict: Mapping[str, Tensor], path: str |
         InputError: parameters are missing, unknown or of another shape.
     """
     tensors = dict(state_dict)
-    incomplete, parameters = set(), {name for name, _ in model.named_parameters()}
+    incomplete = set()
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     for name, buffer in model.state_dict().items():
         if _is_coder_state(name):
             if tensors.get(name) is None or tensors[name].numel() == 0:

@@ -131,6 +131,10 @@ class QuantConfig:
     """Ranges of wide activations are this multiple of the largest value in calibration."""
 
     def __post_init__(self):
+        if isinstance(self.float_stages, str):
+            raise InputError(
+                f"`float_stages={self.float_stages}` is a text; give a list of stages, e.g. [g_a, g_s]"
+            )
         object.__setattr__(self, "float_stages", tuple(self.float_stages))
         for name in ("w_bits", "a_bits"):
             bits = getattr(self, name)

@@ -120,7 +120,10 @@ def _rebuild(codec: RewrittenCodec, header: Mapping[str, Any], path: str | Path)
             setattr(grid, attribute, value)
     for grid_path in named_grids(codec).keys() - header["grids"].keys():
         parent, _, attribute = grid_path.rpartition(".")
-        setattr(codec.get_submodule(parent), attribute, None)  # this program has none
+        if attribute != "stored":
+            raise InputError(f"{path} does not describe {grid_path}; quantize the codec again")
+        # of a LayerNorm under `strict_int8`, in files of versions that stored its input with one scale
+        setattr(codec.get_submodule(parent), attribute, None)
     for name, node in nodes.items():
         node.quantized = name not in header["float_nodes"]
     runtime.kept_in_float.clear()

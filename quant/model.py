@@ -146,7 +146,7 @@ class QuantModel(RewrittenCodec):
                 for batch in images:
                     if first is None:
                         first = batch[:1]
-                        self._place(first)
+                        self._find_stored(first)
                     for node in runtime.nodes.values():
                         node.calls = 0
                     output = self._run_foreign(batch)
@@ -169,7 +169,7 @@ class QuantModel(RewrittenCodec):
             node.initialize()
         self._remove_idle_wide(first)
 
-    def _place(self, batch: Tensor) -> None:
+    def _find_stored(self, batch: Tensor) -> None:
         """Find out what is stored between layers: every forward takes the same path."""
         if self.config.strict_int8:
             self.runtime.origins = Origins()

@@ -127,7 +127,7 @@ class QuantModule(nn.Module):
             if runtime.origins is None:
                 self.observe(inputs, output)
             else:
-                self.place(inputs)
+                self.find_stored(inputs)
         output = runtime.wrap(output)
         if runtime.origins is not None:
             runtime.origins.of_node(inputs, output, self.sums, self.channel_dim)
@@ -146,7 +146,7 @@ class QuantModule(nn.Module):
         """The original computation."""
         raise NotImplementedError
 
-    def place(self, inputs: tuple) -> None:
+    def find_stored(self, inputs: tuple) -> None:
         """Under `strict_int8`, before anything is observed: see which inputs are stored (`quant.storage`)."""
 
     def observe(self, inputs: tuple, output: Any) -> None:

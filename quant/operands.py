@@ -48,7 +48,7 @@ class QuantAdd(QuantFunction):
     def real(self, a: Tensor, b: Tensor | float) -> Tensor:
         return a + b
 
-    def place(self, inputs: tuple) -> None:
+    def find_stored(self, inputs: tuple) -> None:
         for number in newly_stored(self, inputs):
             grid = self.wide_quantizer().to(inputs[number].device)
             store(grid, inputs[number], self.config.carrier_bits)
@@ -105,7 +105,7 @@ class QuantMul(QuantFunction):
     def wraps(self, index: int) -> bool:
         return True
 
-    def place(self, inputs: tuple) -> None:
+    def find_stored(self, inputs: tuple) -> None:
         for number in newly_stored(self, inputs):
             store((self.grid_a, self.grid_b)[number], inputs[number], self.config.carrier_bits)
 

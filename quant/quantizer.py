@@ -50,10 +50,11 @@ class Quantizer(Grid):
         border: the learned rounding border of each channel, or None: a number goes up where its fraction is
         at
             least 1/2 + border.
-        border_dim: the dimension of the border's channels. energy: mean square of each channel.
-        ranges_only: what is observed from here on counts for the ends of the range alone. dead_share: a
-        channel whose largest value is below this share of 2^-8 of the tensor's largest counts as
-            zero, and gets that range.
+        border_dim: the dimension of the border's channels.
+        energy: mean square of each channel.
+        ranges_only: what is observed from here on counts for the ends of the range alone.
+        dead_share: a channel counts as zero where its largest value is below this share of 2^-8 of the
+            tensor's largest. It gets 2^-8 of that as its range.
         clip_counter: while `quant.clipping.counting` lasts, it is told what is clipped.
     """
 

@@ -108,7 +108,7 @@ def _axes_behind(function: Callable, args: tuple, kwargs: dict) -> list[int | No
         return part
 
     try:
-        moved = function(*numbered(args), **kwargs)
+        moved = function(*numbered(args), **{key: numbered(part) for key, part in kwargs.items()})
     except RuntimeError:  # a view that these numbers have no memory for
         return []
     return [_varying(part) for part in (moved if isinstance(moved, (list, tuple)) else [moved])]

@@ -13,7 +13,14 @@ from licq.quant.model import QuantModel
 from licq.quant.network_checks import check_network, unwrapped
 from licq.reconstruction.calibration import Calibration, device_of, run_steps
 from licq.reconstruction.config import PtqConfig
-from licq.reconstruction.crops import Images, calibration_crops, calibration_images, given_crops, listed
+from licq.reconstruction.crops import (
+    Images,
+    calibration_crops,
+    calibration_images,
+    given_crops,
+    given_images,
+    listed,
+)
 from licq.reconstruction.expected import expected_loops, pixels_of
 from licq.reconstruction.objective import Objective
 from licq.reconstruction.repeatability import check_frozen, check_source
@@ -87,9 +94,10 @@ def quantize(
         A frozen `QuantModel`. Its `history` holds J in bits per pixel, a mean over crops, of the float codec
         (`j_float`), of the quantized one before learning (`j_start`), behind the units (`j_units`) and at the
         end (`j_end`); the same for each of `units` and for the `joint` pass; what channel splitting added
-        (`splitting`); what a search of ranges found (`search`); the rise of J that rounding noise still makes
-        in each layer (`predicted`); `seconds` in all and `seconds_by_step` of this process; and the process's
-        peak memory (`peak_memory_mb`).
+        (`splitting`); which ranges were made smaller (`tightened`, where the method does that); what a search
+        of ranges found (`search`); the rise of J that rounding noise still makes in each layer (`predicted`);
+        `seconds` in all and `seconds_by_step` of this process; and the process's peak memory
+        (`peak_memory_mb`).
 
     Raises:
         InputError: a network that is not float32 or has no numbers yet (lazy layers, the meta device); a part
@@ -113,6 +121,8 @@ def quantize(
         whole = ()
     elif whole is None:
         whole = calibration_images(model, images, seed, num_images, crop_reductions)
+    else:
+        whole = given_images(whole)
     started = time.monotonic()
     check_source(model, crops, device_of(model, crops) if device is None else device)
     settings = [config.to_dict(), lmbda, metric, *([dict(bits)] if bits else [])]

@@ -78,6 +78,25 @@ def calibration_images(
     return whole_images(_files(given), num_images, seed, multiple, crop_reductions)
 
 
+def given_images(images: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Whole images that the user has in memory, as `quantize` takes them.
+
+    Raises:
+        InputError: one of them is none.
+    """
+    for image in images:
+        if not (isinstance(image, Tensor) and image.dtype == torch.uint8 and image.ndim == 3):
+            what = (
+                f"{tuple(image.shape)} in {image.dtype}"
+                if isinstance(image, Tensor)
+                else f"an object of type {type(image).__name__}"
+            )
+            raise InputError(f"`whole` holds {what}; give images (3, H, W) in torch.uint8")
+        if len(image) != 3:
+            raise InputError(f"`whole` holds an image of {len(image)} channels; give images (3, H, W)")
+    return images
+
+
 def given_crops(model: nn.Module, images: Any, metric: str) -> Tensor:
     """Crops that the user has in memory, float32 (n, 3, H, W) or (n, 5, H, W), in 0..1.
 

@@ -6,14 +6,15 @@ Algorithm 1 of RDO-PTQ (Shi, Lu, Ma, arXiv 2211.02854; preset "rdo-ptq": unit = 
     for unit in engine.units:                                               # line 1, in execution order
         engine.settle(engine.nodes_before(unit))                            # integers, frozen
         prefix.advance(engine, unit)                                        # their outputs, once
-        for knobs in (WEIGHT_KNOBS, ACTIVATION_KNOBS):                      # lines 3 to 7, then 8 to 11
-            active = parameters of these knobs                              # N_w, N_b, offsets; then N_x
-            for step in range(config.iters / 2):
-                loss = engine.global_loss(index, prefix.quantized)          # (J_hat - J_0)^2, eq. 12, through
-                loss.backward()                                             # the float layers behind the unit
-                optimizer.step()                                            # Adam, step sizes of a cosine
-        if the mean of eq. 12 over the measured crops has become worse:
-            restore the parameters as they were before the unit
+        for round in range(config.rounds):                                  # line 2, until it has converged
+            for knobs in (WEIGHT_KNOBS, ACTIVATION_KNOBS):                  # lines 3 to 7, then 8 to 11
+                active = parameters of these knobs                          # N_w, N_b, offsets; then N_x
+                for step in range(config.iters / 2):
+                    loss = engine.global_loss(index, prefix.quantized)      # (J_hat - J_0)^2, eq. 12, through
+                    loss.backward()                                         # the float layers behind the unit
+                    optimizer.step()                                        # Adam, step sizes of a cosine
+            if the mean of eq. 12 over the measured crops is not a hundredth lower: break
+        restore the parameters of the round with the lowest, or of none
         engine.settle(unit.nodes)
     engine.settle_all()
 
@@ -21,11 +22,12 @@ The default (preset "licq"; iters = 0 leaves the units out, the joint pass takes
 
     observe ranges; measure sensitivities of J; split and balance           # steps.PREPARATION
     compensate rounding (GPTQ): where the offsets of rounding start         # steps.PREPARATION
+    tighten ranges of inputs where that lowers J                            # steps.PREPARATION
     engine.settle_all(); thaw every node
     active = N_w, N_b, offsets and biases of all layers                     # config.learn
     for step in range(config.joint_iters):
         loss = engine.global_loss(order[step])                              # eq. 12 at the codec's output
-        (loss / score).backward(); optimizer.step()
+        (loss / first_loss).backward(); optimizer.step()
         six times: if J of the measured crops is the lowest so far, best_values = parameters
     restore(parameters, best_values)
     engine.settle_all()

@@ -96,10 +96,10 @@ def pixels_of(images: Iterable[Tensor]) -> int:
     return sum(image.shape[-2] * image.shape[-1] for image in images)
 
 
-def expected_preparation(config: PtqConfig, crops: int, side: int, pixels: int = 0) -> float:
+def expected_preparation(config: PtqConfig, crops: int, side: int, layers: int, pixels: int = 0) -> float:
     """The time of `prepare_calibration`."""
     behind = {"measuring J", "measuring J in float", UNITS, JOINT}
-    loops = expected_loops(config, crops, side, 1, pixels=pixels)
+    loops = expected_loops(config, crops, side, layers, pixels=pixels)
     return sum(time for kind, time in loops if kind not in behind)
 
 
@@ -108,7 +108,7 @@ def expected_bit_search(
 ) -> float:
     """The time of `mixed_precision.measure_layers`; each layer is measured in so many choices of bits."""
     measured = min(config.reconstruction.measured, crops)
-    preparation = expected_preparation(config, crops, side, pixels)
+    preparation = expected_preparation(config, crops, side, layers, pixels)
     return choices * (preparation + layers * measured * (side / SIDE) ** 2)
 
 

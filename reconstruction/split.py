@@ -21,7 +21,7 @@ MAX_BITS = 8  # inputs of more bits have two digits already
 
 @torch.no_grad()
 def split_channels(
-    qmodel: QuantModel, sensitivities: dict[str, Sensitivity], share: float, least: float = 0.0
+    qmodel: QuantModel, sensitivities: dict[str, Sensitivity], share: float, min_gain: float = 0.0
 ) -> dict:
     """Split input channels of an observed model, best gain for each operation first, until `share` more are
     needed or nothing gains enough.
@@ -32,8 +32,8 @@ def split_channels(
     Args:
         sensitivities: of J, or of another loss, for each layer.
         share: of multiply-accumulate operations that may be added, 0 to 1.
-        least: by how much a channel would have to lower the predicted rise of J (or of the other loss) if it
-            added as many operations as the codec has.
+        min_gain: by how much a channel would have to lower the predicted rise of J (or of the other loss) if
+            it added as many operations as the codec has.
 
     Returns:
         {"extra_macs": share of operations added, "layers": {name: share of the channels split}, "refused":
@@ -49,7 +49,7 @@ def split_channels(
     }
     refused: list[str] = []
     while True:
-        chosen = _choose(noise, macs, share * total, least / total if total else 0.0)
+        chosen = _choose(noise, macs, share * total, min_gain / total if total else 0.0)
         beyond = [name for name, channels in chosen.items() if not _fits(nodes[name], channels)]
         if not beyond:
             break
@@ -77,11 +77,11 @@ def _can_be_split(node: QuantMAC) -> bool:
 
 
 def _choose(
-    noise: dict[str, list[float]], macs: dict[str, float], budget: float, least: float
+    noise: dict[str, list[float]], macs: dict[str, float], budget: float, min_gain: float
 ) -> dict[str, Tensor]:
     """Layers with the channels (bool) to be split, from the noise of each channel.
 
-    budget: of operations. least: noise that has to go for each operation.
+    budget: of operations. min_gain: noise that has to go for each operation.
     """
     chosen = {name: torch.zeros(len(values), dtype=torch.bool) for name, values in noise.items()}
     price = {name: macs[name] / len(values) for name, values in noise.items()}
@@ -89,7 +89,7 @@ def _choose(
         (-gain / price[name], name, channel)
         for name, values in noise.items()
         for channel, gain in enumerate(values)
-        if gain > least * price[name]
+        if gain > min_gain * price[name]
     ]
     for _, name, channel in sorted(queue):
         if price[name] <= budget:

@@ -56,13 +56,13 @@ def measure(calibration: Calibration) -> None:
 
 def split(calibration: Calibration) -> None:
     """Carry the input channels whose rounding costs most by two digits."""
-    knobs, least = calibration.knobs, 0.0
+    knobs, min_gain = calibration.knobs, 0.0
     if knobs.split and knobs.split_gain and knobs.knows_j:
         calibration.qmodel.quantize_nodes(False)
         j = mean_cost(calibration.qmodel, calibration.measured_batches, calibration.objective)
-        least = knobs.split_gain * j
+        min_gain = knobs.split_gain * j
     calibration.history["splitting"] = split_channels(
-        calibration.qmodel, calibration.guide, knobs.split, least
+        calibration.qmodel, calibration.guide, knobs.split, min_gain
     )
 
 
@@ -107,6 +107,7 @@ def tighten(calibration: Calibration) -> None:
     """Make ranges of inputs, and under `strict_int8` of all stored tensors, smaller where that lowers J."""
     crops = calibration.crops
     harder = [*stressed(crops[-1:]).split(2), *flat(crops)[-SMOOTH:].split(2)]
+    is_resumed = calibration.state.load("tightened") is not None
     calibration.history["tightened"] = tighten_ranges(
         calibration.qmodel,
         calibration.measured_batches[:TIGHTENED_BATCHES],
@@ -116,6 +117,8 @@ def tighten(calibration: Calibration) -> None:
         calibration.state,
         calibration.progress,
     )
+    if is_resumed:
+        calibration.resumed_seconds += calibration.history["tightened"]["seconds"]
 
 
 def measure_start(calibration: Calibration) -> None:

@@ -2,7 +2,8 @@
 
 The tensors are those that a quantizer with a range of its own rounds: inputs of multiply-accumulate layers,
 operands of sums and gates, what is normalized, and what functions give. In a codec under `strict_int8`
-those of 16 bits are in registers (`quant.storage`), the others are stored.
+those of 16 bits are in registers (`quant.storage`), the others are stored. Nodes that stay in float round
+nothing, and have none.
 """
 
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from licq.quant.boundaries import QuantBoundary
 from licq.quant.config import FLOAT_BITS
 from licq.quant.mac import QuantMAC
 from licq.quant.model import QuantModel
@@ -40,7 +42,7 @@ class BetweenLayers:
     """A tensor between layers."""
 
     name: str
-    """NODE input, NODE operand 0, NODE output ..."""
+    """NODE input, NODE operand 0, NODE output ...; every tensor has its own."""
 
     node: QuantModule
     """That has the quantizer."""
@@ -86,6 +88,8 @@ def tensors_between_layers(qmodel: QuantModel) -> list[BetweenLayers]:
     """All of them, in the order of execution."""
     tensors = []
     for name, node in qmodel.nodes.items():
+        if node.stays_float or isinstance(node, QuantBoundary):  # that comes from the accumulator
+            continue
         for attribute, grid in node.named_children():
             if not isinstance(grid, Quantizer) or grid.fixed is not None or grid.bits == FLOAT_BITS:
                 continue
@@ -95,6 +99,8 @@ def tensors_between_layers(qmodel: QuantModel) -> list[BetweenLayers]:
                 what = f"operand {operand}"
             elif attribute == "x_grid":  # of a GDN, beside what it squares
                 what = "numerator"
+            elif attribute == "stored":  # of a LayerNorm, before the wide input
+                what = "stored input"
             tensors.append(BetweenLayers(f"{name} {what}", node, grid, operand))
     return tensors
 
@@ -113,14 +119,14 @@ def measure_stored(probe: Probe, layers: dict, remember: Remember, progress: boo
     """
     tensors = tensors_between_layers(probe.qmodel)
     facts = remember("tensors between layers", lambda: _facts(probe, tensors))
-    found = {}
+    costs = {}
     for tensor in progress_bar(tensors, desc="rounding each tensor alone", unit="tensor", enabled=progress):
         if tensor.is_input:
             rise = layers[tensor.node.name]["inputs"]
         else:
             rise = remember(f"tensor {tensor.name}", lambda tensor=tensor: asdict(_rise(probe, tensor)))
-        found[tensor.name] = facts[tensor.name] | rise
-    return found
+        costs[tensor.name] = facts[tensor.name] | rise
+    return costs
 
 
 def _rise(probe: Probe, tensor: BetweenLayers) -> Any:

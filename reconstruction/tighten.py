@@ -8,6 +8,7 @@ they were observed.
 """
 
 import math
+import time
 from collections.abc import Sequence
 
 import torch
@@ -50,15 +51,16 @@ def tighten_ranges(
         state: where the result is stored, and taken from when a killed calibration is repeated.
 
     Returns:
-        {"j_before", "j_after": of the photographs, "ranges": {tensor: factor on its range}}.
+        {"j_before", "j_after": of the photographs, "ranges": {tensor: factor on its range}, "seconds"}.
     """
     stored = state.load("tightened")
     if stored is not None:
-        found = stored[0]
+        outcome = stored[0]
         for tensor in tensors_between_layers(qmodel):
-            for _ in range(round(math.log(found["ranges"].get(tensor.name, 1.0), FACTOR))):
+            for _ in range(round(math.log(outcome["ranges"].get(tensor.name, 1.0), FACTOR))):
                 _shrink(tensor)
-        return found
+        return outcome
+    started = time.monotonic()
     qmodel.quantize_nodes(True)
     with unchanged.everything():
         j = [mean_cost(qmodel, batches, objective) for batches in (photographs, harder)]
@@ -80,9 +82,9 @@ def tighten_ranges(
                 break
             j[0] = tried[0]
             ranges[tensor.name] = ranges.get(tensor.name, 1.0) * FACTOR
-    found = {"j_before": before, "j_after": j[0], "ranges": ranges}
-    state.save("tightened", found, {})
-    return found
+    outcome = {"j_before": before, "j_after": j[0], "ranges": ranges, "seconds": time.monotonic() - started}
+    state.save("tightened", outcome, {})
+    return outcome
 
 
 def _shrink(tensor: BetweenLayers) -> Tensor:
@@ -96,8 +98,10 @@ def _can_shrink(tensor: BetweenLayers, qmodel: QuantModel) -> bool:
     grid = tensor.grid
     # what a GDN squares sets its norm alone: there rounding costs next to nothing, and clipping does
     of_norm = tensor.is_input and tensor.node.kind == "gdn"
-    few = grid.bits <= max(qmodel.config.a_bits, 8)  # what has more bits has codes to spare
-    return few and not (grid.exact or grid.latent or of_norm)
+    config = qmodel.config
+    few = grid.bits <= max(config.a_bits, 8)  # what has more bits has codes to spare
+    is_meant = grid.widens or config.strict_int8  # wide activations have their room on purpose
+    return few and is_meant and not (grid.exact or grid.latent or of_norm)
 
 
 def _costs_little(tensor: BetweenLayers, sensitivities: dict[str, Sensitivity], j: float) -> bool:

@@ -112,26 +112,24 @@ class UnitPass:
         j_before, eq12 = engine.measure(self.prefix.quantized)
         j_after, best = j_before, self._score(j_before, eq12)
         self.local_scale, self.global_scale = self._local_score(), max(best, 1e-12)
-        rounds, kept = 0, False
+        rounds, is_learned = 0, False
         while rounds < config.rounds:
             rounds += 1
             self._learn_round()
             j, eq12 = engine.measure(self.prefix.quantized)
             score, before = self._score(j, eq12), best
             if score <= best:
-                j_after, best, best_values, kept = j, score, snapshot(self.parameters), True
+                j_after, best, best_values, is_learned = j, score, snapshot(self.parameters), True
             if score >= before * (1 - CONVERGED):
                 break
-        restore(
-            self.parameters, best_values
-        )  # a round on a few crops may lose; then the one before it counts
+        restore(self.parameters, best_values)  # a round may lose; then the one before it counts
         return {
             "name": self.unit.name,
             "nodes": len(self.nodes),
             "j_before": j_before,
             "j_after": j_after,
             "rounds": rounds,
-            "kept": kept,
+            "kept": is_learned,
             "seconds": time.monotonic() - started,
         }
 

@@ -47,6 +47,21 @@ def read_layer_bits(
     return {quality: bits}
 
 
+def check_float_stages(args: argparse.Namespace, network: nn.Module, quant: QuantConfig) -> None:
+    """Raises InputError where `float_stages` leave nothing to quantize, or hold layers of a search for bits.
+
+    A budget would count bits of these layers that they do not have.
+    """
+    if not quant.float_stages:
+        return
+    layers = QuantModel(network, quant).layers.values()
+    if searches_bits(args) and any(layer.in_float_stage for layer in layers):
+        raise InputError(
+            f"`float_stages={','.join(quant.float_stages)}` has no bits to search for; give --bits_file "
+            "instead of a budget, or --set float_stages="
+        )
+
+
 def check_written_bits(args: argparse.Namespace, qualities: Sequence[int]) -> None:
     """Raises InputError where --bits_file is to be written for these qualities and cannot be."""
     if not (args.bits_file and searches_bits(args)):

@@ -20,7 +20,12 @@ from licq.runs.flags import build_config
 from licq.runs.float_models import FloatModel, find_float_models
 from licq.runs.folder import RunFolder, read_json
 from licq.runs.inputs import calibration_images, evaluation_set, images_digest, pick_device
-from licq.runs.layer_bits import check_written_bits, read_layer_bits, settings_of_layers
+from licq.runs.layer_bits import (
+    check_float_stages,
+    check_written_bits,
+    read_layer_bits,
+    settings_of_layers,
+)
 from licq.support.determinism import seed_everything, set_threads
 from licq.support.errors import InputError
 from licq.support.progress import say
@@ -154,6 +159,7 @@ def prepare(args: argparse.Namespace) -> Run:
     for model in models:
         network = model.load()
         networks[model.quality] = Size.of(network)
+        check_float_stages(args, network, config.quant)
         layer_bits |= read_layer_bits(args, model.quality, network, several)
     if architecture.variable:
         crops = _with_rates(network, crops, models, args.seed)

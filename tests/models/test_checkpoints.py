@@ -16,6 +16,7 @@ from licq.models import embedded, registry
 from licq.models.checkpoint_files import pack_cdfs, rename_key, unpack_cdfs
 from licq.models.checkpoints import (
     embedded_checkpoint,
+    fill_network,
     identify,
     load_checkpoint,
     load_model,
@@ -524,3 +525,11 @@ def test_foreign_safetensors_without_metadata_load(model, image, tmp_path):
         torch.testing.assert_close(
             as_published(load_checkpoint(tmp_path / "f.safetensors"))(image), model(image), rtol=0, atol=0
         )
+
+
+def test_a_shared_parameter_is_not_left_at_random():
+    network = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    network[1].weight = network[0].weight
+    weights = {name: tensor for name, tensor in network.state_dict().items() if name != "1.weight"}
+    with pytest.raises(InputError, match="1.weight"):
+        fill_network(network, weights, "a file")

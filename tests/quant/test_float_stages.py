@@ -1,5 +1,7 @@
 """Stages that stay in float: what computes, what is learned, what is refused."""
 
+import argparse
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ from licq.codec.api import Codec
 from licq.quant.config import QuantConfig
 from licq.quant.model import QuantModel
 from licq.reconstruction.config import PtqConfig
+from licq.runs.layer_bits import check_float_stages
 from licq.support.errors import InputError
 from tests.tiny_codecs import images, tiny_codec
 
@@ -64,3 +67,17 @@ def test_nothing_in_them_is_learned_or_searched():
 def test_a_codec_without_another_stage_is_refused():
     with pytest.raises(InputError, match="nothing is quantized"):
         QuantModel(tiny_codec("balle2018"), QuantConfig(float_stages=("g_a", "g_s", "h_a", "h_s")))
+
+
+def test_a_text_is_no_list_of_stages():
+    with pytest.raises(InputError, match="float_stages=g_a"):
+        QuantConfig(float_stages="g_a")
+
+
+def test_a_search_of_bits_refuses_stages_without_bits():
+    args = argparse.Namespace(budget_size={"mean_bits": 6}, budget_bops=None, max_bd_rate=None)
+    quant, model = QuantConfig(float_stages=("g_a",)), tiny_codec("balle2018")
+    with pytest.raises(InputError, match="no bits to search"):
+        check_float_stages(args, model, quant)
+    args.budget_size = None
+    check_float_stages(args, model, quant)

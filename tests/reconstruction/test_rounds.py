@@ -12,6 +12,7 @@ from licq.quant.quantizer import room
 from licq.reconstruction import unit_pass
 from licq.reconstruction.api import quantize
 from licq.reconstruction.config import PtqConfig
+from licq.reconstruction.crops import given_images
 from licq.support.errors import InputError
 from tests.reconstruction.test_driver import codec, images, method
 from tests.tiny_codecs import tiny_codec
@@ -110,3 +111,11 @@ def test_a_learned_range_of_inputs_may_widen():
         [n.input_grid.log_n.flatten() for n in qmodel.nodes.values() if isinstance(n, QuantMAC)]
     )
     assert float(learned.max()) > 0.2
+
+
+@pytest.mark.parametrize(
+    "image", [torch.rand(3, 64, 64), torch.zeros(1, 64, 64, dtype=torch.uint8), torch.zeros(3, 3), "a.png"]
+)
+def test_whole_images_that_are_none_are_refused(image):
+    with pytest.raises(InputError, match="whole"):
+        given_images([image])

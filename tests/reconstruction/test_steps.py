@@ -108,11 +108,12 @@ def test_a_compensated_start_is_taken_from_the_folder(tmp_path, monkeypatch):
     run_steps(again := stored(tmp_path, resume=True), steps.PREPARATION)
     a, b = first.qmodel.state_dict(), again.qmodel.state_dict()
     assert all(torch.equal(a[key], b[key]) for key in a)
-    assert first.resumed_seconds == 0 < again.resumed_seconds
+    assert first.history["tightened"] == again.history["tightened"]
+    assert first.resumed_seconds == 0 < again.history["tightened"]["seconds"] < again.resumed_seconds
 
 
 def stored(folder, resume: bool) -> Calibration:
-    state = calibration(measured=2, observed=2, stress=False, balance=0.0)
+    state = calibration(measured=2, observed=2, stress=False, balance=0.0, tighten=True)
     state.state = StateFolder(folder, "the same", resume)
     return state
 

@@ -8,8 +8,8 @@ from licq.quant.config import QuantConfig
 from licq.quant.model import QuantModel
 from licq.reconstruction.objective import Objective
 from licq.reconstruction.probe import Probe
-from licq.reconstruction.stored_tensors import measure_stored
-from tests.tiny_codecs import images
+from licq.reconstruction.stored_tensors import measure_stored, tensors_between_layers
+from tests.tiny_codecs import images, tiny_codec
 
 _SPREAD = torch.tensor([1.0, 512.0, 512.0]).reshape(-1, 1, 1, 1)
 
@@ -62,3 +62,39 @@ def test_one_scale_for_all_channels_shows_in_the_small_ones():
     assert tensor["below_step"] > 0.3
     _, strict = _measured(strict_int8=True)
     assert tensor["j"] > 20 * strict["add0 operand 0"]["j"]
+
+
+class _Normalized(nn.Module):
+    """A LayerNorm over the channels between two layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.last = nn.Conv2d(3, 4, 1), nn.LayerNorm(4), nn.Conv2d(4, 3, 1)
+
+    def forward(self, x):
+        y = self.norm(self.first(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return {"x_hat": self.last(y), "likelihoods": {"y": torch.ones(len(x), 1)}}
+
+
+def test_every_tensor_has_a_name_of_its_own():
+    qmodel = QuantModel(_Normalized().eval(), QuantConfig(strict_int8=True))
+    qmodel.observe([images(1)])
+    tensors = {tensor.name: tensor for tensor in tensors_between_layers(qmodel)}
+    assert len(tensors) == len(tensors_between_layers(qmodel))
+    assert (tensors["norm stored input"].grid.bits, tensors["norm input"].grid.bits) == (8, 16)
+
+
+@pytest.mark.parametrize("settings", [{"a_scales": "simulated"}, {"float_stages": ("g_a", "h_a", "g_s")}])
+def test_what_stays_in_float_is_not_rounded(settings):
+    qmodel = QuantModel(tiny_codec("minnen2018"), QuantConfig(**settings))
+    qmodel.observe([images(1)])
+    tensors = tensors_between_layers(qmodel)
+    assert tensors and not any(tensor.node.stays_float for tensor in tensors)
+
+
+def test_the_scale_of_an_offset_is_no_tensor_between_layers():
+    """Its quantizer rounds neither the input nor the output of its node."""
+    qmodel = QuantModel(tiny_codec("balle2018-vbr"), QuantConfig())
+    qmodel.observe([images(1)])
+    assert "offsets" in {node.kind for node in qmodel.nodes.values()}
+    assert "offsets" not in {tensor.node.kind for tensor in tensors_between_layers(qmodel)}

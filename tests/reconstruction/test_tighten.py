@@ -36,3 +36,13 @@ def test_a_repeated_calibration_takes_what_was_found(tmp_path):
     assert same == found
     for a, b in zip(first.state_dict().items(), again.state_dict().items()):
         assert a[0] == b[0] and torch.allclose(a[1], b[1])
+
+
+def test_wide_activations_keep_their_room():
+    for a_bits in (8, 16, 32):
+        qmodel = QuantModel(_Skip().eval(), QuantConfig(a_bits=a_bits))
+        qmodel.observe([_SOFT], [_HARD])
+        state = StateFolder(None, "", False)
+        found = tighten_ranges(qmodel, [_SOFT], [_SOFT], _OBJECTIVE, {}, state, progress=False)
+        assert all(name.endswith(" input") for name in found["ranges"])
+        assert float(qmodel.functions["add0"].grid.log_n) == 0
