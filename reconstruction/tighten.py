@@ -83,6 +83,7 @@ def tighten_ranges(
             j[0] = tried[0]
             ranges[tensor.name] = ranges.get(tensor.name, 1.0) * FACTOR
     outcome = {"j_before": before, "j_after": j[0], "ranges": ranges, "seconds": time.monotonic() - started}
+    qmodel.quantize_nodes(False)
     state.save("tightened", outcome, {})
     return outcome
 
