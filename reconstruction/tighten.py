@@ -69,7 +69,7 @@ def tighten_ranges(
     tensors = [
         tensor
         for tensor in tensors_between_layers(qmodel)
-        if _can_shrink(tensor, qmodel) and not _costs_little(tensor, sensitivities, before)
+        if _can_shrink(tensor, qmodel) and _costs_enough(tensor, qmodel, sensitivities, before)
     ]
     for tensor in progress_bar(tensors, desc=TIGHTENING, unit="tensor", enabled=progress, leave=False):
         for _ in range(_MOST):
@@ -105,9 +105,16 @@ def _can_shrink(tensor: BetweenLayers, qmodel: QuantModel) -> bool:
     return few and is_meant and not (grid.exact or grid.latent or of_norm)
 
 
-def _costs_little(tensor: BetweenLayers, sensitivities: dict[str, Sensitivity], j: float) -> bool:
+def _costs_enough(
+    tensor: BetweenLayers, qmodel: QuantModel, sensitivities: dict[str, Sensitivity], j: float
+) -> bool:
+    """Whether rounding is predicted to cost so much that trials pay.
+
+    Of operands of attention's products and of what is stored between layers nothing is predicted. These are
+    tried under `strict_int8` alone.
+    """
     node = tensor.node
     if not tensor.is_input or node.name not in sensitivities:
-        return False
+        return qmodel.config.strict_int8
     assert isinstance(node, QuantMAC)
-    return float(input_noise(node, sensitivities[node.name]).sum()) < _LEAST_NOISE * j
+    return float(input_noise(node, sensitivities[node.name]).sum()) >= _LEAST_NOISE * j
