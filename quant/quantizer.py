@@ -59,6 +59,7 @@ class Quantizer(Grid):
     """
 
     border: nn.Parameter | None
+    channel_dim: int | None
     energy: Tensor
 
     def __init__(
