@@ -170,6 +170,7 @@ def test_unknown_qualities_are_one_line(file):
 
 def test_lambdas_are_slopes_of_the_curve(file, tmp_path, make_image, monkeypatch, capsys):
     monkeypatch.syspath_prepend(os.fspath(Path(FILE).parent))
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
     module = importlib.import_module("tic_n32")
     monkeypatch.setattr(module, "STEPS", {1: 4.0})
     make_image(width=64, height=64, folder=tmp_path / "photos")

@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 import main_ptq
-from licq.models.registry import LAMBDAS, create_model, list_models
+from licq.models import registry
+from licq.models.registry import LAMBDAS, create_model
 from licq.quant.config import SIMULATED
 from licq.reconstruction.config import LOSSES, UNITS
 from licq.runs.float_models import find_float_models
@@ -145,7 +146,8 @@ def test_choices_are_those_of_the_library():
     text = "".join(
         main_ptq.build_parser().format_help(everything=True).split()
     )  # argparse breaks lines at hyphens
-    assert all(name in text for name in list_models())
+    built_in = [name for names in registry._BUILT_IN.values() for name in names]  # other tests load plug-ins
+    assert all(name in text for name in built_in)
 
 
 def test_knobs_are_converted_to_the_type_of_their_default():
