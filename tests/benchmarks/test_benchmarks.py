@@ -114,45 +114,6 @@ def load(name):
     return module
 
 
-def test_codec_table_reads_the_reports_of_runs(tmp_path, monkeypatch, capsys):
-    point = {
-        "delta_j_percent": 0.25,
-        "calibration_seconds": 100.4,
-        "peak_memory_mb": 1500.2,
-        "model_bytes": 26,
-        "fp32_model_bytes": 100,
-    }
-    report = {
-        "arch": "mine",
-        "points": [point, point | {"delta_j_percent": -0.5, "baseline": {}, "baseline_delta_j_percent": 3.0}],
-        "bd_rate_psnr": 0.5,
-        "bd_rate_ms_ssim": None,
-        "kept_in_float": [],
-        "left_alone": {"net": "a constant"},
-        "images": 24,
-    }
-    (tmp_path / "report.json").write_text(json.dumps(report))
-    monkeypatch.setattr(sys, "argv", ["codec_table.py", str(tmp_path)])
-    assert main_guard(load("codec_table").main) == 0
-    cells = [cell.strip() for cell in capsys.readouterr().out.splitlines()[-1].strip("|").split("|")]
-    assert cells == [
-        "mine",
-        "2",
-        "24",
-        "+0.50 %",
-        "n/a",
-        "n/a",
-        "-0.50 to +0.25 %",
-        "+3.00 %",
-        "100 s",
-        "1500 MB",
-        "26.0 %",
-        "net (a constant)",
-    ]
-    monkeypatch.setattr(sys, "argv", ["codec_table.py", str(tmp_path / "none")])
-    assert main_guard(load("codec_table").main) == 2
-
-
 def test_zoo_table_names_every_rate_of_an_embedded_codec():
     points = [
         {"quality": quality, "lambda": 0.01, "fp32": {"bpp": 0.1234567, "psnr": 27.0}} for quality in (1, 2)

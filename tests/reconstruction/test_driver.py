@@ -100,8 +100,8 @@ def test_objective_refuses(arguments):
 # ------------------------------------------------------------------------------------------- units and caches
 
 
-def test_j_is_measured_on_the_first_crops_and_all_teach(monkeypatch):
-    model, crops, objective = codec("balle2018"), images(5), Objective(0.01)
+def watch_learning(monkeypatch) -> list[torch.Tensor]:
+    """The batches that steps learn from, in a list that fills while they do."""
     taught = []
     loss = engine_module.Engine.global_loss
 
@@ -110,6 +110,12 @@ def test_j_is_measured_on_the_first_crops_and_all_teach(monkeypatch):
         return loss(self, index, cache)
 
     monkeypatch.setattr(engine_module.Engine, "global_loss", watched)
+    return taught
+
+
+def test_j_is_measured_on_the_first_crops_and_all_teach(monkeypatch):
+    model, crops, objective = codec("balle2018"), images(5), Objective(0.01)
+    taught = watch_learning(monkeypatch)
     config = method(iters=0, joint_iters=3, measured=3, loss="rd_direct")
     history = quantize(model, crops, config, lmbda=0.01, progress=False).history
     with torch.no_grad():
@@ -120,14 +126,7 @@ def test_j_is_measured_on_the_first_crops_and_all_teach(monkeypatch):
 
 def test_many_crops_hold_out_those_that_j_is_measured_on_and_j_does_not_rise(monkeypatch):
     model, crops = codec("balle2018"), images(8)
-    taught = []
-    loss = engine_module.Engine.global_loss
-
-    def watched(self, index, cache=None):
-        taught.append(self.batches[index])
-        return loss(self, index, cache)
-
-    monkeypatch.setattr(engine_module.Engine, "global_loss", watched)
+    taught = watch_learning(monkeypatch)
     config = method(iters=0, joint_iters=4, measured=2, joint_lr=100.0)  # steps that are much too large
     history = quantize(model, crops, config, lmbda=0.01, progress=False).history
     assert {float(x.sum()) for batch in taught for x in batch} == {float(x.sum()) for x in crops[2:]}
