@@ -142,7 +142,9 @@ def _kinds(c: int) -> dict[str, Callable[[], nn.Module]]:
         ),
         "RMSNorm by rsqrt": own(_rms, weight=vector),
         "RMSNorm by a norm": own(
-            lambda self, x: x / (x.norm(2, dim=1, keepdim=True) * c**-0.5 + 1e-6) * self.weight[:, None, None],
+            lambda self, x: (
+                x / (x.norm(2, dim=1, keepdim=True) * c**-0.5 + 1e-6) * self.weight[:, None, None]
+            ),
             weight=vector,
         ),
         "F.normalize": by(lambda x: F.normalize(x, dim=1)),
@@ -206,9 +208,7 @@ def _kinds(c: int) -> dict[str, Callable[[], nn.Module]]:
             lambda self, x: x * torch.sigmoid(self.pool(x)), pool=lambda: nn.AdaptiveMaxPool2d(1)
         ),
         "amax and amin": by(lambda x: x - 0.5 * x.amax((2, 3), keepdim=True) - x.amin(1, keepdim=True)),
-        "nearest interpolation": lambda: nn.Sequential(
-            nn.Upsample(scale_factor=2), nn.Conv2d(c, c, 3, 2, 1)
-        ),
+        "nearest interpolation": lambda: nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(c, c, 3, 2, 1)),
         "bilinear interpolation": lambda: nn.Sequential(
             nn.Upsample(scale_factor=2, mode="bilinear"), nn.Conv2d(c, c, 3, 2, 1)
         ),
@@ -229,9 +229,7 @@ def _kinds(c: int) -> dict[str, Callable[[], nn.Module]]:
             lambda self, x: x.gather(1, self.order.view(1, -1, 1, 1).expand(x.shape)), order=lambda: order
         ),
         "constant indexes": own(lambda self, x: x[:, self.order], order=lambda: order),
-        "channel shuffle": by(
-            lambda x: x.unflatten(1, (2, -1)).transpose(1, 2).reshape(x.shape)
-        ),
+        "channel shuffle": by(lambda x: x.unflatten(1, (2, -1)).transpose(1, 2).reshape(x.shape)),
         "pixel unshuffle and shuffle": lambda: nn.Sequential(
             nn.PixelUnshuffle(2), nn.Conv2d(4 * c, 4 * c, 1), nn.PixelShuffle(2)
         ),
@@ -256,15 +254,24 @@ def _kinds(c: int) -> dict[str, Callable[[], nn.Module]]:
             lambda self, x: self.linear(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2),
             linear=lambda: nn.Linear(c, c),
         ),
-        "layer scale": own(lambda self, x: x + self.weight[:, None, None] * self.conv(x), weight=vector,
-                           conv=lambda: nn.Conv2d(c, c, 1)),
+        "layer scale": own(
+            lambda self, x: x + self.weight[:, None, None] * self.conv(x),
+            weight=vector,
+            conv=lambda: nn.Conv2d(c, c, 1),
+        ),
         "simple gate": own(
             lambda self, x: torch.mul(*self.conv(x).chunk(2, 1)), conv=lambda: nn.Conv2d(c, 2 * c, 1)
         ),
-        "F.conv2d": own(_masked, weight=kernel, bias=vector,
-                        mask=lambda: torch.tensor([1, 1, 1, 1, 1, 0, 0, 0, 0]).reshape(3, 3)),
+        "F.conv2d": own(
+            _masked,
+            weight=kernel,
+            bias=vector,
+            mask=lambda: torch.tensor([1, 1, 1, 1, 1, 0, 0, 0, 0]).reshape(3, 3),
+        ),
         "F.conv_transpose2d": own(
-            lambda self, x: F.conv_transpose2d(F.conv2d(x, self.down, stride=2, padding=1), self.weight, stride=2),
+            lambda self, x: F.conv_transpose2d(
+                F.conv2d(x, self.down, stride=2, padding=1), self.weight, stride=2
+            ),
             down=kernel,
             weight=lambda: torch.randn(c, c, 2, 2) * c**-0.5,
         ),

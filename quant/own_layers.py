@@ -1,0 +1,113 @@
+"""Nodes of convolutions and linear layers whose weights a forward passes itself."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from licq.quant.config import QuantConfig
+from licq.quant.functions import FUNCTIONS
+from licq.quant.layers import QuantConv2d, QuantConvTranspose2d, QuantLinear
+from licq.quant.mac import QuantMAC
+from licq.quant.qtensor import QTensor
+
+
+class OwnWeights(QuantMAC):
+    """A layer of which the forward passes the weight and the bias with each call.
+
+    They are constants, so the node copies them. The options are what PyTorch's function of the layer was
+    called with, and the shape of the weight.
+    """
+
+    options: dict[str, Any]
+
+    def __init__(self, config: QuantConfig, **options: Any):
+        super().__init__(self.layer(**options), config)
+        for parameter in self.module.parameters():
+            parameter.requires_grad_(False)
+        self.options = options
+
+    @staticmethod
+    def layer(**options: Any) -> nn.Module:
+        """The module that holds the weights."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def _copy(self, weight: Tensor | None, bias: Tensor | None) -> None:
+        for name, given in (("weight", weight), ("bias", bias)):
+            own = getattr(self.module, name)
+            if given is not None and own is not None and not torch.equal(own, given):
+                own.copy_(given)
+
+    def real(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        self._copy(weight, bias)
+        return super().real(x)
+
+    def integer(self, x: QTensor, weight: Tensor | None = None, bias: Tensor | None = None) -> QTensor:
+        return super().integer(x)
+
+
+class OwnConv2d(OwnWeights, QuantConv2d):
+    """F.conv2d."""
+
+    kind = "conv2d"
+
+    @staticmethod
+    def layer(
+        *, shape: list[int], bias: bool, stride: Any, padding: Any, dilation: Any, groups: int
+    ) -> nn.Module:
+        outputs, inputs, *kernel = shape
+        padding = padding if isinstance(padding, str) else tuple(padding)
+        return nn.Conv2d(
+            inputs * groups,
+            outputs,
+            tuple(kernel),
+            tuple(stride),
+            padding,
+            tuple(dilation),
+            groups,
+            bias,
+        )
+
+
+class OwnConvTranspose2d(OwnWeights, QuantConvTranspose2d):
+    """F.conv_transpose2d."""
+
+    kind = "conv_transpose2d"
+
+    @staticmethod
+    def layer(
+        *,
+        shape: list[int],
+        bias: bool,
+        stride: Any,
+        padding: Any,
+        dilation: Any,
+        groups: int,
+        output_padding: Any,
+    ) -> nn.Module:
+        inputs, outputs, *kernel = shape
+        return nn.ConvTranspose2d(
+            inputs,
+            outputs * groups,
+            tuple(kernel),
+            tuple(stride),
+            tuple(padding),
+            tuple(output_padding),
+            groups,
+            bias,
+            tuple(dilation),
+        )
+
+
+class OwnLinear(OwnWeights, QuantLinear):
+    """F.linear, and products with a constant matrix."""
+
+    kind = "linear"
+
+    @staticmethod
+    def layer(*, shape: list[int], bias: bool) -> nn.Module:
+        return nn.Linear(shape[1], shape[0], bias)
+
+
+FUNCTIONS.update({cls.kind: cls for cls in (OwnConv2d, OwnConvTranspose2d, OwnLinear)})  # type: ignore[misc]
