@@ -52,14 +52,24 @@ def to_symbols(x: Tensor, means: Tensor | None, unit: float) -> tuple[Tensor, Te
     """
     symbols = rescale(x if means is None else subtract(x, means), unit)
     values = rescale(symbols, 1 / unit)
-    return symbols, values if means is None else add(values, means)
+    if means is None:
+        return symbols, values
+    return symbols, _without_gradient_of(means, x, add(values, means))
 
 
 def rounded(x: Tensor, means: Tensor | None) -> tuple[Tensor, Tensor]:
     """(round(x - means), round(x - means) + means) of real numbers, with straight-through gradients."""
     residual = x if means is None else x - means
     symbols = residual + (torch.round(residual) - residual).detach()
-    return symbols, symbols if means is None else symbols + means
+    if means is None:
+        return symbols, symbols
+    return symbols, _without_gradient_of(means, x, symbols + means)
+
+
+def _without_gradient_of(means: Tensor, x: Tensor, values: Tensor) -> Tensor:
+    """values = round(x - means) + means, in which the gradients of the means cancel: without them, where x
+    takes none. Then what reads the values need not be differentiated, as g_s while h_s learns."""
+    return values.detach() if means.requires_grad and not x.requires_grad else values
 
 
 class QuantBoundary(QuantModule):

@@ -83,7 +83,11 @@ def reconstruct_units(engine: Engine) -> list[dict]:
     )
     with bar:
         for number, unit in enumerate(engine.units):
-            engine.settle(engine.nodes_before(unit))
+            if engine.settle(engine.nodes_before(unit)):
+                prefix.quantized.unaffected.forget()
+            if not engine.learns(unit):
+                bar.update()
+                continue
             entry = _restored(engine, unit, number)
             if entry is None:
                 prefix.advance(engine, unit)
@@ -104,5 +108,7 @@ def _restored(engine: Engine, unit: Unit, number: int) -> dict | None:
         return None
     entry, values = stored
     engine.resumed_seconds += entry["seconds"]
+    if engine.config.is_global:
+        engine.loss_behind = entry["loss"]
     restore(learned({name: engine.qmodel.nodes[name] for name in unit.nodes}), values)
     return entry

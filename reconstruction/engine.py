@@ -12,7 +12,7 @@ from licq.quant.rounding import Rounding
 from licq.reconstruction.cache import PrefixCache
 from licq.reconstruction.config import ReconstructionConfig
 from licq.reconstruction.objective import Objective, rate
-from licq.reconstruction.state import StateFolder
+from licq.reconstruction.state import StateFolder, knob_of, learned
 from licq.reconstruction.units import Trace, Unit, find_units
 from licq.support.progress import progress as progress_bar
 
@@ -36,6 +36,7 @@ class Engine:
         j_float: J_0 of each crop of a batch, (B,), for each batch.
         float_outputs: x_hat and R of the float codec for each batch, with the loss "output".
         settled: names of the nodes that are final.
+        loss_behind: the loss of the whole codec behind the units so far, as `UnitPass` scores them.
         resumed_seconds: that earlier processes have spent on what was read from `state`.
     """
 
@@ -64,6 +65,7 @@ class Engine:
         self._measure_float()
         self.settled: set[str] = set()
         self.resumed_seconds = 0.0
+        self.loss_behind = 0.0
 
     def _target_of(self) -> dict[Unit, Unit]:
         if self.config.loss != "stage" or self.config.unit not in ("layer", "block"):
@@ -87,8 +89,8 @@ class Engine:
 
     # ------------------------------------------------------------------------------------------ final nodes
 
-    def settle(self, names: Iterable[str]) -> None:
-        """Make nodes final: integers, frozen, quantized from now on."""
+    def settle(self, names: Iterable[str]) -> list[str]:
+        """Make nodes final: integers, frozen, quantized from now on. Returns those that were not final."""
         new = [name for name in names if name not in self.settled]
         for name in new:
             node = self.qmodel.nodes[name]
@@ -99,11 +101,18 @@ class Engine:
             node.freeze()
         self.qmodel.quantize_nodes(True, new)
         self.settled.update(new)
+        return new
 
     def settle_all(self) -> None:
         """Make every node final, also those that were final before and have been thawed."""
         self.settled.clear()
         self.settle(list(self.qmodel.nodes))
+
+    def learns(self, unit: Unit) -> bool:
+        """Whether the unit has anything that `ReconstructionConfig.learn` names. With simulated scales, GDN
+        and LayerNorm stay in float."""
+        parameters = learned({name: self.qmodel.nodes[name] for name in unit.nodes})
+        return any(knob_of(key) in self.config.learn for key in parameters)
 
     def nodes_before(self, unit: Unit) -> list[str]:
         """Nodes whose first call comes before the unit."""

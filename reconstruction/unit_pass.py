@@ -28,8 +28,8 @@ CONVERGED = 0.01
 class Prefix:
     """What units are reconstructed from and compared with; it moves on with the units."""
 
-    targets: Targets
-    """Float outputs of the units that `Engine.target_of` names."""
+    targets: Targets | None
+    """Float outputs of the units that `Engine.target_of` names, where steps use the units' own error."""
 
     unit_targets: Targets | None
     """Float outputs of the units themselves, where the loss "stage" is blended with their own error."""
@@ -45,13 +45,15 @@ class Prefix:
         """The prefix of the first unit."""
         config, qmodel = engine.config, engine.qmodel
         batches = engine.batches[: len(engine.measured)]
-        targets = Targets(
-            qmodel,
-            batches,
-            list(dict.fromkeys(engine.target_of.values())),
-            engine.objective,
-            config.local_loss == "fisher",
-        )
+        targets = None
+        if config.uses_own_error:
+            targets = Targets(
+                qmodel,
+                batches,
+                list(dict.fromkeys(engine.target_of.values())),
+                engine.objective,
+                config.local_loss == "fisher",
+            )
         unit_targets = None
         if config.loss == "stage" and config.blend:
             unit_targets = Targets(qmodel, batches, engine.units, engine.objective, False)
@@ -102,27 +104,39 @@ class UnitPass:
 
         Returns:
             {"name", "nodes": how many, "j_before", "j_after", "rounds": how many were begun, "kept": whether
-            one of them is in the result, "seconds"}: what the history says.
+            one of them is in the result, "loss": of the measured crops behind the unit, "seconds"}: what the
+            history says.
         """
         started = time.monotonic()
         config, engine = self.config, self.engine
         self.qmodel.quantize_nodes(True, self.unit.nodes)
         best_values = snapshot(self.parameters)
         self._harden(True)
-        j_before, eq12 = engine.measure(self.prefix.quantized)
+        quantized = self.prefix.quantized
+        if config.unit != "network":
+            quantized.unaffected.find(self.unit, self.parameters.values(), quantized.outputs[0])
+        j_before, eq12 = engine.measure(quantized)
         j_after, best = j_before, self._score(j_before, eq12)
-        self.local_scale, self.global_scale = self._local_score(), max(best, 1e-12)
         rounds, is_learned = 0, False
-        while rounds < config.rounds:
-            rounds += 1
-            self._learn_round()
-            j, eq12 = engine.measure(self.prefix.quantized)
-            score, before = self._score(j, eq12), best
-            if score <= best:
-                j_after, best, best_values, is_learned = j, score, snapshot(self.parameters), True
-            if score >= before * (1 - CONVERGED):
-                break
+        if self._is_worth_learning(best):
+            self.global_scale = max(best, 1e-12)
+            if config.uses_own_error:
+                self.local_scale = self._local_score()
+            while rounds < config.rounds:
+                rounds += 1
+                self._learn_round()
+                j, eq12 = engine.measure(quantized) if config.is_global else (j_before, 0.0)
+                score, before = self._score(j, eq12), best
+                if score <= best:
+                    j_after, best, best_values, is_learned = j, score, snapshot(self.parameters), True
+                if score >= before * (1 - CONVERGED):
+                    break
         restore(self.parameters, best_values)  # a round may lose; then the one before it counts
+        if is_learned and not config.is_global:
+            self._harden(True)
+            j_after, _ = engine.measure(quantized)
+        if config.is_global:
+            engine.loss_behind = best
         return {
             "name": self.unit.name,
             "nodes": len(self.nodes),
@@ -130,8 +144,15 @@ class UnitPass:
             "j_after": j_after,
             "rounds": rounds,
             "kept": is_learned,
+            "loss": best,
             "seconds": time.monotonic() - started,
         }
+
+    def _is_worth_learning(self, score: float) -> bool:
+        """Whether quantizing the unit raises a loss of the whole codec by `min_rise` of it or more."""
+        if not self.config.is_global or not self.config.min_rise:
+            return True
+        return score - self.engine.loss_behind >= self.config.min_rise * score
 
     def _learn_round(self) -> None:
         """One round of Algorithm 1: first weights and biases, then activations; or all together."""
@@ -205,7 +226,9 @@ class UnitPass:
         calls = {*self.target.outputs, *(self.unit.outputs if unit_targets else ())}
         with runtime.replaying(outputs), runtime.recording(calls, stop_after=self.target.end) as record:
             self.qmodel(self.engine.batches[index])
-        loss = self.prefix.targets.loss(kind, self.target, index, record)
+        targets = self.prefix.targets
+        assert targets is not None
+        loss = targets.loss(kind, self.target, index, record)
         if unit_targets is None:
             return loss
         return loss + self.config.blend * unit_targets.loss(kind, self.unit, index, record)
