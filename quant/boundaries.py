@@ -4,7 +4,9 @@ y, z, means and scales are requantized from their accumulators to integers in un
 (design, section 3). Likelihoods are estimates in float for the rate: no symbol and no pixel depends on them.
 """
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -39,6 +41,23 @@ from licq.support.errors import InputError
 _BOUNDARY_RANGE_BITS = 24  # integers of so many bits stay exact in float32
 
 
+class _Shown(threading.local):
+    everything = False
+
+
+_shown = _Shown()  # of this thread
+
+
+@contextmanager
+def showing_dependence() -> Iterator[None]:
+    """While this lasts, y_hat takes gradients from all that it depends on, also where they cancel."""
+    _shown.everything = True
+    try:
+        yield
+    finally:
+        _shown.everything = False
+
+
 def boundary_quantizer(config: QuantConfig) -> Quantizer:
     """The quantizer of tensors at boundaries, whose step is fixed at 2^-boundary_bits."""
     return Quantizer(_BOUNDARY_RANGE_BITS, config.frac_bits, fixed=2.0**-config.boundary_bits)
@@ -69,7 +88,8 @@ def rounded(x: Tensor, means: Tensor | None) -> tuple[Tensor, Tensor]:
 def _without_gradient_of(means: Tensor, x: Tensor, values: Tensor) -> Tensor:
     """values = round(x - means) + means, in which the gradients of the means cancel: without them, where x
     takes none. Then what reads the values need not be differentiated, as g_s while h_s learns."""
-    return values.detach() if means.requires_grad and not x.requires_grad else values
+    cancels = means.requires_grad and not x.requires_grad and not _shown.everything
+    return values.detach() if cancels else values
 
 
 class QuantBoundary(QuantModule):

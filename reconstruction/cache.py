@@ -33,6 +33,7 @@ class PrefixCache:
     @torch.no_grad()
     def advance(self, start: Call) -> None:
         """Bring the cache to the calls before `start`; the nodes there are in their final state."""
+        self.unaffected.forget()
         needed = self.trace.prefix(start)
         runtime = self.qmodel.runtime
         for index, batch in enumerate(self.batches):

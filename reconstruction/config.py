@@ -71,8 +71,8 @@ class ReconstructionConfig:
     (Algorithm 1, lines 2 to 12)."""
 
     min_rise: float = 0.0
-    """With a loss of the whole codec: a unit whose quantization raises it by less than this share of it
-    is left as it is, and takes no steps."""
+    """With the loss "rd": a unit takes no steps where its quantization raises eq. 12, on ten crops, by less
+    than this share of it."""
 
     tail_share: float = 0.1
     """Share of `iters`, the last ones, that use a loss of the whole codec ("rd", "rd_direct", "output"). The

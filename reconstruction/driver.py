@@ -36,6 +36,8 @@ Other presets change the loss (the unit's own error in place of `global_loss`, f
 ones), the unit, the knobs that are learned, or what is drawn at random (`input_mix`, `act_drop`).
 """
 
+import torch
+
 from licq.reconstruction.engine import Engine
 from licq.reconstruction.expected import UNITS
 from licq.reconstruction.joint_pass import JointPass
@@ -83,8 +85,7 @@ def reconstruct_units(engine: Engine) -> list[dict]:
     )
     with bar:
         for number, unit in enumerate(engine.units):
-            if engine.settle(engine.nodes_before(unit)):
-                prefix.quantized.unaffected.forget()
+            engine.settle(engine.nodes_before(unit))
             if not engine.learns(unit):
                 bar.update()
                 continue
@@ -93,7 +94,8 @@ def reconstruct_units(engine: Engine) -> list[dict]:
                 prefix.advance(engine, unit)
                 unit_pass = UnitPass(engine, unit, number, prefix)
                 entry = unit_pass.run()
-                engine.state.save(f"{number:03d}", entry, unit_pass.parameters)
+                behind = {"costs": torch.cat(engine.costs_behind)}
+                engine.state.save(f"{number:03d}", entry, unit_pass.parameters | behind)
                 bar.update()
             engine.settle(unit.nodes)
             entries.append(entry)
@@ -108,7 +110,7 @@ def _restored(engine: Engine, unit: Unit, number: int) -> dict | None:
         return None
     entry, values = stored
     engine.resumed_seconds += entry["seconds"]
-    if engine.config.is_global:
-        engine.loss_behind = entry["loss"]
+    sizes = [len(costs) for costs in engine.costs_behind]
+    engine.costs_behind = list(values["costs"].to(engine.costs_behind[0]).split(sizes))
     restore(learned({name: engine.qmodel.nodes[name] for name in unit.nodes}), values)
     return entry

@@ -36,7 +36,7 @@ class Engine:
         j_float: J_0 of each crop of a batch, (B,), for each batch.
         float_outputs: x_hat and R of the float codec for each batch, with the loss "output".
         settled: names of the nodes that are final.
-        loss_behind: the loss of the whole codec behind the units so far, as `UnitPass` scores them.
+        costs_behind: J of each crop of a measured batch behind the units so far, as it was last measured.
         resumed_seconds: that earlier processes have spent on what was read from `state`.
     """
 
@@ -65,7 +65,7 @@ class Engine:
         self._measure_float()
         self.settled: set[str] = set()
         self.resumed_seconds = 0.0
-        self.loss_behind = 0.0
+        self.costs_behind = [self.j_float[index] for index in self.measured]
 
     def _target_of(self) -> dict[Unit, Unit]:
         if self.config.loss != "stage" or self.config.unit not in ("layer", "block"):
@@ -89,8 +89,8 @@ class Engine:
 
     # ------------------------------------------------------------------------------------------ final nodes
 
-    def settle(self, names: Iterable[str]) -> list[str]:
-        """Make nodes final: integers, frozen, quantized from now on. Returns those that were not final."""
+    def settle(self, names: Iterable[str]) -> None:
+        """Make nodes final: integers, frozen, quantized from now on."""
         new = [name for name in names if name not in self.settled]
         for name in new:
             node = self.qmodel.nodes[name]
@@ -101,7 +101,6 @@ class Engine:
             node.freeze()
         self.qmodel.quantize_nodes(True, new)
         self.settled.update(new)
-        return new
 
     def settle_all(self) -> None:
         """Make every node final, also those that were final before and have been thawed."""
@@ -136,13 +135,16 @@ class Engine:
         Args:
             cache: of the prefix behind which forwards start; None runs whole forwards.
         """
-        costs, squares = [], []
+        return self.means(self.costs(self.measured, cache))
+
+    def costs(self, indexes: Iterable[int], cache: PrefixCache | None = None) -> list[Tensor]:
+        """J of each crop of batches, (B,) each."""
         with torch.no_grad(), unchanged.everything():
-            for index in self.measured:
-                cost = self._cost(index, cache)
-                costs.append(cost)
-                squares.append((cost - self.j_float[index]).square())
-        return mean(costs), mean(squares)
+            return [self._cost(index, cache) for index in indexes]
+
+    def means(self, costs: Sequence[Tensor]) -> tuple[float, float]:
+        """(mean J, mean of eq. 12) of the first so many batches, from J of each crop."""
+        return mean(costs), mean((cost - j).square() for cost, j in zip(costs, self.j_float))
 
     def mean_j_float(self) -> float:
         """Mean J_0 over the measured crops."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from licq.quant.boundaries import showing_dependence
 from licq.quant.model import QuantModel
 from licq.quant.outputs import codec_output
 from licq.quant.qtensor import QTensor
@@ -34,28 +35,24 @@ class Unaffected:
         self._unread: dict[Call, Any] = {}
 
     def forget(self) -> None:
-        """Other nodes than the last unit's have changed."""
+        """Nodes have changed: compute everything."""
         self.outputs = [{} for _ in self.batches]
         self.read, self._unread = set(), {}
 
     def find(self, unit: Unit, parameters: Iterable[nn.Parameter], prefix: dict[Call, Any]) -> None:
-        """Find the calls for a unit; what was kept for the unit before, and still counts, stays.
+        """Find the calls for a unit.
 
         Args:
             parameters: that the unit may learn.
             prefix: outputs of the calls before the unit on the first batch.
         """
-        self.read, self._unread = set(), {}
+        self.forget()
         calls = self._constant(unit, list(parameters), prefix)
         if calls:
             read = self._directly_read(calls, prefix)
             unread = {call: _without_memory(output) for call, output in calls.items() if call not in read}
             if self._is_right(prefix, calls, read, unread):
                 self.read, self._unread = read, unread
-        self.outputs = [
-            {call: output for call, output in outputs.items() if call in self.read}
-            for outputs in self.outputs
-        ]
 
     def missing(self, index: int) -> set[Call]:
         """The calls whose outputs on batch number `index` are to be recorded."""
@@ -72,7 +69,7 @@ class Unaffected:
     def _fits(self, index: int) -> bool:
         return self.batches[index].shape == self.batches[0].shape
 
-    # ------------------------------------------------------------------------------------- which calls these are
+    # ------------------------------------------------------------------------------ which calls these are
 
     def _constant(self, unit: Unit, parameters: list[nn.Parameter], prefix: dict) -> dict[Call, Any]:
         """The outermost calls behind the unit that take no gradient from it and that quantizing it does not
@@ -84,8 +81,9 @@ class Unaffected:
         self.qmodel.quantize_nodes(True, names)
         for parameter in parameters:
             parameter.requires_grad_(True)
-        with torch.enable_grad(), runtime.replaying(prefix), runtime.recording() as after:
-            self.qmodel(batch)
+        with torch.enable_grad(), showing_dependence():
+            with runtime.replaying(prefix), runtime.recording() as after:
+                self.qmodel(batch)
         for parameter in parameters:
             parameter.requires_grad_(False)
         same = [
@@ -103,7 +101,7 @@ class Unaffected:
         """Those among the calls that something else reads: what has a gradient where all are constants."""
         leaves: dict[Call, list[Tensor]] = {call: [] for call in calls}
         replayed = {call: _leaf(output, leaves[call]) for call, output in calls.items()}
-        with torch.enable_grad(), self.qmodel.runtime.replaying({**prefix, **replayed}):
+        with torch.enable_grad(), showing_dependence(), self.qmodel.runtime.replaying({**prefix, **replayed}):
             total = sum(part.sum() for part in _tensors(self.qmodel(self.batches[0])))
             flat = [(call, leaf) for call, parts in leaves.items() for leaf in parts]
             if not isinstance(total, Tensor) or not total.requires_grad:
@@ -162,4 +160,6 @@ def _leaf(output: Any, leaves: list[Tensor]) -> Any:
 
 def _without_memory(output: Any) -> Any:
     """An output of the same form that must not be read: its numbers are NaN."""
-    return _with_numbers(output, lambda x: torch.full((), torch.nan, dtype=x.dtype).to(x.device).expand(x.shape))
+    return _with_numbers(
+        output, lambda x: torch.full((), torch.nan, dtype=x.dtype).to(x.device).expand(x.shape)
+    )

@@ -22,6 +22,8 @@ WEIGHT_KNOBS = ("range_w", "range_b", "rounding", "bias")
 ACTIVATION_KNOBS = ("range_a", "border")
 CONVERGED = 0.01
 """A unit is finished where a round lowers its loss by less than this share."""
+SCREENED = 10
+"""Whether a unit is worth learning, so many crops say."""
 
 
 @dataclass
@@ -104,39 +106,38 @@ class UnitPass:
 
         Returns:
             {"name", "nodes": how many, "j_before", "j_after", "rounds": how many were begun, "kept": whether
-            one of them is in the result, "loss": of the measured crops behind the unit, "seconds"}: what the
-            history says.
+            one of them is in the result, "seconds"}: what the history says.
         """
         started = time.monotonic()
         config, engine = self.config, self.engine
         self.qmodel.quantize_nodes(True, self.unit.nodes)
         best_values = snapshot(self.parameters)
         self._harden(True)
-        quantized = self.prefix.quantized
-        if config.unit != "network":
-            quantized.unaffected.find(self.unit, self.parameters.values(), quantized.outputs[0])
-        j_before, eq12 = engine.measure(quantized)
-        j_after, best = j_before, self._score(j_before, eq12)
         rounds, is_learned = 0, False
-        if self._is_worth_learning(best):
-            self.global_scale = max(best, 1e-12)
-            if config.uses_own_error:
-                self.local_scale = self._local_score()
-            while rounds < config.rounds:
-                rounds += 1
-                self._learn_round()
-                j, eq12 = engine.measure(quantized) if config.is_global else (j_before, 0.0)
-                score, before = self._score(j, eq12), best
-                if score <= best:
-                    j_after, best, best_values, is_learned = j, score, snapshot(self.parameters), True
-                if score >= before * (1 - CONVERGED):
-                    break
+        costs, is_worth = self._screened()
+        if is_worth:
+            costs = self._rest_measured(costs)
+            engine.costs_behind = costs
+        j_before, eq12 = engine.means(engine.costs_behind)
+        j_after, best = j_before, self._score(j_before, eq12) if is_worth else 0.0
+        while is_worth and rounds < config.rounds:
+            if not rounds:
+                self._set_scales(best)
+            rounds += 1
+            self._learn_round()
+            costs = engine.costs(engine.measured, self.prefix.quantized) if config.is_global else costs
+            j, eq12 = engine.means(costs)
+            score, before = self._score(j, eq12), best
+            if score <= best:
+                j_after, best, best_values, is_learned = j, score, snapshot(self.parameters), True
+                engine.costs_behind = costs
+            if score >= before * (1 - CONVERGED):
+                break
         restore(self.parameters, best_values)  # a round may lose; then the one before it counts
         if is_learned and not config.is_global:
             self._harden(True)
-            j_after, _ = engine.measure(quantized)
-        if config.is_global:
-            engine.loss_behind = best
+            engine.costs_behind = engine.costs(engine.measured, self.prefix.quantized)
+            j_after, _ = engine.means(engine.costs_behind)
         return {
             "name": self.unit.name,
             "nodes": len(self.nodes),
@@ -144,15 +145,33 @@ class UnitPass:
             "j_after": j_after,
             "rounds": rounds,
             "kept": is_learned,
-            "loss": best,
             "seconds": time.monotonic() - started,
         }
 
-    def _is_worth_learning(self, score: float) -> bool:
-        """Whether quantizing the unit raises a loss of the whole codec by `min_rise` of it or more."""
-        if not self.config.is_global or not self.config.min_rise:
-            return True
-        return score - self.engine.loss_behind >= self.config.min_rise * score
+    def _screened(self) -> tuple[list[Tensor], bool]:
+        """(J of the crops of the first measured batches, whether the unit is to be learned): whether
+        quantizing it raises eq. 12 there by `min_rise` of it or more."""
+        engine, share = self.engine, self.config.min_rise
+        if self.config.loss != "rd" or not share:
+            return [], True
+        first = engine.measured[: max(1, SCREENED // self.config.batch)]
+        costs = engine.costs(first, self.prefix.quantized)
+        before, now = engine.means(engine.costs_behind[: len(costs)])[1], engine.means(costs)[1]
+        engine.costs_behind[: len(costs)] = costs
+        return costs, now - before >= share * now
+
+    def _rest_measured(self, costs: list[Tensor]) -> list[Tensor]:
+        """J of the crops of all measured batches, of which these are known."""
+        engine, quantized = self.engine, self.prefix.quantized
+        if self.config.unit != "network":
+            quantized.unaffected.find(self.unit, self.parameters.values(), quantized.outputs[0])
+        return costs + engine.costs(engine.measured[len(costs) :], quantized)
+
+    def _set_scales(self, score: float) -> None:
+        """Make losses relative to what they are before the unit learns."""
+        self.global_scale = max(score, 1e-12)
+        if self.config.uses_own_error:
+            self.local_scale = self._local_score()
 
     def _learn_round(self) -> None:
         """One round of Algorithm 1: first weights and biases, then activations; or all together."""
