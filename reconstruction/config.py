@@ -22,6 +22,8 @@ SCHEMES = {"offset": "learned_offset", "weight": "ste"}
 RANGE_SEARCHES = ("none", "powell")
 ROUND_INITS = ("nearest", "gptq")
 ALLOCATIONS = ("knapsack", "threshold")
+SCREENED = 10
+"""Crops on which `ReconstructionConfig.min_rise` says whether a unit learns."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from licq.quant import unchanged
 from licq.quant.rounding import AdaRound, Rounding, temperature
 from licq.reconstruction.cache import PrefixCache, mixed
+from licq.reconstruction.config import SCREENED
 from licq.reconstruction.engine import Engine
 from licq.reconstruction.optimizers import CosineSchedule, make_optimizer
 from licq.reconstruction.state import knob_of, learned, restore, snapshot
@@ -22,8 +23,6 @@ WEIGHT_KNOBS = ("range_w", "range_b", "rounding", "bias")
 ACTIVATION_KNOBS = ("range_a", "border")
 CONVERGED = 0.01
 """A unit is finished where a round lowers its loss by less than this share."""
-SCREENED = 10
-"""Whether a unit is worth learning, so many crops say."""
 
 
 @dataclass
