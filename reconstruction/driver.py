@@ -6,6 +6,7 @@ Algorithm 1 of RDO-PTQ (Shi, Lu, Ma, arXiv 2211.02854; preset "rdo-ptq": unit = 
     for unit in engine.units:                                               # line 1, in execution order
         engine.settle(engine.nodes_before(unit))                            # integers, frozen
         prefix.advance(engine, unit)                                        # their outputs, once
+        if eq. 12 rises by less than config.min_rise: the unit takes no steps   # on ten crops
         for round in range(config.rounds):                                  # line 2, until it has converged
             for knobs in (WEIGHT_KNOBS, ACTIVATION_KNOBS):                  # lines 3 to 7, then 8 to 11
                 active = parameters of these knobs                          # N_w, N_b, offsets; then N_x
