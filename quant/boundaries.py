@@ -4,12 +4,9 @@ y, z, means and scales are requantized from their accumulators to integers in un
 (design, section 3). Likelihoods are estimates in float for the rate: no symbol and no pixel depends on them.
 """
 
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from compressai.entropy_models import EntropyBottleneck, GaussianConditional, GaussianMixtureConditional
 from torch import Tensor, nn
 
@@ -25,6 +22,7 @@ from licq.quant.density import (
     factorized_table,
 )
 from licq.quant.fixedpoint import round_half_away, round_ste
+from licq.quant.latents import rounded, to_symbols
 from licq.quant.modules import QuantModule, replaces
 from licq.quant.primitives import (
     add,
@@ -41,55 +39,9 @@ from licq.support.errors import InputError
 _BOUNDARY_RANGE_BITS = 24  # integers of so many bits stay exact in float32
 
 
-class _Shown(threading.local):
-    everything = False
-
-
-_shown = _Shown()  # of this thread
-
-
-@contextmanager
-def showing_dependence() -> Iterator[None]:
-    """While this lasts, y_hat takes gradients from all that it depends on, also where they cancel."""
-    _shown.everything = True
-    try:
-        yield
-    finally:
-        _shown.everything = False
-
-
 def boundary_quantizer(config: QuantConfig) -> Quantizer:
     """The quantizer of tensors at boundaries, whose step is fixed at 2^-boundary_bits."""
     return Quantizer(_BOUNDARY_RANGE_BITS, config.frac_bits, fixed=2.0**-config.boundary_bits)
-
-
-def to_symbols(x: Tensor, means: Tensor | None, unit: float) -> tuple[Tensor, Tensor]:
-    """(symbols, values): round(x - means), and the same plus means; with straight-through gradients.
-
-    Args:
-        x, means: integers whose unit is `unit`. The symbols have unit 1, the values that of x.
-    """
-    symbols = rescale(x if means is None else subtract(x, means), unit)
-    values = rescale(symbols, 1 / unit)
-    if means is None:
-        return symbols, values
-    return symbols, _without_gradient_of(means, x, add(values, means))
-
-
-def rounded(x: Tensor, means: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(round(x - means), round(x - means) + means) of real numbers, with straight-through gradients."""
-    residual = x if means is None else x - means
-    symbols = residual + (torch.round(residual) - residual).detach()
-    if means is None:
-        return symbols, symbols
-    return symbols, _without_gradient_of(means, x, symbols + means)
-
-
-def _without_gradient_of(means: Tensor, x: Tensor, values: Tensor) -> Tensor:
-    """values = round(x - means) + means, in which the gradients of the means cancel: without them, where x
-    takes none. Then what reads the values need not be differentiated, as g_s while h_s learns."""
-    cancels = means.requires_grad and not x.requires_grad and not _shown.everything
-    return values.detach() if cancels else values
 
 
 class QuantBoundary(QuantModule):

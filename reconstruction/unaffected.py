@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from licq.quant.boundaries import showing_dependence
+from licq.quant.latents import showing_dependence
 from licq.quant.model import QuantModel
 from licq.quant.outputs import codec_output
 from licq.quant.qtensor import QTensor

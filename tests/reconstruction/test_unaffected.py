@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from licq.quant.boundaries import rounded, showing_dependence
+from licq.quant.latents import rounded, showing_dependence
 from licq.quant.model import QuantModel
 from licq.reconstruction.api import quantize
 from licq.reconstruction.cache import PrefixCache
