@@ -9,7 +9,7 @@ from torch import Tensor
 from licq.quant import primitives
 from licq.quant.dispatch import Forward, arguments, handles
 from licq.quant.qtensor import QTensor, to_real
-from licq.quant.reductions import root, squared
+from licq.quant.reductions import fitting, root, squared
 from licq.quant.torch_functions import function_name
 
 OTHER_TABLES = (
@@ -134,9 +134,12 @@ def _add(runtime, function, args, kwargs):
             y = a.like(a.q + b, None)
             y.bound = a.bound
             return y
-        steps = torch.round(b / a.unit.detach())
-        y = a.like(primitives.add(a.q, primitives.constant(steps, a.recorder)), a.scale)
-        y.bound = a.bound + int(steps.abs().max())
+        # a number that is larger than all moments takes bits from them
+        room = max(1.0, float(abs(b) / a.unit.detach()) / a.bound)
+        q, unit, bound = fitting(a.q if a.recorder else a.q.double(), a.unit, a.bound, room)
+        steps = torch.round(b / unit.detach())
+        y = a.like(primitives.add(q, primitives.constant(steps, a.recorder)), unit)
+        y.bound = bound + int(steps.abs().max())
         return y
     return runtime.function("add", {}, (a, b))
 

@@ -23,10 +23,6 @@ def boolean(like: QTensor, q: Tensor) -> QTensor:
     return result
 
 
-def _is_number(x: Any) -> bool:
-    return isinstance(x, (int, float)) or isinstance(x, Tensor) and x.ndim == 0 and not x.is_floating_point()
-
-
 @handles("gt", "ge", "lt", "le", "eq", "ne")
 def _compare(runtime, function, args, kwargs):
     name, (a, b) = function_name(function), args[:2]
@@ -41,7 +37,8 @@ def _compare(runtime, function, args, kwargs):
         a, b = runtime.function("add", {}, (a, -b)), 0
     if not a.is_integer:
         return boolean(a, getattr(torch, name)(a.q, b).float())
-    return boolean(a, _steps_above(a, name, float(b)))
+    bits = _steps_above(a, name, float(b))
+    return boolean(a, bits if a.recorder else bits.detach().float())  # as in PyTorch, without a gradient
 
 
 def _steps_above(a: QTensor, name: str, limit: float) -> Tensor:

@@ -227,7 +227,10 @@ def _mixing_channels(runtime, function, args, kwargs):
         given = arguments(args, kwargs, ["dim", "keepdim"])
         return total(runtime, x, dims_of(x, given.get("dim")), bool(given.get("keepdim", False)))
     x = runtime.one_scale_along(x, range(x.ndim))
-    return x.like(function(x.q, *args[1:], **kwargs), x.scale)
+    q = x.q
+    if function_name(function) == "sum" and x.is_integer and not x.recorder:
+        q = q.double()  # float32 has no place for large sums
+    return x.like(function(q, *args[1:], **kwargs), x.scale)
 
 
 @handles("gather", "take_along_dim")

@@ -19,6 +19,8 @@ from licq.quant.torch_functions import SQUARE_BITS, function_name
 
 _LARGEST_SUM = 2**30
 _LARGEST_WIDE = 2**15
+_PART = 32
+"""Of so many numbers a sum is taken before bits are dropped."""
 
 
 def dims_of(x: QTensor, dim: int | Iterable[int] | None) -> list[int]:
@@ -47,17 +49,41 @@ def total(runtime: Forward, x: QTensor, dims: list[int], keepdim: bool, divisor:
     q, unit, size = x.q, x.unit, bound or _LARGEST_WIDE
     q = q if x.recorder else q.double()
     for d in sorted(dims, reverse=True):
-        count = x.shape[d]
-        drop = max(0, math.ceil(math.log2(size * count / _LARGEST_SUM)))
-        if drop:
-            q, unit, size = primitives.rescale(q, 2.0**-drop), unit * 2**drop, (size >> drop) + 1
-        q, size = q.sum([d], True), size * count
+        q, unit, size = _summed(q, d, unit, size)
     if not keepdim:
         for d in sorted(dims, reverse=True):
             q = q.squeeze(d)
     y = x.like(q, unit / divisor)
     y.bound = size if bound else 0
     return y
+
+
+def _summed(q: Tensor, dim: int, unit: Tensor, size: int) -> tuple[Tensor, Tensor, int]:
+    """The sum along a dimension, which stays with length 1, its unit and its largest magnitude.
+
+    Sums of many numbers are sums of sums. Bits are dropped from sums, not from the numbers, so that many
+    small numbers do not all become zero.
+    """
+    while (count := q.shape[dim]) > 1:
+        q, unit, size = fitting(q, unit, size, min(count, _PART))
+        part = min(count, _LARGEST_SUM // size)
+        whole = count // part * part
+        parts = q.narrow(dim, 0, whole).unflatten(dim, (whole // part, part)).sum([dim + 1], True)
+        rest = [q.narrow(dim, whole, count - whole).sum([dim], True)] if count > whole else []
+        parts = parts.squeeze(dim + 1)
+        q, size = torch.cat([parts, *rest], dim) if rest else parts, size * part
+    return q, unit, size
+
+
+def fitting(q: Tensor, unit: Tensor, size: int, count: float) -> tuple[Tensor, Tensor, int]:
+    """The numbers, their unit and largest magnitude, without the bits by which `count` of them could pass
+    the largest sum."""
+    if size * count <= _LARGEST_SUM:
+        return q, unit, size
+    drop = 1
+    while ((size >> drop) + 1) * count > _LARGEST_SUM:
+        drop += 1
+    return primitives.rescale(q, 2.0**-drop), unit * 2.0**drop, (size >> drop) + 1
 
 
 def mean(runtime: Forward, x: QTensor, dims: list[int], keepdim: bool = True) -> QTensor:
@@ -75,7 +101,7 @@ def variance(runtime: Forward, x: QTensor, dims: list[int], keepdim: bool, corre
 def root(runtime: Forward, v: QTensor, inverse: bool = False) -> QTensor:
     """sqrt(v), or 1 / sqrt(v), of a second moment; a quotient by it reads v itself."""
     y = runtime.function("root", {"inverse": inverse}, (v,))
-    y.root = v, inverse
+    y.root = v.same(), inverse
     return y
 
 

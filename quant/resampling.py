@@ -4,7 +4,6 @@ Each is a linear map along each axis. Its weights are integers: multiples of the
 are, so that the result is exact on a smaller scale; else fixed-point numbers of `WEIGHT_BITS`.
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -14,11 +13,10 @@ from torch import Tensor
 from licq.quant import primitives
 from licq.quant.dispatch import Forward, arguments, handles
 from licq.quant.qtensor import QTensor
-from licq.quant.reductions import mean
+from licq.quant.reductions import fitting, mean
 from licq.quant.sums import matmul
 
 WEIGHT_BITS = 12
-_LARGEST_SUM = 2**30
 _LARGEST_WIDE = 2**15
 
 
@@ -82,9 +80,7 @@ def resampled(runtime: Forward, x: QTensor, maps: dict[int, AxisMap]) -> QTensor
         raise AssertionError("real numbers are resampled by PyTorch")
     q, unit, size = x.q if x.recorder else x.q.double(), x.unit, _LARGEST_WIDE
     for axis, found in maps.items():
-        drop = max(0, math.ceil(math.log2(size * found.gain / _LARGEST_SUM)))
-        if drop:
-            q, unit, size = primitives.rescale(q, 2.0**-drop), unit * 2**drop, (size >> drop) + 1
+        q, unit, size = fitting(q, unit, size, found.gain)
         q, unit, size = found(q, x, axis), unit * found.unit, size * found.gain
     return x.like(q, unit)
 
