@@ -100,6 +100,88 @@ def _masked(self: Apply, x: Tensor) -> Tensor:
     return F.conv2d(x, self.weight * self.mask, self.bias, padding=1)
 
 
+def _rows(x: Tensor) -> Tensor:
+    """(B, H * W, C): the positions of an image."""
+    return x.flatten(2).transpose(1, 2)
+
+
+def _image(rows: Tensor, like: Tensor) -> Tensor:
+    return rows.transpose(1, 2).reshape(like.shape)
+
+
+def _heads(self: Apply, x: Tensor) -> list[Tensor]:
+    """Queries, keys and values (B, 2, H * W, C / 2)."""
+    return [part.unflatten(-1, (2, -1)).transpose(1, 2) for part in self.qkv(_rows(x)).chunk(3, -1)]
+
+
+def _dot_product(**options) -> Callable[[Apply, Tensor], Tensor]:
+    def attend(self: Apply, x: Tensor) -> Tensor:
+        y = F.scaled_dot_product_attention(*_heads(self, x), **options)
+        return x + _image(y.transpose(1, 2).flatten(2), x)
+
+    return attend
+
+
+def _multi_head(masked: bool) -> Callable[[Apply, Tensor], Tensor]:
+    def attend(self: Apply, x: Tensor) -> Tensor:
+        rows, mask = _rows(x), None
+        if masked:
+            mask = torch.ones(rows.shape[1], rows.shape[1], dtype=torch.bool, device=x.device).triu(1)
+        return x + _image(self.heads(rows, rows, rows, attn_mask=mask, need_weights=False)[0], x)
+
+    return attend
+
+
+def _einsum_attention(self: Apply, x: Tensor) -> Tensor:
+    q, k, v = _heads(self, x)
+    p = torch.einsum("bhid,bhjd->bhij", q, k).softmax(-1)
+    return x + _image(torch.einsum("bhij,bhjd->bihd", p, v).flatten(2), x)
+
+
+def _windows(self: Apply, x: Tensor) -> Tensor:
+    """Swin's: windows of 4x4, a bias for each relative position."""
+    b, c, h, w = x.shape
+    windows = x.reshape(b, c, h // 4, 4, w // 4, 4).permute(0, 2, 4, 3, 5, 1).reshape(-1, 16, c)
+    q, k, v = (part.unflatten(-1, (2, -1)).transpose(1, 2) for part in self.qkv(windows).chunk(3, -1))
+    bias = self.table[self.places.reshape(-1)].reshape(16, 16, 2).permute(2, 0, 1)
+    y = ((q * 0.5) @ k.transpose(-2, -1) + bias).softmax(-1) @ v
+    y = y.transpose(1, 2).reshape(b, h // 4, w // 4, 4, 4, c)
+    return x + y.permute(0, 5, 1, 3, 2, 4).reshape(b, c, h, w)
+
+
+def _places() -> Tensor:
+    at = torch.cartesian_prod(torch.arange(4), torch.arange(4))
+    between = at[:, None] - at[None] + 3
+    return between[..., 0] * 7 + between[..., 1]
+
+
+def _attention_kinds(c: int) -> dict[str, Callable[[], nn.Module]]:
+    def qkv() -> nn.Module:
+        return nn.Linear(c, 3 * c)
+
+    def heads() -> nn.Module:
+        return nn.MultiheadAttention(c, 2, batch_first=True)
+
+    return {
+        "scaled_dot_product_attention": lambda: Apply(_dot_product(), qkv=qkv()),
+        "scaled_dot_product_attention, causal": lambda: Apply(
+            _dot_product(is_causal=True, scale=0.3), qkv=qkv()
+        ),
+        "MultiheadAttention": lambda: Apply(_multi_head(False), heads=heads()),
+        "MultiheadAttention, masked": lambda: Apply(_multi_head(True), heads=heads()),
+        "einsum of two activations": lambda: Apply(_einsum_attention, qkv=qkv()),
+        "windows, relative positions": lambda: Apply(
+            _windows, qkv=qkv(), table=torch.randn(49, 2), places=_places()
+        ),
+        "unfold and fold": lambda: Apply(
+            lambda self, x: F.fold(F.unfold(x, 4, stride=4) * 0.5, x.shape[2:], 4, stride=4)
+        ),
+        "unfold and fold, overlapping": lambda: Apply(
+            lambda self, x: F.fold(F.unfold(x, 3, padding=1) * 0.1, x.shape[2:], 3, padding=1)
+        ),
+    }
+
+
 def _kinds(c: int) -> dict[str, Callable[[], nn.Module]]:
     def by(function: Callable[[Tensor], Tensor]) -> Callable[[], nn.Module]:
         return lambda: Apply(lambda self, x: function(x))
@@ -289,6 +371,8 @@ def _kinds(c: int) -> dict[str, Callable[[], nn.Module]]:
         "einsum with a parameter": own(
             lambda self, x: torch.einsum("bchw,cd->bdhw", x, self.weight), weight=matrix
         ),
+        # attention
+        **_attention_kinds(c),
         "weight_norm": lambda: parametrizations.weight_norm(nn.Conv2d(c, c, 3, padding=1)),
         "spectral_norm": lambda: parametrizations.spectral_norm(nn.Conv2d(c, c, 3, padding=1)).eval(),
         "orthogonal": lambda: parametrizations.orthogonal(nn.Conv2d(c, c, 1)),

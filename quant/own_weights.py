@@ -1,4 +1,5 @@
-"""Handlers of products with weights that a forward passes itself: F.conv2d(x, self.weight), einsum, x @ w."""
+"""Handlers of products with weights that a forward passes itself: F.conv2d(x, self.weight), x @ w, and
+einsum with a parameter."""
 
 from typing import Any
 
@@ -87,17 +88,7 @@ def _matmul(runtime, function, args, kwargs):
     return runtime.function("matmul", {}, (a, b))
 
 
-@handles("einsum")
-def _einsum(runtime, function, args, kwargs):
-    equation, *operands = args
-    operands = (
-        list(operands[0]) if len(operands) == 1 and isinstance(operands[0], (list, tuple)) else operands
-    )
-    result = _with_parameter(runtime, equation, operands) if isinstance(equation, str) else None
-    return runtime.in_float(function, args, kwargs) if result is None else result
-
-
-def _with_parameter(runtime: Forward, equation: str, operands: list) -> QTensor | None:
+def with_parameter(runtime: Forward, equation: str, operands: list) -> QTensor | None:
     """einsum of a tensor and a constant as a linear layer; None: it is none."""
     terms, arrow, out = equation.replace(" ", "").partition("->")
     names = terms.split(",")

@@ -234,6 +234,7 @@ class QTensor:
     device = property(lambda self: self.q.device)
     dtype = property(lambda self: torch.bool if self.boolean else torch.float32)
     is_cuda = property(lambda self: self.q.is_cuda)
+    is_nested = False
     requires_grad = property(lambda self: self.q.requires_grad)
 
     def size(self, dim: int | None = None):

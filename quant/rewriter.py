@@ -118,6 +118,8 @@ def _rewritten(
     if isinstance(module, RateFunction):
         done.left_alone[name] = "its input is the rate alone: computed in float, a constant of each rate"
         return module
+    if type(module) is nn.MultiheadAttention:
+        return module  # its forward passes the weights to one function, `quant.attention`
     make, reason = replacement_for(module), unsupported(module)
     if make is not None and reason is None:
         refuse_hooks(module, name)
