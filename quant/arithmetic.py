@@ -242,6 +242,7 @@ def _clamp(runtime, function, args, kwargs):
         None if limit is None or getattr(limit, "ndim", 0) and limit.numel() > 1 else to_real(limit)
         for limit in (low, high)
     )
+    low, high = (None if isinstance(end, float) and math.isinf(end) else end for end in (low, high))
     if not x.is_integer:
         y = x.q if low is None and high is None else x.q.clamp(low, high)
         y = x.like(y, None)

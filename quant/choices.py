@@ -12,6 +12,9 @@ from licq.quant.operands import QuantAdd
 from licq.quant.primitives import add, clamp, constant, mask, product, subtract
 from licq.quant.qtensor import QTensor
 
+_BEYOND = 24.0
+"""An infinite number, as masks have them, counts as this much past the finite ones: exp(-24) is 4e-11."""
+
 
 class QuantMaximum(QuantAdd):
     """The larger of a and b, as wide activations of one scale: b + max(a - b, 0)."""
@@ -61,10 +64,13 @@ class QuantWhere(QuantFunction):
         return torch.where(condition.bool(), a, b).float()
 
     def observe(self, inputs: tuple, output: Any) -> None:
-        self.grid.observe(output)
+        finite = output[output.isfinite()]
+        self.grid.observe(finite.reshape(1, -1))
+        low, high = float(finite.min()) - _BEYOND, float(finite.max()) + _BEYOND
         for x in inputs[1:]:  # what is not chosen has to fit as well
             values = x.real() if isinstance(x, QTensor) else torch.as_tensor(x, device=output.device)
-            self.grid.observe(values.to(output.dtype).reshape(1, -1))
+            values = values.to(output.dtype).reshape(1, -1)
+            self.grid.observe(torch.where(values.isinf(), values.clamp(low, high), values))
 
     def integer(
         self, condition: QTensor | Tensor, a: QTensor | Tensor | float, b: QTensor | Tensor | float
@@ -81,10 +87,10 @@ class QuantWhere(QuantFunction):
     def _numbers(self, x: QTensor | Tensor | float) -> Tensor:
         if isinstance(x, QTensor):
             return self.grid(x).q
-        scale = self.grid.parameters_of_grid()[0]
+        scale, qmin, qmax = self.grid.parameters_of_grid()
         steps = (
             round_ste((x.double() / scale).float())
             if isinstance(x, Tensor)
             else round_half_away(x / scale.detach()).float()
         )
-        return constant(steps, self.runtime.tracer)
+        return constant(clamp(steps, qmin, qmax), self.runtime.tracer)

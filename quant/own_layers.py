@@ -10,6 +10,7 @@ from licq.quant.functions import FUNCTIONS
 from licq.quant.layers import QuantConv2d, QuantConvTranspose2d, QuantLinear
 from licq.quant.mac import QuantMAC
 from licq.quant.qtensor import QTensor
+from licq.support.errors import InputError
 
 
 class OwnWeights(QuantMAC):
@@ -26,6 +27,7 @@ class OwnWeights(QuantMAC):
         for parameter in self.module.parameters():
             parameter.requires_grad_(False)
         self.options = options
+        self.given: list[Tensor | None] | None = None
 
     @staticmethod
     def layer(**options: Any) -> nn.Module:
@@ -33,17 +35,27 @@ class OwnWeights(QuantMAC):
         raise NotImplementedError
 
     @torch.no_grad()
-    def _copy(self, weight: Tensor | None, bias: Tensor | None) -> None:
+    def _same(self, *given: Tensor | None) -> None:
+        """Refuse weights that are not those of the call before: they are none of the codec's constants."""
+        if self.given is None:
+            self.given = [None if part is None else part.detach().clone() for part in given]
+        for before, now in zip(self.given, given):
+            if before is not now and not torch.allclose(before.to(now.device), now.detach(), rtol=1e-4):
+                raise InputError(
+                    f"licq cannot run this network: the weights of {self.kind} "
+                    "differ between calls; write them so that they depend on parameters alone"
+                )
+
+    def real(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        self._same(weight, bias)
         for name, given in (("weight", weight), ("bias", bias)):
             own = getattr(self.module, name)
-            if given is not None and own is not None and not torch.equal(own, given):
-                own.copy_(given)
-
-    def real(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-        self._copy(weight, bias)
+            if given is not None and not torch.equal(own, given):
+                own.data.copy_(given)
         return super().real(x)
 
-    def integer(self, x: QTensor, weight: Tensor | None = None, bias: Tensor | None = None) -> QTensor:
+    def integer(self, x: QTensor, weight: Tensor, bias: Tensor | None = None) -> QTensor:
+        self._same(weight, bias)
         return super().integer(x)
 
 

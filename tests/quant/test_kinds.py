@@ -112,7 +112,13 @@ def kind(function):
         lambda x: F.group_norm(1e-3 * x, 1),  # eps is as large as the variance
         lambda x: F.group_norm(torch.exp(6 * x.clamp(max=1.5)), 1),  # few large values, many small ones
         lambda x: F.interpolate(F.interpolate(x, size=(7, 9), mode="area"), size=x.shape[2:]),
-        lambda x: x.permute(0, 2, 3, 1) .matmul(torch.eye(CHANNELS)[None, None] * 0.7).permute(0, 3, 1, 2),
+        lambda x: torch.softmax(torch.where(torch.arange(20) % 3 == 0, x, -torch.inf), 3),
+        lambda x: x.clamp(0.1, float("inf")),
+        lambda x: F.scaled_dot_product_attention(*[x.flatten(2).mT] * 3).mT.reshape(x.shape),
+        lambda x: 0.1 * torch.einsum("bchw,bcvw->bchv", x, x) @ torch.ones(12, 20),
+        lambda x: F.fold(F.unfold(x, 2, stride=2), x.shape[2:], 2, stride=2),
+        lambda x: F.unfold(x, 3, padding=1).unflatten(1, (CHANNELS, 9)).mean(2).reshape(x.shape),
+        lambda x: x.permute(0, 2, 3, 1).matmul(torch.eye(CHANNELS)[None, None] * 0.7).permute(0, 3, 1, 2),
     ],
 )
 def test_a_function_is_near_its_float_form_and_equal_in_the_program(function):
@@ -131,6 +137,17 @@ def test_what_has_no_integer_form_is_named(name):
 def test_the_indices_of_a_maximum_are_refused():
     with pytest.raises(InputError, match="indices of a minimum or maximum"):
         quantized(kind(lambda x: x + x.max(1, keepdim=True).indices))
+
+
+def test_weights_that_depend_on_the_size_of_the_image_are_refused():
+    _, model = quantized(
+        lambda: Apply(
+            lambda self, x: F.conv2d(x, self.w * x.shape[3]), w=torch.ones(CHANNELS, CHANNELS, 1, 1)
+        )
+    )
+    model(images(1))
+    with pytest.raises(InputError, match="weights of conv2d differ between calls"):
+        model(images(1)[..., :64])
 
 
 def test_a_root_does_not_change_with_its_moment():
