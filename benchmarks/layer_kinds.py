@@ -10,176 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
+from benchmarks import layer_forwards as forwards
+from benchmarks.layer_forwards import Apply
+
 CHANNELS = 8
-
-
-class Apply(nn.Module):
-    """A function of a tensor; modules and parameters of the function's own are attributes.
-
-    Args:
-        function: (this module, x) -> the result.
-    """
-
-    def __init__(self, function: Callable[..., Tensor], **parts: nn.Module | Tensor):
-        super().__init__()
-        self.function = function
-        for name, part in parts.items():
-            if isinstance(part, nn.Module):
-                self.add_module(name, part)
-            elif part.is_floating_point():
-                self.register_parameter(name, nn.Parameter(part))
-            else:
-                self.register_buffer(name, part)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(self, x)
-
-
-def _batch_norm(channels: int) -> nn.Module:
-    norm = nn.BatchNorm2d(channels)
-    with torch.no_grad():
-        norm.running_mean.uniform_(-0.5, 0.5)
-        norm.running_var.uniform_(0.3, 2)
-        norm.weight.uniform_(-0.5, 1.5)
-        norm.bias.uniform_(-0.3, 0.3)
-    return norm
-
-
-def _affine(norm: nn.Module) -> nn.Module:
-    with torch.no_grad():
-        norm.weight.uniform_(-0.5, 1.5)
-        if getattr(norm, "bias", None) is not None:
-            norm.bias.uniform_(-0.3, 0.3)
-    return norm
-
-
-def _channels_first(self: Apply, x: Tensor) -> Tensor:
-    """LayerNorm of ConvNeXt."""
-    mean = x.mean(1, keepdim=True)
-    variance = (x - mean).pow(2).mean(1, keepdim=True)
-    x = (x - mean) / torch.sqrt(variance + 1e-6)
-    return self.weight[:, None, None] * x + self.bias[:, None, None]
-
-
-def _bias_free(self: Apply, x: Tensor) -> Tensor:
-    """LayerNorm without bias of Restormer."""
-    rows = x.flatten(2).transpose(1, 2)
-    variance = rows.var(-1, keepdim=True, unbiased=False)
-    return (rows / torch.sqrt(variance + 1e-5) * self.weight).transpose(1, 2).reshape(x.shape)
-
-
-def _rms(self: Apply, x: Tensor) -> Tensor:
-    return x * torch.rsqrt(x.pow(2).mean(1, keepdim=True) + 1e-6) * self.weight[:, None, None]
-
-
-def _response_norm(self: Apply, x: Tensor) -> Tensor:
-    """GRN of ConvNeXt V2."""
-    energy = torch.norm(x, p=2, dim=(2, 3), keepdim=True)
-    share = energy / (energy.mean(1, keepdim=True) + 1e-6)
-    return self.weight[:, None, None] * (x * share) + x
-
-
-def _squeeze_excite(self: Apply, x: Tensor) -> Tensor:
-    return x * torch.sigmoid(self.up(F.relu(self.down(self.pool(x)))))
-
-
-def _efficient_attention(self: Apply, x: Tensor) -> Tensor:
-    """ECA: a convolution along the channels."""
-    mean = x.mean((2, 3)).unsqueeze(1)
-    return x * torch.sigmoid(self.conv(mean)).transpose(1, 2).unsqueeze(-1)
-
-
-def _spatial_attention(self: Apply, x: Tensor) -> Tensor:
-    """CBAM's."""
-    largest, _ = torch.max(x, dim=1, keepdim=True)
-    maps = torch.cat([x.mean(1, keepdim=True), largest], 1)
-    return x * torch.sigmoid(self.conv(maps))
-
-
-def _masked(self: Apply, x: Tensor) -> Tensor:
-    return F.conv2d(x, self.weight * self.mask, self.bias, padding=1)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """(B, H * W, C): the positions of an image."""
-    return x.flatten(2).transpose(1, 2)
-
-
-def _image(rows: Tensor, like: Tensor) -> Tensor:
-    return rows.transpose(1, 2).reshape(like.shape)
-
-
-def _heads(self: Apply, x: Tensor) -> list[Tensor]:
-    """Queries, keys and values (B, 2, H * W, C / 2)."""
-    return [part.unflatten(-1, (2, -1)).transpose(1, 2) for part in self.qkv(_rows(x)).chunk(3, -1)]
-
-
-def _dot_product(**options) -> Callable[[Apply, Tensor], Tensor]:
-    def attend(self: Apply, x: Tensor) -> Tensor:
-        y = F.scaled_dot_product_attention(*_heads(self, x), **options)
-        return x + _image(y.transpose(1, 2).flatten(2), x)
-
-    return attend
-
-
-def _multi_head(masked: bool) -> Callable[[Apply, Tensor], Tensor]:
-    def attend(self: Apply, x: Tensor) -> Tensor:
-        rows, mask = _rows(x), None
-        if masked:
-            mask = torch.ones(rows.shape[1], rows.shape[1], dtype=torch.bool, device=x.device).triu(1)
-        return x + _image(self.heads(rows, rows, rows, attn_mask=mask, need_weights=False)[0], x)
-
-    return attend
-
-
-def _einsum_attention(self: Apply, x: Tensor) -> Tensor:
-    q, k, v = _heads(self, x)
-    p = torch.einsum("bhid,bhjd->bhij", q, k).softmax(-1)
-    return x + _image(torch.einsum("bhij,bhjd->bihd", p, v).flatten(2), x)
-
-
-def _windows(self: Apply, x: Tensor) -> Tensor:
-    """Swin's: windows of 4x4, a bias for each relative position."""
-    b, c, h, w = x.shape
-    windows = x.reshape(b, c, h // 4, 4, w // 4, 4).permute(0, 2, 4, 3, 5, 1).reshape(-1, 16, c)
-    q, k, v = (part.unflatten(-1, (2, -1)).transpose(1, 2) for part in self.qkv(windows).chunk(3, -1))
-    bias = self.table[self.places.reshape(-1)].reshape(16, 16, 2).permute(2, 0, 1)
-    y = ((q * 0.5) @ k.transpose(-2, -1) + bias).softmax(-1) @ v
-    y = y.transpose(1, 2).reshape(b, h // 4, w // 4, 4, 4, c)
-    return x + y.permute(0, 5, 1, 3, 2, 4).reshape(b, c, h, w)
-
-
-def _places() -> Tensor:
-    at = torch.cartesian_prod(torch.arange(4), torch.arange(4))
-    between = at[:, None] - at[None] + 3
-    return between[..., 0] * 7 + between[..., 1]
-
-
-def _attention_kinds(c: int) -> dict[str, Callable[[], nn.Module]]:
-    def qkv() -> nn.Module:
-        return nn.Linear(c, 3 * c)
-
-    def heads() -> nn.Module:
-        return nn.MultiheadAttention(c, 2, batch_first=True)
-
-    return {
-        "scaled_dot_product_attention": lambda: Apply(_dot_product(), qkv=qkv()),
-        "scaled_dot_product_attention, causal": lambda: Apply(
-            _dot_product(is_causal=True, scale=0.3), qkv=qkv()
-        ),
-        "MultiheadAttention": lambda: Apply(_multi_head(False), heads=heads()),
-        "MultiheadAttention, masked": lambda: Apply(_multi_head(True), heads=heads()),
-        "einsum of two activations": lambda: Apply(_einsum_attention, qkv=qkv()),
-        "windows, relative positions": lambda: Apply(
-            _windows, qkv=qkv(), table=torch.randn(49, 2), places=_places()
-        ),
-        "unfold and fold": lambda: Apply(
-            lambda self, x: F.fold(F.unfold(x, 4, stride=4) * 0.5, x.shape[2:], 4, stride=4)
-        ),
-        "unfold and fold, overlapping": lambda: Apply(
-            lambda self, x: F.fold(F.unfold(x, 3, padding=1) * 0.1, x.shape[2:], 3, padding=1)
-        ),
-    }
 
 
 def _kinds(c: int) -> dict[str, Callable[[], nn.Module]]:
@@ -204,25 +38,25 @@ def _kinds(c: int) -> dict[str, Callable[[], nn.Module]]:
     order = torch.randperm(c, generator=torch.Generator().manual_seed(1))
     return {
         # normalization
-        "BatchNorm2d": lambda: _batch_norm(c),
-        "Conv2d, BatchNorm2d": lambda: nn.Sequential(nn.Conv2d(c, c, 3, padding=1), _batch_norm(c)),
-        "GroupNorm": lambda: _affine(nn.GroupNorm(2, c)),
-        "InstanceNorm2d": lambda: _affine(nn.InstanceNorm2d(c, affine=True)),
+        "BatchNorm2d": lambda: forwards.batch_norm(c),
+        "Conv2d, BatchNorm2d": lambda: nn.Sequential(nn.Conv2d(c, c, 3, padding=1), forwards.batch_norm(c)),
+        "GroupNorm": lambda: forwards.affine(nn.GroupNorm(2, c)),
+        "InstanceNorm2d": lambda: forwards.affine(nn.InstanceNorm2d(c, affine=True)),
         "LayerNorm on (H, W, C)": own(
             lambda self, x: self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2),
-            norm=lambda: _affine(nn.LayerNorm(c)),
+            norm=lambda: forwards.affine(nn.LayerNorm(c)),
         ),
-        "LayerNorm, channels first": own(_channels_first, weight=vector, bias=vector),
-        "LayerNorm without bias": own(_bias_free, weight=vector),
+        "LayerNorm, channels first": own(forwards.channels_first, weight=vector, bias=vector),
+        "LayerNorm without bias": own(forwards.bias_free, weight=vector),
         "F.layer_norm": own(
             lambda self, x: F.layer_norm(x.permute(0, 2, 3, 1), (c,), self.weight).permute(0, 3, 1, 2),
             weight=vector,
         ),
         "RMSNorm": own(
             lambda self, x: self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2),
-            norm=lambda: _affine(nn.RMSNorm(c)),
+            norm=lambda: forwards.affine(nn.RMSNorm(c)),
         ),
-        "RMSNorm by rsqrt": own(_rms, weight=vector),
+        "RMSNorm by rsqrt": own(forwards.rms, weight=vector),
         "RMSNorm by a norm": own(
             lambda self, x: (
                 x / (x.norm(2, dim=1, keepdim=True) * c**-0.5 + 1e-6) * self.weight[:, None, None]
@@ -230,7 +64,7 @@ def _kinds(c: int) -> dict[str, Callable[[], nn.Module]]:
             weight=vector,
         ),
         "F.normalize": by(lambda x: F.normalize(x, dim=1)),
-        "GRN": own(_response_norm, weight=vector),
+        "GRN": own(forwards.response_norm, weight=vector),
         # activations
         "PReLU": lambda: nn.PReLU(c),
         "LeakyReLU": lambda: nn.LeakyReLU(0.2),
@@ -270,15 +104,15 @@ def _kinds(c: int) -> dict[str, Callable[[], nn.Module]]:
         "sum over an axis": by(lambda x: x + 0.1 * x.sum(1, keepdim=True)),
         "standard deviation": by(lambda x: x / (x.std((2, 3), keepdim=True) + 0.01)),
         "squeeze and excite": own(
-            _squeeze_excite,
+            forwards.squeeze_excite,
             pool=lambda: nn.AdaptiveAvgPool2d(1),
             down=lambda: nn.Conv2d(c, 4, 1),
             up=lambda: nn.Conv2d(4, c, 1),
         ),
         "channel attention by Conv1d": own(
-            _efficient_attention, conv=lambda: nn.Conv1d(1, 1, 3, padding=1, bias=False)
+            forwards.efficient_attention, conv=lambda: nn.Conv1d(1, 1, 3, padding=1, bias=False)
         ),
-        "spatial attention": own(_spatial_attention, conv=lambda: nn.Conv2d(2, 1, 7, padding=3)),
+        "spatial attention": own(forwards.spatial_attention, conv=lambda: nn.Conv2d(2, 1, 7, padding=3)),
         "AvgPool2d": by(lambda x: F.interpolate(F.avg_pool2d(x, 2), scale_factor=2)),
         "AvgPool2d, overlapping": lambda: nn.AvgPool2d(3, 1, 1),
         "AdaptiveAvgPool2d": own(
@@ -345,7 +179,7 @@ def _kinds(c: int) -> dict[str, Callable[[], nn.Module]]:
             lambda self, x: torch.mul(*self.conv(x).chunk(2, 1)), conv=lambda: nn.Conv2d(c, 2 * c, 1)
         ),
         "F.conv2d": own(
-            _masked,
+            forwards.masked,
             weight=kernel,
             bias=vector,
             mask=lambda: torch.tensor([1, 1, 1, 1, 1, 0, 0, 0, 0]).reshape(3, 3),
@@ -372,7 +206,9 @@ def _kinds(c: int) -> dict[str, Callable[[], nn.Module]]:
             lambda self, x: torch.einsum("bchw,cd->bdhw", x, self.weight), weight=matrix
         ),
         # attention
-        **_attention_kinds(c),
+        **forwards.attention_kinds(c),
+        "scores of minus infinity": by(forwards.masked_attention),
+        "attention between channels": by(forwards.channel_attention),
         "weight_norm": lambda: parametrizations.weight_norm(nn.Conv2d(c, c, 3, padding=1)),
         "spectral_norm": lambda: parametrizations.spectral_norm(nn.Conv2d(c, c, 3, padding=1)).eval(),
         "orthogonal": lambda: parametrizations.orthogonal(nn.Conv2d(c, c, 1)),
