@@ -251,7 +251,7 @@ def _clamp(runtime, function, args, kwargs):
         low, high = (None if limit is None else torch.round(limit / scale) for limit in (low, high))
         y = x.like(primitives.clamp(x.q, low, high), x.scale)
     # a second moment that is raised to a limit may pass what was known of it
-    raised = 0 if low is None or not x.is_integer else int(low.abs().max())
+    raised = 0 if low is None or not x.is_integer else int(torch.as_tensor(low).abs().max())
     y.bound = max(x.bound, raised) if x.bound else 0
     return y
 

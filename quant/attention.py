@@ -31,14 +31,12 @@ def _bias(mask: Any, causal: bool, queries: int, keys: int, device: torch.device
     return total
 
 
-def attention(
-    runtime: Forward, q: QTensor, k: QTensor, v: QTensor, bias: Any, scale: float
-) -> tuple[QTensor, QTensor]:
-    """softmax(q k^T * scale + bias) v, and the probabilities."""
+def attention(runtime: Forward, q: Any, k: Any, v: Any, bias: Any, scale: float) -> tuple[Any, QTensor]:
+    """softmax(q k^T * scale + bias) v, and the probabilities, of quantized tensors."""
     scores = torch.matmul(q, k.transpose(-2, -1)) * scale
     if isinstance(bias, QTensor):
         scores, bias = scores + bias, None
-    p = runtime.function("softmax", {"dim": -1}, (scores,) if bias is None else (scores, bias))
+    p: Any = runtime.function("softmax", {"dim": -1}, (scores,) if bias is None else (scores, bias))
     return torch.matmul(p, v), p
 
 
@@ -130,12 +128,14 @@ def _einsum(runtime, function, args, kwargs):
         operands = list(operands[0])
     result = None
     if isinstance(equation, str) and len(operands) == 2:
-        both = all(isinstance(x, QTensor) for x in operands)
-        result = (_of_two if both else with_parameter)(*(() if both else (runtime,)), equation, operands)
+        if all(isinstance(x, QTensor) for x in operands):
+            result = _of_two(equation, operands)
+        else:
+            result = with_parameter(runtime, equation, operands)
     return runtime.in_float(function, args, kwargs) if result is None else result
 
 
-def _of_two(equation: str, operands: list) -> QTensor | None:
+def _of_two(equation: str, operands: list) -> Any:
     """einsum of two activations as a matrix product; None: it is none."""
     terms, arrow, out = equation.replace(" ", "").partition("->")
     names = terms.split(",")

@@ -240,7 +240,7 @@ class QuantLeakyReLU(QuantFunction):
         return x.like(leaky(x.q, self.slope), x.scale)
 
 
-_ELEMENTWISE: dict[str, Callable[[Tensor], Tensor]] = {
+_ELEMENTWISE: dict[str, Callable[..., Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "sigmoid": torch.sigmoid,

@@ -40,6 +40,8 @@ class OwnWeights(QuantMAC):
         if self.given is None:
             self.given = [None if part is None else part.detach().clone() for part in given]
         for before, now in zip(self.given, given):
+            if before is None or now is None:
+                continue
             if before is not now and not torch.allclose(before.to(now.device), now.detach(), rtol=1e-4):
                 raise InputError(
                     f"licq cannot run this network: the weights of {self.kind} "
@@ -73,7 +75,7 @@ class OwnConv2d(OwnWeights, QuantConv2d):
         return nn.Conv2d(
             inputs * groups,
             outputs,
-            tuple(kernel),
+            (kernel[0], kernel[1]),
             tuple(stride),
             padding,
             tuple(dilation),
@@ -102,7 +104,7 @@ class OwnConvTranspose2d(OwnWeights, QuantConvTranspose2d):
         return nn.ConvTranspose2d(
             inputs,
             outputs * groups,
-            tuple(kernel),
+            (kernel[0], kernel[1]),
             tuple(stride),
             tuple(padding),
             tuple(output_padding),

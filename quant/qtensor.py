@@ -255,7 +255,7 @@ class QTensor:
         runtime = runtime_of(args) or runtime_of(kwargs.values())
         return runtime.dispatch(function, args, kwargs)
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         if name == "q" and self.readable and self.repeated is not None:
             self.q = self.repeated.moved(self.repeated.numbers)
             self.repeated = None

@@ -182,7 +182,13 @@ def _batch_norm(runtime, function, args, kwargs):
     x, given = args[0], arguments(args, kwargs, names)
     average, spread, gain, offset = (given.get(name) for name in names[:4])
     parts = (average, spread, gain, offset)
-    if not isinstance(x, QTensor) or average is None or given.get("training") or not _constant(*parts):
+    if (
+        not isinstance(x, QTensor)
+        or average is None
+        or spread is None
+        or given.get("training")
+        or not _constant(*parts)
+    ):
         return runtime.in_float(function, args, kwargs)  # statistics of the batch
     factor = torch.rsqrt(spread.double() + given.get("eps", 1e-5))
     factor = factor if gain is None else factor * gain.double()
@@ -209,7 +215,7 @@ def _instance_norm(runtime, function, args, kwargs):
     if not isinstance(x, QTensor) or not _constant(gain, offset):
         return runtime.in_float(function, args, kwargs)
     if not given.get("use_input_stats", True):
-        return F.batch_norm(x, *(given[name] for name in names[:4]), False, 0.1, given.get("eps", 1e-5))
+        return F.batch_norm(x, *(given.get(name) for name in names[:4]), eps=given.get("eps", 1e-5))  # type: ignore[misc]
     y = normalized(runtime, x, list(range(2, x.ndim)), given.get("eps", 1e-5), True)
     return affine(runtime, y, gain, offset, 1)
 

@@ -134,7 +134,7 @@ def _interpolate(runtime, function, args, kwargs):
         where = (
             {"size": (1, int(sizes[number]))}
             if sizes is not None
-            else {"scale_factor": (1.0, float(factors[number]))}
+            else {"scale_factor": (1.0, float(factors[number]))}  # type: ignore[index]
         )
         weights[axis] = F.interpolate(_eye(x.shape[axis]), **where, **options)[0, :, 0]
     return _along_axes(runtime, x, function, args, kwargs, weights)
