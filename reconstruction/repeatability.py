@@ -109,7 +109,7 @@ def check_frozen(model: QuantModel, crops: Tensor) -> dict[str, Any]:
 
 
 def _is_real(node: QuantModule) -> bool:
-    """Whether sums of real numbers, whose last bits depend on the size of a batch, enter what the node gives."""
+    """Whether the node sums real numbers: the last bits of such sums depend on the size of a batch."""
     return bool(float_sides(node)) or node.stays_float or node.config.is_simulated
 
 
