@@ -152,10 +152,10 @@ def stored(outcomes: list[Outcome]) -> dict:
             for outcome in outcomes
         ],
         "notes": [
-            "Integer: no function stayed in float. Exact: program and simulation agree on every pixel. Files: "
-            "an image was written, and decoded by the saved codec to the same pixels. Error: root mean square "
-            "of what two layers of a kind change of the pixels, with all else quantized too, over their "
-            "deviation."
+            "Integer: no function stayed in float. Exact: program and simulation agree on every pixel. "
+            "Files: an image was written, and decoded by the saved codec to the same pixels. Error: root "
+            "mean square of what two layers of a kind change of the pixels, with all else quantized too, "
+            "over their deviation."
         ],
     }
 
