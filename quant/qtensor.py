@@ -76,6 +76,7 @@ class QTensor:
 
     repeated: where the numbers are not computed yet; reading q computes them.
     origin: where the tensor comes from, while that is found out (`quant.storage`).
+    formula: how the forward has written it (`quant.formulas`); None: nothing is known.
 
     The tensors in q and scale never change: an operation in place puts new ones into these slots. A quantized
     tensor knows its views and what it is a view of (`aliases`). After an operation in place on one of them,
@@ -94,6 +95,7 @@ class QTensor:
         "overwritten",
         "repeated",
         "origin",
+        "formula",
         "__weakref__",
     )
     q: Tensor
@@ -119,6 +121,7 @@ class QTensor:
         self.aliases: list[weakref.ref[QTensor]] = []
         self.repeated: Repeated | None = None
         self.origin: Any = None
+        self.formula: Any = None
 
     @classmethod
     def of_repeated(cls, repeated: "Repeated", like: "QTensor") -> "QTensor":
@@ -161,7 +164,9 @@ class QTensor:
 
     def same(self) -> "QTensor":
         """Another object of the same values, which operations in place on this one leave as it is."""
-        return QTensor(self.q, self.scale, self.runtime, self.pixels, self.latent, self.levels)
+        other = QTensor(self.q, self.scale, self.runtime, self.pixels, self.latent, self.levels)
+        other.formula = self.formula
+        return other
 
     def share(self, views: Sequence["QTensor"]) -> None:
         """These may share their memory with this tensor; several of them are disjoint parts."""
@@ -192,7 +197,7 @@ class QTensor:
                     del other.q
         self.q, self.scale, self.aliases, self.repeated = numbers, scale, [], None
         self.pixels, self.latent, self.levels = new.pixels, new.latent, new.levels
-        self.origin = new.origin
+        self.origin, self.formula = new.origin, new.formula
 
     @property
     def readable(self) -> bool:
