@@ -7,7 +7,6 @@ y, z, means and scales are requantized from their accumulators to integers in un
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from compressai.entropy_models import EntropyBottleneck, GaussianConditional, GaussianMixtureConditional
 from torch import Tensor, nn
 
@@ -23,6 +22,7 @@ from licq.quant.density import (
     factorized_table,
 )
 from licq.quant.fixedpoint import round_half_away, round_ste
+from licq.quant.latents import rounded, to_symbols
 from licq.quant.modules import QuantModule, replaces
 from licq.quant.primitives import (
     add,
@@ -42,24 +42,6 @@ _BOUNDARY_RANGE_BITS = 24  # integers of so many bits stay exact in float32
 def boundary_quantizer(config: QuantConfig) -> Quantizer:
     """The quantizer of tensors at boundaries, whose step is fixed at 2^-boundary_bits."""
     return Quantizer(_BOUNDARY_RANGE_BITS, config.frac_bits, fixed=2.0**-config.boundary_bits)
-
-
-def to_symbols(x: Tensor, means: Tensor | None, unit: float) -> tuple[Tensor, Tensor]:
-    """(symbols, values): round(x - means), and the same plus means; with straight-through gradients.
-
-    Args:
-        x, means: integers whose unit is `unit`. The symbols have unit 1, the values that of x.
-    """
-    symbols = rescale(x if means is None else subtract(x, means), unit)
-    values = rescale(symbols, 1 / unit)
-    return symbols, values if means is None else add(values, means)
-
-
-def rounded(x: Tensor, means: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(round(x - means), round(x - means) + means) of real numbers, with straight-through gradients."""
-    residual = x if means is None else x - means
-    symbols = residual + (torch.round(residual) - residual).detach()
-    return symbols, symbols if means is None else symbols + means
 
 
 class QuantBoundary(QuantModule):

@@ -10,6 +10,7 @@ from torch import Tensor
 from licq.quant.model import QuantModel
 from licq.quant.qtensor import QTensor
 from licq.quant.runtime import Call, detached
+from licq.reconstruction.unaffected import Unaffected
 from licq.reconstruction.units import Trace
 
 
@@ -27,10 +28,12 @@ class PrefixCache:
     def __init__(self, qmodel: QuantModel, trace: Trace, batches: Sequence[Tensor]):
         self.qmodel, self.trace, self.batches = qmodel, trace, batches
         self.outputs: list[dict[Call, object]] = [{} for _ in batches]
+        self.unaffected = Unaffected(qmodel, trace, batches)
 
     @torch.no_grad()
     def advance(self, start: Call) -> None:
         """Bring the cache to the calls before `start`; the nodes there are in their final state."""
+        self.unaffected.forget()
         needed = self.trace.prefix(start)
         runtime = self.qmodel.runtime
         for index, batch in enumerate(self.batches):
@@ -44,9 +47,17 @@ class PrefixCache:
 
     @contextmanager
     def replaying(self, index: int):
-        """Forwards on batch number `index` start behind the prefix."""
-        with self.qmodel.runtime.replaying(self.outputs[index]):
-            yield
+        """A forward on batch number `index` starts behind the prefix, and leaves out what does not depend on
+        the unit."""
+        runtime, rest = self.qmodel.runtime, self.unaffected
+        missing = rest.missing(index)
+        if missing:
+            with runtime.replaying(self.outputs[index]), runtime.recording(missing) as record:
+                yield
+            rest.keep(index, record)
+        else:
+            with runtime.replaying({**self.outputs[index], **rest.known(index)}):
+                yield
 
 
 def mixed(quantized: Any, real: Any, share: float, generator: torch.Generator) -> Any:

@@ -22,6 +22,8 @@ SCHEMES = {"offset": "learned_offset", "weight": "ste"}
 RANGE_SEARCHES = ("none", "powell")
 ROUND_INITS = ("nearest", "gptq")
 ALLOCATIONS = ("knapsack", "threshold")
+SCREENED = 10
+"""Crops on which `ReconstructionConfig.min_rise` says whether a unit learns."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +71,10 @@ class ReconstructionConfig:
     rounds: int = 1
     """A unit's steps are repeated until they lower its loss by less than a hundredth, at most so many times
     (Algorithm 1, lines 2 to 12)."""
+
+    min_rise: float = 0.0
+    """With the loss "rd": a unit takes no steps where its quantization raises eq. 12, on ten crops, by less
+    than this share of it."""
 
     tail_share: float = 0.1
     """Share of `iters`, the last ones, that use a loss of the whole codec ("rd", "rd_direct", "output"). The
@@ -200,7 +206,7 @@ class ReconstructionConfig:
         for name in ("rounds", "batch", "measured", "observed", "search_evals"):
             if getattr(self, name) < 1:
                 raise InputError(f"`{name}={getattr(self, name)}` is too small; choose 1 or more")
-        for name in ("tail_share", "input_mix", "act_drop", "warmup", "split", "balance"):
+        for name in ("tail_share", "input_mix", "act_drop", "warmup", "split", "balance", "min_rise"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"`{name}={getattr(self, name)}` is out of range; choose 0 to 1")
 
@@ -213,6 +219,12 @@ class ReconstructionConfig:
     def is_global(self) -> bool:
         """Whether the loss needs the whole codec's output."""
         return self.loss in GLOBAL_LOSSES
+
+    @property
+    def uses_own_error(self) -> bool:
+        """Whether steps of units use the error of the unit's own output."""
+        only_global = self.is_global and (self.tail_share == 1 or self.unit == "network")
+        return bool(self.blend) or not only_global
 
     @property
     def local_loss(self) -> str:

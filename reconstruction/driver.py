@@ -6,6 +6,7 @@ Algorithm 1 of RDO-PTQ (Shi, Lu, Ma, arXiv 2211.02854; preset "rdo-ptq": unit = 
     for unit in engine.units:                                               # line 1, in execution order
         engine.settle(engine.nodes_before(unit))                            # integers, frozen
         prefix.advance(engine, unit)                                        # their outputs, once
+        if eq. 12 rises by less than config.min_rise: the unit takes no steps   # on ten crops
         for round in range(config.rounds):                                  # line 2, until it has converged
             for knobs in (WEIGHT_KNOBS, ACTIVATION_KNOBS):                  # lines 3 to 7, then 8 to 11
                 active = parameters of these knobs                          # N_w, N_b, offsets; then N_x
@@ -35,6 +36,8 @@ The default (preset "licq"; iters = 0 leaves the units out, the joint pass takes
 Other presets change the loss (the unit's own error in place of `global_loss`, for all steps or for the first
 ones), the unit, the knobs that are learned, or what is drawn at random (`input_mix`, `act_drop`).
 """
+
+import torch
 
 from licq.reconstruction.engine import Engine
 from licq.reconstruction.expected import UNITS
@@ -84,12 +87,16 @@ def reconstruct_units(engine: Engine) -> list[dict]:
     with bar:
         for number, unit in enumerate(engine.units):
             engine.settle(engine.nodes_before(unit))
+            if not engine.learns(unit):
+                bar.update()
+                continue
             entry = _restored(engine, unit, number)
             if entry is None:
                 prefix.advance(engine, unit)
                 unit_pass = UnitPass(engine, unit, number, prefix)
                 entry = unit_pass.run()
-                engine.state.save(f"{number:03d}", entry, unit_pass.parameters)
+                behind = {"costs": torch.cat(engine.costs_behind)}
+                engine.state.save(f"{number:03d}", entry, unit_pass.parameters | behind)
                 bar.update()
             engine.settle(unit.nodes)
             entries.append(entry)
@@ -104,5 +111,7 @@ def _restored(engine: Engine, unit: Unit, number: int) -> dict | None:
         return None
     entry, values = stored
     engine.resumed_seconds += entry["seconds"]
+    sizes = [len(costs) for costs in engine.costs_behind]
+    engine.costs_behind = list(values["costs"].to(engine.costs_behind[0]).split(sizes))
     restore(learned({name: engine.qmodel.nodes[name] for name in unit.nodes}), values)
     return entry

@@ -12,7 +12,7 @@ from licq.quant.rounding import Rounding
 from licq.reconstruction.cache import PrefixCache
 from licq.reconstruction.config import ReconstructionConfig
 from licq.reconstruction.objective import Objective, rate
-from licq.reconstruction.state import StateFolder
+from licq.reconstruction.state import StateFolder, knob_of, learned
 from licq.reconstruction.units import Trace, Unit, find_units
 from licq.support.progress import progress as progress_bar
 
@@ -36,6 +36,7 @@ class Engine:
         j_float: J_0 of each crop of a batch, (B,), for each batch.
         float_outputs: x_hat and R of the float codec for each batch, with the loss "output".
         settled: names of the nodes that are final.
+        costs_behind: J of each crop of a measured batch behind the units so far, as it was last measured.
         resumed_seconds: that earlier processes have spent on what was read from `state`.
     """
 
@@ -64,6 +65,7 @@ class Engine:
         self._measure_float()
         self.settled: set[str] = set()
         self.resumed_seconds = 0.0
+        self.costs_behind = [self.j_float[index] for index in self.measured]
 
     def _target_of(self) -> dict[Unit, Unit]:
         if self.config.loss != "stage" or self.config.unit not in ("layer", "block"):
@@ -105,6 +107,12 @@ class Engine:
         self.settled.clear()
         self.settle(list(self.qmodel.nodes))
 
+    def learns(self, unit: Unit) -> bool:
+        """Whether the unit has anything that `ReconstructionConfig.learn` names. With simulated scales, GDN
+        and LayerNorm stay in float."""
+        parameters = learned({name: self.qmodel.nodes[name] for name in unit.nodes})
+        return any(knob_of(key) in self.config.learn for key in parameters)
+
     def nodes_before(self, unit: Unit) -> list[str]:
         """Nodes whose first call comes before the unit."""
         begin = self.trace.begin
@@ -127,13 +135,16 @@ class Engine:
         Args:
             cache: of the prefix behind which forwards start; None runs whole forwards.
         """
-        costs, squares = [], []
+        return self.means(self.costs(self.measured, cache))
+
+    def costs(self, indexes: Iterable[int], cache: PrefixCache | None = None) -> list[Tensor]:
+        """J of each crop of batches, (B,) each."""
         with torch.no_grad(), unchanged.everything():
-            for index in self.measured:
-                cost = self._cost(index, cache)
-                costs.append(cost)
-                squares.append((cost - self.j_float[index]).square())
-        return mean(costs), mean(squares)
+            return [self._cost(index, cache) for index in indexes]
+
+    def means(self, costs: Sequence[Tensor]) -> tuple[float, float]:
+        """(mean J, mean of eq. 12) of the first so many batches, from J of each crop."""
+        return mean(costs), mean((cost - j).square() for cost, j in zip(costs, self.j_float))
 
     def mean_j_float(self) -> float:
         """Mean J_0 over the measured crops."""

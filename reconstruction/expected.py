@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from licq.quant.rounding import ROUNDINGS
-from licq.reconstruction.config import PtqConfig, ReconstructionConfig
+from licq.reconstruction.config import SCREENED, PtqConfig, ReconstructionConfig
 from licq.reconstruction.state import stored_records
 
 SIDE = 256
@@ -31,6 +31,7 @@ _FACTORIZATION = 75.0
 _TIGHTENED, _TRIALS = 6, 2.0  # crops on which ranges are tightened; trials for each layer
 _COSTLY = 0.4  # share of the layers whose inputs cost enough to be tried
 _FLAT, _HARDER, _SCORES = 12, 4, 7  # flat pictures; harder crops of one; measurements in the joint pass
+_WORTH_LEARNING = 0.4  # share of the units that `min_rise` lets learn
 _LAYERS_A_UNIT = {"layer": 1.0, "block": 2.5, "stage": 5.0}
 
 
@@ -136,5 +137,8 @@ def _units(knobs: ReconstructionConfig, layers: int, measured: int, stored: Mapp
         knobs.rounds * knobs.iters * knobs.batch * _STEP * (1 - tail + tail * (units / 2 if units > 1 else 1))
     )
     measurements = units * (1 + knobs.rounds) * measured * _QUANTIZED / 2
+    if knobs.loss == "rd" and knobs.min_rise:
+        steps, measurements = _WORTH_LEARNING * steps, _WORTH_LEARNING * measurements
+        measurements += units * min(SCREENED, measured) * _QUANTIZED / 2
     remaining = max(0, units - sum(name.isdigit() for name in stored)) / units
     return remaining * (steps + measurements)

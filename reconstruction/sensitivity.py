@@ -1,9 +1,10 @@
 """How much J rises with noise at the output of each layer, and the predicted loss of a quantized codec.
 
 Rounding noise is small and white, so J rises by half its variance times the diagonal of J's Hessian. Both
-halves of J have one that needs first derivatives only. Distortion: the Gauss-Newton term, c * E[(d v.x_hat /
-d a)^2] for random signs v and the curvature c of the distortion in a pixel (Hutchinson 1990). Rate: a code
-length's expected Hessian is its Fisher information, ln 2 * pixels * (d R / d a)^2 for R in bits per pixel.
+halves of J have a Gauss-Newton term that needs first derivatives only: E[(d v.u / d a)^2] for random signs v
+(Hutchinson 1990). Distortion: u are the pixels of x_hat, times the root of the distortion's curvature in a
+pixel. Rate: u are latents, means and scales, times the roots of their code length's curvatures
+(`reconstruction.information`).
 """
 
 import contextlib
@@ -19,8 +20,10 @@ from licq.quant.config import FLOAT_BITS
 from licq.quant.layers import PLAIN_LAYERS, QuantConvTranspose2d
 from licq.quant.mac import QuantMAC
 from licq.quant.model import QuantModel
+from licq.quant.outputs import codec_output
 from licq.quant.runtime import Call
-from licq.reconstruction.objective import Objective, rate
+from licq.reconstruction.information import random_signs, watching
+from licq.reconstruction.objective import Objective
 from licq.reconstruction.targets import tensor_of
 from licq.support.progress import progress as progress_bar
 
@@ -127,21 +130,24 @@ def _squared_gradients(
 
     A function of its own, so that its graph is freed on return.
     """
-    with torch.enable_grad(), qmodel.runtime.recording(calls) as record:
+    with torch.enable_grad(), watching(qmodel) as boundaries, qmodel.runtime.recording(calls) as record:
         output = qmodel(batch.clone().requires_grad_(True))
         outputs = {call: tensor_of(record[call]) for call in calls if call in record}
         outputs = {call: tensor for call, tensor in outputs.items() if tensor.requires_grad}
         tensors = list(outputs.values())
         squares = [torch.zeros_like(tensor) for tensor in tensors]
-        pixels = batch.shape[-1] * batch.shape[-2]
-        _add_squares(squares, rate(output, batch).sum(), tensors, pixels * math.log(2))
+        nats = 1 / (batch.shape[-1] * batch.shape[-2] * math.log(2))  # a nat of an image in bits per pixel
         x_hat = output["x_hat"].clamp(0, 1)
+        likelihoods = codec_output(output)["likelihoods"].values()
         for _ in range(PROBES):
-            signs = torch.randint(0, 2, x_hat.shape, generator=generator).to(x_hat) * 2 - 1
+            signs = random_signs(x_hat, generator)
             per_pixel = _distortion_curvature(objective, x_hat.detach(), batch, signs)
-            _add_squares(
-                squares, (signs * x_hat * per_pixel.sqrt().reshape(-1, 1, 1, 1)).sum(), tensors, 1 / PROBES
-            )
+            probe = (signs * x_hat * per_pixel.sqrt().reshape(-1, 1, 1, 1)).sum()
+            lengths = boundaries.random_sum(generator)
+            for p in likelihoods:
+                if p.requires_grad:  # no boundary knows its expectation
+                    lengths = lengths + (random_signs(p, generator) * torch.log(p)).sum()
+            _add_squares(squares, probe + math.sqrt(nats) * lengths, tensors, 1 / PROBES)
     return list(zip(outputs, squares))
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from licq.quant import unchanged
 from licq.quant.rounding import AdaRound, Rounding, temperature
 from licq.reconstruction.cache import PrefixCache, mixed
+from licq.reconstruction.config import SCREENED
 from licq.reconstruction.engine import Engine
 from licq.reconstruction.optimizers import CosineSchedule, make_optimizer
 from licq.reconstruction.state import knob_of, learned, restore, snapshot
@@ -28,8 +29,8 @@ CONVERGED = 0.01
 class Prefix:
     """What units are reconstructed from and compared with; it moves on with the units."""
 
-    targets: Targets
-    """Float outputs of the units that `Engine.target_of` names."""
+    targets: Targets | None
+    """Float outputs of the units that `Engine.target_of` names, where steps use the units' own error."""
 
     unit_targets: Targets | None
     """Float outputs of the units themselves, where the loss "stage" is blended with their own error."""
@@ -45,13 +46,15 @@ class Prefix:
         """The prefix of the first unit."""
         config, qmodel = engine.config, engine.qmodel
         batches = engine.batches[: len(engine.measured)]
-        targets = Targets(
-            qmodel,
-            batches,
-            list(dict.fromkeys(engine.target_of.values())),
-            engine.objective,
-            config.local_loss == "fisher",
-        )
+        targets = None
+        if config.uses_own_error:
+            targets = Targets(
+                qmodel,
+                batches,
+                list(dict.fromkeys(engine.target_of.values())),
+                engine.objective,
+                config.local_loss == "fisher",
+            )
         unit_targets = None
         if config.loss == "stage" and config.blend:
             unit_targets = Targets(qmodel, batches, engine.units, engine.objective, False)
@@ -109,20 +112,31 @@ class UnitPass:
         self.qmodel.quantize_nodes(True, self.unit.nodes)
         best_values = snapshot(self.parameters)
         self._harden(True)
-        j_before, eq12 = engine.measure(self.prefix.quantized)
-        j_after, best = j_before, self._score(j_before, eq12)
-        self.local_scale, self.global_scale = self._local_score(), max(best, 1e-12)
         rounds, is_learned = 0, False
-        while rounds < config.rounds:
+        costs, is_worth = self._screened()
+        if is_worth:
+            costs = self._rest_measured(costs)
+            engine.costs_behind = costs
+        j_before, eq12 = engine.means(engine.costs_behind)
+        j_after, best = j_before, self._score(j_before, eq12) if is_worth else 0.0
+        while is_worth and rounds < config.rounds:
+            if not rounds:
+                self._set_scales(best)
             rounds += 1
             self._learn_round()
-            j, eq12 = engine.measure(self.prefix.quantized)
+            costs = engine.costs(engine.measured, self.prefix.quantized) if config.is_global else costs
+            j, eq12 = engine.means(costs)
             score, before = self._score(j, eq12), best
             if score <= best:
                 j_after, best, best_values, is_learned = j, score, snapshot(self.parameters), True
+                engine.costs_behind = costs
             if score >= before * (1 - CONVERGED):
                 break
         restore(self.parameters, best_values)  # a round may lose; then the one before it counts
+        if is_learned and not config.is_global:
+            self._harden(True)
+            engine.costs_behind = engine.costs(engine.measured, self.prefix.quantized)
+            j_after, _ = engine.means(engine.costs_behind)
         return {
             "name": self.unit.name,
             "nodes": len(self.nodes),
@@ -132,6 +146,31 @@ class UnitPass:
             "kept": is_learned,
             "seconds": time.monotonic() - started,
         }
+
+    def _screened(self) -> tuple[list[Tensor], bool]:
+        """(J of the crops of the first measured batches, whether the unit is to be learned): whether
+        quantizing it raises eq. 12 there by `min_rise` of it or more."""
+        engine, share = self.engine, self.config.min_rise
+        if self.config.loss != "rd" or not share:
+            return [], True
+        first = engine.measured[: max(1, SCREENED // self.config.batch)]
+        costs = engine.costs(first, self.prefix.quantized)
+        before, now = engine.means(engine.costs_behind[: len(costs)])[1], engine.means(costs)[1]
+        engine.costs_behind[: len(costs)] = costs
+        return costs, now - before >= share * now
+
+    def _rest_measured(self, costs: list[Tensor]) -> list[Tensor]:
+        """J of the crops of all measured batches, of which these are known."""
+        engine, quantized = self.engine, self.prefix.quantized
+        if self.config.unit != "network":
+            quantized.unaffected.find(self.unit, self.parameters.values(), quantized.outputs[0])
+        return costs + engine.costs(engine.measured[len(costs) :], quantized)
+
+    def _set_scales(self, score: float) -> None:
+        """Make losses relative to what they are before the unit learns."""
+        self.global_scale = max(score, 1e-12)
+        if self.config.uses_own_error:
+            self.local_scale = self._local_score()
 
     def _learn_round(self) -> None:
         """One round of Algorithm 1: first weights and biases, then activations; or all together."""
@@ -205,7 +244,9 @@ class UnitPass:
         calls = {*self.target.outputs, *(self.unit.outputs if unit_targets else ())}
         with runtime.replaying(outputs), runtime.recording(calls, stop_after=self.target.end) as record:
             self.qmodel(self.engine.batches[index])
-        loss = self.prefix.targets.loss(kind, self.target, index, record)
+        targets = self.prefix.targets
+        assert targets is not None
+        loss = targets.loss(kind, self.target, index, record)
         if unit_targets is None:
             return loss
         return loss + self.config.blend * unit_targets.loss(kind, self.unit, index, record)
