@@ -10,7 +10,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from licq.models.vbr import RateFunction
-from licq.quant import activations, boundaries, functions, layers, norms, offsets, operands
+from licq.quant import activations, boundaries, functions, layers, norms, offsets, operands, rounded
 from licq.quant.blocks import BLOCKS, QuantBlock
 from licq.quant.config import QuantConfig
 from licq.quant.modules import REPLACEMENTS, QuantModule
@@ -18,7 +18,7 @@ from licq.quant.network_checks import uncompiled
 from licq.quant.runtime import Runtime
 from licq.support.errors import InputError
 
-NODE_MODULES = (activations, boundaries, functions, layers, norms, offsets, operands)
+NODE_MODULES = (activations, boundaries, functions, layers, norms, offsets, operands, rounded)
 """Imported for the kinds of layers that they register with `replaces`, and for their functions."""
 
 
