@@ -10,14 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from licq.quant.qtensor import QTensor
-
-
-@dataclass(frozen=True)
-class Same:
-    """x, cut off from autograd."""
-
-    x: QTensor
+from licq.quant.qtensor import QTensor, Same
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from licq.quant.dispatch import arguments, handles
+from licq.quant.formulas import Taken
 from licq.quant.qtensor import QTensor, Repeated, to_real
 from licq.quant.torch_functions import function_name
 
@@ -94,6 +95,10 @@ def _view(runtime, function, args, kwargs):
         moved = function(places, *args[1:], **kwargs)
         scales = [_taken(x.scale, collapse(part)) for part in (moved if many else (moved,))]
     views = [x.moved(part, scale) for part, scale in zip(parts, scales)]
+    if function_name(function) == "__getitem__":
+        views[0].formula = Taken(x.same(), args[1])
+    elif function_name(function) == "clone":
+        views[0].formula = x.formula
     x.share(views)
     return type(q)(views) if many else views[0]
 

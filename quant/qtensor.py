@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from licq.quant.symbols import Recorder
+from licq.quant.symbols import Recorder, Symbol
 from licq.support.errors import InputError
 
 
@@ -59,6 +59,13 @@ class Repeated:
             return None
         order = torch.argsort(self.places.reshape(-1))
         return values.expand(self.places.shape).reshape(-1).index_select(0, order).reshape(self.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Same:
+    """The formula of x, cut off from autograd."""
+
+    x: "QTensor"
 
 
 class QTensor:
@@ -204,7 +211,10 @@ class QTensor:
         return not hasattr(self, "overwritten")
 
     def detach(self) -> "QTensor":
-        return self.moved(self.q.detach(), None if self.scale is None else self.scale.detach())
+        numbers = self.q if isinstance(self.q, Symbol) else self.q.detach()
+        cut_off = self.moved(numbers, None if self.scale is None else self.scale.detach())
+        cut_off.latent, cut_off.formula = self.latent, Same(self.same())
+        return cut_off
 
     def full_scale(self) -> Tensor:
         """The scale with as many dimensions as q, each of size 1 or q's."""
