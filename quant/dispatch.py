@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from licq.quant.qtensor import QTensor, to_real
+from licq.quant.qtensor import QTensor
 from licq.quant.symbols import Recorder
 from licq.quant.torch_functions import function_name, is_in_place, out_of_place
 

@@ -1,4 +1,4 @@
-"""The node of torch.round: a point where a forward rounds a latent by itself, as CompressAI's context models do."""
+"""The node of torch.round, by which a forward rounds a latent itself, as CompressAI's context models do."""
 
 from typing import Any
 
