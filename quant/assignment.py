@@ -152,7 +152,7 @@ def _masked_fill(runtime, function, args, kwargs):
     return kept(args[0], (~mask.bool()).to(torch.float32).expand(args[0].shape[-mask.ndim :]))
 
 
-# ---------------------------------------------------------------------------------------------------- rounding
+# -------------------------------------------------------------------------------------------------- rounding
 
 
 @handles("round")

@@ -1,7 +1,8 @@
 """What is known of a quantized tensor beside its numbers: how the forward has written it.
 
-Forwards write rounding with a straight-through gradient as a formula, x - means + (round(x - means)
-- (x - means)) + means. In integers the terms cancel, and what is left is the rounding at a boundary (`quant.boundaries`).
+Forwards write rounding with a straight-through gradient as a formula,
+x - means + (round(x - means) - (x - means)) + means.
+In integers the terms cancel, and what is left is the rounding at a boundary (`quant.boundaries`).
 """
 
 from dataclasses import dataclass
