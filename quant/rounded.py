@@ -36,5 +36,5 @@ class QuantRounding(QuantFunction):
             mean = constant(round_ste(means.detach() / self.unit), self.runtime.tracer)
         symbols, values = to_symbols(x.q, mean, self.unit)
         boundary("round", self.name, x.q, symbols, values, means=mean)
-        whole = QTensor(symbols, x.scale / self.unit, self.runtime, latent=True)
+        whole = QTensor(symbols, x.unit / self.unit, self.runtime, latent=True)
         return whole, QTensor(values, x.scale, self.runtime, latent=True)
