@@ -12,6 +12,7 @@ from licq.quant.formulas import (
     Fixed,
     Rounded,
     Taken,
+    Written,
     fixed_values,
     is_zero,
     snapshot,
@@ -43,12 +44,11 @@ def _constant(runtime, function, args, kwargs):
     dtype = kwargs.get("dtype")
     if name == "new_tensor" or (dtype is not None and not dtype.is_floating_point):
         options = {"dtype": dtype, "device": x.device}
-        if name in ("zeros_like", "ones_like"):
-            return torch.full(x.shape, _FILLS[name], **options)
+        if name.endswith("_like"):
+            return torch.full(x.shape, _fill(name, args, kwargs), **options)
         return getattr(torch.empty(0, device=x.device), name)(*args[1:], **kwargs)
     if name.endswith("_like"):
-        shape = x.shape
-        value = _FILLS.get(name, arguments(args, kwargs, ["fill_value"]).get("fill_value"))
+        shape, value = x.shape, _fill(name, args, kwargs)
     elif name == "new_full":
         given = arguments(args, kwargs, ["size", "fill_value"])
         shape, value = given["size"], given["fill_value"]
@@ -57,6 +57,10 @@ def _constant(runtime, function, args, kwargs):
         shape = sizes[0] if isinstance(sizes[0], (tuple, list, torch.Size)) else sizes
         value = _FILLS[name]
     return fixed(runtime, torch.full(tuple(shape), float(value), device=x.device), x)
+
+
+def _fill(name: str, args: tuple, kwargs: dict) -> float:
+    return _FILLS[name] if name in _FILLS else arguments(args, kwargs, ["fill_value"])["fill_value"]
 
 
 # -------------------------------------------------------------------------------------------- item assignment
@@ -162,11 +166,13 @@ def _round(runtime, function, args, kwargs):
         return runtime.in_float(function, args, kwargs)
     x = args[0]
     formula = x.formula
-    about = (formula.a, formula.b) if isinstance(formula, Difference) else (x,)
+    about: tuple[Any, ...] = (x,)
+    if isinstance(formula, Difference):
+        about = (formula.a, formula.b.values if isinstance(formula.b, Written) else formula.b)
     symbols, decoded = runtime.function("round", {}, about)
     symbols.latent = decoded.latent = True
-    if len(about) == 2:
+    if isinstance(formula, Difference):
         decoded_then = snapshot(decoded)
         assert isinstance(decoded_then, QTensor)
-        symbols.formula = Rounded(about[1], decoded_then)
+        symbols.formula = Rounded(formula.b, decoded_then)
     return symbols

@@ -19,14 +19,14 @@ class Difference:
     """a - b."""
 
     a: QTensor
-    b: QTensor | Tensor
+    b: "QTensor | Written"
 
 
 @dataclass(frozen=True)
 class Rounded:
     """round(x - means), of which `decoded` is round(x - means) + means."""
 
-    means: QTensor | Tensor
+    means: "QTensor | Written"
     decoded: QTensor
 
 
@@ -45,27 +45,41 @@ class Fixed:
     values: Tensor
 
 
-def snapshot(x: QTensor | Tensor) -> QTensor | Tensor | None:
+@dataclass(frozen=True)
+class Written:
+    """An ordinary tensor, and the values that it had when it was noted."""
+
+    tensor: Tensor
+    values: Tensor
+
+
+def snapshot(x: QTensor | Tensor) -> QTensor | Written | None:
     """x, which operations in place on x leave as it is; None where its numbers are not computed yet."""
     if not isinstance(x, QTensor):
-        return x
+        return Written(x, x.clone())
     return None if x.repeated is not None or not x.readable else x.same()
 
 
-def is_same(x: Any, y: Any) -> bool:
-    """Whether both are one tensor."""
-    x, y = _origin(x), _origin(y)
-    if isinstance(x, QTensor) and isinstance(y, QTensor):
-        if not (x.readable and y.readable) or x.repeated is not None or y.repeated is not None:
-            return False
-        return x.q is y.q and x.scale is y.scale
-    if isinstance(x, Tensor) and isinstance(y, Tensor):
-        return x is y or (
-            x.data_ptr() == y.data_ptr()
+def is_same(noted: QTensor | Written, y: Any) -> bool:
+    """Whether y is the tensor that was noted, and still holds the values that it had then."""
+    if isinstance(noted, Written):
+        x = noted.tensor
+        return (
+            isinstance(y, Tensor)
+            and x.data_ptr() == y.data_ptr()
             and (x.shape, x.stride(), x.dtype, x.device) == (y.shape, y.stride(), y.dtype, y.device)
-            and x.numel() > 0
+            and torch.equal(noted.values, y)
         )
-    return False
+    x, y = _origin(noted), _origin(y)
+    return (
+        isinstance(y, QTensor)
+        and x.readable
+        and y.readable
+        and x.repeated is None
+        and y.repeated is None
+        and x.q is y.q
+        and x.scale is y.scale
+    )
 
 
 def _origin(x: Any) -> Any:
@@ -77,10 +91,8 @@ def _origin(x: Any) -> Any:
 def sum_of(a: Any, b: Any) -> QTensor | None:
     """a + b where terms cancel; None: they do not."""
     for first, second in ((a, b), (b, a)):
-        formula = first.formula if isinstance(first, QTensor) else None
-        if isinstance(formula, Same):
-            formula = formula.x.formula
-        if isinstance(formula, Difference) and is_same(formula.b, second):
+        formula = _formula(first)
+        if isinstance(formula, Difference) and formula.a.shape == first.shape and is_same(formula.b, second):
             return formula.a.same()
         if isinstance(formula, Rounded) and is_same(formula.means, second):
             return formula.decoded.same()
@@ -89,12 +101,17 @@ def sum_of(a: Any, b: Any) -> QTensor | None:
 
 def difference_of(a: Any, b: Any) -> QTensor | None:
     """a - b where terms cancel; None: they do not."""
-    formula = b.formula if isinstance(b, QTensor) else None
-    if isinstance(formula, Same):
-        formula = formula.x.formula
-    if isinstance(formula, Difference) and is_same(formula.a, a) and isinstance(formula.b, QTensor):
-        return formula.b.same()
+    formula = _formula(b)
+    if isinstance(formula, Difference) and isinstance(formula.b, QTensor):
+        if formula.b.shape == b.shape and is_same(formula.a, a):
+            return formula.b.same()
     return None
+
+
+def _formula(x: Any) -> Any:
+    """The formula of x, of what it has been before it was cut off from autograd."""
+    formula = x.formula if isinstance(x, QTensor) else None
+    return formula.x.formula if isinstance(formula, Same) else formula
 
 
 def note_difference(result: Any, a: Any, b: Any) -> Any:
