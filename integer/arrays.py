@@ -188,4 +188,5 @@ LAYOUT: dict[str, Callable[..., Any]] = {
     "stack": _stack,
     "zeros_like": np.zeros_like,
 }
-"""By PyTorch's name. Not among them: `max_pool2d`, `upsample_nearest2d`, paddings other than with zeros."""
+"""By PyTorch's name. Not among them: `max_pool2d`, `upsample_nearest2d`, `amax`, `amin`, `gather`,
+`take_along_dim`, paddings other than with zeros."""

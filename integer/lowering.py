@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from licq.integer.program import Program
 from licq.quant import operations as ops
@@ -27,7 +28,8 @@ from licq.support.errors import InputError
 LAYOUT = frozenset(
     "permute transpose t unsqueeze squeeze movedim chunk split narrow select __getitem__ expand unbind flip "
     "contiguous clone reshape view flatten unflatten roll index_select repeat_interleave pad pixel_shuffle "
-    "pixel_unshuffle unfold cat stack zeros_like max_pool2d upsample_nearest2d".split()
+    "pixel_unshuffle unfold cat stack zeros_like max_pool2d upsample_nearest2d amax amin gather "
+    "take_along_dim".split()
 )
 """Functions that move numbers, and choose among them, but compute none."""
 
@@ -165,6 +167,11 @@ def _on_shapes(name: str, function: Callable, args: tuple, kwargs: dict) -> Any:
         if name == "index_select":
             index = torch.empty(args[2].shape, dtype=torch.int64, device="meta")
             return shapes[0].index_select(args[1], index)
+        if name in ("gather", "take_along_dim"):
+            shapes = _replaced(shapes, lambda a: a.to("meta") if isinstance(a, Tensor) else a)
+            kwargs = {
+                key: part.to("meta") if isinstance(part, Tensor) else part for key, part in kwargs.items()
+            }
         return function(*shapes, **kwargs)
 
 

@@ -240,7 +240,7 @@ class QuantLeakyReLU(QuantFunction):
         return x.like(leaky(x.q, self.slope), x.scale)
 
 
-_ELEMENTWISE: dict[str, Callable[[Tensor], Tensor]] = {
+_ELEMENTWISE: dict[str, Callable[..., Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "sigmoid": torch.sigmoid,
@@ -256,7 +256,26 @@ _ELEMENTWISE: dict[str, Callable[[Tensor], Tensor]] = {
     "square": torch.square,
     "sqrt": lambda x: torch.sqrt(x.clamp(min=0)),
     "log": lambda x: torch.log(x.clamp(min=1e-12)),
+    "log2": lambda x: torch.log2(x.clamp(min=1e-12)),
+    "log10": lambda x: torch.log10(x.clamp(min=1e-12)),
+    "celu": F.celu,
+    "selu": F.selu,
+    "log_sigmoid": F.logsigmoid,
+    "tanhshrink": F.tanhshrink,
+    "softshrink": F.softshrink,
+    "hardshrink": F.hardshrink,
+    "threshold": F.threshold,
+    "softsign": F.softsign,
+    "power": lambda x, exponent: torch.pow(x, exponent),
+    **{
+        name: getattr(torch, name)
+        for name in (
+            "erf erfc erfinv sin cos tan asin acos atan sinh cosh asinh acosh atanh log1p exp2 expm1 sign "
+            "sgn reciprocal"
+        ).split()
+    },
 }
+"""What has no value at a point (1 / 0, the root of a negative number) gets the end of the range, or 0."""
 
 
 class QuantTable(QuantFunction):
@@ -296,7 +315,8 @@ class QuantTable(QuantFunction):
         scale_in, qmin, qmax = self.grid_in.parameters_of_grid()
         scale_out, low, high = self.grid_out.parameters_of_grid()
         index = torch.arange(int(qmin), int(qmax) + 1, dtype=torch.float64, device=scale_in.device)
-        entries = round_half_away(self.f(index * scale_in.detach()) / scale_out.detach())
+        values = (self.f(index * scale_in.detach()) / scale_out.detach()).nan_to_num(nan=0.0)
+        entries = round_half_away(values)
         return entries.clamp(float(low), float(high)).float()
 
     def integer(self, x: QTensor) -> QTensor:

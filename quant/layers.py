@@ -1,6 +1,7 @@
 """Convolutions and linear layers on integers."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from licq.models.layers import MaskedConv3d, MultistageMaskedConv2d
 from licq.quant import operations as ops
+from licq.quant.config import QuantConfig
 from licq.quant.mac import QuantMAC
 from licq.quant.modules import replaces
 from licq.quant.operations import MultiplyAccumulate
@@ -16,12 +18,24 @@ from licq.quant.operations import MultiplyAccumulate
 
 @replaces(nn.Conv2d, MaskedConv2d, MultistageMaskedConv2d)
 class QuantConv2d(QuantMAC):
-    """Conv2d, also with a mask (MaskedConv2d, MultistageMaskedConv2d) and with groups."""
+    """Conv2d, also with a mask (MaskedConv2d, MultistageMaskedConv2d), with groups, and with another padding
+    than zeros, which stands in front of the node."""
 
     kind = "conv"
     module: nn.Conv2d | nn.Conv3d
     convolve: Callable[..., Tensor] = staticmethod(F.conv2d)
     on_integers: type[ops.Convolution] = ops.Conv2d
+
+    def __init__(self, module: nn.Conv2d | nn.Conv3d, config: QuantConfig):
+        super().__init__(module, config)
+        self.padding_mode, self.sides = module.padding_mode, list(module._reversed_padding_repeated_twice)
+        if self.padding_mode != "zeros":
+            module.padding = (0,) * len(module.kernel_size)
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        if self.padding_mode != "zeros":
+            inputs = (F.pad(inputs[0], self.sides, mode=self.padding_mode), *inputs[1:])
+        return super().forward(*inputs, **kwargs)
 
     @property
     def groups(self) -> int:

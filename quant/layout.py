@@ -12,6 +12,7 @@ from torch import Tensor
 from licq.quant.dispatch import arguments, handles
 from licq.quant.formulas import Taken
 from licq.quant.qtensor import QTensor, Repeated, to_real
+from licq.quant.reductions import dims_of, total
 from licq.quant.torch_functions import function_name
 
 
@@ -222,26 +223,31 @@ def _shuffle(runtime, function, args, kwargs):
     return x.moved(function(x.q, *args[1:], **kwargs), scale)
 
 
-@handles("unfold", "sum", "mean", "max_pool2d", "avg_pool2d", "upsample_nearest2d")
+@handles("unfold", "sum", "max_pool2d", "upsample_nearest2d")
 def _mixing_channels(runtime, function, args, kwargs):
     """Functions that bring numbers of different channels together: on one scale for the whole tensor
     first."""
     x = args[0]
-    name = function_name(function)
-    if name in ("mean", "avg_pool2d"):
-        return (
-            runtime.in_float(function, args, kwargs)
-            if x.is_integer
-            else x.like(function(x.q, *args[1:], **kwargs), None)
-        )
+    if function_name(function) == "sum" and x.bound:
+        given = arguments(args, kwargs, ["dim", "keepdim"])
+        return total(runtime, x, dims_of(x, given.get("dim")), bool(given.get("keepdim", False)))
     x = runtime.one_scale_along(x, range(x.ndim))
-    return x.like(function(x.q, *args[1:], **kwargs), x.scale)
+    q = x.q
+    if function_name(function) == "sum" and x.is_integer and not x.recorder:
+        q = q.double()  # float32 has no place for large sums
+    return x.like(function(q, *args[1:], **kwargs), x.scale)
 
 
-@handles("zeros_like")
-def _zeros_like(runtime, function, args, kwargs):
-    x = args[0]
-    return x.like(torch.zeros_like(x.q), x.scale)
+@handles("gather", "take_along_dim")
+def _gather(runtime, function, args, kwargs):
+    x, given = args[0], arguments(args, kwargs, ["dim", "index"])
+    if function_name(function) == "take_along_dim":
+        given = {"index": None, "dim": None, **arguments(args, kwargs, ["index", "dim"])}
+    dim, index = given["dim"], given["index"]
+    if dim is None or not isinstance(x, QTensor) or not isinstance(index, Tensor):
+        return runtime.in_float(function, args, kwargs)
+    x = runtime.one_scale_along(x, range(x.ndim))
+    return x.moved(function(x.q, *args[1:], **kwargs), x.scale)
 
 
 @handles("cat", "stack")

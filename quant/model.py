@@ -25,6 +25,7 @@ from licq.quant.outputs import codec_output
 from licq.quant.probe import check_probe
 from licq.quant.qtensor import QTensor, to_real
 from licq.quant.quantizer import Quantizer
+from licq.quant.rewriter import NO_LAYER
 from licq.quant.rewritten import RewrittenCodec
 from licq.quant.runtime import StopForward
 from licq.quant.saving import save_quantized
@@ -345,12 +346,19 @@ class QuantModel(RewrittenCodec):
             if not (float_sides(node) or node.stays_float or self.config.is_simulated):
                 kinds[node.kind] = kinds.get(node.kind, 0) + 1
         unseen = {name: "never ran in calibration" for name in self.rewrite.nodes if name not in self.nodes}
+        # a module without an integer layer is integer where each function of its forward is
+        places = {where for _, where in self.runtime.kept_in_float}
+        left = {
+            name: why
+            for name, why in self.rewrite.left_alone.items()
+            if not why.endswith(NO_LAYER) or name in places or any(f"{name}." in where for where in places)
+        }
         return {
             "quantized": dict(sorted(kinds.items())),
             "kept_in_float": [
                 {"function": function, "in": where} for function, where in sorted(self.runtime.kept_in_float)
             ],
-            "left_alone": {**self.rewrite.left_alone, **unseen, **self._why_real()},
+            "left_alone": {**left, **unseen, **self._why_real()},
             "beyond_int32": {
                 name: float(bound)
                 for name, node in self.nodes.items()

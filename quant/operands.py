@@ -71,7 +71,11 @@ class QuantAdd(QuantFunction):
             b_q = constant(round_ste((b.double() / scale).float()), self.runtime.tracer)
         else:
             b_q = constant(round_half_away(b / scale.detach()).float(), self.runtime.tracer)
-        return a.like(add(a.q, b_q, int(qmin), int(qmax)), scale)
+        return a.like(self.combined(a.q, b_q, int(qmin), int(qmax)), scale)
+
+    def combined(self, a: Tensor, b: Tensor, low: int, high: int) -> Tensor:
+        """The result of both operands, on the one grid whose ends are low and high."""
+        return add(a, b, low, high)
 
     def _operand(self, number: int, x: QTensor) -> QTensor:
         if number in self.options.get("stored", ()):

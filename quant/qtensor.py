@@ -79,6 +79,10 @@ class QTensor:
     latent:  true for y_hat, z_hat and parts of them: values that came out of a rounding at a boundary of the
     codec.
     levels:  true for probabilities on the levels of `QuantConfig.softmax`.
+    boolean: true for the result of a comparison: 0 and 1, on the scale 1.
+    bound:   the largest magnitude of integers of more bits than a wide activation has, where it is known:
+    squares and their means; 0: nothing is known.
+    root:    (v, inverse): the tensor is the root of v, or 1 over it.
     forward: the number of the forward that made it (`Runtime.number`).
 
     repeated: where the numbers are not computed yet; reading q computes them.
@@ -97,6 +101,9 @@ class QTensor:
         "pixels",
         "latent",
         "levels",
+        "boolean",
+        "bound",
+        "root",
         "forward",
         "aliases",
         "overwritten",
@@ -124,6 +131,8 @@ class QTensor:
             latent,
             levels,
         )
+        self.boolean, self.bound = False, 0
+        self.root: tuple[QTensor, bool] | None = None
         self.forward: int = 0 if runtime is None else runtime.number
         self.aliases: list[weakref.ref[QTensor]] = []
         self.repeated: Repeated | None = None
@@ -167,13 +176,16 @@ class QTensor:
 
     def moved(self, q: Tensor, scale: Tensor | None) -> "QTensor":
         """The same values in another layout."""
-        return QTensor(q, scale, self.runtime, latent=self.latent, levels=self.levels)
+        moved = QTensor(q, scale, self.runtime, latent=self.latent, levels=self.levels)
+        moved.boolean, moved.bound = self.boolean, self.bound
+        return moved
 
     def same(self) -> "QTensor":
         """Another object of the same values, which operations in place on this one leave as it is."""
-        other = QTensor(self.q, self.scale, self.runtime, self.pixels, self.latent, self.levels)
-        other.formula = self.formula
-        return other
+        same = QTensor(self.q, self.scale, self.runtime, self.pixels, self.latent, self.levels)
+        same.boolean, same.bound, same.root = self.boolean, self.bound, self.root
+        same.formula = self.formula
+        return same
 
     def share(self, views: Sequence["QTensor"]) -> None:
         """These may share their memory with this tensor; several of them are disjoint parts."""
@@ -205,6 +217,7 @@ class QTensor:
                     del other.q
         self.q, self.scale, self.aliases, self.repeated = numbers, scale, [], None
         self.pixels, self.latent, self.levels = new.pixels, new.latent, new.levels
+        self.boolean, self.bound, self.root = new.boolean, new.bound, new.root
         self.origin, self.formula = new.origin, new.formula
 
     @property
@@ -234,8 +247,9 @@ class QTensor:
 
     ndim = property(lambda self: len(self.shape))
     device = property(lambda self: self.q.device)
-    dtype = property(lambda self: torch.float32)
+    dtype = property(lambda self: torch.bool if self.boolean else torch.float32)
     is_cuda = property(lambda self: self.q.is_cuda)
+    is_nested = False
     requires_grad = property(lambda self: self.q.requires_grad)
 
     def size(self, dim: int | None = None):
@@ -256,7 +270,7 @@ class QTensor:
         runtime = runtime_of(args) or runtime_of(kwargs.values())
         return runtime.dispatch(function, args, kwargs)
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         if name == "q" and self.readable and self.repeated is not None:
             self.q = self.repeated.moved(self.repeated.numbers)
             self.repeated = None
@@ -324,6 +338,13 @@ for _name in (
     "__ge__",
     "__abs__",
     "__mod__",
+    "__and__",
+    "__rand__",
+    "__or__",
+    "__ror__",
+    "__xor__",
+    "__rxor__",
+    "__invert__",
     "__floordiv__",
     "__rfloordiv__",
     "__rpow__",
@@ -359,7 +380,7 @@ def runtime_of(arguments: Iterable[Any]) -> Any:
 def to_real(argument: Any) -> Any:
     """The argument with every quantized tensor in it replaced by its values."""
     if isinstance(argument, QTensor):
-        return argument.real()
+        return argument.real().bool() if argument.boolean else argument.real()
     if isinstance(argument, (list, tuple)):
         return type(argument)(to_real(item) for item in argument)
     if isinstance(argument, dict):

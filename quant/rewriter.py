@@ -10,7 +10,19 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from licq.models.vbr import RateFunction
-from licq.quant import activations, boundaries, functions, layers, norms, offsets, operands, rounded
+from licq.quant import (
+    activations,
+    boundaries,
+    choices,
+    functions,
+    layers,
+    norms,
+    offsets,
+    operands,
+    own_layers,
+    quotients,
+    rounded,
+)
 from licq.quant.blocks import BLOCKS, QuantBlock
 from licq.quant.config import QuantConfig
 from licq.quant.modules import REPLACEMENTS, QuantModule
@@ -18,8 +30,24 @@ from licq.quant.network_checks import uncompiled
 from licq.quant.runtime import Runtime
 from licq.support.errors import InputError
 
-NODE_MODULES = (activations, boundaries, functions, layers, norms, offsets, operands, rounded)
+NODE_MODULES = (
+    activations,
+    boundaries,
+    choices,
+    functions,
+    layers,
+    norms,
+    offsets,
+    operands,
+    own_layers,
+    quotients,
+    rounded,
+)
 """Imported for the kinds of layers that they register with `replaces`, and for their functions."""
+
+
+NO_LAYER = "has no integer layer here"
+"""Of a module that is left alone. The functions of its own forward may all be integer."""
 
 
 @dataclass
@@ -41,10 +69,10 @@ def replacement_for(module: nn.Module) -> Callable[[nn.Module, QuantConfig], Qua
 
 def unsupported(module: nn.Module) -> str | None:
     """Why a layer of a supported type cannot be an integer layer, or None."""
-    if getattr(module, "padding_mode", "zeros") != "zeros":
-        return f"padding mode {module.padding_mode!r} has no integer form here"
     if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) != 1:
-        return "LayerNorm over more than the last dimension has no integer form here"
+        return f"LayerNorm over more than the last dimension {NO_LAYER}"
+    if isinstance(module, nn.Conv3d) and module.padding_mode != "zeros":
+        return f"padding mode {module.padding_mode!r} in three dimensions {NO_LAYER}"
     return None
 
 
@@ -92,6 +120,8 @@ def _rewritten(
     if isinstance(module, RateFunction):
         done.left_alone[name] = "its input is the rate alone: computed in float, a constant of each rate"
         return module
+    if type(module) is nn.MultiheadAttention:
+        return module  # its forward passes the weights to one function, `quant.attention`
     make, reason = replacement_for(module), unsupported(module)
     if make is not None and reason is None:
         refuse_hooks(module, name)
@@ -101,7 +131,7 @@ def _rewritten(
         done.nodes[name] = node
         return node
     if reason is not None or (not list(module.children()) and list(module.parameters())):
-        done.left_alone[name] = reason or f"{type(module).__name__} has parameters but no integer form here"
+        done.left_alone[name] = reason or f"{type(module).__name__} with parameters {NO_LAYER}"
     _rewrite_children(module, name, config, runtime, done, stands)
     if type(module) not in BLOCKS:
         return module

@@ -14,7 +14,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from licq.quant import arithmetic, assignment, layout
+from licq.quant import (
+    arithmetic,
+    assignment,
+    attention,
+    comparisons,
+    layout,
+    own_weights,
+    reductions,
+    resampling,
+)
 from licq.quant.config import QuantConfig
 from licq.quant.dispatch import dispatch
 from licq.quant.fixedpoint import fixed_point_scale, round_ste
@@ -31,7 +40,16 @@ Call = tuple[str, int]
 """A node or block by name, and the number of the call in one forward."""
 
 
-HANDLER_MODULES = (arithmetic, assignment, layout)
+HANDLER_MODULES = (
+    arithmetic,
+    assignment,
+    attention,
+    comparisons,
+    layout,
+    own_weights,
+    reductions,
+    resampling,
+)
 """Imported for the handlers that they register."""
 
 

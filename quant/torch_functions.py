@@ -5,6 +5,9 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+SQUARE_BITS = 13
+"""Of numbers whose exact squares are summed up; a square has 24."""
+
 _ALIASES = {
     "__add__": "add",
     "__radd__": "add",
@@ -36,6 +39,31 @@ _ALIASES = {
     "swapaxes": "transpose",
     "clip": "clamp",
     "subtract": "sub",
+    "__rdiv__": "rdiv",
+    "__rtruediv__": "rdiv",
+    "greater": "gt",
+    "greater_equal": "ge",
+    "less": "lt",
+    "less_equal": "le",
+    "not_equal": "ne",
+    "__and__": "logical_and",
+    "__rand__": "logical_and",
+    "bitwise_and": "logical_and",
+    "__or__": "logical_or",
+    "__ror__": "logical_or",
+    "bitwise_or": "logical_or",
+    "__xor__": "logical_xor",
+    "__rxor__": "logical_xor",
+    "bitwise_xor": "logical_xor",
+    "__invert__": "logical_not",
+    "bitwise_not": "logical_not",
+    "linalg_vector_norm": "norm",
+    "special_erf": "erf",
+    "special_expit": "sigmoid",
+    "fmin": "minimum",
+    "fmax": "maximum",
+    "logsigmoid": "log_sigmoid",
+    "_threshold": "threshold",
 }
 
 

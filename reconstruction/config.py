@@ -322,11 +322,15 @@ class PtqConfig:
             name = str(knobs.pop("base"))
             if Path(name).stem == path.stem:
                 raise InputError(f"{path}: it builds on itself; name another preset as its base")
-            base = cls.from_preset(name, **{key: overrides[key] for key in ("w_bits",) if key in overrides})
+            given = {key: overrides[key] for key in ("w_bits", "strict_int8") if key in overrides}
+            base = cls.from_preset(name, **given)
             knobs = {**base.quant.to_dict(), **base.reconstruction.to_dict(), **knobs}
-        low = knobs.pop("below_8_bits", {})  # fields for weights of fewer bits
-        if overrides.get("w_bits", knobs.get("w_bits", QuantConfig.w_bits)) < 8:
-            knobs |= low
+        low, strict = (knobs.pop(key, {}) for key in ("below_8_bits", "under_strict_int8"))
+        chosen = {**knobs, **overrides}
+        if chosen.get("w_bits", QuantConfig.w_bits) < 8:
+            knobs |= low  # fields for weights of fewer bits
+        elif chosen.get("strict_int8", QuantConfig.strict_int8):
+            knobs |= strict
         knobs = {**knobs, **overrides}
         quant = {field.name for field in dataclasses.fields(QuantConfig)}
         reconstruction = {field.name for field in dataclasses.fields(ReconstructionConfig)}

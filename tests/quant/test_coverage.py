@@ -27,7 +27,7 @@ class Mix(nn.Module):
         self.mix = nn.Parameter(torch.rand(channels, channels) / channels)
 
     def forward(self, x):
-        return torch.einsum("bchw,cd->bdhw", x * self.gain, self.mix)
+        return torch.einsum("bchw,cd,d->bdhw", x * self.gain, self.mix, self.mix[0])
 
 
 class Odd(nn.Module):
@@ -36,7 +36,8 @@ class Odd(nn.Module):
     def __init__(self, c: int = 8):
         super().__init__()
         self.conv = nn.Conv2d(3, c, 5, 4, 2)
-        self.norm, self.act, self.mix = nn.BatchNorm2d(c), nn.GroupNorm(2, c), Mix(c)
+        self.norm, self.act = nn.BatchNorm2d(c, track_running_stats=False), nn.RReLU()
+        self.mix = Mix(c)
         self.reflect = nn.Conv2d(c, 2 * c, 3, padding=1, padding_mode="reflect")
         self.down = nn.Conv2d(c, c, 5, 4, 2)
         self.shift = nn.Parameter(torch.rand(c, 1, 1))
@@ -53,7 +54,8 @@ class Odd(nn.Module):
         y_hat, likelihoods = self.entropy_bottleneck(self.down(value * torch.sigmoid(gate)) + self.shift)
         smooth = F.interpolate(y_hat, scale_factor=16, mode="bilinear", align_corners=False)
         blocky = F.interpolate(y_hat, scale_factor=16, mode="nearest")
-        return {"x_hat": self.up(torch.cat([smooth, blocky], 1)), "likelihoods": {"y": likelihoods}}
+        both = torch.cat([torch.lerp(smooth, blocky, 0.5), torch.lerp(smooth, blocky, -0.5)], 1)
+        return {"x_hat": self.up(both), "likelihoods": {"y": likelihoods}}
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +69,6 @@ def network():
     network = Odd().eval()
     with torch.no_grad():
         network.conv.weight.mul_(5)
-        network.norm.running_mean.uniform_(-1, 1)
     return network
 
 
@@ -83,24 +84,22 @@ def test_report_names_every_function_in_float_and_where(model):
     kept = {(entry["function"], entry["in"]) for entry in model.coverage()["kept_in_float"]}
     assert kept == {
         ("batch_norm", "norm"),
-        ("group_norm", "act"),
+        ("rrelu", "act"),
         ("einsum", "mix"),
-        ("conv2d", "reflect"),
-        ("interpolate", FORWARD),
+        ("lerp", FORWARD),
     }
 
 
 def test_report_names_every_module_left_alone_and_why(model):
     left = model.coverage()["left_alone"]
-    assert left.keys() == {"norm", "act", "mix", "reflect", "idle"}
-    assert "BatchNorm2d" in left["norm"] and "GroupNorm" in left["act"] and "Mix" in left["mix"]
-    assert "'reflect'" in left["reflect"]
+    assert left.keys() == {"norm", "mix", "idle"}
+    assert "BatchNorm2d" in left["norm"] and "Mix" in left["mix"]
     assert left["idle"] == "never ran in calibration"
 
 
 def test_what_is_known_is_integer(model):
     kinds = model.coverage()["quantized"]
-    assert {"conv": 3, "sigmoid": 1, "entropy_bottleneck": 1}.items() <= kinds.items()
+    assert {"conv": 4, "sigmoid": 1, "entropy_bottleneck": 1}.items() <= kinds.items()
     assert kinds["mul"] == 2 and kinds["add"] == 2  # x * gain, the gate; y += 1 and + shift
 
 
@@ -128,7 +127,7 @@ def test_nothing_is_float_in_silence(model, images, monkeypatch):
         model(images)
     after = model.runtime.kept_in_float
     assert after.keys() == before.keys()
-    assert sum(after.values()) - sum(before.values()) == len(seen) == 6  # interpolate twice
+    assert sum(after.values()) - sum(before.values()) == len(seen) == 5  # lerp twice
     unnamed = [
         name
         for name, module in model.model.named_modules()
@@ -379,11 +378,11 @@ def test_a_network_that_was_trained_further_is_not_compared(images):
         (lambda codec, y: codec.act(y), {"softplus"}),
         (lambda codec, y: F.softplus(y, beta=5), {"softplus"}),
         (lambda codec, y: torch.div(y, 0.3, rounding_mode="floor") * 0.3, set()),
-        (lambda codec, y: torch.pow(2, y.clamp(-3, 3)), set()),
+        (lambda codec, y: torch.pow(2, y.clamp(-3, 3)), {"exp"}),
         (lambda codec, y: torch.clamp(input=y, min=-0.3, max=0.3), set()),
         (lambda codec, y: F.leaky_relu(y).repeat_interleave(2, dim=1)[:, ::2], {"leaky_relu"}),
         (lambda codec, y: y.repeat_interleave(4, 2)[:, :, ::4], set()),
-        (lambda codec, y: torch.where((y > 0) | (y == 0), y, 0.1 * y), set()),
+        (lambda codec, y: torch.where((y > 0) | (y == 0), y, 0.1 * y), {"where"}),
         (lambda codec, y: abs(y), set()),
         (lambda codec, y: y * (y.shape[1] if bool(y.max() > 1e9) else 0.5), set()),
     ],
@@ -432,7 +431,7 @@ def test_compressais_checkerboard_codec_runs_as_it_is(images):
         (
             {"a": nn.MultiheadAttention(8, 2)},
             lambda codec, y: codec.a(y.flatten(2), y.flatten(2), y.flatten(2))[0],
-            "network: a: .*is_nested",
+            "network: multi_head_attention_forward in a: RuntimeError",
         ),
         ({}, lambda codec, y: y.reshape(7, 7), "network: reshape in the codec's own forward: RuntimeError"),
         ({"c": nn.Conv2d(9, 8, 1)}, lambda codec, y: codec.c(y), "network: c: RuntimeError"),

@@ -37,7 +37,9 @@ class Own(nn.Module):
     def __init__(self, width: int = 8):
         super().__init__()
         self.g_a = nn.Sequential(
-            nn.Conv2d(3, width, 5, 4, 2), nn.GroupNorm(2, width), nn.Conv2d(width, width, 5, 4, 2)
+            nn.Conv2d(3, width, 5, 4, 2),
+            nn.BatchNorm2d(width, track_running_stats=False),
+            nn.Conv2d(width, width, 5, 4, 2),
         )
         self.gain = nn.Parameter(torch.rand(1, width, 1, 1) + 0.5)
         self.register_buffer("offset", torch.rand(1, width, 1, 1))

@@ -76,6 +76,21 @@ def test_few_bits_know_the_knobs_of_the_preset_below(tmp_path):
     assert own.quant == base.quant and own.reconstruction == dataclasses.replace(base.reconstruction, seed=1)
 
 
+def test_strict_int8_may_have_knobs_of_its_own(tmp_path):
+    (tmp_path / "own.yaml").write_text("base: licq\nseed: 1\n")
+    (tmp_path / "strict.yaml").write_text("base: licq\nstrict_int8: true\njoint_iters: 7\n")
+
+    def joint(preset="licq", **knobs):
+        knobs = PtqConfig.from_preset(preset, **knobs).reconstruction
+        return knobs.joint_iters, knobs.joint_lr
+
+    assert joint() == (40, 0.2) and joint(strict_int8=True) == (300, 0.6)
+    assert joint(strict_int8=True, w_bits=6) == joint(w_bits=6) == (300, 0.1)
+    assert joint(strict_int8=True, joint_iters=7) == (7, 0.6)
+    assert joint(str(tmp_path / "own.yaml"), strict_int8=True) == (300, 0.6)
+    assert joint(str(tmp_path / "strict.yaml"))[0] == 7
+
+
 @pytest.mark.parametrize("granularity", [pytest.param("channel", marks=pytest.mark.slow), "tensor"])
 def test_a_learned_rounding_border_is_lowered_and_kept(tmp_path, granularity):
     quant = {"a_granularity": granularity}
