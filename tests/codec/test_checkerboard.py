@@ -1,5 +1,7 @@
 """CompressAI's codecs of latent codecs: checkerboards, alone and in channel groups, have exact files."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,7 +18,7 @@ from tests.tiny_codecs import images
 
 
 def checkerboard(forward_method: str) -> torch.nn.Module:
-    network = sensetime.Cheng2020AnchorCheckerboard(N=6)
+    network: Any = sensetime.Cheng2020AnchorCheckerboard(N=6)
     network.latent_codec["y"].forward_method = forward_method
     return network
 
