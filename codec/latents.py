@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 
 from licq.codec.parts import Latent
+from licq.codec.pieces import pieces_of
 from licq.codec.tables import STEP_OF_Z_BITS
 from licq.integer.groups import constants_of
 from licq.integer.program import Program
@@ -68,6 +69,10 @@ def find_latents(program: Program) -> list[Latent]:
         group = [b for b in program.boundaries if b.latent == density.latent and b.decoded not in coded]
         used = [b for b in group if b.decoded in read]
         offsets = next((b for b in used if b.kind == "offsets"), None)
+        pieces = []
+        if not used:
+            pieces = [b for b in pieces_of(program, density) if b.decoded in read and b.decoded not in coded]
+            used = pieces
         if not used:  # y is scaled for the density
             offsets = next(
                 (
@@ -86,6 +91,7 @@ def find_latents(program: Program) -> list[Latent]:
         whole = density.whole or any(b.means is None for b in used if b.kind == "round")
         final = (
             offsets
+            or (density if pieces else None)
             or next((b for b in used if b.symbols == density.symbols), None)
             or (used[-1] if used else None)
         )

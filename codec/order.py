@@ -82,7 +82,7 @@ def readings(program: Program, own: set[int]) -> list[Reading]:
             elif isinstance(operation, ops.Layout) and operation.name == "unfold":
                 found.append((operation, _unfolded_taps(program, operation), known))
             elif isinstance(operation, (ops.Rescale, ops.Neg, ops.Clamp, ops.Abs)) or (
-                isinstance(operation, ops.Layout) and operation.name in ("unsqueeze", "contiguous")
+                isinstance(operation, ops.Layout) and operation.name in ("unsqueeze", "contiguous", "clone")
             ):
                 masks[out] = known
             else:

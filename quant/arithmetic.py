@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from licq.quant import primitives
+from licq.quant.assignment import disjoint_sum
 from licq.quant.dispatch import Forward, arguments, handles
+from licq.quant.formulas import difference_of, fixed_values, note_difference, sum_of
 from licq.quant.qtensor import QTensor, to_real
 from licq.quant.reductions import fitting, root, squared
 from licq.quant.torch_functions import function_name
@@ -43,7 +45,9 @@ def _relu(runtime, function, args, kwargs):
 
 @handles("mul", "div")
 def _mul(runtime, function, args, kwargs):
-    a, b = args[0], args[1]
+    a, b = fixed_values(args[0]), fixed_values(args[1])
+    if not isinstance(a, QTensor) and not isinstance(b, QTensor):
+        return runtime.wrap(function(a, b, **kwargs))
     if function_name(function) == "div":
         if kwargs.get("rounding_mode") is not None:
             return runtime.in_float(function, args, kwargs)
@@ -123,8 +127,18 @@ def _add(runtime, function, args, kwargs):
     a, b = args[0], args[1]
     if kwargs.get("alpha", 1) != 1:
         b = b * kwargs["alpha"]
-    if function_name(function) == "sub":
-        b = -b
+    is_difference = function_name(function) == "sub"
+    known = difference_of(a, b) if is_difference else sum_of(a, b)
+    if known is not None:
+        return known
+    if is_difference:
+        return note_difference(_sum(runtime, a, -b), a, b)
+    return _sum(runtime, a, b)
+
+
+def _sum(runtime, a, b):
+    if isinstance(a, QTensor) and isinstance(b, QTensor) and a.latent and b.latent:
+        return disjoint_sum(runtime, a, b)
     if not isinstance(a, QTensor):
         a, b = b, a
     if isinstance(b, (int, float)) and b == 0:

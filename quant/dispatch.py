@@ -7,11 +7,9 @@ place.
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
-from licq.quant import primitives
-from licq.quant.qtensor import QTensor, to_real
+from licq.quant.qtensor import QTensor
 from licq.quant.symbols import Recorder
 from licq.quant.torch_functions import function_name, is_in_place, out_of_place
 
@@ -21,9 +19,14 @@ class Forward(Protocol):
 
     tracer: Recorder | None
     calling: str
+    observing: bool
 
     def function(self, kind: str, options: dict[str, Any], inputs: tuple) -> QTensor:
         """Run the node of a function at this place of the forward."""
+        ...
+
+    def skip_function(self, kind: str) -> None:
+        """Count a call of a function whose node is not needed here."""
         ...
 
     def in_float(self, function: Callable, args: tuple, kwargs: dict) -> Any:
@@ -41,6 +44,8 @@ class Forward(Protocol):
 
 Handler = Callable[[Forward, Callable, tuple, dict], Any]
 HANDLERS: dict[str, Handler] = {}
+Assignment = Callable[[Forward, QTensor, Any, Any], QTensor]
+_ASSIGNMENT: list[Assignment] = []
 
 
 def handles(*names: str):
@@ -52,6 +57,12 @@ def handles(*names: str):
         return handler
 
     return register
+
+
+def assigns(handler: Assignment) -> Assignment:
+    """Register what x[index] = value does: (forward, x, index, value) -> the new x."""
+    _ASSIGNMENT[:] = [handler]
+    return handler
 
 
 def dispatch(runtime: Forward, function: Callable, args: tuple, kwargs: dict):
@@ -90,8 +101,8 @@ def _result_of_in_place(
     runtime: Forward, name: str, function: Callable, args: tuple, kwargs: dict
 ) -> QTensor:
     """What a function in place will write into its first argument, which is not changed here."""
-    if name == "__setitem__" and isinstance(args[2], (int, float)) and args[2] == 0:
-        return _with_zeros(*args[:2])
+    if name == "__setitem__":
+        return _ASSIGNMENT[0](runtime, *args[:3])
     instead = out_of_place(function, name)
     if instead is not None:
         return _run(
@@ -100,13 +111,6 @@ def _result_of_in_place(
     written = QTensor(args[0].real().clone(), None, runtime)
     runtime.in_float(function, (written, *args[1:]), kwargs)
     return written
-
-
-def _with_zeros(x: QTensor, index: Any) -> QTensor:
-    """x with zeros at x[index], which are exact on any scale."""
-    mask = torch.ones(x.shape, device=x.device)
-    mask[to_real(index)] = 0
-    return x.moved(primitives.mask(x.q, mask), x.scale)
 
 
 def arguments(args: tuple, kwargs: dict, names: Iterable[str]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from licq.quant.dispatch import arguments, handles
+from licq.quant.formulas import Taken
 from licq.quant.qtensor import QTensor, Repeated, to_real
 from licq.quant.reductions import dims_of, total
 from licq.quant.torch_functions import function_name
@@ -95,6 +96,10 @@ def _view(runtime, function, args, kwargs):
         moved = function(places, *args[1:], **kwargs)
         scales = [_taken(x.scale, collapse(part)) for part in (moved if many else (moved,))]
     views = [x.moved(part, scale) for part, scale in zip(parts, scales)]
+    if function_name(function) == "__getitem__":
+        views[0].formula = Taken(x.same(), args[1])
+    elif function_name(function) == "clone":
+        views[0].formula = x.formula
     x.share(views)
     return type(q)(views) if many else views[0]
 
@@ -243,12 +248,6 @@ def _gather(runtime, function, args, kwargs):
         return runtime.in_float(function, args, kwargs)
     x = runtime.one_scale_along(x, range(x.ndim))
     return x.moved(function(x.q, *args[1:], **kwargs), x.scale)
-
-
-@handles("zeros_like")
-def _zeros_like(runtime, function, args, kwargs):
-    x = args[0]
-    return x.like(torch.zeros_like(x.q), x.scale)
 
 
 @handles("cat", "stack")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from licq.quant.symbols import Recorder
+from licq.quant.symbols import Recorder, Symbol
 from licq.support.errors import InputError
 
 
@@ -61,6 +61,13 @@ class Repeated:
         return values.expand(self.places.shape).reshape(-1).index_select(0, order).reshape(self.shape)
 
 
+@dataclasses.dataclass(frozen=True)
+class Same:
+    """The formula of x, cut off from autograd."""
+
+    x: "QTensor"
+
+
 class QTensor:
     """Values `q * scale` in the integer state, plain values `q` in the real state (`scale` is None).
 
@@ -80,6 +87,7 @@ class QTensor:
 
     repeated: where the numbers are not computed yet; reading q computes them.
     origin: where the tensor comes from, while that is found out (`quant.storage`).
+    formula: how the forward has written it (`quant.formulas`); None: nothing is known.
 
     The tensors in q and scale never change: an operation in place puts new ones into these slots. A quantized
     tensor knows its views and what it is a view of (`aliases`). After an operation in place on one of them,
@@ -101,6 +109,7 @@ class QTensor:
         "overwritten",
         "repeated",
         "origin",
+        "formula",
         "__weakref__",
     )
     q: Tensor
@@ -128,6 +137,7 @@ class QTensor:
         self.aliases: list[weakref.ref[QTensor]] = []
         self.repeated: Repeated | None = None
         self.origin: Any = None
+        self.formula: Any = None
 
     @classmethod
     def of_repeated(cls, repeated: "Repeated", like: "QTensor") -> "QTensor":
@@ -174,6 +184,7 @@ class QTensor:
         """Another object of the same values, which operations in place on this one leave as it is."""
         same = QTensor(self.q, self.scale, self.runtime, self.pixels, self.latent, self.levels)
         same.boolean, same.bound, same.root = self.boolean, self.bound, self.root
+        same.formula = self.formula
         return same
 
     def share(self, views: Sequence["QTensor"]) -> None:
@@ -202,18 +213,22 @@ class QTensor:
                     and _shares_memory(other.q, self.q)
                 ):
                     other.overwritten = f"{function} in {self.runtime.where}"
+                    other.formula = None  # it speaks of the numbers that are gone
                     del other.q
         self.q, self.scale, self.aliases, self.repeated = numbers, scale, [], None
         self.pixels, self.latent, self.levels = new.pixels, new.latent, new.levels
         self.boolean, self.bound, self.root = new.boolean, new.bound, new.root
-        self.origin = new.origin
+        self.origin, self.formula = new.origin, new.formula
 
     @property
     def readable(self) -> bool:
         return not hasattr(self, "overwritten")
 
     def detach(self) -> "QTensor":
-        return self.moved(self.q.detach(), None if self.scale is None else self.scale.detach())
+        numbers = self.q if isinstance(self.q, Symbol) else self.q.detach()
+        cut_off = self.moved(numbers, None if self.scale is None else self.scale.detach())
+        cut_off.latent, cut_off.formula = self.latent, Same(self.same())
+        return cut_off
 
     def full_scale(self) -> Tensor:
         """The scale with as many dimensions as q, each of size 1 or q's."""

@@ -21,6 +21,7 @@ from licq.quant import (
     operands,
     own_layers,
     quotients,
+    rounded,
 )
 from licq.quant.blocks import BLOCKS, QuantBlock
 from licq.quant.config import QuantConfig
@@ -40,6 +41,7 @@ NODE_MODULES = (
     operands,
     own_layers,
     quotients,
+    rounded,
 )
 """Imported for the kinds of layers that they register with `replaces`, and for their functions."""
 

@@ -14,7 +14,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from licq.quant import arithmetic, attention, comparisons, layout, own_weights, reductions, resampling
+from licq.quant import (
+    arithmetic,
+    assignment,
+    attention,
+    comparisons,
+    layout,
+    own_weights,
+    reductions,
+    resampling,
+)
 from licq.quant.config import QuantConfig
 from licq.quant.dispatch import dispatch
 from licq.quant.fixedpoint import fixed_point_scale, round_ste
@@ -31,7 +40,16 @@ Call = tuple[str, int]
 """A node or block by name, and the number of the call in one forward."""
 
 
-HANDLER_MODULES = (arithmetic, attention, comparisons, layout, own_weights, reductions, resampling)
+HANDLER_MODULES = (
+    arithmetic,
+    assignment,
+    attention,
+    comparisons,
+    layout,
+    own_weights,
+    reductions,
+    resampling,
+)
 """Imported for the handlers that they register."""
 
 
@@ -205,6 +223,10 @@ class Runtime:
             self.functions[key].to(next(x.device for x in inputs if isinstance(x, QTensor)))
         return self.functions[key](*inputs)
 
+    def skip_function(self, kind: str) -> None:
+        """Count a call of a function whose node is not needed here, so that the others keep their names."""
+        self._counts[-1][kind] += 1
+
     def add_function(self, name: str, kind: str, options: dict[str, Any]) -> None:
         """Make the node of a function."""
         assert self.make_function is not None
@@ -227,7 +249,7 @@ class Runtime:
         varies = scale is not None and scale.ndim > 0 and any(scale.shape[dim] > 1 for dim in dims)
         if self.observing or varies:
             return self.function("carrier", {}, (x,))
-        self._counts[-1]["carrier"] += 1  # so that the others keep their names
+        self.skip_function("carrier")
         return x
 
     def constant(self, value: Tensor) -> QTensor:
