@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from licq.quant import primitives
-from licq.quant.dispatch import Forward, arguments, assigns, handles
+from licq.quant.dispatch import Forward, arguments, handles
 from licq.quant.formulas import (
     Difference,
     Fixed,
@@ -107,9 +107,10 @@ def disjoint_sum(runtime: Forward, a: QTensor, b: QTensor) -> QTensor:
     return result
 
 
-@assigns
-def assigned(runtime: Forward, x: QTensor, index: Any, value: Any) -> QTensor:
+@handles("__setitem__")
+def _assigned(runtime, function, args, kwargs):
     """x behind x[index] = value."""
+    x, index, value = args
     ones = ones_at(x, index)
     rest = kept(x, 1 - ones)
     value = fixed_values(value)

@@ -44,8 +44,6 @@ class Forward(Protocol):
 
 Handler = Callable[[Forward, Callable, tuple, dict], Any]
 HANDLERS: dict[str, Handler] = {}
-Assignment = Callable[[Forward, QTensor, Any, Any], QTensor]
-_ASSIGNMENT: list[Assignment] = []
 
 
 def handles(*names: str):
@@ -57,12 +55,6 @@ def handles(*names: str):
         return handler
 
     return register
-
-
-def assigns(handler: Assignment) -> Assignment:
-    """Register what x[index] = value does: (forward, x, index, value) -> the new x."""
-    _ASSIGNMENT[:] = [handler]
-    return handler
 
 
 def dispatch(runtime: Forward, function: Callable, args: tuple, kwargs: dict):
@@ -102,7 +94,7 @@ def _result_of_in_place(
 ) -> QTensor:
     """What a function in place will write into its first argument, which is not changed here."""
     if name == "__setitem__":
-        return _ASSIGNMENT[0](runtime, *args[:3])
+        return HANDLERS[name](runtime, function, args, kwargs)  # it gives what x becomes
     instead = out_of_place(function, name)
     if instead is not None:
         return _run(

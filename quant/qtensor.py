@@ -213,7 +213,7 @@ class QTensor:
                     and _shares_memory(other.q, self.q)
                 ):
                     other.overwritten = f"{function} in {self.runtime.where}"
-                    other.formula = None  # it speaks of the numbers that are gone
+                    other.formula = other.root = None  # they speak of the numbers that are gone
                     del other.q
         self.q, self.scale, self.aliases, self.repeated = numbers, scale, [], None
         self.pixels, self.latent, self.levels = new.pixels, new.latent, new.levels

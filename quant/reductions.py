@@ -18,7 +18,7 @@ from licq.quant.qtensor import QTensor, to_real
 from licq.quant.torch_functions import SQUARE_BITS, function_name
 
 _LARGEST_SUM = 2**30
-_LARGEST_WIDE = 2**15
+LARGEST_WIDE = 2**15
 _PART = 32
 """Of so many numbers a sum is taken before bits are dropped."""
 
@@ -46,7 +46,7 @@ def total(runtime: Forward, x: QTensor, dims: list[int], keepdim: bool, divisor:
         y = x.like(x.q.sum(dims, keepdim) / divisor, None)
         y.bound = bound
         return y
-    q, unit, size = x.q, x.unit, bound or _LARGEST_WIDE
+    q, unit, size = x.q, x.unit, bound or LARGEST_WIDE
     q = q if x.recorder else q.double()
     for d in sorted(dims, reverse=True):
         q, unit, size = _summed(q, d, unit, size)

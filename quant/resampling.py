@@ -13,11 +13,10 @@ from torch import Tensor
 from licq.quant import primitives
 from licq.quant.dispatch import Forward, arguments, handles
 from licq.quant.qtensor import QTensor
-from licq.quant.reductions import fitting, mean
+from licq.quant.reductions import LARGEST_WIDE, fitting, mean
 from licq.quant.sums import matmul
 
 WEIGHT_BITS = 12
-_LARGEST_WIDE = 2**15
 
 
 class AxisMap:
@@ -78,7 +77,7 @@ def resampled(runtime: Forward, x: QTensor, maps: dict[int, AxisMap]) -> QTensor
     x = runtime.function("carrier", {}, (x,))
     if not x.is_integer:
         raise AssertionError("real numbers are resampled by PyTorch")
-    q, unit, size = x.q if x.recorder else x.q.double(), x.unit, _LARGEST_WIDE
+    q, unit, size = x.q if x.recorder else x.q.double(), x.unit, LARGEST_WIDE
     for axis, found in maps.items():
         q, unit, size = fitting(q, unit, size, found.gain)
         q, unit, size = found(q, x, axis), unit * found.unit, size * found.gain

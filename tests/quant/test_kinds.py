@@ -19,14 +19,17 @@ from licq.support.errors import InputError
 ROWS, COLUMNS = 48, 80
 """Of the images: not square, no powers of two. The kind sees 12 rows of 20 columns."""
 
-LIMIT = 0.12
-"""Of the distance between integers and float, over the pixels' deviation. Steps and poles come to 0.11."""
+LIMIT = 0.02
+"""Of the distance between integers of 16 bits and float, over the deviation of the pixels."""
+
+COARSE = 0.12
+"""The same of 8 bits."""
 
 
 class Around(FactorizedPrior):
     """A small codec whose synthesis holds the kind."""
 
-    def __init__(self, kind: nn.Module, gain: float = 1.0):
+    def __init__(self, kind: nn.Module):
         super().__init__(CHANNELS, CHANNELS)
         c = CHANNELS
         self.g_a = nn.Sequential(nn.Conv2d(3, c, 9, 8, 4))
@@ -34,7 +37,7 @@ class Around(FactorizedPrior):
         self.g_s.append(nn.PixelShuffle(4))
         with torch.no_grad():
             self.g_a[0].weight.mul_(20)
-            self.g_s[0].weight.mul_(0.5 * gain)
+            self.g_s[0].weight.mul_(0.5)
         self.update()
 
 
@@ -43,31 +46,33 @@ def images(count: int = 2, seed: int = 0):
     return (torch.rand(count, 3, ROWS, COLUMNS, generator=draw) * 255).round() / 255
 
 
-def quantized(make, **options):
+def quantized(make, bits: int = 8):
     """The float codec around a kind, and the frozen one on integers."""
     torch.manual_seed(0)
-    network = Around(make(), **options).eval()
-    model = QuantModel(network, QuantConfig())
+    network = Around(make()).eval()
+    model = QuantModel(network, QuantConfig(w_bits=bits, a_bits=bits))
     model.observe([images()])
     model.freeze()
     return network, model
 
 
 @torch.no_grad()
-def compared(make, **options) -> float:
-    """How far the pixels are from the float codec's, over their deviation; before it the program is held
-    against the simulation, to the bit. Latents and steps of comparisons are part of the distance."""
-    network, model = quantized(make, **options)
-    coverage = model.coverage()
-    assert not coverage["kept_in_float"] and not coverage["left_alone"] and not coverage["beyond_int32"]
+def compare(make) -> None:
+    """Hold the program against the simulation, to the bit, and both against float. The noise of 8 bits could
+    hide a wrong scale; with 16 bits nothing is left that could."""
     x = images(1, seed=1)
-    made = model(x)["x_hat"]
-    program = lower(model, ROWS, COLUMNS)
-    pixels = run(program, {"pixels": (x * 255).round().to(torch.uint8)})["pixels"]
-    assert torch.equal(pixels.float() / 255, made)
-    expected = network(x)["x_hat"].clamp(0, 1)
-    assert expected.std() > 0.01
-    return float((made - expected).square().mean().sqrt() / expected.std())
+    for bits, limit in ((8, COARSE), (16, LIMIT)):
+        network, model = quantized(make, bits)
+        coverage = model.coverage()
+        assert not coverage["kept_in_float"] and not coverage["left_alone"]
+        made, expected = model(x)["x_hat"], network(x)["x_hat"].clamp(0, 1)
+        if bits == 8:
+            assert not coverage["beyond_int32"]
+            program = lower(model, ROWS, COLUMNS)
+            pixels = run(program, {"pixels": (x * 255).round().to(torch.uint8)})["pixels"]
+            assert torch.equal(pixels.float() / 255, made)
+        assert expected.std() > 0.01
+        assert float((made - expected).square().mean().sqrt() / expected.std()) < limit
 
 
 NAMES = [
@@ -104,7 +109,7 @@ NAMES = [
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_kind_is_near_its_float_form_and_equal_in_the_program(name):
-    assert compared(KINDS[name]) < LIMIT
+    compare(KINDS[name])
 
 
 def kind(function):
@@ -114,7 +119,7 @@ def kind(function):
 @pytest.mark.parametrize(
     "function",
     [
-        lambda x: x / torch.where(x > 0.3, x + 0.5, -x - 0.5),  # a divisor of both signs
+        lambda x: x / torch.where(torch.arange(20) % 2 == 0, x + 0.5, -x - 0.5),  # a divisor of both signs
         lambda x: x - 2 / (1.5 + x),
         lambda x: x.clamp(torch.tensor(0.1), 0.8) - x.clamp(max=x.flip(1)),
         lambda x: x * ((x > 0.1) & ~(x >= 0.6)) + 0.2 * (x == 0),
@@ -136,7 +141,7 @@ def kind(function):
     ],
 )
 def test_a_function_is_near_its_float_form_and_equal_in_the_program(function):
-    assert compared(kind(function)) < LIMIT
+    compare(kind(function))
 
 
 @pytest.mark.parametrize("name", sorted(REFUSED))
@@ -171,7 +176,17 @@ def test_a_root_does_not_change_with_its_moment():
         moment += 3
         return x / spread
 
-    assert compared(kind(normalized)) < LIMIT
+    compare(kind(normalized))
+
+
+def test_a_root_whose_view_is_written_in_place_is_refused():
+    def overwritten(x):
+        spread = (x.square().mean(1, keepdim=True) + 0.1).sqrt()
+        spread[:, :, :2].mul_(3)
+        return x / spread
+
+    with pytest.raises(InputError, match="overwritten|in place"):
+        quantized(kind(overwritten))
 
 
 def test_comparisons_pass_no_gradient_and_sums_of_moments_do():
